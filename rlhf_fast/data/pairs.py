@@ -1,0 +1,100 @@
+"""Comparisons as token sequences, grouped by prompt so that a response in several comparisons is read once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_fast.data.batches import Example
+from rlhf_fast.data.chat import encode
+from rlhf_fast.data.records import Comparison
+
+
+@dataclass
+class PairGroup:
+    """All comparisons of one prompt: its distinct responses, and which was chosen over which."""
+
+    examples: list[Example] = field(default_factory=list)
+    chosen: list[int] = field(default_factory=list)  # index into examples, one for each comparison
+    rejected: list[int] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
+
+    @property
+    def pairs(self) -> int:
+        return len(self.chosen)
+
+    def __len__(self) -> int:
+        return sum(len(example) for example in self.examples)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Several groups side by side, their examples numbered through."""
+
+    examples: list[Example]
+    chosen: torch.Tensor  # (P,) int64 into examples
+    rejected: torch.Tensor  # (P,) int64
+    margins: torch.Tensor  # (P,) float32
+
+
+def group_pairs(
+    comparisons: Sequence[Comparison], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[PairGroup]:
+    """Encode comparisons and group them by prompt, in order of first appearance."""
+    groups: dict[str, PairGroup] = {}
+    indices: dict[tuple[str, str], int] = {}
+    for comparison in comparisons:
+        key = json.dumps(comparison.prompt, sort_keys=True)
+        group = groups.setdefault(key, PairGroup())
+        for text, side in ((comparison.chosen, group.chosen), (comparison.rejected, group.rejected)):
+            if (key, text) not in indices:
+                indices[key, text] = len(group.examples)
+                group.examples.append(encode(tokenizer, comparison.prompt, text, max_length, comparison.name))
+            side.append(indices[key, text])
+        group.margins.append(comparison.margin)
+    return list(groups.values())
+
+
+def join(groups: Sequence[PairGroup], device: torch.device | str) -> Pairs:
+    """The comparisons of several groups as one set."""
+    examples: list[Example] = []
+    chosen: list[int] = []
+    rejected: list[int] = []
+    for group in groups:
+        chosen.extend(len(examples) + i for i in group.chosen)
+        rejected.extend(len(examples) + i for i in group.rejected)
+        examples.extend(group.examples)
+    margins = torch.tensor([margin for group in groups for margin in group.margins], device=device)
+    return Pairs(examples, torch.tensor(chosen, device=device), torch.tensor(rejected, device=device), margins)
+
+
+def batches_by_pairs(groups: Sequence[PairGroup], size: int) -> list[list[PairGroup]]:
+    """Consecutive groups gathered until a batch has at least `size` comparisons."""
+    batches: list[list[PairGroup]] = []
+    count = size
+    for group in groups:
+        if count >= size:
+            batches.append([])
+            count = 0
+        batches[-1].append(group)
+        count += group.pairs
+    return batches
+
+
+def microbatches_of_groups(groups: Sequence[PairGroup], max_tokens: int) -> list[list[PairGroup]]:
+    """Groups that fit into `max_tokens` padded tokens together; none is cut, since its pairs need both sides."""
+    result: list[list[PairGroup]] = []
+    for group in sorted(groups, key=lambda g: max(len(e) for e in g.examples), reverse=True):
+        rows = len(group.examples)
+        if result:
+            together = sum(len(g.examples) for g in result[-1]) + rows
+            longest = max(len(e) for e in result[-1][0].examples)
+            if together * longest <= max_tokens:
+                result[-1].append(group)
+                continue
+        result.append([group])
+    return result

@@ -1,0 +1,1 @@
+"""Data of the demo: client messages of a small digital agency and written replies to some of them."""

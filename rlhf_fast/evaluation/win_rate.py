@@ -1,0 +1,178 @@
+"""One policy against another on held-out prompts: win rate and score difference, paired, with intervals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlhf_fast import models, ops
+from rlhf_fast.config import EvaluationConfig
+from rlhf_fast.data.chat import prompt_text
+from rlhf_fast.data.records import PromptRecord
+from rlhf_fast.data.text_metrics import repetition, words
+from rlhf_fast.feedback.simulated import WEIGHTS, Rating, SimulatedAnnotator
+from rlhf_fast.files import write_atomic
+from rlhf_fast.intervals import clustered_bootstrap
+from rlhf_fast.models.load import Model
+from rlhf_fast.rollout.generator import Generator
+from rlhf_fast.rollout.rollouts import Rollouts
+from rlhf_fast.rollout.sampling import SamplingParams
+from rlhf_fast.run_folder import RunFolder, bar_updater, progress_bar
+from rlhf_fast.trainers.loop import per_example
+
+MAX_TOKENS = 4096  # padded tokens scored at once
+
+
+@dataclass(frozen=True)
+class Side:
+    """One policy's replies to the prompts and what the judge says of them, in the order of `Rollouts`."""
+
+    rollouts: Rollouts
+    ratings: list[Rating]
+
+    @property
+    def scores(self) -> np.ndarray:
+        return np.array([rating.score for rating in self.ratings])
+
+
+def evaluate(
+    a: str | Path,
+    b: str | Path,
+    prompts: Sequence[PromptRecord],
+    config: EvaluationConfig | None = None,
+    names: tuple[str, str] = ("a", "b"),
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Compare policy `a` with policy `b`, which is also the reference that the KL is measured to.
+
+    Each samples `samples_per_prompt` replies to every prompt; the simulated annotator scores them without error, and
+    sample k of `a` is compared with sample k of `b`. Intervals resample whole prompts, since samples of one prompt are
+    not independent.
+
+    Returns:
+        The figures (`evaluation.json`), and one row a compared pair (`samples.jsonl`).
+    """
+    config = config or EvaluationConfig()
+    model_a, tokenizer_a = models.load(a)
+    model_b, tokenizer_b = models.load(b)
+    judge = SimulatedAnnotator()
+    side_a = _sample(model_a, tokenizer_a, prompts, config, judge, names[0])
+    side_b = _sample(model_b, tokenizer_b, prompts, config, judge, names[1])
+    cluster = side_a.rollouts.prompt_index.tolist()
+    difference = side_a.scores - side_b.scores
+    wins = np.where(np.abs(difference) < 1e-9, 0.5, (difference > 0).astype(float))
+    figures: dict[str, Any] = {
+        "judge": "simulated annotator, without error",
+        "a": names[0],
+        "b": names[1],
+        "prompts": len(prompts),
+        "samples_per_prompt": config.samples_per_prompt,
+        "score_difference": clustered_bootstrap(difference, cluster).as_dict(),
+        "win_rate": clustered_bootstrap(wins, cluster).as_dict(),
+        "wins": int((wins == 1.0).sum()),
+        "ties": int((wins == 0.5).sum()),
+        "losses": int((wins == 0.0).sum()),
+        "a_metrics": _metrics(side_a, _mean_kl(model_a, model_b, side_a.rollouts, config.temperature)),
+        "b_metrics": _metrics(side_b, 0.0),
+        "criteria": {
+            name: {key: _mean([getattr(r, name) for r in side.ratings]) for key, side in (("a", side_a), ("b", side_b))}
+            for name in WEIGHTS
+        },
+        "by_category": _by_category(side_a.scores, side_b.scores, [prompts[i].category for i in cluster], cluster),
+    }
+    return figures, [_row(prompts[i], k, side_a, side_b) for k, i in enumerate(cluster)]
+
+
+def write_evaluation(run: RunFolder, figures: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write what `evaluate` returned into a run's folder and finish the run; returns its result."""
+    for row in rows:
+        run.sample(row)
+    write_atomic(run.path / "evaluation.json", json.dumps(figures, indent=2) + "\n")
+    headline = {name: figures[name] for name in ("score_difference", "win_rate")}
+    return run.finish({**headline, "kl": figures["a_metrics"]["kl"]})
+
+
+def _sample(
+    model: Model,
+    tokenizer: Any,
+    prompts: Sequence[PromptRecord],
+    config: EvaluationConfig,
+    judge: SimulatedAnnotator,
+    name: str,
+) -> Side:
+    params = SamplingParams(
+        n=config.samples_per_prompt,
+        temperature=config.temperature,
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
+    )
+    with progress_bar(len(prompts) * params.n, f"evaluate {name}", "reply") as bar:
+        rollouts = Generator(model, tokenizer).generate([p.prompt for p in prompts], params, bar_updater(bar))
+    asked = [prompts[i] for i in rollouts.prompt_index.tolist()]
+    return Side(rollouts, [judge.rate(p.prompt, p.category, t) for p, t in zip(asked, rollouts.texts, strict=True)])
+
+
+def _mean_kl(model: Model, reference: Model, rollouts: Rollouts, temperature: float) -> float:
+    """KL(model || reference) in nats a sequence, estimated on the model's own samples."""
+    examples = rollouts.examples()
+    device = rollouts.input_ids.device
+
+    def logprobs(of: Model) -> torch.Tensor:
+        (parts,) = per_example(
+            examples, lambda batch: [models.response_logprobs(of, batch, temperature)[0]], MAX_TOKENS, device
+        )
+        return torch.cat(parts)  # (R,)
+
+    return float(ops.kl_estimate(logprobs(model), logprobs(reference), kind="k1").sum()) / len(examples)
+
+
+def _metrics(side: Side, kl: float) -> dict[str, float]:
+    rollouts = side.rollouts
+    return {
+        "score": _mean(side.scores),
+        "kl": kl,
+        "tokens": float(rollouts.response_mask.sum()) / len(rollouts),
+        "words": _mean([float(len(words(text))) for text in rollouts.texts]),
+        "repetition": _mean([repetition(text) for text in rollouts.texts]),
+        "finished": _mean([float(reason == "stop") for reason in rollouts.finish_reasons]),
+    }
+
+
+def _by_category(
+    scores_a: np.ndarray, scores_b: np.ndarray, categories: list[str], clusters: list[int]
+) -> dict[str, dict[str, Any]]:
+    result = {}
+    for category in sorted(set(categories)):
+        rows = np.array([i for i, name in enumerate(categories) if name == category])
+        inside = [clusters[i] for i in rows]
+        count = len(set(inside))
+        difference = clustered_bootstrap(scores_a[rows] - scores_b[rows], inside).as_dict() if count > 1 else None
+        result[category or "all"] = {
+            "prompts": count,
+            "a_score": _mean(scores_a[rows]),
+            "b_score": _mean(scores_b[rows]),
+            "score_difference": difference,
+        }
+    return result
+
+
+def _row(prompt: PromptRecord, index: int, side_a: Side, side_b: Side) -> dict[str, Any]:
+    row: dict[str, Any] = {"prompt": prompt_text(prompt.prompt), "category": prompt.category}
+    for key, side in (("a", side_a), ("b", side_b)):
+        rating = side.ratings[index]
+        row[key] = {
+            "text": side.rollouts.texts[index],
+            "score": round(rating.score, 4),
+            "ratings": rating.as_dict(),
+            "finish_reason": side.rollouts.finish_reasons[index],
+        }
+    return row
+
+
+def _mean(values: Sequence[float] | np.ndarray) -> float:
+    return float(np.mean(values))

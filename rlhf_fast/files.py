@@ -1,0 +1,88 @@
+"""Files that survive a kill: whole ones are written aside and renamed, growing ones gain whole lines only."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk or a missing permission into an error that names the file and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(error.errno, f"no space left while writing {path}; free some and run again") from error
+        if error.errno in (errno.EACCES, errno.EROFS):
+            raise OSError(error.errno, f"{path} cannot be written; choose another --out") from error
+        raise
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a reader, or a kill at any instant, sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.tmp")
+    with named_errors(path):
+        try:
+            with open(aside, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def write_folder_atomic(path: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write into a folder aside, then rename it to `path`; nothing is left of it when `fill` fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    with named_errors(path):
+        try:
+            aside.mkdir()
+            fill(aside)
+            for file in aside.rglob("*"):
+                if file.is_file():
+                    with open(file, "rb") as handle:
+                        os.fsync(handle.fileno())
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(aside, path)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def append_line(path: Path, row: dict[str, Any]) -> None:
+    """Append one JSON line in a single write, so that a killed process leaves whole lines."""
+    line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    with named_errors(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, line)
+        finally:
+            os.close(descriptor)
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write all rows as JSON Lines, atomically."""
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def require_space(folder: Path, needed_bytes: int, what: str) -> None:
+    """Raise before work is lost when `folder`'s disk has less room than `what` will need."""
+    existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise OSError(
+            errno.ENOSPC,
+            f"{what} needs about {needed_bytes / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free; "
+            "free some space or choose another --out",
+        )

@@ -1,0 +1,21 @@
+"""Language models: loading, adapters, scalar heads, the forward passes that training needs, and checkpoints."""
+
+from rlhf_fast.models.checkpoint import resolve, save
+from rlhf_fast.models.forward import Head, hidden_states, output_head, response_logprobs, response_states, score_last
+from rlhf_fast.models.load import frozen_copy, load, load_reward, reward_from, trainable
+
+__all__ = [
+    "Head",
+    "frozen_copy",
+    "hidden_states",
+    "load",
+    "load_reward",
+    "output_head",
+    "resolve",
+    "response_logprobs",
+    "response_states",
+    "reward_from",
+    "save",
+    "score_last",
+    "trainable",
+]

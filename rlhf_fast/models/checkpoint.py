@@ -1,0 +1,90 @@
+"""Checkpoint folders: finding the one that a name means, and saving one in the layout of transformers and peft."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_fast.files import named_errors, write_folder_atomic
+from rlhf_fast.models import smollm2
+
+_STEP = re.compile(r"step-(\d+)")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def resolve(name: str | Path) -> str:
+    """The folder or hub name that `name` means: a model folder, a run (its newest checkpoint), or `smollm2-135m`.
+
+    Raises:
+        FileNotFoundError: when it is none of these; the message says what was looked for.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if is_checkpoint(path):
+            return str(path)
+        steps = [child for child in (path / "checkpoints").glob("step-*") if _STEP.fullmatch(child.name)]
+        if steps:
+            return str(max(steps, key=lambda child: int(child.name.removeprefix("step-"))))
+        raise FileNotFoundError(
+            f"model: the folder {path} holds neither config.json nor adapter_config.json nor checkpoints/step-N"
+        )
+    if str(name) == smollm2.NAME or (path.is_absolute() and path.name == smollm2.NAME):
+        return str(smollm2.folder())  # also when an adapter was made where the cache lay elsewhere
+    if not path.is_absolute() and _HUB_NAME.fullmatch(str(name)):
+        return str(name)
+    near = difflib.get_close_matches(str(name), [smollm2.NAME], n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise FileNotFoundError(
+        f"model: {str(name)!r} is neither a folder nor a hub name (owner/name) nor {smollm2.NAME!r}{hint}"
+    )
+
+
+def is_checkpoint(path: Path) -> bool:
+    return (path / "config.json").exists() or (path / "adapter_config.json").exists()
+
+
+def save(
+    path: Path,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    extra: dict[str, Any] | None = None,
+    heads: nn.Module | None = None,
+) -> None:
+    """Write a checkpoint folder at once: safetensors that transformers or peft load unchanged, and the tokenizer.
+
+    `extra` goes beside it as `rlhf_fast.json` (reward normalisation, controller state), `heads` as
+    `value_head.safetensors`. Nothing is left behind when writing fails.
+    """
+
+    def fill(folder: Path) -> None:
+        # Embeddings are never trained beside an adapter; left to itself, peft asks a model hub whether they were.
+        if isinstance(model, PeftModel):
+            model.save_pretrained(str(folder), save_embedding_layers=False)
+        else:
+            model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if heads is not None:
+            from safetensors.torch import save_file
+
+            save_file(
+                {key: value.contiguous() for key, value in heads.state_dict().items()},
+                folder / "value_head.safetensors",
+            )
+        if extra is not None:
+            (folder / "rlhf_fast.json").write_text(json.dumps(extra, indent=2) + "\n", encoding="utf-8")
+
+    with named_errors(path):
+        write_folder_atomic(path, fill)
+
+
+def read_extra(folder: str | Path) -> dict[str, Any]:
+    """What `save` stored as `extra`; empty when there is none."""
+    file = Path(folder) / "rlhf_fast.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}

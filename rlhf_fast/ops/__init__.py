@@ -1,0 +1,37 @@
+"""The ops: log-probabilities, divergences, advantages and losses of RLHF, each one differentiable function.
+
+Every op takes padded (B, T) and packed (N,) + cu_seqlens (B + 1,) tensors where sequences matter, computes in float32
+(float64 for float64 inputs), and leaves its inputs alone. Needs torch and nothing else.
+"""
+
+from rlhf_fast.ops._dispatch import use_backend
+from rlhf_fast.ops.cross_entropy import cross_entropy
+from rlhf_fast.ops.dpo_loss import dpo_loss
+from rlhf_fast.ops.full_kl import full_kl
+from rlhf_fast.ops.gae import gae
+from rlhf_fast.ops.kl_estimate import kl_estimate
+from rlhf_fast.ops.linear_cross_entropy import linear_cross_entropy
+from rlhf_fast.ops.linear_ppo_loss import linear_ppo_loss
+from rlhf_fast.ops.linear_token_logprobs import linear_token_logprobs
+from rlhf_fast.ops.ppo_loss import ppo_loss
+from rlhf_fast.ops.reward_loss import reward_loss
+from rlhf_fast.ops.sequence_sum import sequence_sum
+from rlhf_fast.ops.token_logprobs import token_logprobs
+from rlhf_fast.ops.whiten import whiten
+
+__all__ = [
+    "cross_entropy",
+    "dpo_loss",
+    "full_kl",
+    "gae",
+    "kl_estimate",
+    "linear_cross_entropy",
+    "linear_ppo_loss",
+    "linear_token_logprobs",
+    "ppo_loss",
+    "reward_loss",
+    "sequence_sum",
+    "token_logprobs",
+    "use_backend",
+    "whiten",
+]

@@ -1,0 +1,218 @@
+"""Checks at the public boundary: the argument's name, what came, what was expected.
+
+Types, shapes and devices are always checked. Values are checked where looking at them is free, which is on a CPU;
+on other devices it would wait for the device, so there they are checked only under ``RLHF_FAST_DEBUG=1``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import numbers
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32)
+
+
+def values_are_checked(x: Tensor) -> bool:
+    """Whether the values of x may be looked at; never while torch.compile traces."""
+    if torch.compiler.is_compiling():
+        return False
+    return x.device.type == "cpu" or os.environ.get("RLHF_FAST_DEBUG") == "1"
+
+
+def _dtype(name: str, x: object, allowed: Sequence[torch.dtype]) -> None:
+    expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: {type(x).__name__}, expected a tensor of {expected}")
+    if x.dtype not in allowed:
+        raise TypeError(f"{name}: {str(x.dtype).removeprefix('torch.')}, expected {expected}")
+
+
+def floats(**tensors: Tensor | None) -> None:
+    """Each is a floating-point tensor (or None)."""
+    for name, x in tensors.items():
+        if x is not None:
+            _dtype(name, x, FLOATS)
+
+
+def integers(**tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is not None:
+            _dtype(name, x, INTEGERS)
+
+
+def devices(**tensors: object) -> None:
+    """All tensors are on the device of the first."""
+    present = [(name, x) for name, x in tensors.items() if isinstance(x, Tensor)]
+    for name, x in present[1:]:
+        if x.device != present[0][1].device:
+            raise ValueError(f"{name}: on {x.device}, expected {present[0][1].device} like {present[0][0]}")
+
+
+def shapes(expected: Sequence[int], like: str, **tensors: Tensor | None) -> None:
+    """Each tensor has exactly the expected shape; ``like`` says whose shape that is."""
+    for name, x in tensors.items():
+        if x is not None and tuple(x.shape) != tuple(expected):
+            raise ValueError(f"{name}: shape {tuple(x.shape)}, expected {tuple(expected)} like {like}")
+
+
+def masks(expected: Sequence[int], like: str, mask: Tensor | None) -> None:
+    if mask is not None:
+        _dtype("mask", mask, (torch.bool,))
+        shapes(expected, like, mask=mask)
+
+
+def number(
+    name: str,
+    value: object,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    most: float | None = None,
+) -> None:
+    """value is a number with above < value, least <= value <= most; NaN never is."""
+    if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):
+        raise TypeError(f"{name}: {type(value).__name__}, expected a number")
+    bounds = [f"> {above}"] if above is not None else []
+    bounds += [f">= {least}"] if least is not None else []
+    bounds += [f"<= {most}"] if most is not None else []
+    x = float(value)
+    inside = x == x
+    inside = inside and (above is None or x > above) and (least is None or x >= least) and (most is None or x <= most)
+    if not inside:
+        raise ValueError(f"{name}: {value}, expected a number {' and '.join(bounds)}".rstrip())
+
+
+def option(name: str, value: object, known: Sequence[str]) -> None:
+    if value not in known:
+        nearest = difflib.get_close_matches(str(value), known, n=1, cutoff=0.0)[0]
+        raise ValueError(f"{name}: {value!r}, did you mean {nearest!r}? Known: {', '.join(known)}")
+
+
+def denominators(denominator: float | Tensor | None) -> None:
+    """None, a number > 0, or a tensor of one element >= 0."""
+    if denominator is None:
+        return
+    if not isinstance(denominator, Tensor):
+        return number("denominator", denominator, above=0)
+    if denominator.dim() != 0:
+        raise ValueError(f"denominator: shape {tuple(denominator.shape)}, expected a number or a tensor of shape ()")
+    if values_are_checked(denominator) and not bool(denominator >= 0):
+        raise ValueError(f"denominator: {float(denominator)}, expected a number >= 0")
+
+
+def _first(bad: Tensor) -> tuple[tuple[int, ...], str]:
+    """The index of the first True and how a message spells it: 17, or (2, 5) when rows have two indices."""
+    index = tuple(bad.nonzero()[0].tolist())
+    return index, str(index[0]) if len(index) == 1 else str(index)
+
+
+def vocabulary(tokens: Tensor, size: int, mask: Tensor | None = None) -> None:
+    """Every unmasked token is in [0, size)."""
+    if not values_are_checked(tokens):
+        return
+    bad = (tokens < 0) | (tokens >= size)
+    bad = bad if mask is None else bad & mask
+    if bool(bad.any()):
+        index, row = _first(bad)
+        raise ValueError(f"tokens: {int(tokens[index])} is outside the vocabulary of {size} (row {row})")
+
+
+def temperatures(temperature: float | Tensor, rows: Sequence[int], mask: Tensor | None) -> None:
+    """A number > 0, or a tensor of such that broadcasts to one per row."""
+    if not isinstance(temperature, Tensor):
+        return number("temperature", temperature, above=0)
+    _dtype("temperature", temperature, FLOATS)
+    fits = temperature.dim() <= len(rows)
+    fits = fits and all(a in (1, b) for a, b in zip(reversed(temperature.shape), reversed(rows), strict=False))
+    if not fits:
+        raise ValueError(f"temperature: shape {tuple(temperature.shape)}, expected it to broadcast to {tuple(rows)}")
+    if values_are_checked(temperature):
+        bad = ~(temperature > 0).expand(tuple(rows))
+        bad = bad if mask is None else bad & mask
+        if bool(bad.any()):
+            index, row = _first(bad)
+            value = float(temperature.expand(tuple(rows))[index])
+            raise ValueError(f"temperature: {value:g} (row {row}), expected > 0")
+
+
+def scoring(
+    rows: Sequence[int],
+    rows_of: str,
+    size: int,
+    tokens: Tensor,
+    mask: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+) -> None:
+    """What all ops that score tokens share: one token, mask and temperature per row of a vocabulary of ``size``."""
+    integers(tokens=tokens)
+    shapes(rows, f"the rows of {rows_of}", tokens=tokens)
+    masks(rows, f"the rows of {rows_of}", mask)
+    if size == 0:
+        raise ValueError(f"{rows_of}: an empty vocabulary, expected at least one token")
+    temperatures(temperature, rows, mask)
+    if softcap is not None:
+        number("softcap", softcap, above=0)
+    number("logit_scale", logit_scale, above=0)
+    vocabulary(tokens, size, mask)
+
+
+def labels(
+    rows: Sequence[int], rows_of: str, size: int, tokens: Tensor, mask: Tensor | None, ignore_index: int
+) -> None:
+    """One token per row, in the vocabulary unless it is masked or ignore_index."""
+    integers(tokens=tokens)
+    shapes(rows, f"the rows of {rows_of}", tokens=tokens)
+    masks(rows, f"the rows of {rows_of}", mask)
+    if size == 0:
+        raise ValueError(f"{rows_of}: an empty vocabulary, expected at least one token")
+    if values_are_checked(tokens):
+        counted = tokens != ignore_index
+        vocabulary(tokens, size, counted if mask is None else counted & mask)
+
+
+def pairs(chosen: Tensor, **tensors: Tensor | None) -> None:
+    """All are float tensors of shape (P,)."""
+    floats(chosen=chosen, **tensors)
+    devices(chosen=chosen, **tensors)
+    if chosen.dim() != 1:
+        raise ValueError(f"chosen: shape {tuple(chosen.shape)}, expected (P,)")
+    shapes(chosen.shape, "chosen", **tensors)
+
+
+def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """hidden (..., H), weight (V, H), bias (V,)."""
+    floats(hidden=hidden, weight=weight, bias=bias)
+    if weight.dim() != 2:
+        raise ValueError(f"weight: shape {tuple(weight.shape)}, expected (V, H)")
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(f"hidden: shape {tuple(hidden.shape)}, expected (..., {weight.shape[1]}) to match weight")
+    shapes((weight.shape[0],), "the rows of weight", bias=bias)
+
+
+def sequences(name: str, x: Tensor, cu_seqlens: Tensor | None) -> int:
+    """x is padded (B, T), or packed (N,) with cu_seqlens (B + 1,) from 0 to N, never falling. Returns B."""
+    if cu_seqlens is None:
+        if x.dim() != 2:
+            raise ValueError(f"{name}: shape {tuple(x.shape)}, expected (B, T), or (N,) with cu_seqlens")
+        return x.shape[0]
+    integers(cu_seqlens=cu_seqlens)
+    if x.dim() != 1:
+        raise ValueError(f"{name}: shape {tuple(x.shape)}, expected (N,) because cu_seqlens is given")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
+        raise ValueError(f"cu_seqlens: shape {tuple(cu_seqlens.shape)}, expected (B + 1,)")
+    if values_are_checked(cu_seqlens):
+        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+        if first != 0 or last != x.shape[0]:
+            raise ValueError(f"cu_seqlens: runs from {first} to {last}, expected from 0 to {x.shape[0]} like {name}")
+        falls = cu_seqlens.diff() < 0
+        if bool(falls.any()):
+            raise ValueError(f"cu_seqlens: falls after index {_first(falls)[1]}, expected it never to")
+    return cu_seqlens.numel() - 1

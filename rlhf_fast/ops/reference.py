@@ -1,0 +1,421 @@
+"""Every op in plain PyTorch: the definition that all other backends are held against.
+
+Written to be read beside the papers, not to be fast. Three rules hold throughout:
+
+- float32 inputs give float32 arithmetic, float64 gives float64, bfloat16 and float16 are widened to float32 first;
+- a masked position is replaced *before* anything is computed from it and its result is replaced again afterwards
+  (double ``where``), so that it may hold anything, NaN included, and its gradient is exactly zero;
+- no branch looks at data. (Packed inputs read their sequence lengths once, to know how wide the padded form is.)
+
+Arguments are already checked by the public functions, whose docstrings give shapes and sources in full.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Stats = dict[str, Tensor]
+
+
+# --- shared by the ops below ------------------------------------------------------------------------------------
+
+
+def widen(x: Tensor) -> Tensor:
+    """float32 and float64 as they are, narrower floats in float32."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def keep(x: Tensor, mask: Tensor | None, fill: float = 0.0) -> Tensor:
+    """x widened, with ``fill`` (and no gradient) wherever the mask is False."""
+    return widen(x) if mask is None else torch.where(mask, widen(x), fill)
+
+
+def divide(total: Tensor, count: Tensor | float, denominator: float | Tensor | None) -> Tensor:
+    """total / (denominator, or else count); a tensor of 0 counts as 1, so that nothing at all gives 0 and not NaN."""
+    divisor = torch.as_tensor(count if denominator is None else denominator, device=total.device)
+    return total / torch.where(divisor == 0, 1, divisor).to(total.dtype)
+
+
+def inside_sequences(cu_seqlens: Tensor) -> Tensor:
+    """(B, T) bool: True where the padded form of a packed batch holds a token; T is the longest sequence."""
+    lengths = cu_seqlens.diff()
+    longest = max(lengths.tolist(), default=0)
+    return torch.arange(longest, device=cu_seqlens.device) < lengths[:, None]  # (B, T)
+
+
+def to_padded(packed: Tensor, inside: Tensor) -> Tensor:
+    """(N,) -> (B, T), zeros (False) past each sequence's end."""
+    return packed.new_zeros(inside.shape).masked_scatter(inside, packed)  # (B, T)
+
+
+# --- log-probabilities ------------------------------------------------------------------------------------------
+
+
+def log_softmax(
+    logits: Tensor,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """log softmax(z), z = logit_scale * logits, softcap * tanh(z / softcap), z / temperature. Masked rows: uniform."""
+    z = keep(logits, None if mask is None else mask[..., None]) * logit_scale  # (..., V)
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    if isinstance(temperature, Tensor):
+        temperature = keep(temperature.detach(), mask, fill=1.0).to(z.dtype)[..., None]
+    return torch.log_softmax(z / temperature, dim=-1)  # (..., V)
+
+
+def pick(logp: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    """log p[token] per row, 0 in masked rows."""
+    tokens = tokens.long() if mask is None else torch.where(mask, tokens.long(), 0)
+    return keep(logp.gather(-1, tokens[..., None])[..., 0], mask)  # (...)
+
+
+def token_logprobs(
+    logits: Tensor,
+    tokens: Tensor,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """log p[token] and H = -sum_v p_v log p_v.
+
+    A term with p = 0 counts as 0. Through exp, dH/dz is p * (E[log p] - log p), which is 0 there and not 0 * inf.
+    """
+    logp = log_softmax(logits, temperature, softcap, logit_scale, mask)  # (..., V)
+    p = logp.exp()
+    entropy = -(p * torch.where(p == 0, 0, logp)).sum(-1)  # (...)
+    return pick(logp, tokens, mask), keep(entropy, mask)
+
+
+def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    """hidden @ weight.T + bias, in float32 at least, whatever autocast says. Masked rows are rows of zeros first."""
+    hidden = keep(hidden, None if mask is None else mask[..., None])  # (..., H)
+    dtype = torch.promote_types(hidden.dtype, widen(weight).dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))  # (..., V)
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """token_logprobs of logits = hidden @ weight.T + bias."""
+    logits = linear_logits(hidden, weight, bias, mask)
+    return token_logprobs(logits, tokens, temperature, softcap, logit_scale, mask)
+
+
+def cross_entropy(
+    logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    denominator: float | Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """Mean of -log p[token] over the rows that are unmasked and whose token is not ignore_index."""
+    counted = (tokens != ignore_index) if mask is None else mask & (tokens != ignore_index)
+    logprobs = pick(log_softmax(logits, 1.0, softcap, logit_scale, counted), tokens, counted)
+    return divide(-logprobs.sum(), counted.sum(), denominator)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    denominator: float | Tensor | None = None,
+) -> Tensor:
+    """cross_entropy of logits = hidden @ weight.T + bias."""
+    counted = (tokens != ignore_index) if mask is None else mask & (tokens != ignore_index)
+    logits = linear_logits(hidden, weight, bias, counted)
+    return cross_entropy(logits, tokens, counted, ignore_index, denominator, softcap, logit_scale)
+
+
+# --- divergences ------------------------------------------------------------------------------------------------
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Tensor:
+    """d = log p - log q per sampled token; k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d."""
+    d = widen(logprobs) - widen(ref_logprobs)
+    if kind == "k1":
+        return d
+    if kind == "k2":
+        return d.square() / 2
+    return torch.expm1(-d) + d
+
+
+def full_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """KL(p || q) = sum_v p_v (log p_v - log q_v) per row; a term with p = 0 counts as 0."""
+    logp, logq = log_softmax(logits, mask=mask), log_softmax(ref_logits, mask=mask)  # (..., V)
+    p = logp.exp()
+    return keep((p * torch.where(p == 0, 0, logp - logq)).sum(-1), mask)  # (...)
+
+
+# --- advantages -------------------------------------------------------------------------------------------------
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    bootstrap: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lam A_{t+1};  t + 1 is the next *unmasked* token."""
+    if cu_seqlens is not None:
+        inside = inside_sequences(cu_seqlens)
+        real = inside if mask is None else to_padded(mask, inside)
+        padded = gae(to_padded(rewards, inside), to_padded(values, inside), gamma, lam, real, None, bootstrap)
+        return padded[0][inside], padded[1][inside]  # (N,)
+    rewards, values = keep(rewards, mask), keep(values, mask)  # (B, T)
+    mask = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
+    next_advantage = torch.zeros_like(values[:, :1])  # (B, 1)
+    next_value = torch.zeros_like(values[:, :1]) if bootstrap is None else bootstrap[:, None].to(values.dtype)
+    columns: list[Tensor] = []
+    for r, v, real in reversed(list(zip(rewards.split(1, 1), values.split(1, 1), mask.split(1, 1), strict=True))):
+        advantage = r + gamma * next_value - v + gamma * lam * next_advantage  # (B, 1)
+        next_advantage = torch.where(real, advantage, next_advantage)
+        next_value = torch.where(real, v, next_value)
+        columns.append(torch.where(real, advantage, 0))
+    advantages = torch.cat(columns[::-1], dim=1)  # (B, T)
+    return advantages, advantages + values
+
+
+def whiten(x: Tensor, mask: Tensor | None = None, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
+    """(x - mean) * rsqrt(var + eps) [+ mean], var = sum (x - mean)^2 / (n - 1), over the n unmasked elements."""
+    x = keep(x, mask)
+    n = torch.tensor(x.numel(), device=x.device) if mask is None else mask.sum()
+    mean = x.sum() / n.clamp(min=1)
+    centred = keep(x - mean, mask)
+    variance = centred.square().sum() / (n - 1).clamp(min=1)
+    whitened = centred * torch.rsqrt(variance + eps)
+    return whitened if shift_mean else keep(whitened + mean, mask)
+
+
+def sequence_sum(x: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Sum over each sequence's unmasked tokens."""
+    x = keep(x, mask)
+    return (x if cu_seqlens is None else to_padded(x, inside_sequences(cu_seqlens))).sum(1)  # (B,)
+
+
+# --- losses -----------------------------------------------------------------------------------------------------
+
+
+def aggregate(
+    x: Tensor, mask: Tensor, cu_seqlens: Tensor | None, aggregation: str, denominator: float | Tensor | None
+) -> Tensor:
+    """One number from per-token x: over all tokens, or over sequences (those with an unmasked token) of mean or sum."""
+    if aggregation == "token_mean":
+        return divide(keep(x, mask).sum(), mask.sum(), denominator)
+    per_sequence = sequence_sum(x, mask, cu_seqlens)  # (B,)
+    lengths = sequence_sum(mask.to(x.dtype), None, cu_seqlens)  # (B,)
+    if aggregation == "sequence_mean":
+        per_sequence = per_sequence / lengths.clamp(min=1)
+    return divide(per_sequence.sum(), (lengths > 0).sum(), denominator)
+
+
+def ppo_policy(
+    log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None
+) -> tuple[Tensor, Tensor]:
+    """max(-A r, -A clip(r, 1 - low, 1 + high)), at most -A c where A < 0; and 1 where the clipped side is larger."""
+    ratio = log_ratio.exp()
+    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    policy = torch.maximum(plain, clipped)
+    if dual_clip is not None:
+        policy = torch.where(advantages < 0, torch.minimum(policy, -advantages * dual_clip), policy)
+    return policy, (clipped > plain).to(ratio.dtype)
+
+
+def ppo_value(
+    values: Tensor, old_values: Tensor | None, returns: Tensor, value_clip: float | None
+) -> tuple[Tensor, Tensor]:
+    """0.5 max((V - R)^2, (V_clip - R)^2), V_clip within value_clip of V_old; and 1 where the clipped side is larger."""
+    plain = (values - returns).square()
+    if value_clip is None or old_values is None:
+        return 0.5 * plain, torch.zeros_like(plain)
+    near = old_values + (values - old_values).clamp(-value_clip, value_clip)
+    clipped = (near - returns).square()
+    return 0.5 * torch.maximum(plain, clipped), (clipped > plain).to(plain.dtype)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """1 - var(R - V) / var(R) over the unmasked tokens; 0 when var(R) is 0."""
+    n = mask.sum().clamp(min=1)
+
+    def variance(x: Tensor) -> Tensor:
+        return keep(x - keep(x, mask).sum() / n, mask).square().sum() / n
+
+    total = variance(returns)
+    return torch.where(total == 0, 0, 1 - variance(returns - values) / torch.where(total == 0, 1, total))
+
+
+def ppo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    values: Tensor | None = None,
+    old_values: Tensor | None = None,
+    returns: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    value_clip: float | None = 0.2,
+    value_coef: float = 0.1,
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl: str = "k3",
+    aggregation: str = "token_mean",
+    denominator: float | Tensor | None = None,
+) -> tuple[Tensor, Stats]:
+    """policy + value_coef * value - entropy_coef * entropy + kl_coef * kl; r = exp(clamp(log p - log p_old, +-20))."""
+    mask = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
+
+    def mean(x: Tensor) -> Tensor:
+        return aggregate(x, mask, cu_seqlens, aggregation, denominator)
+
+    def token_mean(x: Tensor) -> Tensor:
+        return aggregate(x, mask, None, "token_mean", denominator if aggregation == "token_mean" else None).detach()
+
+    logprobs, old, A = keep(logprobs, mask), keep(old_logprobs.detach(), mask), keep(advantages.detach(), mask)
+    log_ratio = (logprobs - old).clamp(-20, 20)
+    policy, clipped = ppo_policy(log_ratio, A, clip_low, clip_high, dual_clip)
+    value = value_clipped = H = KL = torch.zeros_like(A)
+    explained = value.sum()
+    if values is not None and returns is not None:
+        V, R = keep(values, mask), keep(returns.detach(), mask)
+        V_old = None if old_values is None else keep(old_values.detach(), mask)
+        value, value_clipped = ppo_value(V, V_old, R, value_clip)
+        explained = explained_variance(V.detach(), R, mask)
+    if entropy is not None:
+        H = keep(entropy, mask)
+    if ref_logprobs is not None:
+        KL = kl_estimate(logprobs, keep(ref_logprobs.detach(), mask), kl)
+
+    terms = {"policy_loss": mean(policy), "value_loss": mean(value), "entropy": mean(H), "kl": mean(KL)}
+    loss = terms["policy_loss"]
+    for coef, name in ((value_coef, "value_loss"), (-entropy_coef, "entropy"), (kl_coef, "kl")):
+        loss = loss + coef * terms[name] if coef != 0 else loss  # an infinite kl that has no weight is no NaN
+    ratio = log_ratio.detach().exp()
+    return loss, {
+        **{name: term.detach() for name, term in terms.items()},
+        "ratio_mean": token_mean(ratio),
+        "ratio_max": F.pad(keep(ratio, mask).flatten(), (0, 1)).amax(),  # the added 0 answers for no token at all
+        "clip_fraction": token_mean(clipped),
+        "value_clip_fraction": token_mean(value_clipped),
+        "approx_kl": token_mean(old - logprobs),
+        "approx_kl_k3": token_mean(torch.expm1(log_ratio) - log_ratio),
+        "explained_variance": explained,
+    }
+
+
+def linear_ppo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    values: Tensor | None = None,
+    old_values: Tensor | None = None,
+    returns: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    value_clip: float | None = 0.2,
+    value_coef: float = 0.1,
+    entropy_coef: float = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl: str = "k3",
+    aggregation: str = "token_mean",
+    denominator: float | Tensor | None = None,
+) -> tuple[Tensor, Stats]:
+    """ppo_loss of the log-probabilities and the entropy of logits = hidden @ weight.T + bias."""
+    logprobs, entropy = linear_token_logprobs(hidden, weight, tokens, bias, temperature, softcap, logit_scale, mask)
+    return ppo_loss(
+        logprobs, old_logprobs, advantages, values, old_values, returns, mask, cu_seqlens, clip_low, clip_high,
+        dual_clip, value_clip, value_coef, entropy, entropy_coef, ref_logprobs, kl_coef, kl, aggregation, denominator,
+    )  # fmt: skip
+
+
+def preference(difference: Tensor, label_smoothing: float) -> Tensor:
+    """-(1 - e) log sigmoid(x) - e log sigmoid(-x): the labels are taken to be wrong with probability e."""
+    return -(1 - label_smoothing) * F.logsigmoid(difference) - label_smoothing * F.logsigmoid(-difference)
+
+
+def dpo_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    denominator: float | Tensor | None = None,
+) -> tuple[Tensor, Stats]:
+    """h = log(pi/ref)(chosen) - log(pi/ref)(rejected); loss = preference(beta h)."""
+
+    def mean(x: Tensor) -> Tensor:
+        return divide(x.sum(), chosen.numel(), denominator)
+
+    chosen_reward = beta * (widen(chosen) - widen(ref_chosen.detach()))  # (P,)
+    rejected_reward = beta * (widen(rejected) - widen(ref_rejected.detach()))
+    margin = chosen_reward - rejected_reward
+    return mean(preference(margin, label_smoothing)), {
+        "accuracy": mean((margin.detach().sign() + 1) / 2),
+        "margin": mean(margin.detach()),
+        "chosen_reward": mean(chosen_reward.detach()),
+        "rejected_reward": mean(rejected_reward.detach()),
+    }
+
+
+def reward_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    margin: float | Tensor | None = None,
+    center_coef: float = 0.0,
+    label_smoothing: float = 0.0,
+    denominator: float | Tensor | None = None,
+) -> tuple[Tensor, Stats]:
+    """Bradley-Terry: preference(chosen - rejected - margin) + center_coef * (chosen + rejected)^2."""
+
+    def mean(x: Tensor) -> Tensor:
+        return divide(x.sum(), chosen.numel(), denominator)
+
+    chosen, rejected = widen(chosen), widen(rejected)  # (P,)
+    difference = chosen - rejected
+    wanted = widen(margin.detach()) if isinstance(margin, Tensor) else (margin or 0.0)
+    loss = mean(preference(difference - wanted, label_smoothing))
+    if center_coef != 0:
+        loss = loss + center_coef * mean((chosen + rejected).square())
+    return loss, {
+        "accuracy": mean((difference.detach().sign() + 1) / 2),
+        "margin": mean(difference.detach()),
+    }

@@ -1,0 +1,50 @@
+"""reward_loss: Bradley-Terry loss of a reward model on pairs of scores."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rlhf_fast.ops import _checks, _dispatch, reference
+
+_BACKENDS = {"reference": reference.reward_loss}
+
+
+def reward_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    margin: float | Tensor | None = None,
+    center_coef: float = 0.0,
+    label_smoothing: float = 0.0,
+    denominator: float | Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Bradley-Terry loss (Stiennon et al., arXiv:2009.01325), the mean over pairs of
+
+        -(1 - e) log sigmoid(x) - e log sigmoid(-x) + center_coef * (chosen + rejected)^2,
+
+    with x = chosen - rejected - margin and e the label smoothing. The margin: Llama 2, arXiv:2307.09288, equation 2;
+    the centring: Eisenstein et al., arXiv:2312.09244.
+
+    Args:
+        chosen, rejected: (P,), float32, bfloat16, float16 or float64: the scores. Gradients flow to both.
+        margin: (P,) tensor, a number, or None for 0: by how much chosen should win. A constant.
+        center_coef: >= 0; pulls the scores of a pair towards a sum of 0.
+        label_smoothing: in [0, 0.5]: the probability that a label is wrong.
+        denominator: what to divide by instead of P: a number > 0 or a tensor of shape (), so that micro-batches add
+            up to their batch. A tensor of 0 counts as 1.
+
+    Returns:
+        loss: a scalar, float32 (float64 if an input is); 0 for no pair.
+        stats: detached scalars, divided like the loss: accuracy (share of chosen > rejected, ties count half) and
+            margin (chosen - rejected).
+
+    Raises:
+        TypeError, ValueError: dtype, shape or device do not fit, or a number is out of range.
+    """
+    _checks.pairs(chosen, rejected=rejected, margin=margin if isinstance(margin, Tensor) else None)
+    if margin is not None and not isinstance(margin, Tensor):
+        _checks.number("margin", margin)
+    _checks.number("center_coef", center_coef, least=0)
+    _checks.number("label_smoothing", label_smoothing, least=0, most=0.5)
+    _checks.denominators(denominator)
+    run = _dispatch.choose("reward_loss", _BACKENDS)
+    return run(chosen, rejected, margin, center_coef, label_smoothing, denominator)

@@ -1,0 +1,182 @@
+"""The whole loop in one run folder: SFT -> sampled pairs -> comparisons -> reward model -> PPO -> evaluation -> report.
+
+Each phase has a folder of its own, finished when its `result.json` is there. Run again with the same settings, the
+pipeline goes on after the last finished phase.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import LlamaConfig
+
+from rlhf_fast import config as settings
+from rlhf_fast import models
+from rlhf_fast.config import DemoConfig
+from rlhf_fast.data.chat import Prompt, prompt_text
+from rlhf_fast.data.records import PromptRecord, read_demonstrations, read_prompts
+from rlhf_fast.evaluation.report import write_report
+from rlhf_fast.evaluation.win_rate import evaluate, write_evaluation
+from rlhf_fast.feedback.simulated import SimulatedAnnotator
+from rlhf_fast.files import require_space, write_atomic, write_jsonl
+from rlhf_fast.models.byte_tokenizer import VOCAB_SIZE
+from rlhf_fast.rollout.generator import Generator
+from rlhf_fast.rollout.sampling import SamplingParams
+from rlhf_fast.run_folder import RunFolder, bar_updater, is_finished, progress_bar, read_result
+from rlhf_fast.trainers.loop import shuffled
+from rlhf_fast.trainers.ppo import PPOTrainer
+from rlhf_fast.trainers.reward import AIM, RewardTrainer
+from rlhf_fast.trainers.sft import SFTTrainer
+
+SYSTEM = "You answer messages from clients of a design agency."  # stands before every prompt of the demo
+PHASES = ("sft", "comparisons", "reward", "ppo", "evaluation")
+
+
+def run_demo(config: DemoConfig, say: Callable[[str], None] = print) -> Path:
+    """Run what is not yet finished of the demo and write `report.html`; returns its path.
+
+    Raises:
+        ValueError: the folder holds a run with other settings; the message lists them.
+        OSError: the disk is too small, before anything is computed.
+    """
+    out = Path(config.out)
+    _claim(out, config)
+    run = _Demo(config, out)
+    phases = (run.sft, run.comparisons, run.reward, run.ppo, run.evaluation)
+    for number, (name, phase) in enumerate(zip(PHASES, phases, strict=True), start=1):
+        if is_finished(out / name):
+            say(f"[{number}/{len(PHASES)}] {name}: finished earlier")
+            continue
+        say(f"[{number}/{len(PHASES)}] {name}")
+        phase()
+        result = read_result(out / name)
+        say(f"      {result['seconds']:.0f} s; {_brief(result['summary'])}")
+        if name == "reward" and result["summary"]["heldout_accuracy"]["mean"] < AIM and not config.tiny:
+            say(f"      held-out agreement is below the {AIM:.0%} worth aiming at: more comparisons would help")
+    report = write_report(out)
+    say(f"Report: {report}")
+    return report
+
+
+class _Demo:
+    """The phases of one demo run, each reading what the ones before it have written."""
+
+    def __init__(self, config: DemoConfig, out: Path) -> None:
+        self.config, self.out = config, out
+        files = resources.files("rlhf_fast.demo")
+        prompts = Path(str(files / "prompts.jsonl"))
+        self.training_prompts = [_with_system(p) for p in read_prompts(prompts, split="train")]
+        self.evaluation_prompts = [_with_system(p) for p in read_prompts(prompts, split="eval")]
+        self.demonstrations = [
+            {"prompt": _messages(d.prompt), "completion": d.completion}
+            for d in read_demonstrations(Path(str(files / "demonstrations.jsonl")))
+        ]
+
+    def sft(self) -> None:
+        model = self.config.model
+        if self.config.tiny:
+            model = str(self.out / "base")
+            if not (self.out / "base").exists():
+                models.save(self.out / "base", *models.load(tiny_model()))
+        SFTTrainer(model, self.demonstrations, self.out / "sft", self.config.sft).train()
+
+    def comparisons(self) -> None:
+        """Sample replies to training prompts from the SFT policy and let the simulated annotator compare them."""
+        config = self.config.comparisons
+        model, tokenizer = models.load(self.out / "sft")
+        prompts = shuffled(self.training_prompts, config.seed)[: config.prompts or None]
+        run = RunFolder(self.out / "comparisons", "comparisons", settings.to_yaml(config))
+        params = SamplingParams(
+            n=config.samples_per_prompt,
+            temperature=config.temperature,
+            max_new_tokens=config.max_new_tokens,
+            seed=config.seed,
+        )
+        with progress_bar(len(prompts) * params.n, "comparisons", "reply") as bar:
+            rollouts = Generator(model, tokenizer).generate([p.prompt for p in prompts], params, bar_updater(bar))
+        annotator = SimulatedAnnotator(config.annotator)
+        comparisons = []
+        for i, prompt in enumerate(prompts):
+            replies = rollouts.texts[i * params.n : (i + 1) * params.n]
+            comparisons.extend(annotator.compare_all(prompt.prompt, prompt.category, replies))
+        write_jsonl(run.path / "comparisons.jsonl", [comparison.as_dict() for comparison in comparisons])
+        run.finish(
+            {
+                "prompts": len(prompts),
+                "replies": len(rollouts),
+                "comparisons": len(comparisons),
+                "annotator": annotator.name,
+                "finished": sum(reason == "stop" for reason in rollouts.finish_reasons) / len(rollouts),
+            }
+        )
+
+    def reward(self) -> None:
+        comparisons = self.out / "comparisons" / "comparisons.jsonl"
+        RewardTrainer(self.out / "sft", comparisons, self.out / "reward", self.config.reward).train()
+
+    def ppo(self) -> None:
+        PPOTrainer(
+            self.out / "sft", self.out / "reward", self.training_prompts, self.out / "ppo", self.config.ppo
+        ).train()
+
+    def evaluation(self) -> None:
+        """PPO against SFT on prompts that nothing was trained on."""
+        run = RunFolder(self.out / "evaluation", "evaluation", settings.to_yaml(self.config.evaluation))
+        figures, rows = evaluate(
+            self.out / "ppo", self.out / "sft", self.evaluation_prompts, self.config.evaluation, names=("ppo", "sft")
+        )
+        write_evaluation(run, figures, rows)
+
+
+def tiny_model() -> LlamaConfig:
+    """A Llama of two layers for the byte tokenizer."""
+    return LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+
+
+def _claim(out: Path, config: DemoConfig) -> None:
+    """Write the settings into the run's folder, or see that those of an earlier start are the same."""
+    file = out / "config.yaml"
+    if file.exists():
+        before = settings.flatten(yaml.safe_load(file.read_text(encoding="utf-8")))
+        now = settings.flatten(settings.to_dict(config))
+        changed = [key for key in now if key != "out" and before.get(key) != now[key]]
+        if changed:
+            listed = ", ".join(f"{key}: {before.get(key)} -> {now[key]}" for key in changed)
+            raise ValueError(f"--out: {out} was started with other settings ({listed}); choose another --out")
+    else:
+        require_space(out, 100_000_000 if config.tiny else 1_000_000_000, "the demo")
+        write_atomic(file, settings.to_yaml(config))
+
+
+def _with_system(record: PromptRecord) -> PromptRecord:
+    return replace(record, prompt=_messages(record.prompt))
+
+
+def _messages(prompt: Prompt) -> Prompt:
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt_text(prompt)}]
+
+
+def _brief(summary: dict[str, Any]) -> str:
+    """A summary on one line."""
+    parts = []
+    for name, value in summary.items():
+        if isinstance(value, dict):
+            value = f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+        elif isinstance(value, float):
+            value = f"{value:.3f}"
+        parts.append(f"{name} {value}")
+    return ", ".join(parts)

@@ -1,0 +1,1 @@
+"""Rollouts: sampling responses from a policy, with their log-probabilities."""

@@ -1,0 +1,102 @@
+"""A run's folder: config.yaml, metrics.jsonl, samples.jsonl, checkpoints/step-N and, once it is finished, result.json.
+
+`result.json` is written last and at once, so a folder is finished exactly when it is there. An unfinished run starts
+over: what it had written is cleared.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from rlhf_fast.files import append_line, write_atomic
+
+
+class RunFolder:
+    """Writes one run. Create it when everything has been checked: it clears an unfinished run of the same folder."""
+
+    def __init__(self, path: str | Path, phase: str, config_yaml: str) -> None:
+        self.path, self.phase = Path(path), phase
+        if is_finished(self.path):
+            raise FileExistsError(f"{self.path} holds a finished run; choose another --out, or remove it first")
+        for name in ("metrics.jsonl", "samples.jsonl", "checkpoints"):
+            _remove(self.path / name)
+        write_atomic(self.path / "config.yaml", config_yaml)
+        self.started = time.monotonic()
+
+    def log(self, row: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, with the seconds since the start."""
+        elapsed = round(time.monotonic() - self.started, 3)
+        append_line(self.path / "metrics.jsonl", {**_finite(row), "seconds": elapsed})
+
+    def sample(self, row: dict[str, Any]) -> None:
+        """One line of samples.jsonl."""
+        append_line(self.path / "samples.jsonl", row)
+
+    def checkpoint(self, step: int) -> Path:
+        """The folder that a checkpoint of `step` goes to (`models.save` writes it aside and renames it)."""
+        return self.path / "checkpoints" / f"step-{step}"
+
+    def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
+        """Mark the run as finished and say what it cost."""
+        result = {
+            "phase": self.phase,
+            "seconds": round(time.monotonic() - self.started, 1),
+            "peak_rss_gb": round(peak_rss_gb(), 3),
+            "summary": _finite(summary),
+        }
+        write_atomic(self.path / "result.json", json.dumps(result, indent=2) + "\n")
+        return result
+
+
+def is_finished(path: Path) -> bool:
+    return (path / "result.json").exists()
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """What a finished run wrote as its result."""
+    result: dict[str, Any] = json.loads((path / "result.json").read_text(encoding="utf-8"))
+    return result
+
+
+def progress_bar(total: int, what: str, unit: str) -> tqdm[Any]:
+    """A progress line with rate and time left on stderr; in a log file it is renewed every 30 seconds only."""
+    seconds = 0.5 if sys.stderr.isatty() else 30.0
+    return tqdm(total=total, desc=what, unit=unit, mininterval=seconds, maxinterval=seconds, dynamic_ncols=True)
+
+
+def bar_updater(bar: tqdm[Any]) -> Callable[[int, int], None]:
+    """A `progress(done, total)` callback that moves `bar`."""
+
+    def update(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    return update
+
+
+def peak_rss_gb() -> float:
+    """The most memory this process has held so far, in GB (10^9 bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9  # bytes there, KiB on Linux
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """NaN and infinity as null: they are not JSON."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,92 @@
+"""Direct preference optimisation: the policy itself is fitted to comparisons, without a reward model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_fast import config as settings
+from rlhf_fast import models, ops
+from rlhf_fast.config import DPOConfig
+from rlhf_fast.data.batches import Batch, Example, pad
+from rlhf_fast.data.pairs import PairGroup, batches_by_pairs, group_pairs, join, microbatches_of_groups
+from rlhf_fast.data.records import Source, read_comparisons
+from rlhf_fast.run_folder import RunFolder
+from rlhf_fast.trainers.loop import Optimizer, Stats, add_stats, fit, per_example, shuffled, split_heldout
+
+
+class DPOTrainer:
+    """Raise the chosen responses over the rejected ones, relative to the frozen start (arXiv 2305.18290, equation 7).
+
+    Args:
+        model: the policy to start from, which is also the reference.
+        data: comparisons (see data/records.py).
+        out: the run's folder.
+    """
+
+    def __init__(self, model: str | Path, data: Source, out: str | Path, config: DPOConfig | None = None) -> None:
+        self.config = config = config or DPOConfig()
+        comparisons = read_comparisons(data)
+        loaded, self.tokenizer = models.load(model)
+        self.model = models.trainable(loaded, config.lora, config.seed)
+        self.device = models.output_head(self.model).weight.device
+        groups = group_pairs(comparisons, self.tokenizer, config.max_length)
+        self.training, self.heldout = split_heldout(groups, config.heldout, config.seed)
+        self.out = Path(out)
+        self.reference: dict[Example, float] = {}
+
+    def train(self) -> dict[str, Any]:
+        """Train, save the checkpoint, and return the run's result."""
+        config = self.config
+        batches = [
+            batch
+            for epoch in range(config.epochs)
+            for batch in batches_by_pairs(shuffled(self.training, config.seed + epoch), config.batch_size)
+        ]
+        optimizer = Optimizer([self.model], config.optim, len(batches))
+        run = RunFolder(self.out, "dpo", settings.to_yaml(config))
+        self._remember_reference()
+        evaluated = fit(run, batches, self._losses, optimizer, self.evaluate, math.ceil(len(batches) / config.epochs))
+        models.save(run.checkpoint(len(batches)), self.model, self.tokenizer)
+        return run.finish({"comparisons": sum(group.pairs for group in self.training), **evaluated})
+
+    def _remember_reference(self) -> None:
+        """The reference is the policy before its first step, so its log-probabilities are computed once, here."""
+        examples = [example for group in self.training + self.heldout for example in group.examples]
+        max_tokens = self.config.optim.max_tokens_per_microbatch
+        (parts,) = per_example(examples, lambda batch: [self._logprobs(batch)], max_tokens, self.device)
+        self.reference = {example: float(part) for example, part in zip(examples, parts, strict=True)}
+
+    def _logprobs(self, batch: Batch) -> torch.Tensor:
+        """Log-probability of each whole response: (B,)."""
+        logprobs, _ = models.response_logprobs(self.model, batch)
+        return ops.sequence_sum(logprobs, cu_seqlens=batch.cu_seqlens)
+
+    def _losses(self, groups: list[PairGroup]) -> Iterator[tuple[torch.Tensor, Stats]]:
+        total = sum(group.pairs for group in groups)
+        for part in microbatches_of_groups(groups, self.config.optim.max_tokens_per_microbatch):
+            pairs = join(part, self.device)
+            logprobs = self._logprobs(pad(pairs.examples, self.device))  # (B,)
+            reference = torch.tensor([self.reference[example] for example in pairs.examples], device=self.device)
+            loss, stats = ops.dpo_loss(
+                logprobs[pairs.chosen],
+                logprobs[pairs.rejected],
+                reference[pairs.chosen],
+                reference[pairs.rejected],
+                beta=self.config.beta,
+                label_smoothing=self.config.label_smoothing,
+                denominator=total,
+            )
+            yield loss, stats
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Loss, and how often the implicit reward prefers the chosen response, on held-out prompts."""
+        totals: dict[str, float] = {}
+        for loss, stats in self._losses(self.heldout):
+            add_stats(totals, {"loss": loss, "accuracy": stats["accuracy"], "margin": stats["margin"]})
+        return {f"heldout_{name}": value for name, value in totals.items()}

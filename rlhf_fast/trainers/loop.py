@@ -1,0 +1,171 @@
+"""What all trainers share: the optimiser with its schedule, passes over the data, and scoring without gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from rlhf_fast.config import OptimConfig
+from rlhf_fast.data.batches import Batch, Example, microbatches, pad
+from rlhf_fast.run_folder import RunFolder, progress_bar
+
+Item = TypeVar("Item")
+Stats = dict[str, torch.Tensor]
+
+
+class Optimizer:
+    """AdamW over the trainable parameters of some modules, with clipping and a schedule over `total_steps`."""
+
+    def __init__(self, modules: Sequence[nn.Module], config: OptimConfig, total_steps: int) -> None:
+        self.parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ValueError("the model has no trainable parameter; pass it through models.trainable first")
+        self.config = config
+        self.adam = torch.optim.AdamW(
+            self.parameters, lr=config.lr, eps=config.adam_eps, weight_decay=config.weight_decay
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adam, learning_rate_factor(config, total_steps))
+
+    @property
+    def lr(self) -> float:
+        return float(self.schedule.get_last_lr()[0])
+
+    def step(self) -> float:
+        """Apply the accumulated gradients; returns their norm before clipping.
+
+        Raises:
+            FloatingPointError: the gradient is not finite. The weights are as before.
+        """
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient is {norm}; lower optim.lr, or look at the data of this step")
+        self.adam.step()
+        self.schedule.step()
+        self.adam.zero_grad(set_to_none=True)
+        return norm
+
+
+def learning_rate_factor(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
+    """Factor on the learning rate at each step: linear warm-up, then constant, linear or cosine to zero."""
+    warmup = math.ceil(config.warmup * total_steps)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        done = (step - warmup) / max(1, total_steps - warmup)
+        if config.schedule == "constant":
+            return 1.0
+        if config.schedule == "linear":
+            return max(0.0, 1.0 - done)
+        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+
+    return factor
+
+
+def fit(
+    run: RunFolder,
+    batches: list[list[Item]],
+    losses: Callable[[list[Item]], Iterator[tuple[torch.Tensor, Stats]]],
+    optimizer: Optimizer,
+    evaluate: Callable[[], dict[str, float]],
+    evaluate_every: int,
+) -> dict[str, float]:
+    """One optimiser step for each batch; evaluate before the first, every so often, and after the last.
+
+    `losses(batch)` yields (loss, stats) of each micro-batch, divided by the whole batch's denominator, so that their
+    sums are the batch's and micro-batching changes nothing.
+    """
+    evaluated = evaluate()
+    run.log({"step": 0, **evaluated})
+    with progress_bar(len(batches), run.phase, "step") as bar:
+        for step, batch in enumerate(batches, start=1):
+            totals: dict[str, float] = {}
+            for loss, stats in losses(batch):
+                loss.backward()
+                add_stats(totals, {"loss": loss.detach(), **stats})
+            lr = optimizer.lr
+            norm = optimizer.step()
+            run.log({"step": step, **totals, "lr": lr, "grad_norm": norm})
+            bar.set_postfix({"loss": f"{totals['loss']:.3f}"}, refresh=False)
+            bar.update()
+            if step % evaluate_every == 0 or step == len(batches):
+                evaluated = evaluate()
+                run.log({"step": step, **evaluated})
+    return evaluated
+
+
+def add_stats(totals: dict[str, float], stats: Stats) -> None:
+    """Add one micro-batch's sums to the batch's. One copy to the host for all of them."""
+    values = torch.stack([value.detach().float() for value in stats.values()]).tolist()
+    for name, value in zip(stats, values, strict=True):
+        totals[name] = totals.get(name, 0.0) + value
+
+
+@torch.no_grad()
+def per_example(
+    examples: Sequence[Example],
+    function: Callable[[Batch], Sequence[torch.Tensor]],
+    max_tokens: int,
+    device: torch.device | str,
+) -> list[list[torch.Tensor]]:
+    """Run `function` on micro-batches of `examples` without gradients.
+
+    `function` returns tensors packed over response tokens (R,) or one value a sequence (B,). The result has for each
+    of them a list with each example's part, in the order of `examples`.
+    """
+    parts: list[list[torch.Tensor]] = []
+    for group in microbatches([len(example) for example in examples], max_tokens):
+        batch = pad([examples[i] for i in group], device)
+        outputs = function(batch)
+        counts = batch.cu_seqlens.diff().tolist()
+        if not parts:
+            parts = [[torch.empty(0)] * len(examples) for _ in outputs]
+        for output, part in zip(outputs, parts, strict=True):
+            sizes = [1] * len(group) if len(output) == len(group) else counts
+            for i, piece in zip(group, output.split(sizes), strict=True):
+                part[i] = piece
+    return parts
+
+
+def shuffled(items: Sequence[Item], seed: int) -> list[Item]:
+    """A permutation of `items` that depends on the seed only."""
+    return [items[i] for i in np.random.default_rng(seed).permutation(len(items))]
+
+
+def split_heldout(items: Sequence[Item], share: float, seed: int, least: int = 1) -> tuple[list[Item], list[Item]]:
+    """(training, held-out) items: at least one to train on, and at least `least` held out.
+
+    Raises:
+        ValueError: too few items for that, or a share that is not between 0 and 1.
+    """
+    if not 0.0 < share < 1.0:
+        raise ValueError(f"heldout: {share}; expected a share between 0 and 1, such as 0.1")
+    if len(items) < least + 1:
+        raise ValueError(f"heldout: {len(items)} in all, of which {least} are to be held out and 1 to train on")
+    order = shuffled(items, seed)
+    count = min(len(items) - 1, max(least, round(share * len(items))))
+    return order[count:], order[:count]
+
+
+def epoch_batches(items: Sequence[Item], size: int, epochs: int, seed: int) -> list[list[Item]]:
+    """Batches of `size` items (the last of an epoch may be smaller), in a fresh order each epoch."""
+    batches = []
+    for epoch in range(epochs):
+        order = shuffled(items, seed + epoch)
+        batches.extend([order[start : start + size] for start in range(0, len(order), size)])
+    return batches
+
+
+def concatenated(parts: list[torch.Tensor], rows: Iterable[int]) -> torch.Tensor:
+    """The parts of some examples, packed."""
+    return torch.cat([parts[row] for row in rows])
+
+
+def plain(values: dict[str, Any]) -> dict[str, float]:
+    """Scalars as Python floats."""
+    return {key: float(value) for key, value in values.items()}

@@ -1,0 +1,304 @@
+"""PPO on a language model: sample, score, estimate advantages, and improve the policy within a clipped ratio.
+
+One step is `_collect` (rollouts, rewards, advantages) and `_update` (epochs of minibatches over them). The policy and
+its value head share one trunk; the reference is the policy as it was at the start, its frozen weights shared.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from rlhf_fast import config as settings
+from rlhf_fast import models, ops
+from rlhf_fast.config import PPOConfig
+from rlhf_fast.data.batches import Batch, Example, microbatches, pad
+from rlhf_fast.data.chat import encode_prompt, prompt_text
+from rlhf_fast.data.records import PromptRecord, Source, read_prompts
+from rlhf_fast.rollout.generator import Generator
+from rlhf_fast.rollout.sampling import SamplingParams
+from rlhf_fast.run_folder import RunFolder, progress_bar
+from rlhf_fast.trainers.kl_controller import KLController
+from rlhf_fast.trainers.loop import Optimizer, Stats, add_stats, concatenated, per_example, shuffled
+from rlhf_fast.trainers.rewards import Reward, checked_scores, resolve_reward
+
+# How far the first update may be from exact in float32, where micro-batches differ only in the order of sums.
+FIRST_UPDATE_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Experience:
+    """One step's rollouts with all that PPO's loss needs. Lists hold one tensor (response length,) a sequence."""
+
+    examples: list[Example]
+    old_logprobs: list[torch.Tensor]
+    old_values: list[torch.Tensor]
+    advantages: list[torch.Tensor]
+    returns: list[torch.Tensor]
+    metrics: dict[str, float]
+
+
+class PPOTrainer:
+    """Improve a policy on prompts by a reward, kept near its start by a KL penalty on every token.
+
+    Args:
+        policy: the checkpoint to start from, which is also the reference.
+        reward: a reward model's checkpoint, a function `(prompts, responses) -> scores`, or a weighted list of those.
+        prompts: see data/records.py.
+        out: the run's folder.
+    """
+
+    def __init__(
+        self,
+        policy: str | Path,
+        reward: Reward,
+        prompts: Source | list[PromptRecord],
+        out: str | Path,
+        config: PPOConfig | None = None,
+    ) -> None:
+        self.config = config = config or PPOConfig()
+        records = prompts if _are_records(prompts) else read_prompts(prompts)  # type: ignore[arg-type]
+        self.prompts: list[PromptRecord] = records  # type: ignore[assignment]
+        if len(self.prompts) < config.prompts_per_step:
+            raise ValueError(
+                f"ppo.prompts_per_step: {config.prompts_per_step}, but there are only {len(self.prompts)} prompts"
+            )
+        loaded, self.tokenizer = models.load(policy)
+        self._check_lengths()
+        self.reward = resolve_reward(reward, config.min_reward_agreement, config.max_length)
+        self.model = models.trainable(loaded, config.lora, config.seed)
+        self.reference = models.frozen_copy(self.model)
+        self.head = models.output_head(self.model)
+        self.device = self.head.weight.device
+        # Starts at zero: its first values are no worse than none, and the trunk gets no gradient from a random head.
+        self.value_head = nn.Linear(self.head.weight.shape[1], 1, device=self.device)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        self.kl_controller = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
+        self.generator = Generator(self.model, self.tokenizer)
+        self.optimizer = Optimizer(
+            [self.model, self.value_head], config.optim, config.steps * config.epochs * config.minibatches
+        )
+        self.out = Path(out)
+
+    def train(self) -> dict[str, Any]:
+        """Run all steps, save the checkpoint, and return the run's result."""
+        config = self.config
+        run = RunFolder(self.out, "ppo", settings.to_yaml(config))
+        row: dict[str, float] = {}
+        with progress_bar(config.steps, "ppo", "step") as bar:
+            for step in range(1, config.steps + 1):
+                experience = self._collect(run, step)
+                started = time.monotonic()
+                row = {**experience.metrics, **self._update(experience, step)}
+                row["seconds_training"] = time.monotonic() - started
+                row["kl_coef"] = self.kl_controller.coef
+                self.kl_controller.update(row["kl"], len(experience.examples))
+                run.log({"step": step, **row})
+                bar.set_postfix({"score": f"{row['score']:.3f}", "kl": f"{row['kl']:.2f}"}, refresh=False)
+                bar.update()
+        extra = {"step": config.steps, "kl_controller": self.kl_controller.state_dict()}
+        models.save(run.checkpoint(config.steps), self.model, self.tokenizer, extra, heads=self.value_head)
+        return run.finish({name: row[name] for name in ("score", "reward", "kl", "kl_coef", "entropy", "finished")})
+
+    # Collecting -----------------------------------------------------------------------------------------------------
+
+    def _collect(self, run: RunFolder, step: int) -> Experience:
+        """Sample responses to this step's prompts and turn their scores into advantages for every token."""
+        config = self.config
+        started = time.monotonic()
+        records = self._step_prompts(step)
+        # No top-k or top-p: the ratio is only right when sampling and training use the same distribution.
+        params = SamplingParams(
+            n=config.samples_per_prompt,
+            temperature=config.temperature,
+            max_new_tokens=config.max_new_tokens,
+            seed=config.seed + step,
+        )
+        rollouts = self.generator.generate([record.prompt for record in records], params)
+        examples = rollouts.examples()
+        sampled = time.monotonic()
+
+        asked = [records[i].prompt for i in rollouts.prompt_index.tolist()]
+        scores = checked_scores(self.reward, asked, rollouts.texts)
+        finished = [reason == "stop" for reason in rollouts.finish_reasons]
+        paid = [s if done else s - config.missing_eos_penalty for s, done in zip(scores, finished, strict=True)]
+        max_tokens = config.optim.max_tokens_per_microbatch
+        # Log-probabilities from the training forward, not the sampler's, so that the first ratio is exactly one.
+        old_logprobs, entropies, old_values = per_example(examples, self._policy_outputs, max_tokens, self.device)
+        (ref_logprobs,) = per_example(examples, self._reference_logprobs, max_tokens, self.device)
+
+        lengths = [len(example.response) for example in examples]
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(self.device)
+        kl = ops.kl_estimate(torch.cat(old_logprobs), torch.cat(ref_logprobs), kind="k1")  # (R,)
+        rewards = -self.kl_controller.coef * kl  # (R,)
+        rewards[cu_seqlens[1:].long() - 1] += torch.tensor(paid, device=self.device)  # on the last token: the end
+        if config.whiten_rewards:
+            rewards = ops.whiten(rewards, shift_mean=False)
+        values = torch.cat(old_values)
+        advantages, returns = ops.gae(rewards, values, gamma=config.gamma, lam=config.lam, cu_seqlens=cu_seqlens)
+        advantages = ops.whiten(advantages)
+
+        sequence_kl = ops.sequence_sum(kl, cu_seqlens=cu_seqlens)  # (B,)
+        self._keep_samples(run, step, asked, rollouts.texts, scores, sequence_kl.tolist())
+        if step == 1:
+            _check_start(kl, advantages)
+        return Experience(
+            examples=examples,
+            old_logprobs=old_logprobs,
+            old_values=old_values,
+            advantages=list(advantages.split(lengths)),
+            returns=list(returns.split(lengths)),
+            metrics={
+                "score": float(np.mean(scores)),
+                "reward": float(np.mean(paid)) - self.kl_controller.coef * float(sequence_kl.mean()),
+                "kl": float(sequence_kl.mean()),
+                "entropy": float(torch.cat(entropies).mean()),
+                "response_tokens": float(np.mean(lengths)),
+                "finished": float(np.mean(finished)),
+                "seconds_rollout": sampled - started,
+                "seconds_scoring": time.monotonic() - sampled,
+            },
+        )
+
+    def _step_prompts(self, step: int) -> list[PromptRecord]:
+        """The prompts of a step: consecutive ones of a permutation that is drawn anew for every pass."""
+        per_step = self.config.prompts_per_step
+        first = (step - 1) * per_step
+        chosen = []
+        for position in range(first, first + per_step):
+            lap, place = divmod(position, len(self.prompts))
+            chosen.append(shuffled(self.prompts, self.config.seed + lap)[place])
+        return chosen
+
+    def _policy_outputs(self, batch: Batch) -> list[torch.Tensor]:
+        """Log-probability and entropy (R,), and value (R,), of each response token."""
+        states = models.response_states(self.model, batch)  # (R, H)
+        logprobs, entropy = models.response_logprobs(self.model, batch, self.config.temperature, states)
+        return [logprobs, entropy, self.value_head(states.float()).squeeze(-1)]
+
+    def _reference_logprobs(self, batch: Batch) -> list[torch.Tensor]:
+        return [models.response_logprobs(self.reference, batch, self.config.temperature)[0]]
+
+    # Updating -------------------------------------------------------------------------------------------------------
+
+    def _update(self, experience: Experience, step: int) -> dict[str, float]:
+        """Epochs of minibatches over the experience; returns the statistics averaged over all of them."""
+        totals: dict[str, float] = {}
+        count = 0
+        for epoch in range(self.config.epochs):
+            rng = np.random.default_rng((self.config.seed, step, epoch))
+            order = rng.permutation(len(experience.examples))
+            for rows in np.array_split(order, self.config.minibatches):
+                stats: dict[str, float] = {}
+                worst_ratio = 0.0
+                for loss, part in self._losses(experience, rows.tolist()):
+                    loss.backward()
+                    worst_ratio = max(worst_ratio, float(part.pop("ratio_max")))
+                    add_stats(stats, part)
+                stats["ratio_max"] = worst_ratio
+                stats["explained_variance"] = self._explained_variance(experience)
+                if step == 1 and count == 0:
+                    _check_first_update(stats)
+                stats["grad_norm"] = self.optimizer.step()
+                for name, value in stats.items():
+                    totals[name] = totals.get(name, 0.0) + value
+                count += 1
+        return {name: value / count for name, value in totals.items()}
+
+    def _losses(self, experience: Experience, rows: list[int]) -> Iterator[tuple[torch.Tensor, Stats]]:
+        """Loss and statistics of each micro-batch of a minibatch, all divided by the minibatch's tokens."""
+        config = self.config
+        examples = experience.examples
+        tokens = sum(len(examples[row].response) for row in rows)
+        for group in microbatches([len(examples[row]) for row in rows], config.optim.max_tokens_per_microbatch):
+            part = [rows[i] for i in group]
+            batch = pad([examples[row] for row in part], self.device)
+            logprobs, _, values = self._policy_outputs(batch)
+            loss, stats = ops.ppo_loss(
+                logprobs,
+                concatenated(experience.old_logprobs, part),
+                concatenated(experience.advantages, part),
+                values=values,
+                old_values=concatenated(experience.old_values, part),
+                returns=concatenated(experience.returns, part),
+                cu_seqlens=batch.cu_seqlens,
+                clip_low=config.clip_low,
+                clip_high=config.clip_high,
+                value_clip=config.value_clip,
+                value_coef=config.value_coef,
+                denominator=tokens,
+            )
+            kept = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "ratio_mean", "ratio_max")
+            yield loss, {name: stats[name] for name in kept}
+
+    @staticmethod
+    def _explained_variance(experience: Experience) -> float:
+        """How much of the returns' variance the values at sampling time explain; 0 when the returns do not vary."""
+        returns, values = torch.cat(experience.returns), torch.cat(experience.old_values)
+        variance = float(returns.var(correction=0))
+        return 1.0 - float((returns - values).var(correction=0)) / variance if variance > 0 else 0.0
+
+    # Checks and records ---------------------------------------------------------------------------------------------
+
+    def _check_lengths(self) -> None:
+        """Refuse prompts that leave no room for a response, before any work is done."""
+        for record in self.prompts:
+            tokens = len(encode_prompt(self.tokenizer, record.prompt)) + self.config.max_new_tokens
+            if tokens > self.config.max_length:
+                raise ValueError(
+                    f"{record.name or 'a prompt'}: with max_new_tokens = {self.config.max_new_tokens} it comes to "
+                    f"{tokens} tokens, more than ppo.max_length = {self.config.max_length}; shorten it or raise the "
+                    "setting"
+                )
+
+    @staticmethod
+    def _keep_samples(
+        run: RunFolder, step: int, prompts: list[Any], texts: list[str], scores: list[float], kl: list[float]
+    ) -> None:
+        for i in range(0, len(texts), max(1, len(texts) // 4)):
+            run.sample(
+                {"step": step, "prompt": prompt_text(prompts[i]), "text": texts[i], "score": scores[i], "kl": kl[i]}
+            )
+
+
+def _check_start(kl: torch.Tensor, advantages: torch.Tensor) -> None:
+    """Before the first update the policy is its reference, and whitened advantages are whitened."""
+    wrong = []
+    if (worst := float(kl.abs().max())) > FIRST_UPDATE_TOLERANCE:
+        wrong.append(f"KL to the reference {worst:.2e} instead of 0")
+    if len(advantages) > 1 and float(advantages.std()) > 0:
+        mean, std = float(advantages.mean()), float(advantages.std())
+        if abs(mean) > FIRST_UPDATE_TOLERANCE or abs(std - 1.0) > 1e-2:
+            wrong.append(f"advantages of mean {mean:.2e} and deviation {std:.3f} instead of 0 and 1")
+    _raise_if(wrong)
+
+
+def _check_first_update(stats: dict[str, float]) -> None:
+    """In the first update every ratio is 1: a difference means that sampling and training disagree on the model."""
+    wrong = []
+    for name, expected in (("ratio_mean", 1.0), ("ratio_max", 1.0), ("approx_kl", 0.0)):
+        if not abs(stats[name] - expected) <= FIRST_UPDATE_TOLERANCE:
+            wrong.append(f"{name} {stats[name]:.6f} instead of {expected}")
+    if stats["clip_fraction"] != 0.0:
+        wrong.append(f"clip_fraction {stats['clip_fraction']} instead of 0")
+    if not math.isfinite(stats["explained_variance"]):
+        wrong.append(f"explained_variance {stats['explained_variance']}")
+    _raise_if(wrong)
+
+
+def _raise_if(wrong: list[str]) -> None:
+    if wrong:
+        raise RuntimeError("PPO's first update is not what it must be: " + "; ".join(wrong))
+
+
+def _are_records(prompts: Any) -> bool:
+    return isinstance(prompts, list) and bool(prompts) and all(isinstance(p, PromptRecord) for p in prompts)

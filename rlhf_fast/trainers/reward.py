@@ -1,0 +1,107 @@
+"""The reward model: Bradley-Terry on comparisons, a scalar head at the last real token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_fast import config as settings
+from rlhf_fast import models, ops
+from rlhf_fast.config import RewardConfig
+from rlhf_fast.data.batches import pad
+from rlhf_fast.data.pairs import PairGroup, Pairs, batches_by_pairs, group_pairs, join, microbatches_of_groups
+from rlhf_fast.data.records import Source, read_comparisons
+from rlhf_fast.intervals import Interval, clustered_bootstrap
+from rlhf_fast.run_folder import RunFolder
+from rlhf_fast.trainers.loop import Optimizer, Stats, fit, per_example, shuffled, split_heldout
+
+AIM = 0.7  # held-out agreement worth having; people agree with each other on 63 to 77 % of such comparisons
+
+
+class RewardTrainer:
+    """Fit a scalar score to comparisons, and measure its agreement with comparisons of prompts never trained on.
+
+    Args:
+        model: the policy to start from (its weights and adapter; the head is new).
+        data: comparisons (see data/records.py).
+        out: the run's folder.
+    """
+
+    def __init__(self, model: str | Path, data: Source, out: str | Path, config: RewardConfig | None = None) -> None:
+        self.config = config = config or RewardConfig()
+        comparisons = read_comparisons(data)
+        self.model, self.tokenizer = models.reward_from(model, config.lora, config.seed)
+        # Groups hold all comparisons of a prompt, so no prompt is in both parts; an interval needs two of them.
+        groups = group_pairs(comparisons, self.tokenizer, config.max_length)
+        self.training, self.heldout = split_heldout(groups, config.heldout, config.seed, least=2)
+        self.device = next(self.model.parameters()).device
+        self.out = Path(out)
+        self.agreement = Interval(0.5, 0.0, 1.0)
+        self.scale = (0.0, 1.0)  # mean and deviation of the scores of held-out responses
+
+    def train(self) -> dict[str, Any]:
+        """Train, measure, save the checkpoint with its normalisation, and return the run's result."""
+        config = self.config
+        batches = [
+            batch
+            for epoch in range(config.epochs)
+            for batch in batches_by_pairs(shuffled(self.training, config.seed + epoch), config.batch_size)
+        ]
+        optimizer = Optimizer([self.model], config.optim, len(batches))
+        run = RunFolder(self.out, "reward", settings.to_yaml(config))
+        fit(run, batches, self._losses, optimizer, self.evaluate, max(1, math.ceil(len(batches) / 4)))
+        mean, std = self.scale
+        extra = {"score_mean": mean, "score_std": std, "heldout_agreement": self.agreement.as_dict()}
+        models.save(run.checkpoint(len(batches)), self.model, self.tokenizer, extra)
+        return run.finish(
+            {
+                "comparisons": sum(group.pairs for group in self.training),
+                "heldout": sum(group.pairs for group in self.heldout),
+                "heldout_prompts": len(self.heldout),
+                "heldout_accuracy": self.agreement.as_dict(),
+                "score_mean": mean,
+                "score_std": std,
+            }
+        )
+
+    def _losses(self, groups: list[PairGroup]) -> Iterator[tuple[torch.Tensor, Stats]]:
+        total = sum(group.pairs for group in groups)
+        for part in microbatches_of_groups(groups, self.config.optim.max_tokens_per_microbatch):
+            pairs = join(part, self.device)
+            scores = models.score_last(self.model, pad(pairs.examples, self.device))  # (B,)
+            loss, stats = ops.reward_loss(
+                scores[pairs.chosen],
+                scores[pairs.rejected],
+                margin=pairs.margins,
+                center_coef=self.config.center_coef,
+                denominator=total,
+            )
+            yield loss, {"accuracy": stats["accuracy"]}
+
+    def evaluate(self) -> dict[str, float]:
+        """Agreement with the held-out comparisons (ties count half), with an interval over their prompts."""
+        pairs = join(self.heldout, self.device)
+        scores = self._scores(pairs)
+        difference = scores[pairs.chosen] - scores[pairs.rejected]
+        agrees = (difference > 0).double() + 0.5 * (difference == 0).double()
+        clusters = [i for i, group in enumerate(self.heldout) for _ in range(group.pairs)]
+        self.agreement = clustered_bootstrap(agrees.tolist(), clusters)
+        self.scale = (float(scores.mean()), max(float(scores.std(correction=0)), 1e-6))
+        return {
+            "heldout_accuracy": self.agreement.mean,
+            "heldout_accuracy_low": self.agreement.low,
+            "heldout_accuracy_high": self.agreement.high,
+        }
+
+    def _scores(self, pairs: Pairs) -> torch.Tensor:
+        (parts,) = per_example(
+            pairs.examples,
+            lambda batch: [models.score_last(self.model, batch)],
+            self.config.optim.max_tokens_per_microbatch,
+            self.device,
+        )
+        return torch.cat(parts)  # (B,)

@@ -1,0 +1,342 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rlhf_fast import ops
+from tests.ops import cases
+from tests.ops.compare import assert_close, assert_leaves_inputs_alone, assert_no_worse_than_torch, gradient_of
+from tests.ops.compare import outputs_and_gradients as run
+
+PER_TOKEN = ("logprobs", "old_logprobs", "advantages", "values", "old_values", "returns", "entropy", "ref_logprobs")
+ALL_TERMS: dict[str, Any] = {"entropy_coef": 0.01, "kl_coef": 0.05, "value_coef": 0.5, "dual_clip": 3.0}
+AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum_mean")
+ADD_UP_WITH_TOKENS = ("ratio_mean", "clip_fraction", "value_clip_fraction", "approx_kl", "approx_kl_k3")
+ADD_UP = ("policy_loss", "value_loss", "entropy", "kl")
+
+
+def batch(*shape: int, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    """Every per-token input; ratios from about 0.3 to 3, so that all the clips bite."""
+    return {name: cases.random(*shape, seed=i, scale=0.4, dtype=dtype) for i, name in enumerate(PER_TOKEN)}
+
+
+def definition(x: dict[str, float], o: dict[str, Any]) -> dict[str, float]:
+    """The terms of one token, from the papers, in Python."""
+    d = min(max(x["logprobs"] - x["old_logprobs"], -20), 20)
+    r, A = math.exp(d), x["advantages"]
+    clipped = -A * min(max(r, 1 - o.get("clip_low", 0.2)), 1 + o.get("clip_high", 0.2))
+    policy = max(-A * r, clipped)
+    if o.get("dual_clip") and A < 0:
+        policy = min(policy, -A * o["dual_clip"])
+    c, v_old = o.get("value_clip", 0.2), x["old_values"]
+    near = x["values"] if c is None else v_old + min(max(x["values"] - v_old, -c), c)
+    plain_error, near_error = (x["values"] - x["returns"]) ** 2, (near - x["returns"]) ** 2
+    k = x["logprobs"] - x["ref_logprobs"]
+    return {
+        "policy_loss": policy,
+        "value_loss": 0.5 * max(plain_error, near_error),
+        "entropy": x["entropy"],
+        "kl": {"k1": k, "k2": k * k / 2, "k3": math.exp(-k) - 1 + k}[o.get("kl", "k3")],
+        "ratio_mean": r,
+        "clip_fraction": float(clipped > -A * r),
+        "value_clip_fraction": float(near_error > plain_error),
+        "approx_kl": x["old_logprobs"] - x["logprobs"],
+        "approx_kl_k3": r - 1 - d,
+    }
+
+
+def aggregated(inputs: dict[str, Tensor], mask: Tensor, aggregation: str, o: dict[str, Any]) -> dict[str, float]:
+    """The definition's stats and loss of a padded batch, with plain sums over lists of lists."""
+    rows = [
+        [definition({k: float(v[b, t]) for k, v in inputs.items()}, o) for t in range(mask.shape[1]) if mask[b, t]]
+        for b in range(mask.shape[0])
+    ]
+    rows = [row for row in rows if row]
+    tokens = [token for row in rows for token in row]
+
+    def token_mean(name: str) -> float:
+        return sum(token[name] for token in tokens) / max(len(tokens), 1)
+
+    def mean(name: str) -> float:
+        if aggregation == "token_mean":
+            return token_mean(name)
+        share = [1 / len(row) if aggregation == "sequence_mean" else 1.0 for row in rows]
+        return sum(s * sum(t[name] for t in row) for s, row in zip(share, rows, strict=True)) / max(len(rows), 1)
+
+    stats = {name: mean(name) for name in ADD_UP} | {name: token_mean(name) for name in ADD_UP_WITH_TOKENS}
+    stats["ratio_max"] = max((token["ratio_mean"] for token in tokens), default=0.0)
+    coefs = (1.0, o.get("value_coef", 0.1), -o.get("entropy_coef", 0.0), o.get("kl_coef", 0.0))
+    return stats | {"loss": sum(c * stats[name] for c, name in zip(coefs, ADD_UP, strict=True))}
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        ALL_TERMS | {"clip_high": 0.28},
+        {"value_clip": None, "kl_coef": 0.1, "kl": "k2"},
+        {"clip_low": 0.0, "kl": "k1"},
+    ],
+)
+def test_loss_and_stats_are_the_definition(aggregation: str, options: dict[str, Any]) -> None:
+    inputs, mask = batch(4, 9), cases.holes()
+    loss, stats = ops.ppo_loss(**inputs, mask=mask, aggregation=aggregation, **options)
+    want = aggregated(inputs, mask, aggregation, options)
+    assert_close(loss, torch.tensor(want.pop("loss"), dtype=torch.float64), 1e-12, "loss")
+    for name, value in want.items():
+        assert_close(stats[name], torch.tensor(value, dtype=torch.float64), 1e-12, name)
+        assert not stats[name].requires_grad
+
+
+def test_explained_variance_is_one_minus_the_share_left_over() -> None:
+    inputs, mask = batch(4, 9), cases.holes()
+    _, stats = ops.ppo_loss(**inputs, mask=mask)
+    left = (inputs["returns"] - inputs["values"])[mask].var()
+    assert_close(stats["explained_variance"], 1 - left / inputs["returns"][mask].var(), 1e-12)
+    _, stats = ops.ppo_loss(**{**inputs, "returns": torch.ones(4, 9).double()}, mask=mask)
+    assert stats["explained_variance"].item() == 0
+
+
+@pytest.mark.parametrize("dtype", cases.FLOATS)
+def test_float32_is_no_worse_than_torch(dtype: torch.dtype) -> None:
+    inputs, mask = batch(4, 9, dtype=dtype), cases.holes()
+    names = ("logprobs", "values", "entropy")
+    fixed = {k: v for k, v in inputs.items() if k not in names}
+
+    def torch_of_today(logprobs: Tensor, values: Tensor, entropy: Tensor) -> Tensor:
+        x = {k: v.to(torch.promote_types(logprobs.dtype, torch.float32)) for k, v in fixed.items()}
+        logprobs, values, entropy = (t.to(x["returns"].dtype) for t in (logprobs, values, entropy))
+        ratio, A = (logprobs - x["old_logprobs"]).exp(), x["advantages"]
+        policy = torch.max(-A * ratio, -A * ratio.clamp(0.8, 1.2))[mask].mean()
+        near = x["old_values"] + (values - x["old_values"]).clamp(-0.2, 0.2)
+        value = 0.5 * torch.max((values - x["returns"]) ** 2, (near - x["returns"]) ** 2)[mask].mean()
+        return policy + 0.1 * value - 0.01 * entropy[mask].mean()
+
+    def mine(logprobs: Tensor, values: Tensor, entropy: Tensor) -> Tensor:
+        return ops.ppo_loss(**fixed, logprobs=logprobs, values=values, entropy=entropy, mask=mask, entropy_coef=0.01)[0]
+
+    given_ones = [inputs[name] for name in names]
+    got, gradients = run(mine, given_ones, [torch.ones(())])
+    stock, stock_gradients = run(torch_of_today, given_ones, [torch.ones(())])
+    truth, true_gradients = run(torch_of_today, [x.double() for x in given_ones], [torch.ones(())])
+    assert got[0].dtype == torch.float32
+    assert [g.dtype for g in gradients] == [dtype] * 3
+    for a, b, c in zip(got + gradients, stock + stock_gradients, truth + true_gradients, strict=True):
+        assert_no_worse_than_torch(a, b, c)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_gradient_checks_in_float64(aggregation: str) -> None:
+    inputs, names = batch(4, 9), ("logprobs", "values", "entropy")
+    fixed = {k: v for k, v in inputs.items() if k not in names}
+
+    def op(*own: Tensor) -> Tensor:
+        logprobs, values, entropy = own
+        terms = {**fixed, **ALL_TERMS, "aggregation": aggregation}
+        return ops.ppo_loss(logprobs=logprobs, values=values, entropy=entropy, mask=cases.holes(), **terms)[0]
+
+    assert torch.autograd.gradcheck(op, [inputs[name].requires_grad_() for name in names])
+
+
+@cases.property_test
+@given(cases.ragged_masks(), st.sampled_from(AGGREGATIONS))
+def test_packed_equals_padded(ragged: tuple[list[int], Tensor], aggregation: str) -> None:
+    lengths, mask = ragged
+    inputs = batch(*mask.shape)
+    padded, padded_stats = ops.ppo_loss(**inputs, mask=mask, aggregation=aggregation, **ALL_TERMS)
+    flat: dict[str, Any] = {k: cases.pack(v, lengths) for k, v in inputs.items()}
+    flat |= {"mask": cases.pack(mask, lengths), "cu_seqlens": cases.cu_seqlens_of(lengths)}
+    packed, packed_stats = ops.ppo_loss(**flat, aggregation=aggregation, **ALL_TERMS)
+    assert_close(packed, padded, 1e-12)
+    assert padded.isfinite()
+    for name in padded_stats:
+        assert_close(packed_stats[name], padded_stats[name], 1e-12, name)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_micro_batches_with_a_common_denominator_add_up(aggregation: str) -> None:
+    inputs, mask = batch(4, 9), cases.holes()
+    options = {**ALL_TERMS, "aggregation": aggregation}
+    count = mask.sum() if aggregation == "token_mean" else mask.any(1).sum()
+    logprobs = inputs["logprobs"].requires_grad_()
+    whole, stats = ops.ppo_loss(**inputs, mask=mask, **options)
+    (gradient,) = torch.autograd.grad(whole, logprobs)
+    for denominator in (count, int(count), float(count)):
+        parts = [
+            ops.ppo_loss(**{k: v[rows] for k, v in inputs.items()}, mask=mask[rows], denominator=denominator, **options)
+            for rows in (slice(0, 1), slice(1, 2), slice(2, 4))
+        ]
+        total = torch.stack([loss for loss, _ in parts]).sum()
+        assert_close(total, whole, 1e-12)
+        assert_close(torch.autograd.grad(total, logprobs)[0], gradient, 1e-12)
+        for name in ADD_UP + (ADD_UP_WITH_TOKENS if aggregation == "token_mean" else ()):
+            assert_close(torch.stack([s[name] for _, s in parts]).sum(), stats[name], 1e-12, name)
+
+
+@pytest.mark.parametrize("aggregation", ["sequence_mean", "sequence_sum_mean"])
+def test_a_number_of_sequences_never_divides_the_token_statistics(aggregation: str) -> None:
+    inputs = batch(4, 9)
+    options: dict[str, Any] = {"mask": cases.holes(), "aggregation": aggregation}
+    _, stats = ops.ppo_loss(**inputs, **options)
+    _, shared = ops.ppo_loss(**inputs, **options, denominator=100)
+    for name in ADD_UP_WITH_TOKENS:
+        assert_close(shared[name], stats[name], 1e-15, name)
+
+
+def test_an_infinite_kl_without_weight_is_no_nan() -> None:
+    inputs = batch(2, 3)
+    inputs["ref_logprobs"][0, 0] = -math.inf
+    loss, stats = ops.ppo_loss(**inputs, kl="k1")
+    assert loss.isfinite() and stats["kl"].item() == math.inf
+
+
+def test_at_ratio_1_the_gradient_is_reinforce() -> None:
+    logprobs = cases.random(4, 9, dtype=torch.float64).requires_grad_()
+    advantages, mask = cases.random(4, 9, seed=1, dtype=torch.float64), cases.holes()
+    loss, stats = ops.ppo_loss(logprobs, logprobs.detach(), advantages, mask=mask)
+    reinforce = -(advantages * logprobs)[mask].mean()
+    assert_close(torch.autograd.grad(loss, logprobs)[0], torch.autograd.grad(reinforce, logprobs)[0], 1e-15)
+    for name, value in {"ratio_mean": 1, "ratio_max": 1, "clip_fraction": 0, "approx_kl": 0, "approx_kl_k3": 0}.items():
+        assert_close(stats[name], torch.tensor(value), 1e-15, name)
+
+
+def test_clipped_tokens_get_no_gradient_and_pulled_back_ones_do() -> None:
+    d = torch.tensor([0.5, 0.5, -0.5, -0.5], dtype=torch.float64, requires_grad=True)
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    loss, stats = ops.ppo_loss(d, torch.zeros(4), advantages)
+    loss.backward()
+    assert (gradient_of(d) != 0).tolist() == [False, True, True, False]
+    assert stats["clip_fraction"].item() == 0.5
+
+
+def test_dual_clip_bounds_the_loss_of_a_bad_token_that_became_likely() -> None:
+    d = torch.tensor([3.0, 3.0], requires_grad=True)
+    loss, _ = ops.ppo_loss(d, torch.zeros(2), torch.tensor([-1.0, 0.5]), dual_clip=3.0, denominator=1)
+    assert_close(loss, torch.tensor(3.0 - 0.5 * 1.2), 1e-6)
+    loss.backward()
+    assert gradient_of(d).tolist() == [0.0, 0.0]
+
+
+def test_huge_log_ratios_stay_finite() -> None:
+    logprobs = torch.tensor([0.0, -900.0], requires_grad=True)
+    loss, stats = ops.ppo_loss(logprobs, torch.tensor([-900.0, 0.0]), torch.tensor([-1.0, -1.0]))
+    loss.backward()
+    assert loss.isfinite() and gradient_of(logprobs).isfinite().all()
+    assert_close(stats["ratio_max"], torch.tensor(math.exp(20)), 100)
+
+
+def test_gradients_flow_only_to_logprobs_values_and_entropy() -> None:
+    inputs = {k: v.requires_grad_() for k, v in batch(4, 9).items()}
+    ops.ppo_loss(**inputs, mask=cases.holes(), **ALL_TERMS)[0].backward()
+    assert {k for k, v in inputs.items() if v.grad is not None} == {"logprobs", "values", "entropy"}
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("garbage", [math.nan, math.inf])
+def test_masked_positions_may_hold_anything_and_get_no_gradient(aggregation: str, garbage: float) -> None:
+    inputs, mask = batch(4, 9), cases.holes()
+    options = {**ALL_TERMS, "mask": mask, "aggregation": aggregation}
+    poisoned: dict[str, Any] = {k: cases.poison(v, mask, garbage).requires_grad_() for k, v in inputs.items()}
+    got, got_stats = ops.ppo_loss(**poisoned, **options)
+    want, want_stats = ops.ppo_loss(**inputs, **options)
+    got.backward()
+    assert torch.equal(got, want)
+    assert all(torch.equal(got_stats[name], want_stats[name]) for name in want_stats)
+    for name in ("logprobs", "values", "entropy"):
+        gradient = gradient_of(poisoned[name])
+        assert gradient.isfinite().all()
+        assert torch.equal(gradient[~mask], torch.zeros_like(gradient[~mask]))
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("denominator", [None, 5, torch.tensor(0)])
+@pytest.mark.parametrize("shape", [(2, 3), (0, 3), (2, 0)])
+def test_nothing_unmasked_gives_zero_with_a_graph(aggregation: str, denominator: Any, shape: tuple[int, ...]) -> None:
+    inputs = {k: v.requires_grad_() for k, v in batch(*shape).items()}
+    mask = torch.zeros(shape, dtype=torch.bool)
+    options = {**ALL_TERMS, "aggregation": aggregation, "denominator": denominator}
+    loss, stats = ops.ppo_loss(**inputs, mask=mask, **options)
+    loss.backward()
+    assert loss.item() == 0
+    assert all(value.item() == 0 for value in stats.values())
+    assert torch.equal(gradient_of(inputs["logprobs"]), torch.zeros(shape))
+
+
+def test_rows_of_padding_change_nothing() -> None:
+    inputs, mask = batch(3, 5), torch.ones(3, 5, dtype=torch.bool)
+    pad = torch.nn.functional.pad
+    for aggregation in AGGREGATIONS:
+        short, _ = ops.ppo_loss(**inputs, mask=mask, aggregation=aggregation)
+        wide: dict[str, Any] = {k: pad(v, (1, 2, 0, 2)) for k, v in inputs.items()}
+        long, _ = ops.ppo_loss(**wide, mask=pad(mask, (1, 2, 0, 2)), aggregation=aggregation)
+        assert_close(long, short, 1e-14)
+
+
+def test_what_is_not_given_is_left_out() -> None:
+    x = batch(4, 9)
+    policy = {k: x[k] for k in ("logprobs", "old_logprobs", "advantages")}
+    loss, stats = ops.ppo_loss(**policy)
+    assert torch.equal(loss, stats["policy_loss"])
+    assert all(stats[name].item() == 0 for name in ("value_loss", "entropy", "kl", "explained_variance"))
+    watched, stats = ops.ppo_loss(**policy, entropy=x["entropy"], ref_logprobs=x["ref_logprobs"])
+    assert torch.equal(watched, loss)
+    assert_close(stats["entropy"], x["entropy"].mean(), 1e-12)
+
+
+def test_a_flat_batch_needs_no_sequences_for_the_token_mean() -> None:
+    inputs = batch(4, 9)
+    flat = {k: v.flatten() for k, v in inputs.items()}
+    got, _ = ops.ppo_loss(**flat, mask=cases.holes().flatten())
+    assert_close(got, ops.ppo_loss(**inputs, mask=cases.holes())[0], 1e-12)
+
+
+def test_compiles_as_one_graph() -> None:
+    inputs = batch(4, 9, dtype=torch.float32)
+    compiled = torch.compile(ops.ppo_loss, fullgraph=True, backend="aot_eager")
+    got, _ = compiled(**inputs, mask=cases.holes(), **ALL_TERMS)
+    assert_close(got, ops.ppo_loss(**inputs, mask=cases.holes(), **ALL_TERMS)[0], 1e-6)
+
+
+def test_leaves_its_inputs_alone() -> None:
+    inputs = {k: v.requires_grad_() for k, v in batch(4, 9).items()}
+    assert_leaves_inputs_alone(ops.ppo_loss, **inputs, mask=cases.holes(), **ALL_TERMS)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"advantages": torch.zeros(2, 4)}, ValueError, r"advantages: shape \(2, 4\), expected \(2, 3\) like logprobs"),
+        ({"advantages": torch.zeros(2, 3).int()}, TypeError, "advantages: int32, expected float32"),
+        ({"values": None}, ValueError, "values: None, expected a tensor because returns or old_values is given"),
+        ({"returns": None}, ValueError, "returns: None, expected a tensor because values is given"),
+        ({"old_values": None}, ValueError, "old_values: None, expected a tensor because value_clip is not None"),
+        ({"entropy": None, "entropy_coef": 0.1}, ValueError, "entropy: None, expected a tensor because entropy_coef"),
+        ({"ref_logprobs": None, "kl_coef": 0.1}, ValueError, "ref_logprobs: None, expected a tensor because kl_coef"),
+        ({"clip_low": -0.1}, ValueError, "clip_low: -0.1, expected a number >= 0"),
+        ({"clip_high": math.nan}, ValueError, "clip_high: nan"),
+        ({"dual_clip": 1.0}, ValueError, "dual_clip: 1.0, expected a number > 1"),
+        ({"kl": "k5"}, ValueError, "kl: 'k5', did you mean 'k"),
+        ({"aggregation": "tokenmean"}, ValueError, "aggregation: 'tokenmean', did you mean 'token_mean'"),
+        ({"denominator": 0}, ValueError, "denominator: 0, expected a number > 0"),
+        ({"denominator": torch.tensor(-2)}, ValueError, "denominator: -2.0, expected a number >= 0"),
+        ({"denominator": torch.ones(2)}, ValueError, r"denominator: shape \(2,\), expected a number or a tensor of"),
+        ({"mask": torch.ones(2, 3)}, TypeError, "mask: float32, expected bool"),
+        ({"mask": torch.ones(3, dtype=torch.bool)}, ValueError, r"mask: shape \(3,\), expected \(2, 3\)"),
+        ({"cu_seqlens": torch.tensor([0, 6])}, ValueError, r"logprobs: shape \(2, 3\), expected \(N,\) because cu_seq"),
+    ],
+)
+def test_bad_input_is_named(change: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        ops.ppo_loss(**{**batch(2, 3), **change})
+
+
+def test_sequences_must_be_known_where_they_matter() -> None:
+    with pytest.raises(ValueError, match=r"cu_seqlens: None, expected \(B \+ 1,\) because aggregation is 'sequence_me"):
+        ops.ppo_loss(**batch(6), aggregation="sequence_mean")

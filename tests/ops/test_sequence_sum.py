@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from rlhf_fast import ops
+from tests.ops import cases
+from tests.ops.compare import assert_close, assert_leaves_inputs_alone
+from tests.ops.compare import outputs_and_gradients as run
+
+
+@cases.property_test
+@given(cases.ragged_masks())
+def test_packed_equals_padded_equals_definition(ragged: tuple[list[int], Tensor]) -> None:
+    lengths, mask = ragged
+    x = cases.random(*mask.shape, dtype=torch.float64)
+    want = torch.tensor([math.fsum(row[real].tolist()) for row, real in zip(x, mask, strict=True)])
+    assert_close(ops.sequence_sum(x, mask), want.double(), 1e-6)
+    packed = ops.sequence_sum(cases.pack(x, lengths), cases.pack(mask, lengths), cases.cu_seqlens_of(lengths))
+    assert_close(packed, ops.sequence_sum(x, mask), 1e-12)
+
+
+def test_without_a_mask_every_token_counts() -> None:
+    x = cases.random(3, 4, dtype=torch.float64)
+    assert_close(ops.sequence_sum(x), x.sum(1), 1e-12)
+    cu_seqlens = torch.tensor([0, 0, 5, 12])
+    want = torch.stack([x.new_zeros(()), x.flatten()[:5].sum(), x.flatten()[5:].sum()])
+    assert_close(ops.sequence_sum(x.flatten(), cu_seqlens=cu_seqlens), want, 1e-12)
+
+
+def test_masked_positions_may_hold_anything_and_get_no_gradient() -> None:
+    mask = cases.holes()
+    x, upstream = cases.random(4, 9), [cases.random(4, seed=1)]
+    got, gradients = run(lambda x: ops.sequence_sum(x, mask), [cases.poison(x, mask)], upstream)
+    assert_close(got[0], torch.where(mask, x, 0).double().sum(1), 1e-5)
+    assert torch.equal(gradients[0], torch.where(mask, upstream[0][:, None].expand(4, 9), 0))
+
+
+def test_gradient_checks_in_float64() -> None:
+    x = cases.random(9, dtype=torch.float64).requires_grad_()
+    cu_seqlens = cases.cu_seqlens_of([4, 0, 5])
+    assert torch.autograd.gradcheck(lambda x: ops.sequence_sum(x, cases.holes()[0], cu_seqlens), [x])
+
+
+@pytest.mark.parametrize("dtype", cases.FLOATS)
+def test_sums_of_narrow_floats_are_float32(dtype: torch.dtype) -> None:
+    x = cases.random(2, 500, dtype=dtype)
+    assert ops.sequence_sum(x).dtype == torch.float32
+    assert_close(ops.sequence_sum(x), x.double().sum(1), 1e-3)
+
+
+def test_empty_batches_give_empty_sums() -> None:
+    assert ops.sequence_sum(torch.zeros(0, 4)).shape == (0,)
+    assert ops.sequence_sum(torch.zeros(3, 0)).tolist() == [0, 0, 0]
+    assert ops.sequence_sum(torch.zeros(0), cu_seqlens=torch.tensor([0, 0, 0])).tolist() == [0, 0]
+
+
+def test_leaves_its_inputs_alone() -> None:
+    assert_leaves_inputs_alone(ops.sequence_sum, cases.random(4, 9).requires_grad_(), cases.holes())
+
+
+def test_bad_input_is_named() -> None:
+    with pytest.raises(ValueError, match=r"x: shape \(3,\), expected \(B, T\), or \(N,\) with cu_seqlens"):
+        ops.sequence_sum(torch.zeros(3))
+    with pytest.raises(TypeError, match="cu_seqlens: float32, expected int64 or int32"):
+        ops.sequence_sum(torch.zeros(3), cu_seqlens=torch.tensor([0.0, 3.0]))
+    with pytest.raises(ValueError, match="cu_seqlens: runs from 0 to 2, expected from 0 to 3 like x"):
+        ops.sequence_sum(torch.zeros(3), cu_seqlens=torch.tensor([0, 2]))

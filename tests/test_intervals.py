@@ -1,0 +1,128 @@
+"""Intervals against known answers: coverage by simulation, textbook values, and what must not change them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rlhf_fast.evaluation import intervals
+from rlhf_fast.intervals import Interval, clustered_bootstrap, wilson
+
+
+def test_an_interval_prints_and_is_stored() -> None:
+    interval = Interval(0.62, 0.55, 0.69)
+    assert str(interval) == "0.62 [0.55, 0.69]"
+    assert interval.as_dict() == {"mean": 0.62, "low": 0.55, "high": 0.69}
+
+
+def test_the_bootstrap_covers_the_true_mean() -> None:
+    # 40 prompts of 4 samples, half of the variance between prompts; the true mean is 0.3. Of 200 intervals at 95 %,
+    # 186 to 196 cover it nine times in ten.
+    generator = np.random.default_rng(0)
+    prompts = np.repeat(np.arange(40), 4)
+    covered = 0
+    for seed in range(200):
+        values = 0.3 + generator.normal(size=40)[prompts] + generator.normal(size=160)
+        interval = clustered_bootstrap(values, prompts, resamples=1000, seed=seed)
+        covered += interval.low <= 0.3 <= interval.high
+    assert 0.90 <= covered / 200 <= 0.99
+
+
+def test_a_bootstrap_without_clusters_would_not_cover() -> None:
+    # The reason for clusters: the same data with each sample as its own cluster covers far too seldom.
+    generator = np.random.default_rng(0)
+    prompts = np.repeat(np.arange(40), 8)
+    covered = 0
+    for seed in range(100):
+        values = generator.normal(size=40)[prompts] + 0.3 * generator.normal(size=320)
+        interval = clustered_bootstrap(values, np.arange(320), resamples=500, seed=seed)
+        covered += interval.low <= 0.0 <= interval.high
+    assert covered / 100 < 0.8
+
+
+def test_copies_of_the_samples_do_not_shrink_the_interval() -> None:
+    values = np.random.default_rng(1).normal(size=30)
+    once = clustered_bootstrap(values, np.arange(30))
+    often = clustered_bootstrap(np.tile(values, 5), np.tile(np.arange(30), 5))
+    assert often.low == pytest.approx(once.low, abs=1e-12)
+    assert often.high == pytest.approx(once.high, abs=1e-12)
+
+
+def test_it_agrees_with_the_standard_error_of_a_mean() -> None:
+    values = np.random.default_rng(2).normal(size=400)
+    interval = clustered_bootstrap(values, [f"prompt {row}" for row in range(400)])
+    expected = 2 * 1.96 * values.std() / np.sqrt(400)
+    assert interval.high - interval.low == pytest.approx(expected, rel=0.05)
+    assert interval.mean == pytest.approx(values.mean())
+
+
+def test_a_wider_level_gives_a_wider_interval() -> None:
+    values = np.random.default_rng(3).normal(size=50)
+    narrow, wide = (clustered_bootstrap(values, np.arange(50), level=level) for level in (0.8, 0.99))
+    assert wide.low < narrow.low < narrow.high < wide.high
+
+
+def test_clusters_of_different_size_are_weighted_by_their_samples() -> None:
+    # Cluster 0 has three ones, cluster 1 one zero: the draws (0,0), (0,1), (1,1) give 1, 3/4 and 0.
+    interval = clustered_bootstrap([1, 1, 1, 0], ["x", "x", "x", "y"], level=0.4)
+    assert interval == Interval(0.75, 0.75, 0.75)
+    assert clustered_bootstrap([1, 1, 1, 0], ["x", "x", "x", "y"]) == Interval(0.75, 0.0, 1.0)
+
+
+def test_same_seed_same_bits_and_another_seed_differs() -> None:
+    values = np.random.default_rng(4).normal(size=40)
+    first, again = (clustered_bootstrap(values, np.arange(40), seed=7) for _ in range(2))
+    assert first == again
+    assert clustered_bootstrap(values, np.arange(40), seed=8) != first
+
+
+def test_draws_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(5).normal(size=40)
+    whole = clustered_bootstrap(values, np.arange(40))
+    monkeypatch.setattr(intervals, "_DRAWS_AT_ONCE", 1000)
+    parts = clustered_bootstrap(values, np.arange(40))
+    assert parts.low == pytest.approx(whole.low, abs=0.02)
+    assert parts.high == pytest.approx(whole.high, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("values", "clusters", "options", "message"),
+    [
+        ([1.0, 2.0], ["x", "x"], {}, "at least 2 clusters"),
+        ([], [], {}, "at least 2 clusters"),
+        ([1.0, 2.0], ["x"], {}, "one length"),
+        ([[1.0], [2.0]], ["x", "y"], {}, "one length"),
+        ([1.0, float("nan")], ["x", "y"], {}, "row 1"),
+        ([1.0, 2.0], ["x", "y"], {"level": 95}, "level"),
+        ([1.0, 2.0], ["x", "y"], {"resamples": 0}, "resamples"),
+    ],
+)
+def test_bad_input_is_named(values: list, clusters: list, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        clustered_bootstrap(values, clusters, **options)
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    # Newcombe 1998 (Statistics in Medicine 17: 857-872), table I, method 3.
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_gives_the_textbook_values(successes: int, n: int, low: float, high: float) -> None:
+    interval = wilson(successes, n)
+    assert interval.mean == successes / n
+    assert (round(interval.low, 4), round(interval.high, 4)) == (low, high)
+
+
+def test_wilson_is_symmetric_takes_halves_and_holds_its_mean() -> None:
+    few, many = wilson(3, 20), wilson(17, 20)
+    assert (few.low, few.high) == (pytest.approx(1 - many.high), pytest.approx(1 - many.low))
+    assert wilson(10.5, 21).mean == 0.5
+    for n in (1, 3, 7, 1000):
+        for interval in (wilson(0, n), wilson(n, n)):
+            assert 0.0 <= interval.low <= interval.mean <= interval.high <= 1.0
+
+
+@pytest.mark.parametrize(("successes", "n"), [(1, 0), (5, 4), (-1, 4), (float("nan"), 4)])
+def test_wilson_refuses_impossible_counts(successes: float, n: int) -> None:
+    with pytest.raises(ValueError, match=r"successes|n:"):
+        wilson(successes, n)
