@@ -11,19 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_fast import __version__
-from rlhf_fast.config import (
-    ConfigError,
-    DemoConfig,
-    DPOConfig,
-    EvaluationConfig,
-    PPOConfig,
-    RewardConfig,
-    SFTConfig,
-    build,
-    describe,
-    nearest,
-    tiny_demo,
-)
+from rlhf_fast.config import DemoConfig, DPOConfig, EvaluationConfig, PPOConfig, RewardConfig, SFTConfig, tiny_demo
+from rlhf_fast.settings import ConfigError, build, describe, nearest
 
 
 @dataclass(frozen=True)
@@ -41,7 +30,7 @@ class RewardCommand:
     """Train a reward model on comparisons, and measure how far it agrees with held-out ones."""
 
     data: str  # comparisons: {"prompt", "chosen", "rejected"} a line, .gz too
-    out: str
+    out: str  # folder of the run
     model: str = "smollm2-135m"  # the policy to start from
     reward: RewardConfig = field(default_factory=RewardConfig)
 
@@ -50,8 +39,8 @@ class RewardCommand:
 class DPOCommand:
     """Fit a policy to comparisons directly, without a reward model."""
 
-    data: str  # comparisons: {"prompt", "chosen", "rejected"} a line
-    out: str
+    data: str  # comparisons: {"prompt", "chosen", "rejected"} a line, .gz too
+    out: str  # folder of the run
     model: str = "smollm2-135m"  # the policy to start from, and the reference
     dpo: DPOConfig = field(default_factory=DPOConfig)
 
@@ -63,7 +52,7 @@ class PPOCommand:
     policy: str  # the policy to start from, and the reference
     reward: str  # a reward model's run or checkpoint
     prompts: str  # {"prompt"} a line
-    out: str
+    out: str  # folder of the run
     ppo: PPOConfig = field(default_factory=PPOConfig)
 
 
@@ -74,12 +63,12 @@ class GenerateCommand:
     prompts: str = ""  # {"prompt"} a line
     prompt: str = ""  # one prompt, in place of a file
     out: str = ""  # JSON Lines; empty: standard output
-    model: str = "smollm2-135m"
-    n: int = 1
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    max_new_tokens: int = 128
+    model: str = "smollm2-135m"  # folder, run, hub name or smollm2-135m
+    n: int = 1  # answers to each prompt
+    temperature: float = 1.0  # 0.0 takes the likeliest token
+    top_k: int = 0  # only the k likeliest tokens; 0: all
+    top_p: float = 1.0  # only the likeliest tokens that together reach this probability; 1.0: all
+    max_new_tokens: int = 128  # tokens; an answer that has not ended by then is cut off
     seed: int = 0
 
 
@@ -87,10 +76,10 @@ class GenerateCommand:
 class EvaluateCommand:
     """Win rate of policy a against policy b on held-out prompts, by the simulated annotator."""
 
-    a: str
-    b: str  # also the reference that the KL is measured to
+    a: str  # folder, run, hub name or smollm2-135m
+    b: str  # the same; also the reference that the KL is measured to
     prompts: str  # {"prompt", "category"} a line
-    out: str
+    out: str  # folder of the run
     split: str = ""  # only the prompts with this "split"
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
@@ -141,7 +130,7 @@ def _generate(command: GenerateCommand) -> None:
     records = read_prompts(command.prompts or [{"prompt": command.prompt}])
     options = {item.name: getattr(command, item.name) for item in fields(command)}
     params = SamplingParams(**{key: options[key] for key in SamplingParams.__dataclass_fields__ if key in options})
-    model, tokenizer = models.load(command.model)
+    model, tokenizer = models.load(command.model, merged=True)
     with progress_bar(len(records) * params.n, "generate", "reply") as bar:
         rollouts = Generator(model, tokenizer).generate([r.prompt for r in records], params, bar_updater(bar))
     rows = [
@@ -156,12 +145,15 @@ def _generate(command: GenerateCommand) -> None:
 
 
 def _evaluate(command: EvaluateCommand) -> None:
-    from rlhf_fast.config import to_yaml
+    from rlhf_fast import models
     from rlhf_fast.data.records import read_prompts
     from rlhf_fast.evaluation.win_rate import evaluate, write_evaluation
     from rlhf_fast.run_folder import RunFolder
+    from rlhf_fast.settings import to_yaml
 
     prompts = read_prompts(command.prompts, command.split or None)
+    for name in (command.a, command.b):
+        models.resolve(name)  # an unknown one is an error before the folder is made
     run = RunFolder(command.out, "evaluation", to_yaml(command))
     figures, rows = evaluate(command.a, command.b, prompts, command.evaluation)
     _tell(write_evaluation(run, figures, rows), command.out)
@@ -224,15 +216,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _command(verb: str, cls: type, words: list[str]) -> Any:
     file, rest = _take_config(words)
-    base = tiny_demo() if verb == "demo" and _asks_for_tiny(rest) else None
-    return build(cls, file, rest, base)
-
-
-def _asks_for_tiny(words: list[str]) -> bool:
-    """--tiny changes many defaults at once, so it is looked for before the other settings are laid over them."""
-    return "--tiny=true" in words or any(
-        word == "--tiny" and (i + 1 == len(words) or words[i + 1] != "false") for i, word in enumerate(words)
-    )
+    command: Any = build(cls, file, rest)
+    if verb == "demo" and command.tiny:  # it changes many defaults, over which the settings are laid again
+        return build(cls, file, rest, tiny_demo())
+    return command
 
 
 def _take_config(words: list[str]) -> tuple[Path | None, list[str]]:
@@ -253,7 +240,8 @@ def _tell(result: dict[str, Any], out: str) -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"rlhf-fast: {message}", file=sys.stderr)
+    line = " ".join(part.strip() for part in message.splitlines())
+    print(f"rlhf-fast: {line}", file=sys.stderr)
     return code
 
 

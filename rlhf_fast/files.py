@@ -27,9 +27,9 @@ def named_errors(path: Path) -> Iterator[None]:
 
 def write_atomic(path: Path, text: str) -> None:
     """Write `text` to `path` so that a reader, or a kill at any instant, sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.tmp")
     with named_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(aside, "w", encoding="utf-8") as file:
                 file.write(text)
@@ -41,11 +41,15 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def write_folder_atomic(path: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write into a folder aside, then rename it to `path`; nothing is left of it when `fill` fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    """Let `fill` write into a folder aside, then rename it to `path`; nothing is left of it when `fill` fails.
+
+    A kill leaves the old folder, the new one, or (between two renames) none, never a part of one.
+    """
+    aside, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    for left in (aside, old):  # by a kill
+        shutil.rmtree(left, ignore_errors=True)
     with named_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             aside.mkdir()
             fill(aside)
@@ -54,8 +58,9 @@ def write_folder_atomic(path: Path, fill: Callable[[Path], None]) -> None:
                     with open(file, "rb") as handle:
                         os.fsync(handle.fileno())
             if path.exists():
-                shutil.rmtree(path)
+                os.replace(path, old)
             os.replace(aside, path)
+            shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 
@@ -66,7 +71,10 @@ def append_line(path: Path, row: dict[str, Any]) -> None:
     with named_errors(path):
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(descriptor, line)
+            written = os.write(descriptor, line)
+            if written < len(line):  # the disk filled up in the middle of it: take the half line back
+                os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(descriptor)
 

@@ -15,8 +15,7 @@ from typing import Any
 import yaml
 from transformers import LlamaConfig
 
-from rlhf_fast import config as settings
-from rlhf_fast import models
+from rlhf_fast import models, settings
 from rlhf_fast.config import DemoConfig
 from rlhf_fast.data.chat import Prompt, prompt_text
 from rlhf_fast.data.records import PromptRecord, read_demonstrations, read_prompts
@@ -33,7 +32,7 @@ from rlhf_fast.trainers.ppo import PPOTrainer
 from rlhf_fast.trainers.reward import AIM, RewardTrainer
 from rlhf_fast.trainers.sft import SFTTrainer
 
-SYSTEM = "You answer messages from clients of a design agency."  # stands before every prompt of the demo
+SYSTEM = "You answer clients of a design agency."  # stands before every prompt of the demo
 PHASES = ("sft", "comparisons", "reward", "ppo", "evaluation")
 
 
@@ -88,7 +87,7 @@ class _Demo:
     def comparisons(self) -> None:
         """Sample replies to training prompts from the SFT policy and let the simulated annotator compare them."""
         config = self.config.comparisons
-        model, tokenizer = models.load(self.out / "sft")
+        model, tokenizer = models.load(self.out / "sft", merged=True)
         prompts = shuffled(self.training_prompts, config.seed)[: config.prompts or None]
         run = RunFolder(self.out / "comparisons", "comparisons", settings.to_yaml(config))
         params = SamplingParams(

@@ -28,8 +28,11 @@ class RunFolder:
         self.path, self.phase = Path(path), phase
         if is_finished(self.path):
             raise FileExistsError(f"{self.path} holds a finished run; choose another --out, or remove it first")
-        for name in ("metrics.jsonl", "samples.jsonl", "checkpoints"):
-            _remove(self.path / name)
+        earlier = [self.path / name for name in ("metrics.jsonl", "samples.jsonl", "checkpoints")]
+        if not (self.path / "config.yaml").exists() and (strange := [file for file in earlier if file.exists()]):
+            raise FileExistsError(f"{strange[0]} is there without a config.yaml of a run; choose another --out")
+        for file in earlier:
+            _remove(file)
         write_atomic(self.path / "config.yaml", config_yaml)
         self.started = time.monotonic()
 
@@ -40,7 +43,7 @@ class RunFolder:
 
     def sample(self, row: dict[str, Any]) -> None:
         """One line of samples.jsonl."""
-        append_line(self.path / "samples.jsonl", row)
+        append_line(self.path / "samples.jsonl", _finite(row))
 
     def checkpoint(self, step: int) -> Path:
         """The folder that a checkpoint of `step` goes to (`models.save` writes it aside and renames it)."""
@@ -90,9 +93,13 @@ def peak_rss_gb() -> float:
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9  # bytes there, KiB on Linux
 
 
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """NaN and infinity as null: they are not JSON."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+def _finite(value: Any) -> Any:
+    """`value` with NaN and infinity as null, at any depth: they are not JSON."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _remove(path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rlhf_fast.evaluation import intervals
+from rlhf_fast import intervals
 from rlhf_fast.intervals import Interval, clustered_bootstrap, wilson
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -15,18 +16,38 @@ Prompt = str | list[Message]
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[int, ...]:
     """Token ids of a prompt up to where the answer begins. Text alone is one user message.
 
-    A tokenizer without a chat template (a base model's) gets the text, messages joined by blank lines.
+    A tokenizer without a chat template (a base model's) gets the text, messages joined by blank lines. Only the
+    template's own special tokens become special: one that somebody typed, such as `<eos>`, stays text.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if tokenizer.chat_template is None:
-        return tuple(tokenizer("\n\n".join(message["content"] for message in messages))["input_ids"])
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+        text = "\n\n".join(message["content"] for message in messages)
+        return tuple(tokenizer(text, split_special_tokens=True)["input_ids"])
+    # The template is rendered with a mark in place of each typed special token, which is put back as plain text.
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    said = "".join(message["role"] + message["content"] for message in messages)
+    edge = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in said)  # private use: in no template
+    for number, token in enumerate(special):
+        if token in said:
+            mark = f"{edge}{number}{edge}"
+            messages = [{**m, **{key: m[key].replace(token, mark) for key in ("role", "content")}} for m in messages]
+    text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    ids: list[int] = []
+    for i, piece in enumerate(re.split(f"{edge}(\\d+){edge}", text)):
+        if i % 2:  # the number of a mark
+            ids += tokenizer(special[int(piece)], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        else:
+            ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
+    return tuple(ids)
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """Token ids of a finished response, the end token included (a model that is never shown it never stops)."""
-    return (*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
+    """Token ids of a finished response, the end token included (a model that is never shown it never stops).
+
+    A special token that is spelled out in the text stays text.
+    """
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return (*ids, tokenizer.eos_token_id)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: str, max_length: int, name: str) -> Example:

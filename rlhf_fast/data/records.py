@@ -1,8 +1,9 @@
 """Records in and out: JSON Lines in the shapes that people already have, checked before any work starts.
 
 Demonstrations are `{"prompt", "completion"}` or `{"messages": [...]}`; comparisons `{"prompt", "chosen", "rejected"}`,
-where each is a string or a message list, or two whole transcripts of the HH-RLHF form without a prompt; prompts
-`{"prompt"}`. A path (`.jsonl`, `.jsonl.gz`), a `datasets.Dataset` or a list of dicts all work.
+where each is a string or a message list, or without a prompt two whole conversations (message lists or transcripts of
+the HH-RLHF form); prompts `{"prompt"}`. A path (`.jsonl`, `.jsonl.gz`), a `datasets.Dataset` or a list of dicts all
+work.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import gzip
 import json
 import os
 import re
+import reprlib
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, cast
 
 from rlhf_fast.data.chat import Message, Prompt
 
@@ -63,10 +66,11 @@ class Comparison:
 
 def read_prompts(source: Source, split: str | None = None) -> list[PromptRecord]:
     """Prompts, optionally only the rows whose `split` is the one asked for."""
-    rows = _rows(source)
+    rows = _not_empty(source, _rows(source))
     if split is not None:
         rows = [(name, row) for name, row in rows if row.get("split") == split]
-    return _not_empty(source, [PromptRecord(_prompt(row, name), row.get("category", ""), name) for name, row in rows])
+        _not_empty(source, rows, f" whose split is {split!r}")
+    return [PromptRecord(_prompt(row, name), _label(row, "category", name), name) for name, row in rows]
 
 
 def read_demonstrations(source: Source) -> list[Demonstration]:
@@ -91,36 +95,42 @@ def _rows(source: Source) -> list[tuple[str, dict[str, Any]]]:
 
 def _file_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     rows = []
+    number = 0
     try:
         with _open(path) as file:
             for number, line in enumerate(file, start=1):
-                name = f"{path} line {number}"
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise RecordError(f"{name}: not JSON: {error.msg} at column {error.colno}") from error
-                if not isinstance(row, dict):
-                    raise RecordError(f"{name}: expected an object {{...}}, got {type(row).__name__}")
-                rows.append((name, row))
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-        raise RecordError(f"{path}: not readable as UTF-8 text: {error}") from error
+                if line.strip():
+                    name = f"{path} line {number}"
+                    rows.append((name, _row(line, name)))
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise RecordError(f"{path} line {number + 1}: not readable as gzip: {error}") from error
     except OSError as error:
         raise RecordError(f"{path}: cannot be read: {error.strerror or error}") from error
     return rows
 
 
-def _open(path: Path) -> TextIO:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
-    return open(path, encoding="utf-8")
+def _open(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path) if path.suffix == ".gz" else open(path, "rb"))
 
 
-def _not_empty(source: Source, records: list[Any]) -> list[Any]:
+def _row(line: bytes, name: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise RecordError(f"{name}: not UTF-8: {error.reason} at byte {error.start}") from error
+    except json.JSONDecodeError as error:
+        raise RecordError(f"{name}: not JSON: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of brackets
+        raise RecordError(f"{name}: not readable as JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise RecordError(f"{name}: expected an object {{...}}, got {type(row).__name__}")
+    return row
+
+
+def _not_empty(source: Source, records: list[Any], which: str = "") -> list[Any]:
     if not records:
         where = source if isinstance(source, str | os.PathLike) else "the list"
-        raise RecordError(f"{where}: no rows; expected at least one")
+        raise RecordError(f"{where}: no rows{which}; expected at least one")
     return records
 
 
@@ -130,29 +140,30 @@ def _demonstration(row: dict[str, Any], name: str) -> Demonstration:
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise RecordError(f"{name}: messages should end with an assistant's answer to something")
         return Demonstration(messages[:-1], _text(messages[-1]["content"], "the assistant's last message", name), name)
-    return Demonstration(_prompt(row, name), _text(_get(row, "completion", name), "completion", name), name)
+    return Demonstration(_prompt(row, name), _response(_get(row, "completion", name), "completion", name), name)
 
 
 def _comparison(row: dict[str, Any], name: str) -> Comparison:
-    if "prompt" not in row:
-        row = {**row, **_from_transcripts(row, name)}
+    if "prompt" in row:
+        prompt = _prompt(row, name)
+        chosen, rejected = (_response(_get(row, key, name), key, name) for key in ("chosen", "rejected"))
+    else:
+        prompt, chosen, rejected = _from_conversations(row, name)
     margin = row.get("margin", 0.0)
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or margin != margin:
-        raise RecordError(f"{name}: margin should be a number, got {margin!r}")
-    return Comparison(
-        prompt=_prompt(row, name),
-        chosen=_text(_get(row, "chosen", name), "chosen", name),
-        rejected=_text(_get(row, "rejected", name), "rejected", name),
-        margin=float(margin),
-        annotator=str(row.get("annotator", "")),
-        category=str(row.get("category", "")),
-        ratings=row.get("ratings") or {},
-        name=name,
-    )
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not abs(margin) < 1e300:
+        raise RecordError(f"{name}: margin should be a number, got {reprlib.repr(margin)}")
+    ratings = row.get("ratings") or {}
+    if not isinstance(ratings, dict):
+        raise RecordError(f"{name}: ratings should be an object {{...}}, got {type(ratings).__name__}")
+    annotator, category = _label(row, "annotator", name), _label(row, "category", name)
+    return Comparison(prompt, chosen, rejected, float(margin), annotator, category, ratings, name)
 
 
-def _from_transcripts(row: dict[str, Any], name: str) -> dict[str, Any]:
-    """Two HH-RLHF transcripts: the turns they share are the prompt, their last answers are compared."""
+def _from_conversations(row: dict[str, Any], name: str) -> tuple[Prompt, str, str]:
+    """Two whole conversations: the turns they share are the prompt, their last answers are compared.
+
+    An answer may be empty here: such rows are in HH-RLHF, and people did compare them.
+    """
     chosen, rejected = (_turns(_get(row, key, name), key, name) for key in ("chosen", "rejected"))
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
@@ -160,16 +171,16 @@ def _from_transcripts(row: dict[str, Any], name: str) -> dict[str, Any]:
     if chosen[shared]["role"] != "assistant" or rejected[shared]["role"] != "assistant" or shared == 0:
         raise RecordError(f"{name}: chosen and rejected do not share a beginning that ends with the human's turn")
     # A few transcripts differ before their last turn; what follows the first difference is the response as a whole.
-    return {
-        "prompt": chosen[:shared],
-        "chosen": "\n\n".join(turn["content"] for turn in chosen[shared:]),
-        "rejected": "\n\n".join(turn["content"] for turn in rejected[shared:]),
-    }
+    answers = ("\n\n".join(turn["content"] for turn in turns[shared:]) for turns in (chosen, rejected))
+    return _messages(chosen[:shared], "the prompt", name), *answers  # type: ignore[return-value]
 
 
 def _turns(text: Any, key: str, name: str) -> list[Message]:
+    if isinstance(text, list):
+        return _messages(text, key, name)
     if not isinstance(text, str) or not _TURN.match(text):
-        raise RecordError(f'{name}: there is no "prompt", so {key} should be a transcript that begins "\\n\\nHuman:"')
+        raise RecordError(f'{name}: there is no "prompt", so {key} should be messages or begin "\\n\\nHuman:"')
+    _unicode(text, key, name)
     parts = _TURN.split(text)[1:]
     roles = {"Human": "user", "Assistant": "assistant"}
     return [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)]
@@ -189,17 +200,43 @@ def _messages(value: Any, key: str, name: str) -> list[Message]:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise RecordError(f'{name}: a message of {key} should be {{"role": ..., "content": ...}}')
         _text(message.get("content"), f"the content of a message of {key}", name)
+        _unicode(message["role"], f"the role of a message of {key}", name)
     return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
+def _response(value: Any, key: str, name: str) -> str:
+    """Text, or a list of one message as TRL writes it."""
+    if not isinstance(value, list):
+        return _text(value, key, name)
+    messages = _messages(value, key, name)
+    if [message["role"] for message in messages] != ["assistant"]:
+        raise RecordError(f"{name}: {key} should be text or a list of one assistant's message")
+    return str(messages[0]["content"])
+
+
 def _text(value: Any, key: str, name: str) -> str:
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
-        value = value[0].get("content")  # a response as a list of one message, as TRL writes it
     if not isinstance(value, str):
         raise RecordError(f"{name}: {key} should be text, got {type(value).__name__}")
     if not value.strip():
         raise RecordError(f"{name}: {key} is empty")
+    return _unicode(value, key, name)
+
+
+def _unicode(value: str, key: str, name: str) -> str:
+    """JSON can spell half a surrogate pair, which no tokenizer and no file takes."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RecordError(f"{name}: {key} holds half a character ({value[error.start]!a})") from error
     return value
+
+
+def _label(row: dict[str, Any], key: str, name: str) -> str:
+    """A short text such as a category; a whole number is taken as its digits, null and a missing key as empty."""
+    value = row.get(key)
+    if isinstance(value, bool) or not isinstance(value, str | int | None):
+        raise RecordError(f"{name}: {key} should be text, got {type(value).__name__}")
+    return "" if value is None else _unicode(str(value), key, name)
 
 
 def _get(row: dict[str, Any], key: str, name: str) -> Any:

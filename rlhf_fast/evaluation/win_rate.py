@@ -58,8 +58,8 @@ def evaluate(
         The figures (`evaluation.json`), and one row a compared pair (`samples.jsonl`).
     """
     config = config or EvaluationConfig()
-    model_a, tokenizer_a = models.load(a)
-    model_b, tokenizer_b = models.load(b)
+    model_a, tokenizer_a = models.load(a, merged=True)
+    model_b, tokenizer_b = models.load(b, merged=True)
     judge = SimulatedAnnotator()
     side_a = _sample(model_a, tokenizer_a, prompts, config, judge, names[0])
     side_b = _sample(model_b, tokenizer_b, prompts, config, judge, names[1])

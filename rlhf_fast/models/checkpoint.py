@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,6 +29,7 @@ def resolve(name: str | Path) -> str:
     """
     path = Path(name)
     if path.is_dir():
+        path = path.absolute()  # an adapter records it, and may be loaded from another working directory
         if is_checkpoint(path):
             return str(path)
         steps = [child for child in (path / "checkpoints").glob("step-*") if _STEP.fullmatch(child.name)]
@@ -61,9 +64,25 @@ def save(
 
     `extra` goes beside it as `rlhf_fast.json` (reward normalisation, controller state), `heads` as
     `value_head.safetensors`. Nothing is left behind when writing fails.
+
+    Raises:
+        ValueError: an adapter on a model that is not itself saved anywhere, so that it could never be loaded.
+        OSError: it cannot be written; the message says why.
     """
+    if isinstance(model, PeftModel) and not getattr(model.get_base_model(), "name_or_path", None):
+        raise ValueError(
+            "model: the adapter's base model was made from a config and is nowhere saved; "
+            "save it and load it from there before adding the adapter"
+        )
 
     def fill(folder: Path) -> None:
+        try:
+            write(folder)
+        except SafetensorError as error:  # a full disk too: the error number is in the text
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
+
+    def write(folder: Path) -> None:
         # Embeddings are never trained beside an adapter; left to itself, peft asks a model hub whether they were.
         if isinstance(model, PeftModel):
             model.save_pretrained(str(folder), save_embedding_layers=False)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -55,17 +56,20 @@ class Generator:
         `progress(done, total)` is called as sequences end.
 
         Raises:
-            ValueError: an empty prompt, or one that leaves no room for an answer in the model's context.
+            ValueError: an empty prompt, one that leaves no room for an answer in the model's context, or token ids
+                outside the model's vocabulary.
+            TypeError: `prompts` is one prompt instead of a list of them.
         """
         params = params or SamplingParams()
         requests = self._requests(prompts, params)
         # Prompts of like length are prefilled together; the result is in the order asked for all the same.
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
         started = time.monotonic()
-        for start in range(0, len(order), self.batch_size):
-            self._decode([requests[i] for i in order[start : start + self.batch_size]], params)
-            if progress:
-                progress(min(start + self.batch_size, len(order)), len(order))
+        with _evaluating(self.model):
+            for start in range(0, len(order), self.batch_size):
+                self._decode([requests[i] for i in order[start : start + self.batch_size]], params)
+                if progress:
+                    progress(min(start + self.batch_size, len(order)), len(order))
         self.tokens_per_second = sum(len(r.response) for r in requests) / max(time.monotonic() - started, 1e-9)
         return self._rollouts(requests)
 
@@ -77,9 +81,12 @@ class Generator:
         if self.tokenizer is None and not params.stop_token_ids and not params.ignore_eos:
             raise ValueError("stop_token_ids: without a tokenizer, say which tokens end a response, or set ignore_eos")
         limit = getattr(unwrapped(self.model).config, "max_position_embeddings", None)
+        vocabulary = unwrapped(self.model).get_input_embeddings().weight.shape[0]
         requests = []
         for index, prompt in enumerate(prompts):
             ids = self._encode(prompt, index)
+            if not 0 <= min(ids) <= max(ids) < vocabulary:
+                raise ValueError(f"prompts: prompt {index} has token ids outside the vocabulary of {vocabulary}")
             if limit and len(ids) + params.max_new_tokens > limit:
                 raise ValueError(
                     f"prompts: prompt {index} has {len(ids)} tokens, which with max_new_tokens = "
@@ -91,6 +98,8 @@ class Generator:
         return requests
 
     def _encode(self, prompt: str | Sequence[Message] | Sequence[int], index: int) -> tuple[int, ...]:
+        if isinstance(prompt, dict):
+            raise TypeError(f"prompts: prompt {index} is one message; expected a list of messages")
         if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
             ids = tuple(prompt)
         elif self.tokenizer is None:
@@ -112,20 +121,19 @@ class Generator:
         if self.tokenizer is not None and not params.ignore_eos:
             stops.add(self.tokenizer.eos_token_id)
         active = list(requests)
-        width = max(len(request.prompt) for request in active)
-        ids = torch.zeros(len(active), width, dtype=torch.int64)
-        attention = torch.zeros(len(active), width, dtype=torch.int64)
-        for row, request in enumerate(active):  # padded on the left: every row's next token comes at the same place
-            ids[row, width - len(request.prompt) :] = torch.tensor(request.prompt)
-            attention[row, width - len(request.prompt) :] = 1
-        ids, attention = ids.to(device), attention.to(device)
-        positions = (attention.cumsum(-1) - 1).clamp(min=0)
-        cache = DynamicCache(config=inner.config)
         numbers = torch.stack([request.uniforms for request in active]).to(device)  # (B, max_new_tokens)
+        prompts = list(dict.fromkeys(request.prompt for request in active))  # samples of one prompt read it once
+        ids, attention = _left_padded(prompts, device)  # (U, T)
+        positions = (attention.cumsum(-1) - 1).clamp(min=0)
+        rows = torch.tensor([prompts.index(request.prompt) for request in active], device=device)  # (B,)
+        cache = DynamicCache(config=inner.config)
         for step in range(params.max_new_tokens):
             hidden = inner.base_model(
                 input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=cache, use_cache=True
-            ).last_hidden_state[:, -1]  # (B, H)
+            ).last_hidden_state[:, -1]  # (U, H) at first, then (B, H)
+            if step == 0 and len(prompts) < len(active):
+                cache.batch_select_indices(rows)
+                hidden, attention, positions = hidden[rows], attention[rows], positions[rows]
             logits = torch.nn.functional.linear(hidden, head.weight, head.bias) * head.logit_scale  # (B, V)
             if head.softcap:
                 logits = head.softcap * torch.tanh(logits / head.softcap)
@@ -157,6 +165,30 @@ class Generator:
             texts=[decode_response(self.tokenizer, r.response) if self.tokenizer else "" for r in requests],
             finish_reasons=[request.finish_reason for request in requests],
         )
+
+
+def _left_padded(prompts: list[tuple[int, ...]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask (U, T), padded on the left so that every row's next token comes at one place."""
+    width = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+    attention = torch.zeros(len(prompts), width, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        attention[row, width - len(prompt) :] = 1
+    return ids.to(device), attention.to(device)
+
+
+@contextlib.contextmanager
+def _evaluating(model: Model) -> Iterator[None]:
+    """Without dropout; afterwards every module is in its own mode again."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _record(active: list[_Request], tokens: list[int], logprobs: list[float], stops: set[int]) -> list[int]:

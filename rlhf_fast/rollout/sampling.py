@@ -41,6 +41,8 @@ class SamplingParams:
             raise ValueError(f"temperature: {self.temperature}; expected 0.0 (greedy) or a positive number")
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p: {self.top_p}; expected more than 0.0 and at most 1.0")
+        if self.seed < 0:
+            raise ValueError(f"seed: {self.seed}; expected 0 or a positive number")
         if self.top_k < 0:
             raise ValueError(f"top_k: {self.top_k}; expected 0 (all tokens) or a positive number")
 

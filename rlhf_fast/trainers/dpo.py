@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from rlhf_fast import config as settings
-from rlhf_fast import models, ops
+from rlhf_fast import models, ops, settings
 from rlhf_fast.config import DPOConfig
 from rlhf_fast.data.batches import Batch, Example, pad
 from rlhf_fast.data.pairs import PairGroup, batches_by_pairs, group_pairs, join, microbatches_of_groups

@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rlhf_fast import config as settings
-from rlhf_fast import models, ops
+from rlhf_fast import models, ops, settings
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.data.batches import Batch, Example, microbatches, pad
 from rlhf_fast.data.chat import encode_prompt, prompt_text

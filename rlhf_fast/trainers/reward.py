@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from rlhf_fast import config as settings
-from rlhf_fast import models, ops
+from rlhf_fast import models, ops, settings
 from rlhf_fast.config import RewardConfig
 from rlhf_fast.data.batches import pad
 from rlhf_fast.data.pairs import PairGroup, Pairs, batches_by_pairs, group_pairs, join, microbatches_of_groups

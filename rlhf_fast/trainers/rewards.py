@@ -25,7 +25,7 @@ class RewardModel:
 
     def __init__(self, name: str | Path, max_tokens: int = 4096, max_length: int = 1024) -> None:
         extra = read_extra(resolve(name))
-        self.model, self.tokenizer = models.load_reward(name)
+        self.model, self.tokenizer = models.load_reward(name, merged=True)
         self.device = next(self.model.parameters()).device
         self.agreement: dict[str, float] | None = extra.get("heldout_agreement")
         self.mean, self.std = extra.get("score_mean", 0.0), extra.get("score_std", 1.0)

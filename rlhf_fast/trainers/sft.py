@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from rlhf_fast import config as settings
-from rlhf_fast import models, ops
+from rlhf_fast import models, ops, settings
 from rlhf_fast.config import SFTConfig
 from rlhf_fast.data.batches import Batch, Example, microbatches, pad
 from rlhf_fast.data.chat import encode

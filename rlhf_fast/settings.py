@@ -1,0 +1,239 @@
+"""How YAML and `--key value` become the dataclasses of config.py, and how --help describes them.
+
+Works on any dataclass whose fields are bool, int, float, str, a Literal, one of those or None, or such a dataclass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import inspect
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+ConfigT = TypeVar("ConfigT")
+
+
+class ConfigError(ValueError):
+    """A setting that does not exist, has the wrong type or is out of range."""
+
+
+def keys(cls: type) -> list[str]:
+    """All dotted keys of a configuration class, in order of declaration."""
+    return [key for key, _ in _leaves(cls)]
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as nested plain data, ready for YAML."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Any) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def build(cls: type[ConfigT], file: Path | None, arguments: list[str], base: ConfigT | None = None) -> ConfigT:
+    """Make a configuration from `base` (or the defaults), then a YAML file, then `--key value` arguments.
+
+    Raises:
+        ConfigError: names the unknown key and the nearest known one, or the value and what was expected.
+    """
+    values = flatten(_read_yaml(file)) if file else {}
+    values.update(_read_arguments(cls, arguments))
+    return from_flat(cls, values, base)
+
+
+def from_flat(cls: type[ConfigT], values: dict[str, Any], base: ConfigT | None = None) -> ConfigT:
+    """`base` (or the defaults) with the dotted keys of `values` replaced."""
+    leaves = dict(_leaves(cls))
+    for key in values:
+        if key not in leaves:
+            raise ConfigError(_unknown_key(key, list(leaves)))
+    converted = {key: _convert(key, value, leaves[key]) for key, value in values.items()}
+    return typing.cast(ConfigT, _assemble(cls, converted, base))
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"ppo": {"kl_coef": 0.1}} -> {"ppo.kl_coef": 0.1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _leaves(cls: type, prefix: str = "") -> list[tuple[str, Any]]:
+    hints = typing.get_type_hints(cls)
+    leaves: list[tuple[str, Any]] = []
+    for item in dataclasses.fields(cls):
+        kind = hints[item.name]
+        if dataclasses.is_dataclass(kind):
+            leaves.extend(_leaves(typing.cast(type, kind), f"{prefix}{item.name}."))
+        else:
+            leaves.append((prefix + item.name, kind))
+    return leaves
+
+
+def _assemble(cls: type, values: dict[str, Any], base: Any, prefix: str = "") -> Any:
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for item in dataclasses.fields(cls):
+        kind = hints[item.name]
+        current = getattr(base, item.name) if base is not None else _default(item)
+        if dataclasses.is_dataclass(kind):
+            inner = {k.removeprefix(f"{item.name}."): v for k, v in values.items() if k.startswith(f"{item.name}.")}
+            current = _assemble(typing.cast(type, kind), inner, current, f"{prefix}{item.name}.")
+        elif item.name in values:
+            current = values[item.name]
+        if current is dataclasses.MISSING:
+            raise ConfigError(f"--{prefix}{item.name} is missing; give it a value")
+        arguments[item.name] = current
+    try:
+        return cls(**arguments)
+    except ValueError as error:  # out of range
+        raise ConfigError(f"--{prefix}{error}") from error
+
+
+def _default(item: dataclasses.Field[Any]) -> Any:
+    if item.default_factory is not dataclasses.MISSING:
+        return item.default_factory()
+    return item.default
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config: {file} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config: {file} is not YAML: {error}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"--config: {file} should hold keys and values, not a {type(tree).__name__}")
+    return tree
+
+
+def _read_arguments(cls: type, arguments: list[str]) -> dict[str, Any]:
+    """`--a.b 1 --c=2 --flag` -> {"a.b": "1", "c": "2", "flag": True}; only true/false settings may stand alone.
+
+    A value that itself begins with `--` needs the form `--key=--value`.
+    """
+    leaves = dict(_leaves(cls))
+    values: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(f"{word!r} stands where a --key was expected")
+        key, equals, value = word[2:].partition("=")
+        key = key.replace("-", "_")
+        if key not in leaves:
+            raise ConfigError(_unknown_key(key, list(leaves)))
+        if equals:
+            values[key] = value
+        elif rest and not rest[0].startswith("--"):
+            values[key] = rest.pop(0)
+        elif leaves[key] is bool:
+            values[key] = True
+        else:
+            raise ConfigError(f"--{key} needs a value")
+    return values
+
+
+def _unknown_key(key: str, known: list[str]) -> str:
+    same_leaf = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
+    return f"unknown setting --{key}; the nearest one is --{nearest(key, same_leaf or known)}"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known word most like `word`."""
+    return difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)[0]
+
+
+def _convert(key: str, value: Any, kind: Any) -> Any:
+    """`value` (text from the command line, or a YAML value) as `kind`, or an error that names both."""
+    options = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    if type(None) in options:
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+            return None
+        options = tuple(option for option in options if option is not type(None))
+    (option,) = options
+    if typing.get_origin(option) is Literal:
+        if value in typing.get_args(option):
+            return value
+        raise ConfigError(f"--{key}: {value!r} is not one of {', '.join(map(repr, typing.get_args(option)))}")
+    try:
+        return _CONVERTERS[option](value)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ConfigError(f"--{key}: {value!r} is not {_NAMES[option]}") from error
+
+
+def _to_bool(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    raise ValueError(value)
+
+
+def _to_int(value: Any) -> int:
+    if isinstance(value, bool) or (isinstance(value, float) and value != int(value)):
+        raise ValueError(value)
+    return int(value)
+
+
+def _to_float(value: Any) -> float:
+    if isinstance(value, bool) or math.isnan(float(value)):
+        raise ValueError(value)
+    return float(value)
+
+
+def _to_str(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(value)
+    return value
+
+
+_CONVERTERS: dict[Any, Any] = {bool: _to_bool, int: _to_int, float: _to_float, str: _to_str}
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def describe(cls: type, base: Any = None) -> list[tuple[str, str, str, str]]:
+    """(key, type, default, comment) of every setting, for --help. Comments are those of the source."""
+    rows = []
+    for item in dataclasses.fields(cls):
+        kind = typing.get_type_hints(cls)[item.name]
+        current = getattr(base, item.name) if base is not None else _default(item)
+        if dataclasses.is_dataclass(kind):
+            rows += [(f"{item.name}.{key}", *rest) for key, *rest in describe(typing.cast(type, kind), current)]
+        else:
+            default = "required" if current is dataclasses.MISSING else "none" if current is None else str(current)
+            rows.append((item.name, _kind_name(kind), default, _source_comments(cls).get(item.name, "")))
+    return rows  # type: ignore[return-value]
+
+
+def _kind_name(kind: Any) -> str:
+    options = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return "|".join(map(str, options))
+    if options:
+        return " or ".join("none" if option is type(None) else option.__name__ for option in options)
+    return str(kind.__name__)
+
+
+@functools.cache
+def _source_comments(cls: type) -> dict[str, str]:
+    """The comment behind each field, so that --help and the source cannot disagree."""
+    pairs = re.findall(r"^    (\w+): [^#\n]*(?:  # ([^\n]*))?$", inspect.getsource(cls), re.MULTILINE)
+    return dict(pairs)

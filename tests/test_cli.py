@@ -1,0 +1,315 @@
+"""The command line: its verbs and settings, its help, its exit codes, and errors of one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_fast import __version__, cli
+from rlhf_fast.config import DemoConfig, PPOConfig, tiny_demo
+from rlhf_fast.settings import describe, keys
+
+# Every verb and every setting that a person can give. A longer list is a harder program to learn, so it grows on
+# purpose only.
+KEYS = {
+    "demo": """
+        out tiny model sft.epochs sft.batch_size sft.heldout sft.max_length sft.seed sft.lora.r sft.lora.alpha
+        sft.optim.lr sft.optim.schedule sft.optim.warmup sft.optim.weight_decay sft.optim.adam_eps
+        sft.optim.max_grad_norm sft.optim.max_tokens_per_microbatch comparisons.prompts
+        comparisons.samples_per_prompt comparisons.max_new_tokens comparisons.temperature comparisons.seed
+        comparisons.annotator.error_rate comparisons.annotator.seed reward.epochs reward.batch_size reward.heldout
+        reward.center_coef reward.max_length reward.seed reward.lora.r reward.lora.alpha reward.optim.lr
+        reward.optim.schedule reward.optim.warmup reward.optim.weight_decay reward.optim.adam_eps
+        reward.optim.max_grad_norm reward.optim.max_tokens_per_microbatch ppo.steps ppo.prompts_per_step
+        ppo.samples_per_prompt ppo.max_new_tokens ppo.temperature ppo.epochs ppo.minibatches ppo.kl_coef
+        ppo.kl_target ppo.kl_horizon ppo.gamma ppo.lam ppo.clip_low ppo.clip_high ppo.value_clip ppo.value_coef
+        ppo.whiten_rewards ppo.missing_eos_penalty ppo.min_reward_agreement ppo.max_length ppo.seed ppo.lora.r
+        ppo.lora.alpha ppo.optim.lr ppo.optim.schedule ppo.optim.warmup ppo.optim.weight_decay ppo.optim.adam_eps
+        ppo.optim.max_grad_norm ppo.optim.max_tokens_per_microbatch evaluation.samples_per_prompt
+        evaluation.max_new_tokens evaluation.temperature evaluation.seed
+    """,
+    "sft": """
+        data out model sft.epochs sft.batch_size sft.heldout sft.max_length sft.seed sft.lora.r sft.lora.alpha
+        sft.optim.lr sft.optim.schedule sft.optim.warmup sft.optim.weight_decay sft.optim.adam_eps
+        sft.optim.max_grad_norm sft.optim.max_tokens_per_microbatch
+    """,
+    "reward": """
+        data out model reward.epochs reward.batch_size reward.heldout reward.center_coef reward.max_length
+        reward.seed reward.lora.r reward.lora.alpha reward.optim.lr reward.optim.schedule reward.optim.warmup
+        reward.optim.weight_decay reward.optim.adam_eps reward.optim.max_grad_norm
+        reward.optim.max_tokens_per_microbatch
+    """,
+    "dpo": """
+        data out model dpo.epochs dpo.batch_size dpo.heldout dpo.beta dpo.label_smoothing dpo.max_length dpo.seed
+        dpo.lora.r dpo.lora.alpha dpo.optim.lr dpo.optim.schedule dpo.optim.warmup dpo.optim.weight_decay
+        dpo.optim.adam_eps dpo.optim.max_grad_norm dpo.optim.max_tokens_per_microbatch
+    """,
+    "ppo": """
+        policy reward prompts out ppo.steps ppo.prompts_per_step ppo.samples_per_prompt ppo.max_new_tokens
+        ppo.temperature ppo.epochs ppo.minibatches ppo.kl_coef ppo.kl_target ppo.kl_horizon ppo.gamma ppo.lam
+        ppo.clip_low ppo.clip_high ppo.value_clip ppo.value_coef ppo.whiten_rewards ppo.missing_eos_penalty
+        ppo.min_reward_agreement ppo.max_length ppo.seed ppo.lora.r ppo.lora.alpha ppo.optim.lr ppo.optim.schedule
+        ppo.optim.warmup ppo.optim.weight_decay ppo.optim.adam_eps ppo.optim.max_grad_norm
+        ppo.optim.max_tokens_per_microbatch
+    """,
+    "generate": """
+        prompts prompt out model n temperature top_k top_p max_new_tokens seed
+    """,
+    "evaluate": """
+        a b prompts out split evaluation.samples_per_prompt evaluation.max_new_tokens evaluation.temperature
+        evaluation.seed
+    """,
+    "doctor": "",
+}
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """(exit code, standard output, standard error) of one command."""
+    code = cli.main(list(words))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def error(capsys: pytest.CaptureFixture[str], code: int, *words: str) -> str:
+    """The message of a command that should fail with `code`: one line on stderr, nothing on stdout."""
+    came, out, err = run(capsys, *words)
+    assert (came, out) == (code, "")
+    assert err.startswith("rlhf-fast: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    return err.removeprefix("rlhf-fast: ").rstrip("\n")
+
+
+def with_action(monkeypatch: pytest.MonkeyPatch, verb: str, action: Any) -> None:
+    monkeypatch.setitem(cli.VERBS, verb, (cli.VERBS[verb][0], action))
+
+
+def built(monkeypatch: pytest.MonkeyPatch, verb: str, *words: str) -> Any:
+    """The settings that `verb` would run with."""
+    commands: list[Any] = []
+    with_action(monkeypatch, verb, commands.append)
+    assert cli.main([verb, *words]) == 0
+    return commands[0]
+
+
+def test_verbs_and_settings_are_exactly_those_listed_here() -> None:
+    actual = {verb: keys(cls) for verb, (cls, _) in cli.VERBS.items()}
+    listed = {verb: text.split() for verb, text in KEYS.items()}
+    added = [f"{verb} --{key}" for verb in actual for key in actual[verb] if key not in listed.get(verb, [])]
+    removed = [f"{verb} --{key}" for verb in listed for key in listed[verb] if key not in actual.get(verb, [])]
+    assert actual == listed, (
+        f"new: {added}, gone: {removed}. Is each new setting needed, or would a good default do? If it is, explain it "
+        "in the comment behind its field (that is what --help shows), list it in KEYS and say it in the documentation."
+    )
+
+
+# Help ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_help_names_every_verb(capsys: pytest.CaptureFixture[str], word: str) -> None:
+    code, out, err = run(capsys, word)
+    assert (code, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines() if line.startswith("  ")] == list(KEYS)
+
+
+def test_no_verb_shows_the_help_and_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys)
+    assert code == 2 and "usage: rlhf-fast VERB" in out
+
+
+@pytest.mark.parametrize("verb", KEYS)
+def test_the_help_of_a_verb_shows_every_setting_with_its_default(capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    code, out, err = run(capsys, verb, "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"rlhf-fast {verb}: ")
+    lines = {line.split()[0]: line for line in out.splitlines() if line.startswith("  --")}
+    assert list(lines) == [f"--{key}" for key in KEYS[verb].split()]
+    for key, kind, default, comment in describe(cli.VERBS[verb][0]):
+        assert lines[f"--{key}"].split() == [f"--{key}", *f"{kind} {default} {comment}".split()]
+
+
+def test_the_help_shows_the_defaults_that_a_verb_really_has(capsys: pytest.CaptureFixture[str]) -> None:
+    """The demo's PPO section has other defaults than PPOConfig."""
+    assert DemoConfig().ppo.steps != PPOConfig().steps
+    line = next(line for line in run(capsys, "demo", "--help")[1].splitlines() if line.startswith("  --ppo.steps "))
+    assert line.split()[2] == str(DemoConfig().ppo.steps)
+
+
+def test_every_setting_is_explained_unless_its_name_says_all() -> None:
+    plain = {"seed", "weight_decay", "prompts_per_step", "samples_per_prompt", "temperature"}
+    for verb, (cls, _) in cli.VERBS.items():
+        unexplained = [key for key, _, _, comment in describe(cls) if not comment]
+        assert {key.rpartition(".")[2] for key in unexplained} <= plain, (verb, unexplained)
+
+
+def test_help_and_usage_errors_load_neither_torch_nor_transformers() -> None:
+    """In a process of its own, since the tests have loaded both."""
+    code = (
+        "import sys\n"
+        "from rlhf_fast import cli\n"
+        "codes = [cli.main(words) for words in (['--help'], ['ppo', '--help'], ['ppo', '--ppo.kl_cof', '1'])]\n"
+        "heavy = {'torch', 'transformers', 'peft', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(f'{codes} {heavy}' if heavy or codes != [0, 0, 2] else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("word", ["--version", "-V"])
+def test_version(capsys: pytest.CaptureFixture[str], word: str) -> None:
+    assert run(capsys, word) == (0, f"rlhf-fast {__version__}\n", "")
+
+
+# Settings ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_config_file_lies_under_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "ppo.yaml"
+    file.write_text("policy: a\nreward: r\nprompts: p\nout: from-file\nppo: {steps: 7, kl_coef: 0.3}\n")
+    for words in (["--config", str(file), "--ppo.steps", "9"], ["--ppo.steps=9", f"--config={file}"]):
+        command = built(monkeypatch, "ppo", *words)
+        assert (command.out, command.ppo) == ("from-file", PPOConfig(steps=9, kl_coef=0.3))
+
+
+@pytest.mark.parametrize(
+    "words", [["--tiny"], ["--tiny", "true"], ["--tiny", "True"], ["--tiny=true"], ["--config", "tiny.yaml"]]
+)
+def test_tiny_changes_the_defaults_of_the_demo_wherever_it_is_set(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text("tiny: true\n")
+    assert built(monkeypatch, "demo", *words) == tiny_demo()
+    assert built(monkeypatch, "demo", *words, "--ppo.steps", "5").ppo.steps == 5
+
+
+@pytest.mark.parametrize("words", [[], ["--tiny", "false"], ["--tiny", "False"], ["--tiny=false"]])
+def test_without_tiny_the_demo_has_its_full_size(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    assert built(monkeypatch, "demo", *words) == DemoConfig()
+
+
+# Errors --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("word", "nearest"), [("rewrad", "reward"), ("generat", "generate"), ("eval", "evaluate")])
+def test_an_unknown_verb_names_the_nearest(capsys: pytest.CaptureFixture[str], word: str, nearest: str) -> None:
+    assert error(capsys, 2, word) == f"unknown verb {word!r}; the nearest one is {nearest!r}, see rlhf-fast --help"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["ppo", "--kl_cof", "1"], "unknown setting --kl_cof; the nearest one is --ppo.kl_coef"),
+        (["sft", "--out", "x"], "--data is missing"),
+        (["sft", "--data", "d", "--out", "o", "--sft.epochs", "-1"], "--sft.epochs: -1; expected at least 1"),
+        (["demo", "--sft.heldout", "1.5"], "--sft.heldout: 1.5; expected more than 0 and less than 1"),
+        (["demo", "--tiny", "--reward.batch_size=0"], "--reward.batch_size: 0; expected at least 1"),
+        (["demo", "--ppo.kl_coef", "nan"], "--ppo.kl_coef: 'nan' is not a number"),
+        (["demo", "--comparisons.annotator.error_rate", "0.9"], "--comparisons.annotator.error_rate: 0.9; expected"),
+        (["demo", "--config"], "--config needs a file"),
+        (["demo", "--config", "none.yaml"], "--config: none.yaml cannot be read"),
+        (["demo", "stray"], "'stray' stands where a --key was expected"),
+    ],
+)
+def test_wrong_usage_is_one_line_with_exit_code_2_and_names_the_help(
+    capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    line = error(capsys, 2, *words)
+    assert line.startswith(message)
+    assert line.endswith(f"; see rlhf-fast {words[0]} --help")
+
+
+def test_a_yaml_error_of_several_lines_becomes_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text("a: [1\nb: 2\n")
+    assert error(capsys, 2, "demo", "--config", str(file)).startswith(f"--config: {file} is not YAML: ")
+
+
+@pytest.mark.parametrize(
+    "raised", [ValueError("bad"), TypeError("bad"), OSError("bad"), RuntimeError("bad"), FloatingPointError("bad")]
+)
+def test_an_error_at_work_is_one_line_with_exit_code_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, raised: Exception
+) -> None:
+    def fail(_: Any) -> None:
+        raise raised
+
+    monkeypatch.delenv("RLHF_FAST_DEBUG", raising=False)
+    with_action(monkeypatch, "doctor", fail)
+    assert error(capsys, 1, "doctor") == "bad"
+    monkeypatch.setenv("RLHF_FAST_DEBUG", "1")
+    with pytest.raises(type(raised), match="bad"):
+        cli.main(["doctor"])
+
+
+@pytest.mark.parametrize(("verb", "hint"), [("doctor", "nothing is half-written"), ("demo", "last finished phase")])
+def test_ctrl_c_ends_with_130_and_says_how_to_go_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str, hint: str
+) -> None:
+    def interrupt(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with_action(monkeypatch, verb, interrupt)
+    line = error(capsys, 130, verb)
+    assert line.startswith("stopped; ") and hint in line
+
+
+def test_an_error_in_a_process_of_its_own_leaves_no_traceback() -> None:
+    words = [sys.executable, "-m", "rlhf_fast.cli", "ppo", "--kl_cof", "1"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("rlhf-fast: unknown setting --kl_cof") and "Traceback" not in done.stderr
+
+
+def test_an_unknown_model_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "'smolm2-135m'" in error(capsys, 1, "generate", "--prompt", "Hello", "--model", "smolm2-135m")
+
+
+@pytest.mark.parametrize("words", [[], ["--prompt", "Hello", "--prompts", "file.jsonl"]])
+def test_generate_takes_either_a_file_or_a_prompt(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    assert error(capsys, 2, "generate", *words).startswith("give either --prompts FILE or --prompt TEXT")
+
+
+@pytest.fixture()
+def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading any model fails the test, since errors in data should come first."""
+    from rlhf_fast import models
+
+    def load(*_: Any, **__: Any) -> None:
+        pytest.fail("a model was loaded before the data was read")
+
+    for name in ("load", "load_reward", "reward_from"):
+        monkeypatch.setattr(models, name, load)
+
+
+@pytest.mark.usefixtures("no_models")
+@pytest.mark.parametrize(
+    ("verb", "key", "good"),
+    [
+        ("sft", "data", {"prompt": "p", "completion": "c"}),
+        ("reward", "data", {"prompt": "p", "chosen": "c", "rejected": "r"}),
+        ("dpo", "data", {"prompt": "p", "chosen": "c", "rejected": "r"}),
+        ("ppo", "prompts", {"prompt": "p"}),
+        ("generate", "prompts", {"prompt": "p"}),
+        ("evaluate", "prompts", {"prompt": "p"}),
+    ],
+)
+def test_a_bad_line_is_named_before_a_model_is_loaded_or_anything_written(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, verb: str, key: str, good: dict[str, str]
+) -> None:
+    file, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    file.write_text(json.dumps(good) + "\n" + '{"prompt": 7}\n')
+    others = {"ppo": ["--policy", "m", "--reward", "r"], "evaluate": ["--a", "m", "--b", "m"]}.get(verb, [])
+    line = error(capsys, 1, verb, f"--{key}", str(file), "--out", str(out), *others)
+    assert line.startswith(f"{file} line 2: ")
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_evaluate_writes_nothing_when_a_model_is_unknown(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    file.write_text('{"prompt": "p"}\n')
+    words = ["--a", "unknown", "--b", "unknown", "--prompts", str(file), "--out", str(out)]
+    assert "'unknown'" in error(capsys, 1, "evaluate", *words)
+    assert not out.exists()

@@ -1,0 +1,71 @@
+"""Direct preference optimisation against its formula, and what it does to the policy."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_fast import models
+from rlhf_fast.config import DPOConfig, LoRAConfig, OptimConfig
+from rlhf_fast.data.pairs import join
+from rlhf_fast.trainers.dpo import DPOTrainer
+
+ROWS = [{"prompt": f"question {i}", "chosen": "aaa" + "c" * (i % 3), "rejected": "bbbbb"} for i in range(24)]
+
+
+def trainer(folder: Path, out: Path, **options: object) -> DPOTrainer:
+    return DPOTrainer(folder, ROWS, out, DPOConfig(lora=LoRAConfig(r=4), **options))  # type: ignore[arg-type]
+
+
+def test_the_first_loss_is_ln_2(tiny_folder: Path, tmp_path: Path) -> None:
+    """Policy and reference are the same at the start, whatever the pairs."""
+    dpo = trainer(tiny_folder, tmp_path)
+    dpo._remember_reference()
+    evaluated = dpo.evaluate()
+    assert evaluated["heldout_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert evaluated["heldout_margin"] == pytest.approx(0.0, abs=1e-4)
+
+
+def test_the_loss_is_the_papers(tiny_folder: Path, tmp_path: Path) -> None:
+    """-log sigmoid(beta ((log pi_w - log ref_w) - (log pi_l - log ref_l))), summed over response tokens in float64."""
+    dpo = trainer(tiny_folder, tmp_path, beta=0.3)
+    dpo._remember_reference()
+    for name, parameter in dpo.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    reference, _ = models.load(tiny_folder)
+
+    @torch.no_grad()
+    def logprob(model: torch.nn.Module, prompt: tuple[int, ...], response: tuple[int, ...]) -> float:
+        logits = model(input_ids=torch.tensor([[*prompt, *response]])).logits[0].double()
+        table = torch.log_softmax(logits, -1)
+        return sum(float(table[len(prompt) - 1 + i, token]) for i, token in enumerate(response))
+
+    expected = []
+    for group in dpo.heldout:
+        pairs = join([group], "cpu")
+        for w, l in zip(pairs.chosen.tolist(), pairs.rejected.tolist(), strict=True):
+            h = [
+                logprob(dpo.model, e.prompt, e.response) - logprob(reference, e.prompt, e.response)
+                for e in (pairs.examples[w], pairs.examples[l])
+            ]
+            expected.append(math.log1p(math.exp(-0.3 * (h[0] - h[1]))))
+    assert dpo.evaluate()["heldout_loss"] == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+
+
+def test_training_prefers_the_chosen_and_leaves_metrics(tiny_folder: Path, tmp_path: Path) -> None:
+    dpo = trainer(tiny_folder, tmp_path, epochs=3, optim=OptimConfig(lr=5e-3))
+    result = dpo.train()
+    assert result["summary"]["heldout_accuracy"] == 1.0
+    assert result["summary"]["heldout_loss"] < 0.6
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4) and losses[-1] < losses[0]
+    policy, _ = models.load(tmp_path)
+    ids = torch.arange(4, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(policy(input_ids=ids).logits, dpo.model(input_ids=ids).logits)
