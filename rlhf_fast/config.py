@@ -153,11 +153,12 @@ class PPOConfig:
 class AnnotatorConfig:
     """The simulated annotator: a written rule in place of people, so that the loop runs unattended."""
 
-    error_rate: float = 0.1  # share of comparisons answered the wrong way round
+    error_rate: float = 0.05  # share of comparisons answered the wrong way round
+    tie_margin: float = 0.05  # replies whose scores (0 to 1) are this near are a tie, which is left out
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check(self, below_half="error_rate")
+        _check(self, below_half="error_rate", share="tie_margin")
 
 
 @dataclass(frozen=True)
@@ -197,18 +198,20 @@ class DemoConfig:
     tiny: bool = False  # a random model over bytes, in under a minute
     model: str = "smollm2-135m"  # folder, run, hub name or smollm2-135m
     sft: SFTConfig = field(default_factory=lambda: SFTConfig(optim=OptimConfig(lr=5e-4)))
-    comparisons: ComparisonsConfig = field(default_factory=lambda: ComparisonsConfig(prompts=96, max_new_tokens=80))
-    reward: RewardConfig = field(default_factory=lambda: RewardConfig(optim=OptimConfig(lr=5e-4)))
+    comparisons: ComparisonsConfig = field(default_factory=lambda: ComparisonsConfig(prompts=96, max_new_tokens=72))
+    reward: RewardConfig = field(
+        default_factory=lambda: RewardConfig(batch_size=8, heldout=0.2, optim=OptimConfig(lr=3e-4))
+    )
     ppo: PPOConfig = field(
         default_factory=lambda: PPOConfig(
-            steps=8,
+            steps=6,
             prompts_per_step=8,
-            max_new_tokens=80,
+            max_new_tokens=72,
             epochs=1,
-            optim=OptimConfig(lr=3e-4, schedule="constant", warmup=0.0),
+            optim=OptimConfig(lr=5e-4, schedule="constant", warmup=0.0),
         )
     )
-    evaluation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(max_new_tokens=80))
+    evaluation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(max_new_tokens=72))
 
 
 def tiny_demo() -> DemoConfig:
@@ -219,7 +222,7 @@ def tiny_demo() -> DemoConfig:
         tiny=True,
         model="random",
         sft=SFTConfig(epochs=3, lora=LoRAConfig(r=0), optim=optim),
-        comparisons=ComparisonsConfig(prompts=24, max_new_tokens=48),
+        comparisons=ComparisonsConfig(prompts=24, max_new_tokens=48, annotator=AnnotatorConfig(tie_margin=0.0)),
         reward=RewardConfig(lora=lora, optim=optim),
         ppo=PPOConfig(
             steps=3,

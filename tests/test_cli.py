@@ -20,7 +20,8 @@ KEYS = {
         sft.optim.lr sft.optim.schedule sft.optim.warmup sft.optim.weight_decay sft.optim.adam_eps
         sft.optim.max_grad_norm sft.optim.max_tokens_per_microbatch comparisons.prompts
         comparisons.samples_per_prompt comparisons.max_new_tokens comparisons.temperature comparisons.seed
-        comparisons.annotator.error_rate comparisons.annotator.seed reward.epochs reward.batch_size reward.heldout
+        comparisons.annotator.error_rate comparisons.annotator.tie_margin comparisons.annotator.seed
+        reward.epochs reward.batch_size reward.heldout
         reward.center_coef reward.max_length reward.seed reward.lora.r reward.lora.alpha reward.optim.lr
         reward.optim.schedule reward.optim.warmup reward.optim.weight_decay reward.optim.adam_eps
         reward.optim.max_grad_norm reward.optim.max_tokens_per_microbatch ppo.steps ppo.prompts_per_step

@@ -350,7 +350,7 @@ BAD = {
         "max_length": [0],
         "seed": [-1],
     },
-    AnnotatorConfig: {"error_rate": [-0.1, 0.5, 1.0]},
+    AnnotatorConfig: {"error_rate": [-0.1, 0.5, 1.0], "tie_margin": [-0.1, 1.1]},
     EvaluationConfig: {"samples_per_prompt": [0], "max_new_tokens": [0], "temperature": [-1.0], "seed": [-1]},
     ComparisonsConfig: {
         "prompts": [-1],

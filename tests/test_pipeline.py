@@ -30,7 +30,7 @@ def smallest(out: Path) -> DemoConfig:
         config,
         out=str(out),
         sft=dataclasses.replace(config.sft, epochs=1),
-        comparisons=dataclasses.replace(config.comparisons, prompts=8, max_new_tokens=16),
+        comparisons=dataclasses.replace(config.comparisons, prompts=12),
         ppo=dataclasses.replace(config.ppo, steps=2, max_new_tokens=16, prompts_per_step=4, samples_per_prompt=2),
         evaluation=dataclasses.replace(config.evaluation, max_new_tokens=8),
     )
@@ -141,7 +141,7 @@ def test_a_killed_run_goes_on_after_its_last_finished_phase(tmp_path: Path) -> N
 
 
 SHORT = (
-    "--sft.epochs 1 --comparisons.prompts 8 --comparisons.max_new_tokens 16 --ppo.steps 2 --ppo.max_new_tokens 16 "
+    "--sft.epochs 1 --comparisons.prompts 12 --ppo.steps 2 --ppo.max_new_tokens 16 "
     "--ppo.prompts_per_step 4 --ppo.samples_per_prompt 2 --evaluation.max_new_tokens 8"
 ).split()
 

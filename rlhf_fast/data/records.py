@@ -14,7 +14,7 @@ import os
 import re
 import reprlib
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -64,8 +64,10 @@ class Comparison:
         return row
 
 
-def read_prompts(source: Source, split: str | None = None) -> list[PromptRecord]:
-    """Prompts, optionally only the rows whose `split` is the one asked for."""
+def read_prompts(source: Source | Sequence[PromptRecord], split: str | None = None) -> list[PromptRecord]:
+    """Prompts, optionally only the rows whose `split` is the one asked for. Records that were read go through."""
+    if _were_read(source, PromptRecord):
+        return list(cast(Sequence[PromptRecord], source))
     rows = _not_empty(source, _rows(source))
     if split is not None:
         rows = [(name, row) for name, row in rows if row.get("split") == split]
@@ -77,11 +79,17 @@ def read_demonstrations(source: Source) -> list[Demonstration]:
     return _not_empty(source, [_demonstration(row, name) for name, row in _rows(source)])
 
 
-def read_comparisons(source: Source) -> list[Comparison]:
+def read_comparisons(source: Source | Sequence[Comparison]) -> list[Comparison]:
+    if _were_read(source, Comparison):
+        return list(cast(Sequence[Comparison], source))
     return _not_empty(source, [_comparison(row, name) for name, row in _rows(source)])
 
 
-def _rows(source: Source) -> list[tuple[str, dict[str, Any]]]:
+def _were_read(source: Any, kind: type) -> bool:
+    return isinstance(source, list | tuple) and bool(source) and all(isinstance(row, kind) for row in source)
+
+
+def _rows(source: Any) -> list[tuple[str, dict[str, Any]]]:
     """(name, row) of every row; the name says where it stands."""
     if isinstance(source, str | os.PathLike):
         return _file_rows(Path(source))
@@ -127,7 +135,7 @@ def _row(line: bytes, name: str) -> dict[str, Any]:
     return row
 
 
-def _not_empty(source: Source, records: list[Any], which: str = "") -> list[Any]:
+def _not_empty(source: Any, records: list[Any], which: str = "") -> list[Any]:
     if not records:
         where = source if isinstance(source, str | os.PathLike) else "the list"
         raise RecordError(f"{where}: no rows{which}; expected at least one")

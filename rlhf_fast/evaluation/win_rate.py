@@ -19,7 +19,7 @@ from rlhf_fast.data.text_metrics import repetition, words
 from rlhf_fast.feedback.simulated import WEIGHTS, Rating, SimulatedAnnotator
 from rlhf_fast.files import write_atomic
 from rlhf_fast.intervals import clustered_bootstrap
-from rlhf_fast.models.load import Model
+from rlhf_fast.models.adapters import Model
 from rlhf_fast.rollout.generator import Generator
 from rlhf_fast.rollout.rollouts import Rollouts
 from rlhf_fast.rollout.sampling import SamplingParams

@@ -9,7 +9,9 @@ file and report that comes of it says `simulated`. The rule rates four criteria 
   client did not give;
 - style fit: 25 to 70 words of plain prose, no hedging, no exclamation, no repetition, a finished last sentence.
 
-The score is their weighted mean. A comparison goes to the higher score, except for a chosen share of errors.
+The score is their weighted mean. A comparison goes to the higher score, except for a chosen share of errors; scores
+that are near each other are a tie, and ties are left out. The rule is easy to please, which is why no result of it
+says anything about what people would prefer.
 """
 
 from __future__ import annotations
@@ -96,13 +98,12 @@ class SimulatedAnnotator:
 
     def __init__(self, config: AnnotatorConfig | None = None) -> None:
         self.config = config or AnnotatorConfig()
-        if not 0.0 <= self.config.error_rate < 0.5:
-            raise ValueError(f"annotator.error_rate: {self.config.error_rate}; expected at least 0.0 and below 0.5")
 
     @property
     def name(self) -> str:
         """How files and reports call it: always simulated, with what decides its answers."""
-        return f"{NAME} (seed {self.config.seed}, error rate {self.config.error_rate:g})"
+        config = self.config
+        return f"{NAME} (seed {config.seed}, error rate {config.error_rate:g}, tie margin {config.tie_margin:g})"
 
     def rate(self, prompt: Prompt, category: str, reply: str) -> Rating:
         """Rate one reply, without error."""
@@ -115,9 +116,9 @@ class SimulatedAnnotator:
         )
 
     def compare(self, prompt: Prompt, category: str, first: str, second: str) -> Comparison | None:
-        """The comparison of two replies, or None when the annotator sees no difference."""
+        """The comparison of two replies, or None when they are the same to the annotator, or nearly so."""
         ratings = [self.rate(prompt, category, first), self.rate(prompt, category, second)]
-        if abs(ratings[0].score - ratings[1].score) < 1e-9:
+        if abs(ratings[0].score - ratings[1].score) <= self.config.tie_margin + 1e-9:
             return None
         replies = [first, second]
         better = 0 if ratings[0].score > ratings[1].score else 1

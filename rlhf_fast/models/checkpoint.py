@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import json
+import pickle
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
@@ -107,3 +111,23 @@ def read_extra(folder: str | Path) -> dict[str, Any]:
     """What `save` stored as `extra`; empty when there is none."""
     file = Path(folder) / "rlhf_fast.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+@contextlib.contextmanager
+def reading_errors(folder: str) -> Iterator[None]:
+    """The many errors of transformers, safetensors and torch on what they cannot read, as one that names the folder."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to open it all the same
+            reason = "its weights are a pickle of more than tensors, which is not opened"
+        if Path(folder).is_dir():
+            raise ValueError(
+                f"model: {folder} cannot be read ({reason}); if it is damaged, save or download it again"
+            ) from error
+        if isinstance(error, OSError):
+            raise FileNotFoundError(f"model: {folder!r} was not found, or cannot be reached: {reason}") from error
+        raise ValueError(f"model: {folder!r} cannot be used ({reason})") from error

@@ -11,8 +11,8 @@ import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from rlhf_fast.data.chat import Message, decode_response, encode_prompt
+from rlhf_fast.models.adapters import Model
 from rlhf_fast.models.forward import output_head, unwrapped
-from rlhf_fast.models.load import Model
 from rlhf_fast.rollout.rollouts import Rollouts
 from rlhf_fast.rollout.sampling import SamplingParams, sample_tokens, uniforms
 
@@ -40,7 +40,7 @@ class Generator:
         batch_size: sequences decoded together.
     """
 
-    def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase | None = None, batch_size: int = 64) -> None:
+    def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase | None = None, batch_size: int = 128) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size: {batch_size}; expected at least 1")
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size

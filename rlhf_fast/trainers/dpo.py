@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from rlhf_fast import models, ops, settings
 from rlhf_fast.config import DPOConfig
 from rlhf_fast.data.batches import Batch, Example, pad
 from rlhf_fast.data.pairs import PairGroup, batches_by_pairs, group_pairs, join, microbatches_of_groups
-from rlhf_fast.data.records import Source, read_comparisons
+from rlhf_fast.data.records import Comparison, Source, read_comparisons
 from rlhf_fast.run_folder import RunFolder
 from rlhf_fast.trainers.loop import Optimizer, Stats, add_stats, fit, per_example, shuffled, split_heldout
 
@@ -27,7 +27,13 @@ class DPOTrainer:
         out: the run's folder.
     """
 
-    def __init__(self, model: str | Path, data: Source, out: str | Path, config: DPOConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: str | Path,
+        data: Source | Sequence[Comparison],
+        out: str | Path = "runs/dpo",
+        config: DPOConfig | None = None,
+    ) -> None:
         self.config = config = config or DPOConfig()
         comparisons = read_comparisons(data)
         loaded, self.tokenizer = models.load(model)

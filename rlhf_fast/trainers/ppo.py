@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,13 +59,12 @@ class PPOTrainer:
         self,
         policy: str | Path,
         reward: Reward,
-        prompts: Source | list[PromptRecord],
-        out: str | Path,
+        prompts: Source | Sequence[PromptRecord],
+        out: str | Path = "runs/ppo",
         config: PPOConfig | None = None,
     ) -> None:
         self.config = config = config or PPOConfig()
-        records = prompts if _are_records(prompts) else read_prompts(prompts)  # type: ignore[arg-type]
-        self.prompts: list[PromptRecord] = records  # type: ignore[assignment]
+        self.prompts = read_prompts(prompts)
         if len(self.prompts) < config.prompts_per_step:
             raise ValueError(
                 f"ppo.prompts_per_step: {config.prompts_per_step}, but there are only {len(self.prompts)} prompts"
@@ -297,7 +296,3 @@ def _check_first_update(stats: dict[str, float]) -> None:
 def _raise_if(wrong: list[str]) -> None:
     if wrong:
         raise RuntimeError("PPO's first update is not what it must be: " + "; ".join(wrong))
-
-
-def _are_records(prompts: Any) -> bool:
-    return isinstance(prompts, list) and bool(prompts) and all(isinstance(p, PromptRecord) for p in prompts)

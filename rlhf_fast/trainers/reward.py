@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from rlhf_fast import models, ops, settings
 from rlhf_fast.config import RewardConfig
 from rlhf_fast.data.batches import pad
 from rlhf_fast.data.pairs import PairGroup, Pairs, batches_by_pairs, group_pairs, join, microbatches_of_groups
-from rlhf_fast.data.records import Source, read_comparisons
+from rlhf_fast.data.records import Comparison, Source, read_comparisons
 from rlhf_fast.intervals import Interval, clustered_bootstrap
 from rlhf_fast.run_folder import RunFolder
 from rlhf_fast.trainers.loop import Optimizer, Stats, fit, per_example, shuffled, split_heldout
@@ -30,7 +30,13 @@ class RewardTrainer:
         out: the run's folder.
     """
 
-    def __init__(self, model: str | Path, data: Source, out: str | Path, config: RewardConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: str | Path,
+        data: Source | Sequence[Comparison],
+        out: str | Path = "runs/reward",
+        config: RewardConfig | None = None,
+    ) -> None:
         self.config = config = config or RewardConfig()
         comparisons = read_comparisons(data)
         self.model, self.tokenizer = models.reward_from(model, config.lora, config.seed)
@@ -52,7 +58,7 @@ class RewardTrainer:
         ]
         optimizer = Optimizer([self.model], config.optim, len(batches))
         run = RunFolder(self.out, "reward", settings.to_yaml(config))
-        fit(run, batches, self._losses, optimizer, self.evaluate, max(1, math.ceil(len(batches) / 4)))
+        fit(run, batches, self._losses, optimizer, self.evaluate, math.ceil(len(batches) / config.epochs))
         mean, std = self.scale
         extra = {"score_mean": mean, "score_std": std, "heldout_agreement": self.agreement.as_dict()}
         models.save(run.checkpoint(len(batches)), self.model, self.tokenizer, extra)

@@ -30,7 +30,9 @@ class SFTTrainer:
         ValueError: a row that cannot be used, before anything is written.
     """
 
-    def __init__(self, model: str | Path, data: Source, out: str | Path, config: SFTConfig | None = None) -> None:
+    def __init__(
+        self, model: str | Path, data: Source, out: str | Path = "runs/sft", config: SFTConfig | None = None
+    ) -> None:
         self.config = config = config or SFTConfig()
         demonstrations = read_demonstrations(data)
         loaded, self.tokenizer = models.load(model)

@@ -48,7 +48,7 @@ def lowered(worse: Rating, better: Rating) -> set[str]:
 
 def test_its_name_and_every_comparison_say_simulated_and_what_decided() -> None:
     annotator = SimulatedAnnotator(AnnotatorConfig(error_rate=0.25, seed=7))
-    assert annotator.name == "simulated (seed 7, error rate 0.25)"
+    assert annotator.name == "simulated (seed 7, error rate 0.25, tie margin 0.05)"
     comparisons = annotator.compare_all(PROMPT, "simple", [REPLY, OPENING, "No."])
     assert len(comparisons) == 3
     assert all(comparison.as_dict()["annotator"] == annotator.name for comparison in comparisons)

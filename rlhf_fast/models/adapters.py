@@ -1,0 +1,117 @@
+"""Adapters (LoRA through peft): adding one, loading one, and what is trained and what stays frozen."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from rlhf_fast.config import LoRAConfig
+from rlhf_fast.models.checkpoint import reading_errors
+
+Model = Any  # PreTrainedModel or PeftModel; the type hints of neither survive .to(), .eval() or a head's attribute
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def trainable(model: Model, lora: LoRAConfig, seed: int = 0) -> Model:
+    """Make a loaded policy trainable: its adapter goes on, a fresh one is added, or (`lora.r == 0`) all weights."""
+    if isinstance(model, PeftModel) and lora.r == 0:
+        model = model.merge_and_unload()
+    if lora.r == 0:
+        return model.requires_grad_(True)
+    if isinstance(model, PeftModel):
+        config: Any = model.peft_config["default"]
+        require_same_rank(config.r, lora, "the checkpoint")
+        model.requires_grad_(False)
+        unfreeze_adapter(model)
+        return model
+    return with_adapter(model, lora, seed, task="CAUSAL_LM").eval()
+
+
+def frozen_copy(model: ModelT) -> ModelT:
+    """A copy that stays as the model is now. Weights that nobody trains are shared with it, not copied."""
+    shared: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, memo=shared).requires_grad_(False)
+
+
+def is_adapter(folder: str | Path) -> bool:
+    return (Path(folder) / "adapter_config.json").exists()
+
+
+def with_saved_adapter(model: Model, folder: str, merged: bool) -> Model:
+    if not is_adapter(folder):
+        return model
+    with reading_errors(folder):
+        model = _quietly(lambda: PeftModel.from_pretrained(model, folder))
+    return model.merge_and_unload() if merged else model
+
+
+def with_policy_adapter(model: Model, folder: str) -> Model:
+    """A classifier with the adapter of the policy in `folder`, its own scaling and all, beside a trainable head."""
+    with reading_errors(folder):
+        config: Any = LoraConfig.from_pretrained(folder)
+        config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["score"], False
+        head = {f"base_model.model.score.{key}": value for key, value in model.score.state_dict().items()}
+        with torch.random.fork_rng():
+            model = _quietly(lambda: get_peft_model(model, config))
+        loaded: Any = set_peft_model_state_dict(model, {**load_peft_weights(folder, device="cpu"), **head})
+    if loaded.unexpected_keys:
+        raise ValueError(f"model: {folder}: the adapter does not fit: {loaded.unexpected_keys[:3]}")
+    return model
+
+
+def _quietly(make: Callable[[], Model]) -> Model:
+    """Call into peft without its warning about a property that transformers is renaming."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return make()
+
+
+def with_adapter(model: Model, lora: LoRAConfig, seed: int, task: str) -> Model:
+    trunk = model.base_model
+    targets = sorted({n.rpartition(".")[2] for n, m in trunk.named_modules() if isinstance(m, nn.Linear | Conv1D)})
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft only multiplies by it
+        lora_dropout=0.0,  # dropout would make the ratio of PPO's first step differ from one
+        target_modules=targets,
+        task_type=task,
+        modules_to_save=["score"] if task == "SEQ_CLS" else None,
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in trunk.modules()),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return _quietly(lambda: get_peft_model(model, config))
+
+
+def unfreeze_adapter(model: PeftModel) -> None:
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            parameter.requires_grad_(True)
+
+
+def adapter_config(folder: str) -> dict[str, Any]:
+    with reading_errors(folder):
+        config: dict[str, Any] = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    return config
+
+
+def adapter_rank(folder: str) -> int:
+    return int(adapter_config(folder)["r"])
+
+
+def require_same_rank(found: int, lora: LoRAConfig, name: str) -> None:
+    if lora.r not in (0, found):
+        raise ValueError(
+            f"lora.r: {lora.r} does not fit the adapter of {name}, which has rank {found}; "
+            f"set lora.r to {found}, or to 0 to merge it and train all weights"
+        )
