@@ -147,6 +147,9 @@ class PPOConfig:
         _check(self, positive="temperature kl_target kl_horizon", share="gamma lam min_reward_agreement")
         _check(self, not_negative="kl_coef value_coef missing_eos_penalty seed")
         _check(self, limit="clip_low clip_high value_clip")
+        sequences = self.prompts_per_step * self.samples_per_prompt
+        if self.minibatches > sequences:
+            raise ValueError(f"minibatches: {self.minibatches}; expected at most the {sequences} sequences of a step")
 
 
 @dataclass(frozen=True)

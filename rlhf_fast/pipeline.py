@@ -17,6 +17,7 @@ from transformers import LlamaConfig
 
 from rlhf_fast import models, settings
 from rlhf_fast.config import DemoConfig
+from rlhf_fast.data.batches import shuffled
 from rlhf_fast.data.chat import Prompt, prompt_text
 from rlhf_fast.data.records import PromptRecord, read_demonstrations, read_prompts
 from rlhf_fast.evaluation.report import write_report
@@ -27,7 +28,6 @@ from rlhf_fast.models.byte_tokenizer import VOCAB_SIZE
 from rlhf_fast.rollout.generator import Generator
 from rlhf_fast.rollout.sampling import SamplingParams
 from rlhf_fast.run_folder import RunFolder, bar_updater, is_finished, progress_bar, read_result
-from rlhf_fast.trainers.loop import shuffled
 from rlhf_fast.trainers.ppo import PPOTrainer
 from rlhf_fast.trainers.reward import AIM, RewardTrainer
 from rlhf_fast.trainers.sft import SFTTrainer

@@ -11,6 +11,7 @@ import functools
 import inspect
 import math
 import re
+import reprlib
 import types
 import typing
 from collections.abc import Iterable
@@ -38,6 +39,15 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: Any) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def run_yaml(verb: str, config: Any, **inputs: Any) -> str:
+    """The settings of one run as `rlhf-fast VERB --config` takes them.
+
+    Inputs that were given in Python and are no path are described in brackets.
+    """
+    named = {k: str(v) if isinstance(v, str | Path) else f"({reprlib.repr(v)})" for k, v in inputs.items()}
+    return yaml.safe_dump({**named, verb: to_dict(config)}, sort_keys=False, allow_unicode=True)
 
 
 def build(cls: type[ConfigT], file: Path | None, arguments: list[str], base: ConfigT | None = None) -> ConfigT:

@@ -370,6 +370,12 @@ def test_a_value_out_of_range_is_named_with_what_was_expected(cls: type, name: s
     assert str(caught.value).startswith(f"{name}: {value}; expected ")
 
 
+def test_there_are_no_more_minibatches_than_sequences() -> None:
+    with pytest.raises(ValueError, match="minibatches: 9; expected at most the 8 sequences of a step"):
+        PPOConfig(prompts_per_step=4, samples_per_prompt=2, minibatches=9)
+    assert PPOConfig(prompts_per_step=4, samples_per_prompt=2, minibatches=8).minibatches == 8
+
+
 @pytest.mark.parametrize("cls", BAD)
 def test_every_number_has_a_range(cls: type) -> None:
     """A new setting of type int or float needs a line in BAD, or a reason to stand here."""

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+import numpy as np
 import torch
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,11 @@ def pad(examples: Sequence[Example], device: torch.device | str = "cpu") -> Batc
         response_tokens=input_ids[response_mask].to(device),
         cu_seqlens=counts.cumsum(0).to(torch.int32).to(device),
     )
+
+
+def shuffled(items: Sequence[Item], seed: int) -> list[Item]:
+    """A permutation of `items` that depends on the seed only."""
+    return [items[i] for i in np.random.default_rng(seed).permutation(len(items))]
 
 
 def microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

@@ -70,6 +70,13 @@ def decode_response(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...] | l
     return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
+def user_text(prompt: Prompt) -> str:
+    """What the user wrote: of a message list, the user's turns alone."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(message["content"] for message in prompt if message["role"] == "user")
+
+
 def prompt_text(prompt: Prompt) -> str:
     """A prompt as one text, for people to read."""
     if isinstance(prompt, str):

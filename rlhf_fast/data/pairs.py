@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_fast.data.batches import Example
+from rlhf_fast.data.batches import Example, shuffled
 from rlhf_fast.data.chat import encode
 from rlhf_fast.data.records import Comparison
 
@@ -83,6 +83,11 @@ def batches_by_pairs(groups: Sequence[PairGroup], size: int) -> list[list[PairGr
         batches[-1].append(group)
         count += group.pairs
     return batches
+
+
+def epoch_batches_by_pairs(groups: Sequence[PairGroup], size: int, epochs: int, seed: int) -> list[list[PairGroup]]:
+    """Batches of at least `size` comparisons for all epochs, each in an order of its own."""
+    return [batch for epoch in range(epochs) for batch in batches_by_pairs(shuffled(groups, seed + epoch), size)]
 
 
 def microbatches_of_groups(groups: Sequence[PairGroup], max_tokens: int) -> list[list[PairGroup]]:

@@ -13,7 +13,7 @@ import torch
 
 from rlhf_fast import models, ops
 from rlhf_fast.config import EvaluationConfig
-from rlhf_fast.data.chat import prompt_text
+from rlhf_fast.data.chat import user_text
 from rlhf_fast.data.records import PromptRecord
 from rlhf_fast.data.text_metrics import repetition, words
 from rlhf_fast.feedback.simulated import WEIGHTS, Rating, SimulatedAnnotator
@@ -26,7 +26,7 @@ from rlhf_fast.rollout.sampling import SamplingParams
 from rlhf_fast.run_folder import RunFolder, bar_updater, progress_bar
 from rlhf_fast.trainers.loop import per_example
 
-MAX_TOKENS = 4096  # padded tokens scored at once
+MAX_TOKENS = 2048  # padded tokens scored at once
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def _by_category(
 
 
 def _row(prompt: PromptRecord, index: int, side_a: Side, side_b: Side) -> dict[str, Any]:
-    row: dict[str, Any] = {"prompt": prompt_text(prompt.prompt), "category": prompt.category}
+    row: dict[str, Any] = {"prompt": user_text(prompt.prompt), "category": prompt.category}
     for key, side in (("a", side_a), ("b", side_b)):
         rating = side.ratings[index]
         row[key] = {

@@ -22,7 +22,7 @@ import re
 from dataclasses import dataclass
 
 from rlhf_fast.config import AnnotatorConfig
-from rlhf_fast.data.chat import Prompt
+from rlhf_fast.data.chat import Prompt, user_text
 from rlhf_fast.data.records import Comparison
 from rlhf_fast.data.text_metrics import repetition
 
@@ -107,7 +107,7 @@ class SimulatedAnnotator:
 
     def rate(self, prompt: Prompt, category: str, reply: str) -> Rating:
         """Rate one reply, without error."""
-        asked = _client_text(prompt)
+        asked = user_text(prompt)
         return Rating(
             helpfulness=_helpfulness(asked, reply),
             harmlessness=_harmlessness(category, reply),
@@ -193,10 +193,3 @@ def _length_fit(words: int) -> float:
 def _content_words(text: str) -> set[str]:
     words = {word.lower().removesuffix("'s").removesuffix("s") for word in _WORD.findall(text)}
     return {word for word in words if len(word) > 2 and word not in _COMMON}
-
-
-def _client_text(prompt: Prompt) -> str:
-    """What the client wrote: of a message list, the user's turns."""
-    if isinstance(prompt, str):
-        return prompt
-    return " ".join(message["content"] for message in prompt if message["role"] == "user")

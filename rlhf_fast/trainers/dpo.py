@@ -12,10 +12,10 @@ import torch
 from rlhf_fast import models, ops, settings
 from rlhf_fast.config import DPOConfig
 from rlhf_fast.data.batches import Batch, Example, pad
-from rlhf_fast.data.pairs import PairGroup, batches_by_pairs, group_pairs, join, microbatches_of_groups
+from rlhf_fast.data.pairs import PairGroup, epoch_batches_by_pairs, group_pairs, join, microbatches_of_groups
 from rlhf_fast.data.records import Comparison, Source, read_comparisons
 from rlhf_fast.run_folder import RunFolder
-from rlhf_fast.trainers.loop import Optimizer, Stats, add_stats, fit, per_example, shuffled, split_heldout
+from rlhf_fast.trainers.loop import Optimizer, Stats, add_stats, fit, per_example, split_heldout
 
 
 class DPOTrainer:
@@ -42,18 +42,15 @@ class DPOTrainer:
         groups = group_pairs(comparisons, self.tokenizer, config.max_length)
         self.training, self.heldout = split_heldout(groups, config.heldout, config.seed)
         self.out = Path(out)
+        self.config_yaml = settings.run_yaml("dpo", config, model=model, data=data, out=out)
         self.reference: dict[Example, float] = {}
 
     def train(self) -> dict[str, Any]:
         """Train, save the checkpoint, and return the run's result."""
         config = self.config
-        batches = [
-            batch
-            for epoch in range(config.epochs)
-            for batch in batches_by_pairs(shuffled(self.training, config.seed + epoch), config.batch_size)
-        ]
+        batches = epoch_batches_by_pairs(self.training, config.batch_size, config.epochs, config.seed)
         optimizer = Optimizer([self.model], config.optim, len(batches))
-        run = RunFolder(self.out, "dpo", settings.to_yaml(config))
+        run = RunFolder(self.out, "dpo", self.config_yaml)
         self._remember_reference()
         evaluated = fit(run, batches, self._losses, optimizer, self.evaluate, math.ceil(len(batches) / config.epochs))
         models.save(run.checkpoint(len(batches)), self.model, self.tokenizer)

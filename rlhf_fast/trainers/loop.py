@@ -6,12 +6,11 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import nn
 
 from rlhf_fast.config import OptimConfig
-from rlhf_fast.data.batches import Batch, Example, microbatches, pad
+from rlhf_fast.data.batches import Batch, Example, microbatches, pad, shuffled
 from rlhf_fast.run_folder import RunFolder, progress_bar
 
 Item = TypeVar("Item")
@@ -130,11 +129,6 @@ def per_example(
             for i, piece in zip(group, output.split(sizes), strict=True):
                 part[i] = piece
     return parts
-
-
-def shuffled(items: Sequence[Item], seed: int) -> list[Item]:
-    """A permutation of `items` that depends on the seed only."""
-    return [items[i] for i in np.random.default_rng(seed).permutation(len(items))]
 
 
 def split_heldout(items: Sequence[Item], share: float, seed: int, least: int = 1) -> tuple[list[Item], list[Item]]:

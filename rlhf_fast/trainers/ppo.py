@@ -19,14 +19,14 @@ from torch import nn
 
 from rlhf_fast import models, ops, settings
 from rlhf_fast.config import PPOConfig
-from rlhf_fast.data.batches import Batch, Example, microbatches, pad
+from rlhf_fast.data.batches import Batch, Example, microbatches, pad, shuffled
 from rlhf_fast.data.chat import encode_prompt, prompt_text
 from rlhf_fast.data.records import PromptRecord, Source, read_prompts
 from rlhf_fast.rollout.generator import Generator
 from rlhf_fast.rollout.sampling import SamplingParams
 from rlhf_fast.run_folder import RunFolder, progress_bar
 from rlhf_fast.trainers.kl_controller import KLController
-from rlhf_fast.trainers.loop import Optimizer, Stats, add_stats, concatenated, per_example, shuffled
+from rlhf_fast.trainers.loop import Optimizer, Stats, add_stats, concatenated, per_example
 from rlhf_fast.trainers.rewards import Reward, checked_scores, resolve_reward
 
 # How far the first update may be from exact in float32, where micro-batches differ only in the order of sums.
@@ -86,11 +86,12 @@ class PPOTrainer:
             [self.model, self.value_head], config.optim, config.steps * config.epochs * config.minibatches
         )
         self.out = Path(out)
+        self.config_yaml = settings.run_yaml("ppo", config, policy=policy, reward=reward, prompts=prompts, out=out)
 
     def train(self) -> dict[str, Any]:
         """Run all steps, save the checkpoint, and return the run's result."""
         config = self.config
-        run = RunFolder(self.out, "ppo", settings.to_yaml(config))
+        run = RunFolder(self.out, "ppo", self.config_yaml)
         row: dict[str, float] = {}
         with progress_bar(config.steps, "ppo", "step") as bar:
             for step in range(1, config.steps + 1):

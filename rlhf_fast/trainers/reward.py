@@ -12,11 +12,11 @@ import torch
 from rlhf_fast import models, ops, settings
 from rlhf_fast.config import RewardConfig
 from rlhf_fast.data.batches import pad
-from rlhf_fast.data.pairs import PairGroup, Pairs, batches_by_pairs, group_pairs, join, microbatches_of_groups
+from rlhf_fast.data.pairs import PairGroup, Pairs, epoch_batches_by_pairs, group_pairs, join, microbatches_of_groups
 from rlhf_fast.data.records import Comparison, Source, read_comparisons
 from rlhf_fast.intervals import Interval, clustered_bootstrap
 from rlhf_fast.run_folder import RunFolder
-from rlhf_fast.trainers.loop import Optimizer, Stats, fit, per_example, shuffled, split_heldout
+from rlhf_fast.trainers.loop import Optimizer, Stats, fit, per_example, split_heldout
 
 AIM = 0.7  # held-out agreement worth having; people agree with each other on 63 to 77 % of such comparisons
 
@@ -45,19 +45,16 @@ class RewardTrainer:
         self.training, self.heldout = split_heldout(groups, config.heldout, config.seed, least=2)
         self.device = next(self.model.parameters()).device
         self.out = Path(out)
+        self.config_yaml = settings.run_yaml("reward", config, model=model, data=data, out=out)
         self.agreement = Interval(0.5, 0.0, 1.0)
         self.scale = (0.0, 1.0)  # mean and deviation of the scores of held-out responses
 
     def train(self) -> dict[str, Any]:
         """Train, measure, save the checkpoint with its normalisation, and return the run's result."""
         config = self.config
-        batches = [
-            batch
-            for epoch in range(config.epochs)
-            for batch in batches_by_pairs(shuffled(self.training, config.seed + epoch), config.batch_size)
-        ]
+        batches = epoch_batches_by_pairs(self.training, config.batch_size, config.epochs, config.seed)
         optimizer = Optimizer([self.model], config.optim, len(batches))
-        run = RunFolder(self.out, "reward", settings.to_yaml(config))
+        run = RunFolder(self.out, "reward", self.config_yaml)
         fit(run, batches, self._losses, optimizer, self.evaluate, math.ceil(len(batches) / config.epochs))
         mean, std = self.scale
         extra = {"score_mean": mean, "score_std": std, "heldout_agreement": self.agreement.as_dict()}

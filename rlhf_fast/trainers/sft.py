@@ -41,13 +41,14 @@ class SFTTrainer:
         examples = [encode(self.tokenizer, d.prompt, d.completion, config.max_length, d.name) for d in demonstrations]
         self.training, self.heldout = split_heldout(examples, config.heldout, config.seed)
         self.out = Path(out)
+        self.config_yaml = settings.run_yaml("sft", config, model=model, data=data, out=out)
 
     def train(self) -> dict[str, Any]:
         """Train, save the checkpoint, and return the run's result."""
         config = self.config
         batches = epoch_batches(self.training, config.batch_size, config.epochs, config.seed)
         optimizer = Optimizer([self.model], config.optim, len(batches))
-        run = RunFolder(self.out, "sft", settings.to_yaml(config))
+        run = RunFolder(self.out, "sft", self.config_yaml)
         per_epoch = math.ceil(len(batches) / config.epochs)
         evaluated = fit(run, batches, self._losses, optimizer, self.evaluate, per_epoch)
         models.save(run.checkpoint(len(batches)), self.model, self.tokenizer)

@@ -149,4 +149,4 @@ def test_dropout_never_acts(tiny_folder: Path) -> None:
     model = models.trainable(model, LoRAConfig(r=2))
     ids = torch.arange(5, 40)[None]
     assert torch.equal(models.hidden_states(model, ids), models.hidden_states(model, ids))
-    assert np.isfinite(float(models.hidden_states(model, ids).sum()))
+    assert np.isfinite(models.hidden_states(model, ids).detach().numpy()).all()

@@ -56,7 +56,7 @@ def test_the_first_loss_is_that_of_a_coin(tiny_folder: Path, tmp_path: Path) -> 
     trainer = RewardTrainer(tiny_folder, rows, tmp_path, RewardConfig(center_coef=0.0, heldout=0.5))
     (loss, stats), *_ = trainer._losses(trainer.training)
     loss.backward()
-    assert float(loss) == pytest.approx(math.log(2), rel=1e-6)
+    assert loss.item() == pytest.approx(math.log(2), rel=1e-6)
     assert float(stats["accuracy"]) == 0.5
     assert all(p.grad is None or not p.grad.any() for p in trainer.model.parameters())
 

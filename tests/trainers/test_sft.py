@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
 from rlhf_fast import Generator, SamplingParams, models
+from rlhf_fast.cli import main
 from rlhf_fast.config import LoRAConfig, OptimConfig, SFTConfig
 from rlhf_fast.data.batches import pad
 from rlhf_fast.trainers.sft import SFTTrainer
@@ -53,7 +55,8 @@ def test_a_run_leaves_metrics_config_result_and_checkpoint(tiny_folder: Path, tm
     assert [row["step"] for row in rows if "heldout_loss" in row] == [0, 3, 6]
     assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows if "loss" in row)
     assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
-    assert (tmp_path / "run" / "config.yaml").read_text().startswith("epochs: 2")
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert written["model"] == str(tiny_folder) and written["sft"]["epochs"] == 2
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-6"]
 
 
@@ -92,6 +95,18 @@ def test_a_demonstration_too_long_is_named_before_anything_is_written(tiny_folde
     with pytest.raises(ValueError, match=r"data.jsonl line 2: prompt and response have \d+ tokens, more than"):
         SFTTrainer(tiny_folder, file, tmp_path / "run", SFTConfig(max_length=50))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_config_of_a_run_starts_the_same_run_again(tiny_folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    config = SFTConfig(epochs=1, batch_size=3, lora=LoRAConfig(r=2))
+    SFTTrainer(tiny_folder, data, tmp_path / "a", config).train()
+    assert main(["sft", "--config", str(tmp_path / "a" / "config.yaml"), "--out", str(tmp_path / "b")]) == 0
+    weights = [
+        (tmp_path / out / "checkpoints" / "step-3" / "adapter_model.safetensors").read_bytes() for out in ("a", "b")
+    ]
+    assert weights[0] == weights[1]
 
 
 def test_a_finished_run_is_not_overwritten(tiny_folder: Path, tmp_path: Path) -> None:
