@@ -14,6 +14,7 @@ from rlhf_fast import models
 from rlhf_fast.config import LoRAConfig, OptimConfig, RewardConfig
 from rlhf_fast.data.batches import pad
 from rlhf_fast.data.chat import encode
+from rlhf_fast.data.records import read_comparisons
 from rlhf_fast.models.checkpoint import read_extra
 from rlhf_fast.trainers.reward import RewardTrainer
 from rlhf_fast.trainers.rewards import RewardModel, checked_scores, resolve_reward
@@ -108,6 +109,23 @@ def test_agreement_goes_with_the_checkpoint_and_gates_ppo(trained: tuple[RewardT
 def test_a_tie_counts_half(tiny_folder: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"q{i}", "chosen": "same", "rejected": "same"} for i in range(8)]
     assert RewardTrainer(tiny_folder, rows, tmp_path).evaluate()["heldout_accuracy"] == 0.5
+
+
+HH_RLHF = Path(__file__).resolve().parents[3] / "shared" / "data" / "hh-rlhf" / "harmless-base-test.jsonl.gz"
+
+
+@pytest.mark.skipif(not HH_RLHF.exists(), reason="the human comparisons of HH-RLHF are not beside the tree")
+def test_human_comparisons_are_learned_from(tiny_folder: Path, tmp_path: Path) -> None:
+    """A hundred short ones, by a model of bytes that cannot understand them but can learn them by heart."""
+    short = [row for row in read_comparisons(HH_RLHF) if len(str(row.prompt)) + len(row.chosen + row.rejected) < 500]
+    config = RewardConfig(epochs=6, heldout=0.1, lora=LoRAConfig(r=0), optim=OptimConfig(lr=3e-3))
+    trainer = RewardTrainer(tiny_folder, short[:100], tmp_path, config)
+    result = trainer.train()["summary"]
+    assert result["comparisons"] + result["heldout"] == 100
+    assert 0.0 <= result["heldout_accuracy"]["low"] <= result["heldout_accuracy"]["high"] <= 1.0
+    with torch.no_grad():
+        accuracy = sum(float(stats["accuracy"]) for _, stats in trainer._losses(trainer.training))
+    assert accuracy > 0.75
 
 
 def test_rewards_may_be_functions_and_weighted_lists() -> None:

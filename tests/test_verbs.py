@@ -1,0 +1,61 @@
+"""Every verb of the command line, one after the other on a tiny model, as a person would call them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf_fast.cli import main
+
+
+def rows(path: Path, items: list[dict]) -> str:
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    return str(path)
+
+
+def test_the_verbs_make_a_policy_together(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demonstrations = rows(tmp_path / "sft.jsonl", [{"prompt": f"q{i}", "completion": f"a{i}."} for i in range(6)])
+    comparisons = rows(
+        tmp_path / "pairs.jsonl", [{"prompt": f"q{i}", "chosen": f"a{i}.", "rejected": "b"} for i in range(8)]
+    )
+    prompts = rows(tmp_path / "prompts.jsonl", [{"prompt": f"q{i}", "category": "simple"} for i in range(4)])
+    runs = {name: str(tmp_path / name) for name in ("sft", "reward", "dpo", "ppo", "evaluation")}
+    tiny = "--model", str(tiny_folder)
+    assert main(["sft", *tiny, "--data", demonstrations, "--out", runs["sft"], "--sft.epochs", "1"]) == 0
+    assert main(["reward", "--model", runs["sft"], "--data", comparisons, "--out", runs["reward"]]) == 0
+    assert main(["dpo", "--model", runs["sft"], "--data", comparisons, "--out", runs["dpo"]]) == 0
+    ppo = ["ppo", "--policy", runs["sft"], "--reward", runs["reward"], "--prompts", prompts, "--out", runs["ppo"]]
+    small = "--ppo.steps 1 --ppo.prompts_per_step 2 --ppo.max_new_tokens 6 --ppo.min_reward_agreement 0".split()
+    assert main([*ppo, *small]) == 0
+    capsys.readouterr()
+    assert main(["generate", "--model", runs["ppo"], "--prompts", prompts, "--n", "2", "--max_new_tokens", "4"]) == 0
+    replies = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [reply["prompt"] for reply in replies] == [f"q{i}" for i in range(4) for _ in range(2)]
+    assert {reply["finish_reason"] for reply in replies} <= {"stop", "length"}
+    evaluate = ["evaluate", "--a", runs["ppo"], "--b", runs["dpo"], "--prompts", prompts, "--out", runs["evaluation"]]
+    assert main([*evaluate, "--evaluation.max_new_tokens", "6"]) == 0
+    figures = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    assert figures["prompts"] == 4 and "simulated" in figures["judge"]
+
+
+def test_ppo_refuses_a_reward_model_that_agrees_too_little(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pairs that differ in nothing give an agreement of one half; below 60 % PPO starts only when told to."""
+    same = rows(tmp_path / "pairs.jsonl", [{"prompt": f"q{i}", "chosen": "a", "rejected": "a"} for i in range(16)])
+    prompts = rows(tmp_path / "prompts.jsonl", [{"prompt": "q"}])
+    reward, out = str(tmp_path / "reward"), tmp_path / "ppo"
+    assert main(["reward", "--model", str(tiny_folder), "--data", same, "--out", reward]) == 0
+    words = ["ppo", "--policy", str(tiny_folder), "--reward", reward, "--prompts", prompts, "--out", str(out)]
+    small = "--ppo.steps 1 --ppo.prompts_per_step 1 --ppo.max_new_tokens 4".split()
+    capsys.readouterr()
+    assert main([*words, *small]) == 1
+    assert "agrees with 50% of the held-out comparisons, less than ppo.min_reward_agreement = 60%" in (
+        capsys.readouterr().err
+    )
+    assert not out.exists()
+    assert main([*words, *small, "--ppo.min_reward_agreement", "0.5"]) == 0
