@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -158,8 +158,3 @@ def epoch_batches(items: Sequence[Item], size: int, epochs: int, seed: int) -> l
 def concatenated(parts: list[torch.Tensor], rows: Iterable[int]) -> torch.Tensor:
     """The parts of some examples, packed."""
     return torch.cat([parts[row] for row in rows])
-
-
-def plain(values: dict[str, Any]) -> dict[str, float]:
-    """Scalars as Python floats."""
-    return {key: float(value) for key, value in values.items()}
