@@ -1,11 +1,9 @@
-"""Intervals for means over prompts and for shares, with numpy alone."""
+"""Intervals for means over prompts, with numpy alone."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 
@@ -81,28 +79,6 @@ def clustered_bootstrap(
         means[start : start + rows] = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(array.mean()), float(low), float(high))
-
-
-def wilson(successes: float, n: int, level: float = 0.95) -> Interval:
-    """Share of `successes` in `n` independent trials with Wilson's score interval (Wilson 1927).
-
-    It keeps to [0, 1] and has a length above zero at 0 and at n successes. `successes` may be a half number, for ties
-    that count one half. For trials that share a prompt use `clustered_bootstrap`.
-
-    Raises:
-        ValueError: when n is not positive or successes are outside 0..n.
-    """
-    _check_level(level)
-    if n <= 0:
-        raise ValueError(f"n: {n} came; an interval needs at least 1 trial")
-    if not 0 <= successes <= n:
-        raise ValueError(f"successes: {successes} is outside 0..{n}")
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    share = successes / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    # At 0 and at n successes an end is exactly 0 or 1; rounding must not put the share outside its own interval.
-    return Interval(share, max(0.0, min(centre - half, share)), min(1.0, max(centre + half, share)))
 
 
 def _check_level(level: float) -> None:

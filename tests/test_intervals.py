@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlhf_fast import intervals
-from rlhf_fast.intervals import Interval, clustered_bootstrap, wilson
+from rlhf_fast.intervals import Interval, clustered_bootstrap
 
 
 def test_an_interval_prints_and_is_stored() -> None:
@@ -100,29 +100,3 @@ def test_draws_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bad_input_is_named(values: list, clusters: list, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         clustered_bootstrap(values, clusters, **options)
-
-
-@pytest.mark.parametrize(
-    ("successes", "n", "low", "high"),
-    # Newcombe 1998 (Statistics in Medicine 17: 857-872), table I, method 3.
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
-)
-def test_wilson_gives_the_textbook_values(successes: int, n: int, low: float, high: float) -> None:
-    interval = wilson(successes, n)
-    assert interval.mean == successes / n
-    assert (round(interval.low, 4), round(interval.high, 4)) == (low, high)
-
-
-def test_wilson_is_symmetric_takes_halves_and_holds_its_mean() -> None:
-    few, many = wilson(3, 20), wilson(17, 20)
-    assert (few.low, few.high) == (pytest.approx(1 - many.high), pytest.approx(1 - many.low))
-    assert wilson(10.5, 21).mean == 0.5
-    for n in (1, 3, 7, 1000):
-        for interval in (wilson(0, n), wilson(n, n)):
-            assert 0.0 <= interval.low <= interval.mean <= interval.high <= 1.0
-
-
-@pytest.mark.parametrize(("successes", "n"), [(1, 0), (5, 4), (-1, 4), (float("nan"), 4)])
-def test_wilson_refuses_impossible_counts(successes: float, n: int) -> None:
-    with pytest.raises(ValueError, match=r"successes|n:"):
-        wilson(successes, n)

@@ -1,10 +1,8 @@
-"""Cheap signs of degenerate text: replies that repeat themselves, and replies that repeat each other."""
+"""Cheap signs of degenerate text: replies that repeat themselves."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Sequence
 
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
 
@@ -28,26 +26,6 @@ def repetition(text: str, n: int = 3) -> float:
     """
     grams = _ngrams(text, n)
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def set_repetition(texts: Sequence[str], n: int = 4) -> float:
-    """Share of the word n-grams of `texts` that more than a tenth of the other texts also hold: 0 none, 1 all.
-
-    Each text counts each of its n-grams once, so a loop inside one text is not seen here (`repetition` sees it). The
-    n-grams of all texts are then pooled, so that a long text weighs more. Among up to ten texts one other holder is
-    enough. Fewer than two texts, or none of n words, give 0.0.
-
-    Pass one text per prompt: samples of one prompt share phrases for the good reason that they answer one question.
-
-    Raises:
-        ValueError: when n is below 1.
-    """
-    distinct = [set(_ngrams(text, n)) for text in texts]
-    holders = Counter(gram for grams in distinct for gram in grams)  # n-gram -> number of texts that hold it
-    total = sum(holders.values())
-    # Whole numbers: 0.1 * others is rounded, and a tenth exactly must not count as more than a tenth.
-    shared = sum(count for count in holders.values() if 10 * (count - 1) > len(texts) - 1)
-    return shared / total if total else 0.0
 
 
 def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:

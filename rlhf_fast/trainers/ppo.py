@@ -172,11 +172,9 @@ class PPOTrainer:
         """The prompts of a step: consecutive ones of a permutation that is drawn anew for every pass."""
         per_step = self.config.prompts_per_step
         first = (step - 1) * per_step
-        chosen = []
-        for position in range(first, first + per_step):
-            lap, place = divmod(position, len(self.prompts))
-            chosen.append(shuffled(self.prompts, self.config.seed + lap)[place])
-        return chosen
+        skipped, start = divmod(first, len(self.prompts))  # a step takes from two passes at most
+        two_passes = [p for lap in (skipped, skipped + 1) for p in shuffled(self.prompts, self.config.seed + lap)]
+        return two_passes[start : start + per_step]
 
     def _policy_outputs(self, batch: Batch) -> list[torch.Tensor]:
         """Log-probability and entropy (R,), and value (R,), of each response token."""
@@ -193,6 +191,7 @@ class PPOTrainer:
         """Epochs of minibatches over the experience; returns the statistics averaged over all of them."""
         totals: dict[str, float] = {}
         count = 0
+        explained_variance = self._explained_variance(experience)  # of the values at sampling time: one for the step
         for epoch in range(self.config.epochs):
             rng = np.random.default_rng((self.config.seed, step, epoch))
             order = rng.permutation(len(experience.examples))
@@ -204,7 +203,7 @@ class PPOTrainer:
                     worst_ratio = max(worst_ratio, float(part.pop("ratio_max")))
                     add_stats(stats, part)
                 stats["ratio_max"] = worst_ratio
-                stats["explained_variance"] = self._explained_variance(experience)
+                stats["explained_variance"] = explained_variance
                 if step == 1 and count == 0:
                     _check_first_update(stats)
                 stats["grad_norm"] = self.optimizer.step()
