@@ -25,8 +25,10 @@ install: $(STAMP) ## virtual environment, dependencies, compiled kernels, demo m
 demo: $(STAMP) ## the whole pipeline on a small model; the run goes to DEMO_OUT (runs/demo)
 	$(BIN)/rlhf-fast demo --out $(DEMO_OUT)
 
+# Triton decides when it is imported whether its kernels run on the CPU, so those tests need a process of their own.
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest -q
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/ops -k triton
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,24 +1,129 @@
-// rlhf_fast._C: what the compiled kernels look like from Python. Integers, pointers and names in, plain values out;
-// no torch headers, so one build serves every torch. std::invalid_argument arrives in Python as ValueError.
+// rlhf_fast._C: what the compiled kernels look like from Python. Integers, pointers and numbers in, plain values out; no
+// torch headers, so one build serves every torch. std::invalid_argument arrives in Python as ValueError. Nothing is checked
+// here: rlhf_fast/ops/_compiled.py calls with what the public functions have checked.
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <tuple>
 
+#include "common/full_kl.h"
+#include "common/huge_pages.h"
+#include "common/kl_estimate.h"
+#include "common/token_logprobs.h"
 #include "cpu/isa.h"
 
 namespace py = pybind11;
 
 namespace {
 
-py::list isa_available() {
+using namespace rlhf_fast;
+using Address = std::uintptr_t;  // of tensor data, 0 for none
+
+template <class T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// The structs of csrc/common as tuples, in the order of their members.
+using LogitsTuple = std::tuple<Address, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+using TransformTuple = std::tuple<float, float, float, Address>;
+using TokensTuple = std::tuple<Address, bool>;
+using RunTuple = std::tuple<int, int, Address>;
+using FourAddresses = std::tuple<Address, Address, Address, Address>;
+using NineAddresses = std::tuple<Address, Address, Address, Address, Address, Address, Address, Address, Address>;
+
+Logits logits(const LogitsTuple& t) {
+    return std::apply(
+        [](Address data, int dtype, auto... sizes) { return Logits{at<void>(data), static_cast<DType>(dtype), sizes...}; }, t);
+}
+Transform transform(const TransformTuple& t) {
+    const auto& [scale, softcap, temperature, temperatures] = t;
+    return {scale, softcap, temperature, at<float>(temperatures)};
+}
+Tokens tokens(const TokensTuple& t) { return {at<void>(std::get<0>(t)), std::get<1>(t)}; }
+Mask mask(Address flags) { return {at<bool>(flags)}; }
+Run run(const RunTuple& t) { return {std::get<0>(t), std::get<1>(t), at<void>(std::get<2>(t))}; }
+
+TokenLogprobs token_logprobs_results(const FourAddresses& t) {
+    return std::apply([](auto... address) { return TokenLogprobs{at<float>(address)...}; }, t);
+}
+FullKL full_kl_results(const NineAddresses& t) {
+    return std::apply([](auto... address) { return FullKL{at<float>(address)...}; }, t);
+}
+
+void def_token_logprobs(py::module_& m, const TokenLogprobsKernels& kernels) {
+    m.def("token_logprobs_forward",
+          [kernels](const LogitsTuple& x, const TransformTuple& t, const TokensTuple& token, Address flags, Address states,
+                    int64_t states_per_row, const FourAddresses& out, const RunTuple& where) {
+              py::gil_scoped_release release;
+              kernels.forward(logits(x), transform(t), tokens(token), mask(flags), at<void>(states), states_per_row,
+                              token_logprobs_results(out), run(where));
+          });
+    m.def("token_logprobs_update",
+          [kernels](const LogitsTuple& x, const TransformTuple& t, const TokensTuple& token, Address flags,
+                    int64_t first_column, Address states, int64_t states_per_row, const RunTuple& where) {
+              py::gil_scoped_release release;
+              kernels.update(logits(x), transform(t), tokens(token), mask(flags), first_column, at<void>(states),
+                             states_per_row, run(where));
+          });
+    m.def("token_logprobs_finish", [kernels](Address states, int64_t states_per_row, int64_t rows, Address flags,
+                                             const FourAddresses& out, const RunTuple& where) {
+        py::gil_scoped_release release;
+        kernels.finish(at<void>(states), states_per_row, rows, mask(flags), token_logprobs_results(out), run(where));
+    });
+    m.def("token_logprobs_gradient",
+          [kernels](const LogitsTuple& x, const TransformTuple& t, const TokensTuple& token, Address flags,
+                    int64_t first_column, const FourAddresses& results, Address grad_logprobs, Address grad_entropy,
+                    Address out, const RunTuple& where) {
+              py::gil_scoped_release release;
+              kernels.gradient(logits(x), transform(t), tokens(token), mask(flags), first_column,
+                               token_logprobs_results(results), at<float>(grad_logprobs), at<float>(grad_entropy),
+                               at<void>(out), run(where));
+          });
+}
+
+void def_full_kl(py::module_& m, const FullKLKernels& kernels) {
+    m.def("full_kl_forward", [kernels](const LogitsTuple& p, const LogitsTuple& q, const TransformTuple& t, Address flags,
+                                       int divergence, Address scratch, const NineAddresses& out, const RunTuple& where) {
+        py::gil_scoped_release release;
+        kernels.forward(logits(p), logits(q), transform(t), mask(flags), static_cast<Divergence>(divergence),
+                        at<float>(scratch), full_kl_results(out), run(where));
+    });
+    m.def("full_kl_gradient",
+          [kernels](const LogitsTuple& p, const LogitsTuple& q, const TransformTuple& t, Address flags, int divergence,
+                    const NineAddresses& results, Address grad, Address out_p, Address out_q, const RunTuple& where) {
+              py::gil_scoped_release release;
+              kernels.gradient(logits(p), logits(q), transform(t), mask(flags), static_cast<Divergence>(divergence),
+                               full_kl_results(results), at<float>(grad), at<void>(out_p), at<void>(out_q), run(where));
+          });
+}
+
+void def_kl_estimate(py::module_& m, const KLEstimateKernels& kernels) {
+    m.def("kl_estimate_forward", [kernels](Address logprobs, Address ref_logprobs, int dtype, int64_t count, Address flags,
+                                           int estimate, Address out, const RunTuple& where) {
+        py::gil_scoped_release release;
+        kernels.forward(at<void>(logprobs), at<void>(ref_logprobs), static_cast<DType>(dtype), count, at<bool>(flags),
+                        static_cast<Estimate>(estimate), at<float>(out), run(where));
+    });
+    m.def("kl_estimate_gradient",
+          [kernels](Address logprobs, Address ref_logprobs, int dtype, int64_t count, Address flags, int estimate,
+                    Address grad, Address out, Address ref_out, const RunTuple& where) {
+              py::gil_scoped_release release;
+              kernels.gradient(at<void>(logprobs), at<void>(ref_logprobs), static_cast<DType>(dtype), count,
+                               at<bool>(flags), static_cast<Estimate>(estimate), at<float>(grad), at<void>(out),
+                               at<void>(ref_out), run(where));
+          });
+}
+
+py::list isa_list() {
     py::list names;
-    for (rlhf_fast::Isa isa : rlhf_fast::isa_available()) names.append(rlhf_fast::isa_name(isa));
+    for (Isa one : isa_available()) names.append(isa_name(one));
     return names;
 }
 
-py::dict cpu_features() {
+py::dict cpu_features_dict() {
     py::dict features;
-    for (const auto& [name, present] : rlhf_fast::cpu_features()) features[name.c_str()] = present;
+    for (const auto& [name, present] : cpu_features()) features[name.c_str()] = present;
     return features;
 }
 
@@ -33,17 +138,53 @@ py::dict build_info() {
     py::dict info;
     info["compiler"] = name + std::to_string(version[0]) + "." + std::to_string(version[1]) + "." + std::to_string(version[2]);
     info["cpp_standard"] = "C++" + std::to_string(__cplusplus / 100 % 100);
-    info["cuda"] = false;
+#if defined(_OPENMP)
+    info["threads"] = "OpenMP";
+#else
+    info["threads"] = "C++";
+#endif
+#if defined(RLHF_FAST_CUDA)
+    info["cuda"] = RLHF_FAST_CUDA;  // the architectures it was built for
+#else
+    info["cuda"] = py::none();
+#endif
     return info;
 }
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+#if !defined(RLHF_FAST_MODULE)
+#define RLHF_FAST_MODULE _C
+#endif
+
+PYBIND11_MODULE(RLHF_FAST_MODULE, m) {
     m.doc() = "Compiled kernels of rlhf-fast.";
-    m.def("isa", [] { return rlhf_fast::isa_name(rlhf_fast::isa()); },
+    m.def("isa", [] { return isa_name(isa()); },
           "Instruction set in use: the best this CPU has, or the one RLHF_FAST_ISA names (read on first use).");
-    m.def("isa_available", &isa_available, "Instruction sets this CPU can run, best first.");
-    m.def("cpu_features", &cpu_features, "Presence of each CPU feature that matters to kernels.");
-    m.def("build_info", &build_info, "Compiler, C++ standard, and whether CUDA kernels were built.");
+    m.def("isa_available", &isa_list, "Instruction sets this CPU can run, best first.");
+    m.def("cpu_features", &cpu_features_dict, "Presence of each CPU feature that matters to kernels.");
+    m.def("build_info", &build_info, "Compiler, C++ standard, kind of threads, and what CUDA kernels were built for.");
+    m.def("first_outside", [](const TokensTuple& token, Address flags, int64_t rows, int64_t vocabulary) {
+        return first_outside(tokens(token), mask(flags), rows, vocabulary);
+    }, "The first unmasked row whose token is outside [0, vocabulary), or -1.");
+    m.def("advise_huge_pages", [](Address data, std::size_t bytes) { advise_huge_pages(at<void>(data), bytes); },
+          "Ask for huge pages under memory that was just allocated.");
+
+    m.attr("token_logprobs_state") = kTokenLogprobsState;
+#if !defined(RLHF_FAST_ONLY_CUDA)
+    py::module_ on_cpu = m.def_submodule("cpu", "Kernels on memory of the CPU.");
+    on_cpu.attr("token_logprobs_segment") = cpu::kTokenLogprobsSegment;
+    def_token_logprobs(on_cpu, cpu::token_logprobs);
+    def_full_kl(on_cpu, cpu::full_kl);
+    def_kl_estimate(on_cpu, cpu::kl_estimate);
+#endif
+#if defined(RLHF_FAST_CUDA)
+    py::module_ on_cuda = m.def_submodule("cuda", "Kernels on memory of a CUDA device.");
+    on_cuda.attr("token_logprobs_segment") = cuda::kTokenLogprobsSegment;
+    on_cuda.attr("full_kl_segment") = cuda::kFullKLSegment;
+    on_cuda.attr("full_kl_state") = cuda::kFullKLState;
+    def_token_logprobs(on_cuda, cuda::token_logprobs);
+    def_full_kl(on_cuda, cuda::full_kl);
+    def_kl_estimate(on_cuda, cuda::kl_estimate);
+#endif
 }

@@ -29,6 +29,7 @@ def report() -> list[tuple[str, str]]:
         ("triton", _version("triton", "missing; only the GPU kernels need it, and torch's GPU builds bring it")),
         ("compiled module", _compiled_module()),
         ("nvcc", _nvcc()),
+        ("backends of the ops", _backends()),
         ("memory", _memory()),
         ("disk, model cache", _disk(_model_cache())),
         ("disk, this folder", _disk(Path.cwd())),
@@ -73,14 +74,25 @@ def _compiled_module() -> str:
             "Install g++ or clang, then run: python -m pip install --no-build-isolation -v -e ."
         )
     available = ", ".join(compiled.isa_available())
-    compiler = compiled.build_info()["compiler"]
+    info = compiled.build_info()
     try:
         isa = compiled.isa()
     except ValueError as error:  # RLHF_FAST_ISA names something this CPU does not have
         return _one_line(error)
     if os.environ.get("RLHF_FAST_ISA"):
         isa += " (set by RLHF_FAST_ISA)"
-    return f"isa {isa}, available: {available}, compiled by {compiler}"
+    cuda = info["cuda"] or "left out, for want of nvcc"
+    return f"isa {isa}, available: {available}, {info['threads']} threads, CUDA: {cuda}, compiled by {info['compiler']}"
+
+
+def _backends() -> str:
+    try:
+        from rlhf_fast.ops import _dispatch
+    except Exception as error:  # without torch there is none
+        return f"unknown ({_one_line(error)})"
+    missing = "; ".join(f"no {name}: {remedy}" for name, remedy in _dispatch.MISSING.items())
+    here = ", ".join(name for name in _dispatch.KNOWN if name not in _dispatch.MISSING)
+    return f"{here}; {missing}" if missing else here
 
 
 def _nvcc() -> str:

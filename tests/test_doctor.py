@@ -19,6 +19,7 @@ PARTS = [
     "triton",
     "compiled module",
     "nvcc",
+    "backends of the ops",
     "memory",
     "disk, model cache",
     "disk, this folder",
@@ -78,7 +79,8 @@ def test_available_isas_agree_with_the_features(compiled):
 
 def test_build_info(compiled):
     info = compiled.build_info()
-    assert set(info) == {"compiler", "cpp_standard", "cuda"}
+    assert set(info) == {"compiler", "cpp_standard", "threads", "cuda"}
+    assert info["threads"] in ("OpenMP", "C++")
     assert info["cpp_standard"] == "C++17"
 
 
@@ -103,7 +105,7 @@ def test_doctor_tells_a_bad_isa_from_a_missing_module(compiled):
 def test_everything_imports_and_doctor_runs_without_the_compiled_module():
     result = run_python(WITHOUT_C + "import rlhf_fast; from rlhf_fast import doctor; doctor.main()")
     assert result.returncode == 0, result.stderr
-    assert "compiled module    missing" in result.stdout
+    assert "compiled module      missing" in result.stdout
     assert "Install g++ or clang" in result.stdout
 
 
@@ -114,5 +116,5 @@ def test_doctor_runs_where_nothing_is_installed():
     blocked += "m.version = missing; importlib.util.find_spec = lambda name: None\ndoctor.main()"
     result = run_python(blocked)
     assert result.returncode == 0, result.stderr
-    assert "torch              cannot be imported" in result.stdout
+    assert "torch                cannot be imported" in result.stdout
     assert doctor.DEMO_MODEL_INSTALL in result.stdout

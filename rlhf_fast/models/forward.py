@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from rlhf_fast import ops
@@ -19,12 +20,26 @@ from rlhf_fast.data.batches import Batch
 
 @dataclass(frozen=True)
 class Head:
-    """A model's output layer as the linear ops take it: logits = softcap(logit_scale * (hidden @ weight.T + bias))."""
+    """A model's output layer as the linear ops take it: logits = softcap(logit_scale * (hidden @ weight.T + ...))."""
 
     weight: torch.Tensor  # (V, H)
     bias: torch.Tensor | None  # (V,)
+    lora: tuple[torch.Tensor, torch.Tensor, float] | None  # (r, H), (V, r), scaling
     softcap: float | None
     logit_scale: float
+
+    def options(self) -> dict[str, Any]:
+        """What the linear ops take by keyword, besides the weight."""
+        return {"bias": self.bias, "lora": self.lora, "softcap": self.softcap, "logit_scale": self.logit_scale}
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., H) -> (..., V), in the model's own dtype."""
+        logits = nn.functional.linear(hidden, self.weight, self.bias)
+        if self.lora is not None:
+            a, b, scaling = self.lora
+            logits = logits + scaling * nn.functional.linear(nn.functional.linear(hidden, a), b)
+        logits = logits * self.logit_scale
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
 
 def unwrapped(model: nn.Module) -> Any:
@@ -33,12 +48,26 @@ def unwrapped(model: nn.Module) -> Any:
 
 
 def output_head(model: nn.Module) -> Head:
-    """The output layer of a causal language model, with the scaling and soft cap that its config names."""
+    """The output layer of a causal language model, its adapter if it has one, and the scaling and soft cap of its
+    config."""
     inner = unwrapped(model)
     layer, config = inner.get_output_embeddings(), inner.config
+    lora = None
+    if isinstance(layer, LoraLayer):
+        layer, lora = layer.get_base_layer(), _adapter(layer)
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(layer.weight, getattr(layer, "bias", None), softcap, float(scale))
+    return Head(layer.weight, getattr(layer, "bias", None), lora, softcap, float(scale))
+
+
+def _adapter(layer: Any) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+    """The adapter of an output layer as (a, b, scaling), or None while it is switched off or folded into the weight."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if layer.disable_adapters or layer.merged or not names:
+        return None
+    if len(names) > 1:
+        raise ValueError(f"model: {len(names)} adapters on the output layer at once ({', '.join(names)}), expected one")
+    return layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight, float(layer.scaling[names[0]])
 
 
 def hidden_states(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
@@ -64,10 +93,8 @@ def response_logprobs(
         states,
         head.weight,
         batch.response_tokens,
-        bias=head.bias,
         temperature=temperature,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
+        **head.options(),
     )
 
 
@@ -86,9 +113,7 @@ def check_head(model: nn.Module) -> None:
     inner, head = unwrapped(model), output_head(model)
     ids = torch.tensor([[5, 6, 7, 8]], device=head.weight.device)
     truth = inner(input_ids=ids, use_cache=False).logits.float()
-    logits = nn.functional.linear(hidden_states(model, ids), head.weight, head.bias).float() * head.logit_scale
-    if head.softcap:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
+    logits = head.logits(hidden_states(model, ids)).float()
     if not torch.allclose(truth, logits, rtol=1e-2, atol=1e-2 * truth.abs().max().item()):
         raise ValueError(
             f"model: {type(inner).__name__} changes its logits after the output layer in a way not known here"

@@ -14,23 +14,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rlhf_fast.ops import _compiled
+from rlhf_fast.ops._rows import is_plain
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
 
 
 def values_are_checked(x: Tensor) -> bool:
-    """Whether the values of x may be looked at; never while torch.compile traces."""
-    if torch.compiler.is_compiling():
+    """Whether the values of x may be looked at; never while something traces."""
+    if torch.compiler.is_compiling() or not is_plain([x]):
         return False
     return x.device.type == "cpu" or os.environ.get("RLHF_FAST_DEBUG") == "1"
 
 
 def _dtype(name: str, x: object, allowed: Sequence[torch.dtype]) -> None:
+    if isinstance(x, Tensor) and x.dtype in allowed:
+        return
     expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: {type(x).__name__}, expected a tensor of {expected}")
-    if x.dtype not in allowed:
-        raise TypeError(f"{name}: {str(x.dtype).removeprefix('torch.')}, expected {expected}")
+    raise TypeError(f"{name}: {str(x.dtype).removeprefix('torch.')}, expected {expected}")
 
 
 def floats(**tensors: Tensor | None) -> None:
@@ -48,16 +52,19 @@ def integers(**tensors: Tensor | None) -> None:
 
 def devices(**tensors: object) -> None:
     """All tensors are on the device of the first."""
-    present = [(name, x) for name, x in tensors.items() if isinstance(x, Tensor)]
-    for name, x in present[1:]:
-        if x.device != present[0][1].device:
-            raise ValueError(f"{name}: on {x.device}, expected {present[0][1].device} like {present[0][0]}")
+    first = None
+    for name, x in tensors.items():
+        if isinstance(x, Tensor):
+            if first is None:
+                first, like = x.device, name
+            elif x.device != first:
+                raise ValueError(f"{name}: on {x.device}, expected {first} like {like}")
 
 
 def shapes(expected: Sequence[int], like: str, **tensors: Tensor | None) -> None:
     """Each tensor has exactly the expected shape; ``like`` says whose shape that is."""
     for name, x in tensors.items():
-        if x is not None and tuple(x.shape) != tuple(expected):
+        if x is not None and x.shape != expected and tuple(x.shape) != tuple(expected):
             raise ValueError(f"{name}: shape {tuple(x.shape)}, expected {tuple(expected)} like {like}")
 
 
@@ -116,9 +123,12 @@ def vocabulary(tokens: Tensor, size: int, mask: Tensor | None = None) -> None:
     """Every unmasked token is in [0, size)."""
     if not values_are_checked(tokens):
         return
+    first = _compiled.first_outside(tokens, size, mask)
+    if first == -1:
+        return
     bad = (tokens < 0) | (tokens >= size)
     bad = bad if mask is None else bad & mask
-    if bool(bad.any()):
+    if first is not None or bool(bad.any()):
         index, row = _first(bad)
         raise ValueError(f"tokens: {int(tokens[index])} is outside the vocabulary of {size} (row {row})")
 
@@ -141,6 +151,16 @@ def temperatures(temperature: float | Tensor, rows: Sequence[int], mask: Tensor 
             raise ValueError(f"temperature: {value:g} (row {row}), expected > 0")
 
 
+def transforms(
+    temperature: float | Tensor, rows: Sequence[int], mask: Tensor | None, softcap: float | None, logit_scale: float
+) -> None:
+    """What is done to a logit: a temperature a row or for all, a soft cap, a scale; all > 0."""
+    temperatures(temperature, rows, mask)
+    if softcap is not None:
+        number("softcap", softcap, above=0)
+    number("logit_scale", logit_scale, above=0)
+
+
 def scoring(
     rows: Sequence[int],
     rows_of: str,
@@ -157,10 +177,7 @@ def scoring(
     masks(rows, f"the rows of {rows_of}", mask)
     if size == 0:
         raise ValueError(f"{rows_of}: an empty vocabulary, expected at least one token")
-    temperatures(temperature, rows, mask)
-    if softcap is not None:
-        number("softcap", softcap, above=0)
-    number("logit_scale", logit_scale, above=0)
+    transforms(temperature, rows, mask, softcap, logit_scale)
     vocabulary(tokens, size, mask)
 
 
@@ -187,14 +204,31 @@ def pairs(chosen: Tensor, **tensors: Tensor | None) -> None:
     shapes(chosen.shape, "chosen", **tensors)
 
 
-def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """hidden (..., H), weight (V, H), bias (V,)."""
+def linear(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: tuple[Tensor, Tensor, float] | None = None
+) -> None:
+    """hidden (..., H), weight (V, H), bias (V,), lora ((r, H), (V, r), number)."""
     floats(hidden=hidden, weight=weight, bias=bias)
     if weight.dim() != 2:
         raise ValueError(f"weight: shape {tuple(weight.shape)}, expected (V, H)")
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(f"hidden: shape {tuple(hidden.shape)}, expected (..., {weight.shape[1]}) to match weight")
     shapes((weight.shape[0],), "the rows of weight", bias=bias)
+    if lora is None:
+        return
+    if not isinstance(lora, tuple) or len(lora) != 3:
+        raise TypeError(f"lora: {type(lora).__name__}, expected a tuple (a (r, H), b (V, r), scaling)")
+    a, b, scaling = lora
+    _dtype("lora a", a, FLOATS)
+    _dtype("lora b", b, FLOATS)
+    if a.dim() != 2 or a.shape[1] != weight.shape[1]:
+        raise ValueError(f"lora a: shape {tuple(a.shape)}, expected (r, {weight.shape[1]}) to match weight")
+    if b.shape != (weight.shape[0], a.shape[0]):
+        raise ValueError(
+            f"lora b: shape {tuple(b.shape)}, expected {(weight.shape[0], a.shape[0])} to match weight and a"
+        )
+    devices(weight=weight, lora_a=a, lora_b=b)
+    number("lora scaling", scaling)
 
 
 def sequences(name: str, x: Tensor, cu_seqlens: Tensor | None) -> int:

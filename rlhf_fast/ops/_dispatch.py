@@ -1,33 +1,53 @@
-"""Which backend an op runs on: what ``use_backend`` says, else ``RLHF_FAST_BACKEND``, else the op's first choice.
+"""Which backend an op runs on: what ``use_backend`` says, else ``RLHF_FAST_BACKEND``, else the device's best.
 
-Each op file holds a literal table, backend name -> function, best first. A backend that was asked for and cannot
-serve is an error, never a quiet detour to another one.
+A backend that was asked for and cannot serve is an error that says what to do, never a quiet detour to another one.
 """
 
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import TypeVar
 
 import torch
+from torch import Tensor
+
+from rlhf_fast.ops import _compiled
 
 KNOWN = ("reference", "cpu", "triton", "cuda")
-IN_THIS_BUILD = ("reference",)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of all backends but the reference, which takes any
+
+# Device type -> backends, best first. The first one runs that the op has, that is here, and that takes the dtype.
+BEST: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+# Backend -> the device types whose tensors it takes; the reference takes all.
+RUNS_ON: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu",),
+    "triton": ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",),
+    "cuda": ("cuda",),
+}
+
+# Backend -> what to do about it, for those that are not here.
+MISSING: dict[str, str] = {}
+if _compiled.cpu is None:
+    MISSING["cpu"] = "rlhf_fast._C was not built: install g++ or clang and install rlhf-fast again"
+if _compiled.cuda is None:
+    MISSING["cuda"] = "rlhf_fast._C was built without CUDA: install the CUDA toolkit (nvcc) and install rlhf-fast again"
+if importlib.util.find_spec("triton") is None:
+    MISSING["triton"] = "triton is not installed; run: python -m pip install triton"
 
 _chosen: ContextVar[str | None] = ContextVar("rlhf_fast_backend", default=None)
 _chosen_for_tracing: str | None = None  # the same for torch.compile, which cannot read a ContextVar but guards a global
-Implementation = TypeVar("Implementation", bound=Callable[..., object])
 
 
 def use_backend(name: str) -> AbstractContextManager[None]:
     """Run every op inside ``with use_backend(name):`` on that backend; nests, and is local to the thread or task.
 
-    ``name`` is "reference" (plain PyTorch), "cpu", "triton" or "cuda"; it wins over ``RLHF_FAST_BACKEND``.
-    Raises ValueError for an unknown name and RuntimeError for a backend that this build does not have.
+    ``name`` is "reference" (plain PyTorch), "cpu" (C++), "triton" or "cuda" (C++); it wins over ``RLHF_FAST_BACKEND``.
+    Raises ValueError for an unknown name and RuntimeError for a backend that is not here, with what to do about it.
     """
     return _scope(check_backend("use_backend", name))
 
@@ -44,23 +64,41 @@ def _scope(name: str) -> Iterator[None]:
         _chosen_for_tracing = before
 
 
-def choose(op: str, table: dict[str, Implementation]) -> Implementation:
-    """The function of ``table`` that this call of ``op`` runs on."""
-    chosen = _chosen_for_tracing if torch.compiler.is_compiling() else _chosen.get()
-    name = chosen or os.environ.get("RLHF_FAST_BACKEND")
-    if not name:
-        return next(iter(table.values()))
-    if name not in table:
+def choose(op: str, backends: tuple[str, ...], x: Tensor) -> str:
+    """The backend that this call of ``op``, which has ``backends``, runs on; ``x`` is its leading tensor."""
+    asked = (_chosen_for_tracing if torch.compiler.is_compiling() else _chosen.get()) or os.environ.get(
+        "RLHF_FAST_BACKEND"
+    )
+    if asked:
+        return _asked_for(asked, op, backends, x)
+    for name in BEST.get(x.device.type, ()):
+        if name in backends and name not in MISSING and (name == "reference" or x.dtype in KERNEL_DTYPES):
+            return name
+    return "reference"
+
+
+def _asked_for(name: str, op: str, backends: tuple[str, ...], x: Tensor) -> str:
+    if name not in backends:
         check_backend("RLHF_FAST_BACKEND", name)
-        raise RuntimeError(f"{op}: has no {name!r} backend; it has {', '.join(table)}")
-    return table[name]
+        raise RuntimeError(f"{op}: has no {name!r} backend; it has {', '.join(backends)}")
+    if name == "reference":
+        return name
+    check_backend("RLHF_FAST_BACKEND", name)
+    if x.device.type not in RUNS_ON[name]:
+        raise RuntimeError(f"{op}: backend {name!r} takes tensors on {' or '.join(RUNS_ON[name])}, not on {x.device}")
+    if x.dtype not in KERNEL_DTYPES:
+        dtype = str(x.dtype).removeprefix("torch.")
+        raise RuntimeError(
+            f"{op}: backend {name!r} takes float32, bfloat16 or float16, not {dtype}; backend 'reference' does"
+        )
+    return name
 
 
 def check_backend(source: str, name: str) -> str:
-    """``name`` if it is a backend of this build; ``source`` says where the name came from."""
+    """``name`` if it is a backend that is here; ``source`` says where the name came from."""
     if name not in KNOWN:
         nearest = difflib.get_close_matches(str(name), KNOWN, n=1, cutoff=0.0)[0]
         raise ValueError(f"{source}: {name!r} is not a backend, did you mean {nearest!r}? Known: {', '.join(KNOWN)}")
-    if name not in IN_THIS_BUILD:
-        raise RuntimeError(f"{source}: backend {name!r} is not in this build, which has {', '.join(IN_THIS_BUILD)}")
+    if name in MISSING:
+        raise RuntimeError(f"{source}: backend {name!r} is not here: {MISSING[name]}")
     return name

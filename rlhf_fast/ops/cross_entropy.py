@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rlhf_fast.ops import _checks, _dispatch, reference
-
-_BACKENDS = {"reference": reference.cross_entropy}
+from rlhf_fast.ops import _checks
+from rlhf_fast.ops.reference import divide
+from rlhf_fast.ops.token_logprobs import token_logprobs
 
 
 def cross_entropy(
@@ -43,4 +43,6 @@ def cross_entropy(
     _checks.devices(logits=logits, tokens=tokens, mask=mask)
     _checks.labels(logits.shape[:-1], "logits", logits.shape[-1], tokens, mask, ignore_index)
     _checks.denominators(denominator)
-    return _dispatch.choose("cross_entropy", _BACKENDS)(logits, tokens, mask, ignore_index, denominator)
+    counted = (tokens != ignore_index) if mask is None else mask & (tokens != ignore_index)
+    logprobs, _ = token_logprobs(logits, tokens, mask=counted)
+    return divide(-logprobs.sum(), counted.sum(), denominator)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from rlhf_fast.ops import _checks, _dispatch, reference
 
-_BACKENDS = {"reference": reference.dpo_loss}
+BACKENDS = ("reference",)
 
 
 def dpo_loss(
@@ -47,5 +47,5 @@ def dpo_loss(
     _checks.number("beta", beta, above=0)
     _checks.number("label_smoothing", label_smoothing, least=0, most=0.5)
     _checks.denominators(denominator)
-    run = _dispatch.choose("dpo_loss", _BACKENDS)
-    return run(chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing, denominator)
+    _dispatch.choose("dpo_loss", BACKENDS, chosen)
+    return reference.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing, denominator)

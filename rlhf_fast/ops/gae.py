@@ -6,7 +6,7 @@ from torch import Tensor
 
 from rlhf_fast.ops import _checks, _dispatch, reference
 
-_BACKENDS = {"reference": reference.gae}
+BACKENDS = ("reference",)
 
 
 def gae(
@@ -52,4 +52,5 @@ def gae(
     _checks.shapes((sequences,), "the number of sequences", bootstrap=bootstrap)
     _checks.number("gamma", gamma, least=0, most=1)
     _checks.number("lam", lam, least=0, most=1)
-    return _dispatch.choose("gae", _BACKENDS)(rewards, values, gamma, lam, mask, cu_seqlens, bootstrap)
+    _dispatch.choose("gae", BACKENDS, rewards)
+    return reference.gae(rewards, values, gamma, lam, mask, cu_seqlens, bootstrap)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rlhf_fast.ops import _checks, _dispatch, reference
-from rlhf_fast.ops.ppo_loss import check_aggregation, check_numbers, check_tensors, check_terms
-
-_BACKENDS = {"reference": reference.linear_ppo_loss}
+from rlhf_fast.ops import _checks
+from rlhf_fast.ops.linear_token_logprobs import linear_token_logprobs
+from rlhf_fast.ops.ppo_loss import check_aggregation, check_numbers, check_tensors, check_terms, ppo_loss
 
 
 def linear_ppo_loss(
@@ -17,6 +16,7 @@ def linear_ppo_loss(
     old_logprobs: Tensor,
     advantages: Tensor,
     bias: Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -39,11 +39,11 @@ def linear_ppo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """:func:`ppo_loss` of ``linear_token_logprobs(hidden, weight, tokens, ...)``, entropy included, in one op.
 
-    Gradients flow to hidden, weight, bias and values; everything else is a constant.
+    Gradients flow to hidden, weight, bias, the adapter and values; everything else is a constant.
 
     Args:
         hidden: (B, T, H) padded, or (N, H); float32, bfloat16, float16 or float64.
-        weight: (V, H), the lm_head; bias: (V,) or None.
+        weight: (V, H), the lm_head; bias: (V,) or None; lora: as in :func:`linear_token_logprobs`.
         tokens: (B, T) or (N,), int32 or int64, in [0, V).
         old_logprobs, advantages: the shape of tokens. old_logprobs (and ref_logprobs) must have been computed at the
             same temperature, softcap and logit_scale.
@@ -65,15 +65,17 @@ def linear_ppo_loss(
         "old_logprobs": old_logprobs, "advantages": advantages, "values": values, "old_values": old_values,
         "returns": returns, "ref_logprobs": ref_logprobs,
     }  # fmt: skip
-    _checks.linear(hidden, weight, bias)
+    _checks.linear(hidden, weight, bias, lora)
     _checks.devices(**tensors, old_logprobs=old_logprobs)
     _checks.scoring(hidden.shape[:-1], "hidden", weight.shape[0], tokens, mask, temperature, softcap, logit_scale)
     check_tensors(tokens.shape, "tokens", per_token, mask, cu_seqlens)
     check_terms(values, old_values, returns, value_clip, ref_logprobs, kl_coef)
     check_numbers(clip_low, clip_high, dual_clip, value_clip, value_coef, entropy_coef, kl_coef, kl)
     check_aggregation(tokens, cu_seqlens, aggregation, denominator)
-    return _dispatch.choose("linear_ppo_loss", _BACKENDS)(
-        hidden, weight, tokens, old_logprobs, advantages, bias, temperature, softcap, logit_scale, values, old_values,
-        returns, mask, cu_seqlens, clip_low, clip_high, dual_clip, value_clip, value_coef, entropy_coef, ref_logprobs,
-        kl_coef, kl, aggregation, denominator,
+    logprobs, entropy = linear_token_logprobs(
+        hidden, weight, tokens, bias, lora, temperature, softcap, logit_scale, mask
+    )
+    return ppo_loss(
+        logprobs, old_logprobs, advantages, values, old_values, returns, mask, cu_seqlens, clip_low, clip_high,
+        dual_clip, value_clip, value_coef, entropy, entropy_coef, ref_logprobs, kl_coef, kl, aggregation, denominator,
     )  # fmt: skip

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, Optional
+
+import torch
 from torch import Tensor
 
 from rlhf_fast.ops import _checks, _dispatch, reference
+from rlhf_fast.ops._head import Block, Head, HeadGradients, LoRA, blocks
+from rlhf_fast.ops._library import Op
+from rlhf_fast.ops._rows import flat, matrix, per_row, transform
+from rlhf_fast.ops.token_logprobs import BACKENDS, kernels
 
-_BACKENDS = {"reference": reference.linear_token_logprobs}
+# torch.library reads the annotations of registered functions and knows no other form of Optional.
+# ruff: noqa: UP045
 
 
 def linear_token_logprobs(
@@ -14,6 +24,7 @@ def linear_token_logprobs(
     weight: Tensor,
     tokens: Tensor,
     bias: Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -21,14 +32,17 @@ def linear_token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each row's token, and each row's entropy, in nats, straight from the hidden states.
 
-    Equal to ``token_logprobs(hidden @ weight.T + bias, tokens, ...)`` with the product in float32 at least (autocast
-    does not change it). Differentiable in hidden, weight and bias.
+    Equal to ``token_logprobs(hidden @ weight.T + bias + scaling * (hidden @ a.T) @ b.T, tokens, ...)``, with the
+    products in float32 at least (autocast does not change it), but the logits never exist: a block of a few megabytes
+    at a time is computed, folded into the results, and computed again for the gradient. Differentiable in hidden,
+    weight, bias, a and b; what needs no gradient, such as a frozen weight, costs none. Sums over rows are in float32.
 
     Args:
         hidden: (..., H), float32, bfloat16, float16 or float64.
         weight: (V, H), the lm_head; its dtype may differ from that of hidden.
         tokens: (...), int32 or int64, in [0, V).
         bias: (V,) or None.
+        lora: (a (r, H), b (V, r), scaling), an adapter of the lm_head as peft has it, or None.
         temperature, softcap, logit_scale: as in :func:`token_logprobs`.
         mask: (...), bool. Where False, both outputs and the row's gradient are exactly 0, the row adds nothing to the
             gradients of weight and bias, and hidden and token there may hold anything.
@@ -39,9 +53,230 @@ def linear_token_logprobs(
     Raises:
         TypeError, ValueError: as :func:`token_logprobs`, and when H or V do not agree between the arguments.
     """
-    _checks.linear(hidden, weight, bias)
+    _checks.linear(hidden, weight, bias, lora)
     _checks.devices(hidden=hidden, weight=weight, tokens=tokens, bias=bias, temperature=temperature, mask=mask)
     rows, size = hidden.shape[:-1], weight.shape[0]
     _checks.scoring(rows, "hidden", size, tokens, mask, temperature, softcap, logit_scale)
-    run = _dispatch.choose("linear_token_logprobs", _BACKENDS)
-    return run(hidden, weight, tokens, bias, temperature, softcap, logit_scale, mask)
+    widest = weight if weight.dtype == torch.float64 else hidden
+    backend = _dispatch.choose("linear_token_logprobs", BACKENDS, widest)
+    if backend == "reference":
+        return reference.linear_token_logprobs(
+            hidden, weight, tokens, bias, lora, temperature, softcap, logit_scale, mask
+        )  # fmt: skip
+    temperatures, number = per_row(temperature, rows)
+    a, b, scaling = (None, None, 0.0) if lora is None else lora
+    logprobs, entropy, _ = _op(
+        hidden,
+        weight,
+        tokens,
+        bias,
+        a,
+        b,
+        float(scaling),
+        temperatures,
+        number,
+        softcap,
+        float(logit_scale),
+        mask,
+        backend,
+    )
+    return logprobs, entropy
+
+
+class _Problem:
+    """One call's tensors as rows, without the masked ones where leaving them out needs no wait for a device."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        tokens: Tensor,
+        bias: Tensor | None,
+        a: Tensor | None,
+        b: Tensor | None,
+        scaling: float,
+        temperatures: Tensor | None,
+        temperature: float,
+        softcap: float | None,
+        logit_scale: float,
+        mask: Tensor | None,
+        backend: str,
+    ) -> None:
+        self.kernels = kernels(backend)
+        self.device = hidden.device
+        self.mask = flat(mask)
+        self.kept: Tensor | None = None
+        hidden, tokens, temperatures = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1), flat(temperatures)
+        all_rows = hidden.shape[0]
+        if self.mask is not None and self.device.type == "cpu":
+            self.kept, self.mask = self.mask.nonzero()[:, 0], None
+            hidden, tokens = hidden[self.kept], tokens[self.kept]
+            temperatures = None if temperatures is None else temperatures[self.kept]
+        elif self.mask is not None:
+            hidden = torch.where(self.mask[:, None], hidden, 0)  # products would spread what a masked row holds
+        self.rows, self.all_rows, self.vocabulary = hidden.shape[0], all_rows, weight.shape[0]
+        self.tokens, self.temperatures = tokens.contiguous(), temperatures
+        self.numbers = temperature, softcap, logit_scale
+        lora = None if a is None or b is None else LoRA(a, b, scaling)
+        self.head = Head(hidden, weight, bias, lora)
+
+    def blocks(self) -> Iterator[Block]:
+        return blocks(self.rows, self.vocabulary, self.kernels.segment, self.device)
+
+    def part(self, rows: slice) -> tuple[Any, Tensor, Tensor | None]:
+        """The transform, tokens and mask of some rows."""
+        temperatures = None if self.temperatures is None else self.temperatures[rows]
+        mask = None if self.mask is None else self.mask[rows]
+        return transform(temperatures, *self.numbers), self.tokens[rows], mask
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Values (rows, ...) of the rows that were kept, among zeros for those that were left out."""
+        return x if self.kept is None else x.new_zeros(self.all_rows, *x.shape[1:]).index_copy_(0, self.kept, x)
+
+    def gather(self, x: Tensor | None) -> Tensor | None:
+        x = flat(x)
+        return x if x is None or self.kept is None else x[self.kept]
+
+
+def _in_its_own_dtypes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """function, with no autocast of the products inside it."""
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        device = next(x.device.type for x in args if isinstance(x, Tensor))
+        with torch.autocast(device, enabled=False):
+            return function(*args)
+
+    return call
+
+
+@_in_its_own_dtypes
+def linear_token_logprobs_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    bias: Optional[Tensor],
+    a: Optional[Tensor],
+    b: Optional[Tensor],
+    scaling: float,
+    temperatures: Optional[Tensor],
+    temperature: float,
+    softcap: Optional[float],
+    logit_scale: float,
+    mask: Optional[Tensor],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logprobs (...), entropy (...), and for the gradient the largest z and the sum of exp(z - largest): (2, ...)."""
+    problem = _Problem(
+        hidden, weight, tokens, bias, a, b, scaling, temperatures, temperature, softcap, logit_scale, mask, backend
+    )
+    run, rows = problem.kernels, tokens.shape
+    results = [torch.zeros(problem.rows, device=problem.device) for _ in range(4)]
+    if problem.rows:
+        states = run.new_states(problem.rows, problem.vocabulary, problem.device)
+        for block in problem.blocks():
+            problem.head.fill(block)
+            run.update(matrix(block.logits), *problem.part(block.rows), block.columns.start, states[block.rows])
+        run.finish(states, problem.mask, results)
+    logprobs, entropy, shift, total = (problem.spread(x).view(rows) for x in results)
+    return logprobs, entropy, torch.stack((shift, total))
+
+
+@_in_its_own_dtypes
+def linear_token_logprobs_backward(
+    grad_logprobs: Optional[Tensor],
+    grad_entropy: Optional[Tensor],
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    bias: Optional[Tensor],
+    a: Optional[Tensor],
+    b: Optional[Tensor],
+    scaling: float,
+    temperatures: Optional[Tensor],
+    temperature: float,
+    softcap: Optional[float],
+    logit_scale: float,
+    mask: Optional[Tensor],
+    logprobs: Tensor,
+    entropy: Tensor,
+    saved: Tensor,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients in hidden, weight, bias, a and b; an empty tensor for those not needed."""
+    problem = _Problem(
+        hidden, weight, tokens, bias, a, b, scaling, temperatures, temperature, softcap, logit_scale, mask, backend
+    )
+    gradients = HeadGradients(problem.head, needs)
+    results = [problem.gather(x) for x in (logprobs, entropy, *saved)]
+    upstream = [problem.gather(x) for x in (grad_logprobs, grad_entropy)]
+    for block in problem.blocks():
+        problem.head.fill(block)
+        problem.kernels.gradient(
+            matrix(block.logits), *problem.part(block.rows), block.columns.start,
+            [None if x is None else x[block.rows] for x in results],
+            *[None if x is None else x[block.rows] for x in upstream],
+            block.logits,
+        )  # fmt: skip
+        gradients.add(block)
+    in_hidden, *others = gradients.finish()
+    if in_hidden is not None:
+        in_hidden = problem.spread(in_hidden).view(hidden.shape).to(hidden.dtype)
+    nothing = hidden.new_empty(0)
+    first, second, third, fourth, fifth = (nothing.clone() if x is None else x for x in (in_hidden, *others))
+    return first, second, third, fourth, fifth
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, tokens, bias, a, b, scaling, temperatures, temperature, softcap, logit_scale, mask, backend = inputs
+    ctx.save_for_backward(hidden, weight, tokens, bias, a, b, temperatures, mask, *output)
+    ctx.numbers = (temperature, softcap, logit_scale)
+    ctx.scaling, ctx.backend = scaling, backend
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    if grad_logprobs is None and grad_entropy is None:
+        return (None,) * 13
+    hidden, weight, tokens, bias, a, b, temperatures, mask, *results = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3, 4, 5)]
+    gradients = _backward_op(
+        grad_logprobs, grad_entropy, hidden, weight, tokens, bias, a, b, ctx.scaling, temperatures, *ctx.numbers, mask,
+        *results, needs, ctx.backend,
+    )  # fmt: skip
+    in_hidden, in_weight, in_bias, in_a, in_b = (
+        g if needed else None for g, needed in zip(gradients, needs, strict=True)
+    )
+    return in_hidden, in_weight, None, in_bias, in_a, in_b, *(None,) * 7
+
+
+def _fake_forward(hidden: Tensor, weight: Tensor, tokens: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    rows = tokens.shape
+    return tuple(hidden.new_empty(shape, dtype=torch.float32) for shape in (rows, rows, (2, *rows)))
+
+
+def _fake_backward(
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    bias: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    *others: Any,
+) -> tuple[Tensor, ...]:
+    needs = others[-2]
+    inputs = (hidden, weight, bias, a, b)
+    return tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) if x is not None and needed else hidden.new_empty(0)
+        for x, needed in zip(inputs, needs, strict=True)
+    )
+
+
+_op = Op(linear_token_logprobs_forward, _fake_forward, _setup_context, _backward)
+_backward_op = Op(linear_token_logprobs_backward, _fake_backward)

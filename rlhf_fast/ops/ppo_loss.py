@@ -10,7 +10,7 @@ from rlhf_fast.ops import _checks, _dispatch, reference
 from rlhf_fast.ops.kl_estimate import KINDS
 
 AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum_mean")
-_BACKENDS = {"reference": reference.ppo_loss}
+BACKENDS = ("reference",)
 
 
 def ppo_loss(
@@ -93,7 +93,8 @@ def ppo_loss(
         raise ValueError("entropy: None, expected a tensor because entropy_coef is not 0")
     check_numbers(clip_low, clip_high, dual_clip, value_clip, value_coef, entropy_coef, kl_coef, kl)
     check_aggregation(logprobs, cu_seqlens, aggregation, denominator)
-    return _dispatch.choose("ppo_loss", _BACKENDS)(
+    _dispatch.choose("ppo_loss", BACKENDS, logprobs)
+    return reference.ppo_loss(
         logprobs, old_logprobs, advantages, values, old_values, returns, mask, cu_seqlens, clip_low, clip_high,
         dual_clip, value_clip, value_coef, entropy, entropy_coef, ref_logprobs, kl_coef, kl, aggregation, denominator,
     )  # fmt: skip

@@ -12,6 +12,8 @@ Arguments are already checked by the public functions, whose docstrings give sha
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -93,12 +95,25 @@ def token_logprobs(
     return pick(logp, tokens, mask), keep(entropy, mask)
 
 
-def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-    """hidden @ weight.T + bias, in float32 at least, whatever autocast says. Masked rows are rows of zeros first."""
+def linear_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """hidden @ weight.T + bias + scaling * (hidden @ a.T) @ b.T, in float32 at least, whatever autocast says.
+
+    Masked rows are rows of zeros first.
+    """
     hidden = keep(hidden, None if mask is None else mask[..., None])  # (..., H)
     dtype = torch.promote_types(hidden.dtype, widen(weight).dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        return F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))  # (..., V)
+        logits = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))  # (..., V)
+        if lora is not None:
+            a, b, scaling = lora
+            logits = logits + scaling * F.linear(F.linear(hidden.to(dtype), a.to(dtype)), b.to(dtype))
+    return logits
 
 
 def linear_token_logprobs(
@@ -106,13 +121,14 @@ def linear_token_logprobs(
     weight: Tensor,
     tokens: Tensor,
     bias: Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """token_logprobs of logits = hidden @ weight.T + bias."""
-    logits = linear_logits(hidden, weight, bias, mask)
+    """token_logprobs of logits = hidden @ weight.T + bias + scaling * (hidden @ a.T) @ b.T."""
+    logits = linear_logits(hidden, weight, bias, lora, mask)
     return token_logprobs(logits, tokens, temperature, softcap, logit_scale, mask)
 
 
@@ -136,36 +152,56 @@ def linear_cross_entropy(
     weight: Tensor,
     tokens: Tensor,
     bias: Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     mask: Tensor | None = None,
     ignore_index: int = -100,
     denominator: float | Tensor | None = None,
 ) -> Tensor:
-    """cross_entropy of logits = hidden @ weight.T + bias."""
+    """cross_entropy of logits = hidden @ weight.T + bias, with an adapter as in linear_token_logprobs."""
     counted = (tokens != ignore_index) if mask is None else mask & (tokens != ignore_index)
-    logits = linear_logits(hidden, weight, bias, counted)
+    logits = linear_logits(hidden, weight, bias, lora, counted)
     return cross_entropy(logits, tokens, counted, ignore_index, denominator, softcap, logit_scale)
 
 
 # --- divergences ------------------------------------------------------------------------------------------------
 
 
-def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Tensor:
-    """d = log p - log q per sampled token; k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d."""
-    d = widen(logprobs) - widen(ref_logprobs)
-    if kind == "k1":
-        return d
-    if kind == "k2":
-        return d.square() / 2
-    return torch.expm1(-d) + d
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1", mask: Tensor | None = None) -> Tensor:
+    """d = log p - log q per sampled token; k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d; with "+", the gradient of k2."""
+    d = keep(logprobs, mask) - keep(ref_logprobs, mask)
+    k2 = d.square() / 2
+    value = {"k1": d, "k2": k2, "k3": torch.expm1(-d) + d}[kind[:2]]
+    return value.detach() + (k2 - k2.detach()) if kind.endswith("+") else value
 
 
-def full_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor | None = None) -> Tensor:
-    """KL(p || q) = sum_v p_v (log p_v - log q_v) per row; a term with p = 0 counts as 0."""
-    logp, logq = log_softmax(logits, mask=mask), log_softmax(ref_logits, mask=mask)  # (..., V)
-    p = logp.exp()
-    return keep((p * torch.where(p == 0, 0, logp - logq)).sum(-1), mask)  # (...)
+def full_kl(
+    logits: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor | None = None,
+    kind: str = "kl",
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """KL(p || q) = sum_v p_v (log p_v - log q_v) per row, or KL(q || p), or half of KL(p || m) + KL(q || m), m = (p +
+    q) / 2.
+
+    A term with p = 0 counts as 0. In the last, log p - log m = log 2 - log(1 + q / p) = log 2 - softplus(log q - log
+    p).
+    """
+    logp = log_softmax(logits, temperature, softcap, logit_scale, mask)  # (..., V)
+    logq = log_softmax(ref_logits, temperature, softcap, logit_scale, mask)
+    p, q = logp.exp(), logq.exp()
+    if kind == "kl":
+        terms = p * torch.where(p == 0, 0, logp - logq)
+    elif kind == "reverse_kl":
+        terms = q * torch.where(q == 0, 0, logq - logp)
+    else:
+        apart = logq.clamp(min=-1e4) - logp.clamp(min=-1e4)  # where p is 0 already, and -inf - -inf would be nan
+        terms = (p * (math.log(2) - F.softplus(apart)) + q * (math.log(2) - F.softplus(-apart))) / 2
+    return keep(terms.sum(-1), mask)  # (...)
 
 
 # --- advantages -------------------------------------------------------------------------------------------------
@@ -338,6 +374,7 @@ def linear_ppo_loss(
     old_logprobs: Tensor,
     advantages: Tensor,
     bias: Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -359,7 +396,9 @@ def linear_ppo_loss(
     denominator: float | Tensor | None = None,
 ) -> tuple[Tensor, Stats]:
     """ppo_loss of the log-probabilities and the entropy of logits = hidden @ weight.T + bias."""
-    logprobs, entropy = linear_token_logprobs(hidden, weight, tokens, bias, temperature, softcap, logit_scale, mask)
+    logprobs, entropy = linear_token_logprobs(
+        hidden, weight, tokens, bias, lora, temperature, softcap, logit_scale, mask
+    )
     return ppo_loss(
         logprobs, old_logprobs, advantages, values, old_values, returns, mask, cu_seqlens, clip_low, clip_high,
         dual_clip, value_clip, value_coef, entropy, entropy_coef, ref_logprobs, kl_coef, kl, aggregation, denominator,

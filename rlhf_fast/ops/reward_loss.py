@@ -6,7 +6,7 @@ from torch import Tensor
 
 from rlhf_fast.ops import _checks, _dispatch, reference
 
-_BACKENDS = {"reference": reference.reward_loss}
+BACKENDS = ("reference",)
 
 
 def reward_loss(
@@ -46,5 +46,5 @@ def reward_loss(
     _checks.number("center_coef", center_coef, least=0)
     _checks.number("label_smoothing", label_smoothing, least=0, most=0.5)
     _checks.denominators(denominator)
-    run = _dispatch.choose("reward_loss", _BACKENDS)
-    return run(chosen, rejected, margin, center_coef, label_smoothing, denominator)
+    _dispatch.choose("reward_loss", BACKENDS, chosen)
+    return reference.reward_loss(chosen, rejected, margin, center_coef, label_smoothing, denominator)

@@ -134,10 +134,7 @@ class Generator:
             if step == 0 and len(prompts) < len(active):
                 cache.batch_select_indices(rows)
                 hidden, attention, positions = hidden[rows], attention[rows], positions[rows]
-            logits = torch.nn.functional.linear(hidden, head.weight, head.bias) * head.logit_scale  # (B, V)
-            if head.softcap:
-                logits = head.softcap * torch.tanh(logits / head.softcap)
-            tokens, logprobs = sample_tokens(logits, numbers[:, step], params)
+            tokens, logprobs = sample_tokens(head.logits(hidden), numbers[:, step], params)  # (B,), (B,)
             going = _record(active, tokens.tolist(), logprobs.tolist(), stops)  # ends are decided on the host
             if not going:
                 return

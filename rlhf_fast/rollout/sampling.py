@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from rlhf_fast import ops
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -69,22 +71,20 @@ def sample_tokens(
         tokens (B,) int64, and logprobs (B,) float32: under softmax(logits / temperature) over the whole vocabulary,
         that is, before top_k and top_p (and at temperature 1 when greedy), as training computes them.
     """
-    scaled = logits.float() / (params.temperature or 1.0)  # (B, V)
-    logprobs = torch.log_softmax(scaled, dim=-1)
     if params.temperature == 0.0:
-        tokens = logprobs.argmax(dim=-1)
+        tokens = logits.argmax(dim=-1)
     else:
-        probabilities = _filtered(logprobs, params)
+        probabilities = _filtered(torch.softmax(logits.float() / params.temperature, dim=-1), params)  # (B, V)
         cumulative = probabilities.double().cumsum(dim=-1)  # in float64: 50,000 small terms lose bits in float32
         threshold = (uniform * cumulative[:, -1]).unsqueeze(-1)
         tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
         tokens = tokens.clamp(max=logits.shape[-1] - 1)
-    return tokens, logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    logprobs, _ = ops.token_logprobs(logits, tokens, temperature=params.temperature or 1.0)
+    return tokens, logprobs.float()
 
 
-def _filtered(logprobs: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """Probabilities (B, V) with what top_k and top_p cut set to zero, not renormalised."""
-    probabilities = logprobs.exp()
+def _filtered(probabilities: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """The probabilities (B, V) with what top_k and top_p cut set to zero, not renormalised."""
     if params.top_k == 0 and params.top_p == 1.0:
         return probabilities
     ordered, index = probabilities.sort(dim=-1, descending=True)

@@ -64,10 +64,8 @@ class SFTTrainer:
             models.response_states(self.model, batch),
             self.head.weight,
             batch.response_tokens,
-            bias=self.head.bias,
-            softcap=self.head.softcap,
-            logit_scale=self.head.logit_scale,
             denominator=denominator,
+            **self.head.options(),
         )
 
     @torch.no_grad()

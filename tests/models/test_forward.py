@@ -123,6 +123,29 @@ def test_the_end_token_is_a_response_token_and_padding_is_not() -> None:
     assert batch.cu_seqlens.tolist() == [0, 2, 3]
 
 
+def test_an_adapter_on_the_output_layer_is_part_of_it(family_config: Callable[..., Any], nudge: Any) -> None:
+    """Trained, sampled from and checked as the model itself applies it; switched off, it is not there."""
+    from peft import LoraConfig, get_peft_model
+
+    model, _ = models.load(family_config("granite"))
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=12, target_modules=["lm_head", "q_proj"]))
+    nudge(adapted, 0.3)
+    head = models.output_head(adapted)
+    assert head.lora is not None and head.lora[2] == 3.0
+    check_head(adapted)
+    batch = pad(EXAMPLES)
+    logprobs, _ = models.response_logprobs(adapted, batch)
+    logits = adapted(input_ids=batch.input_ids).logits[:, :-1][batch.response_mask[:, 1:]]
+    exact = torch.log_softmax(logits.double(), -1).gather(-1, batch.response_tokens[:, None])[:, 0]
+    torch.testing.assert_close(logprobs, exact.float(), rtol=0, atol=1e-4)
+    logprobs.sum().backward()
+    assert all(head.lora[i].grad is not None and head.lora[i].grad.abs().max() > 0 for i in (0, 1))
+    assert head.weight.grad is None
+    with adapted.disable_adapter():
+        assert models.output_head(adapted).lora is None
+        check_head(adapted)
+
+
 @pytest.mark.parametrize(
     ("name", "changes"),
     [

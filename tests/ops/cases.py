@@ -33,8 +33,14 @@ def plain() -> tuple[Tensor, Tensor]:
     return random(7, 123, scale=3, dtype=torch.float64), random_tokens(7, vocabulary=123)
 
 
-def wide() -> tuple[Tensor, Tensor]:
-    return random(2, 49152, scale=3, dtype=torch.float64), random_tokens(2, vocabulary=49152)
+def wide(vocabulary: int) -> Case:
+    """Two rows of a vocabulary that a model has: some end in the middle of a block, some of a vector."""
+
+    def case() -> tuple[Tensor, Tensor]:
+        return random(2, vocabulary, scale=3, dtype=torch.float64), torch.tensor([vocabulary - 1, vocabulary // 3])
+
+    case.__name__ = f"wide_{vocabulary}"
+    return case
 
 
 def certain() -> tuple[Tensor, Tensor]:
@@ -78,6 +84,15 @@ def one_finite() -> tuple[Tensor, Tensor]:
     return logits, torch.tensor([17, 17])
 
 
+def deep() -> tuple[Tensor, Tensor]:
+    """Logits so far apart that exp of the difference leaves float32, in one block and between blocks."""
+    logits = random(3, 9000, dtype=torch.float64)
+    logits[0, ::2] -= 150.0
+    logits[1, :4500] -= 1000.0
+    logits[2, 8000:] += 95.0
+    return logits, torch.tensor([0, 1, 8999])
+
+
 def one_word_vocabulary() -> tuple[Tensor, Tensor]:
     return random(4, 1, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
 
@@ -91,14 +106,42 @@ def one_row() -> tuple[Tensor, Tensor]:
 
 
 LOGITS: tuple[Case, ...] = (
-    plain, wide, certain, improbable, extreme, all_equal, some_minus_infinity, first_block_minus_infinity, one_finite,
+    plain, certain, improbable, extreme, all_equal, some_minus_infinity, first_block_minus_infinity, one_finite, deep,
     one_word_vocabulary, no_rows, one_row,
 )  # fmt: skip
+WIDE = tuple(wide(vocabulary) for vocabulary in (32000, 49152, 50257, 128256, 129920, 151936, 248320))
 
-# The wide one in one dtype only: it takes longer than all the others.
-LOGITS_AND_DTYPES = [
-    (case, dtype) for case in LOGITS for dtype in FLOATS if case is not wide or dtype is torch.bfloat16
-]
+
+def logits_and_dtypes(*kinds: str) -> list[tuple[object, ...]]:
+    """(case, dtype), or with kinds (case, dtype, kind): all of them, but each wide case once, as they take longest."""
+    options = [(kind,) for kind in kinds] or [()]
+    every = [(case, dtype, *option) for case in LOGITS for dtype in FLOATS for option in options]
+    return [*every, *((case, FLOATS[i % 3], *options[i % len(options)]) for i, case in enumerate(WIDE))]
+
+
+def case_id(x: object) -> str:
+    """What a parametrised test is called."""
+    return str(getattr(x, "__name__", x)).removeprefix("torch.")
+
+
+# What may be done to a logit, all at once and one at a time.
+TRANSFORMS: tuple[dict[str, float], ...] = (
+    {"temperature": 0.7},
+    {"logit_scale": 0.0625},
+    {"softcap": 30.0},
+    {"temperature": 1.3, "softcap": 5.0, "logit_scale": 2.0},
+)
+
+
+def transform(
+    z: Tensor, temperature: float | Tensor = 1.0, softcap: float = math.inf, logit_scale: float = 1.0
+) -> Tensor:
+    """What people write for it; in float64, the truth, with a tanh whose gradient keeps its digits where tanh is 1."""
+    z = z * logit_scale
+    if softcap != math.inf:
+        y = z / softcap
+        z = softcap * (torch.tanh(y) if z.dtype != torch.float64 else 1 - 2 / (torch.exp(2 * y) + 1))
+    return z / (temperature[..., None] if isinstance(temperature, Tensor) else temperature)
 
 
 # --- masks and sequences ----------------------------------------------------------------------------------------
@@ -132,6 +175,16 @@ def inside(lengths: list[int], width: int) -> Tensor:
 def transposed(x: Tensor) -> Tensor:
     """Equal to x, stored column by column."""
     return x.mT.contiguous().mT
+
+
+def without_the_last_position(x: Tensor) -> Tensor:
+    """Equal to x, inside a tensor of one more position a sequence: rows in two levels."""
+    return torch.cat([x, x[..., -1:, :]], dim=-2)[..., :-1, :]
+
+
+def repeated(x: Tensor) -> Tensor:
+    """Equal to x if all rows of x are the same, and stored as one."""
+    return x[..., :1, :].expand(x.shape)
 
 
 def unaligned(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from tests.ops.compare import assert_close, assert_leaves_inputs_alone, assert_n
 from tests.ops.compare import outputs_and_gradients as run
 
 
-@pytest.mark.parametrize(("case", "dtype"), [x for x in cases.LOGITS_AND_DTYPES if x[0] is not cases.no_rows])
+@pytest.mark.parametrize(("case", "dtype"), [x for x in cases.logits_and_dtypes() if x[0] is not cases.no_rows])
 def test_value_and_gradient_are_no_worse_than_torch(case: cases.Case, dtype: torch.dtype) -> None:
     exact, tokens = case()
 

@@ -41,7 +41,7 @@ def test_gradient_checks_in_float64() -> None:
     inputs = [cases.random(*shape, dtype=torch.float64).requires_grad_() for shape in ((4, 3), (6, 3), (6,))]
     tokens, mask = torch.tensor([1, -100, 5, 0]), torch.tensor([True, True, True, False])
     assert torch.autograd.gradcheck(
-        lambda h, w, b: ops.linear_cross_entropy(h, w, tokens, b, 3.0, 0.7, mask=mask), inputs
+        lambda h, w, b: ops.linear_cross_entropy(h, w, tokens, b, softcap=3.0, logit_scale=0.7, mask=mask), inputs
     )
 
 

@@ -9,52 +9,104 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_fast import ops
+from rlhf_fast.ops import _head
 from tests.ops import cases
-from tests.ops.compare import assert_close, assert_leaves_inputs_alone, assert_no_worse_than_torch, gradient_of
+from tests.ops.compare import (
+    assert_close,
+    assert_leaves_inputs_alone,
+    assert_no_worse,
+    assert_no_worse_than_torch,
+    each_and_all,
+    gradient_of,
+)
 from tests.ops.compare import outputs_and_gradients as run
+from tests.ops.conftest import Backend
+
+NAMES = ("logprobs", "entropy")
 
 
-def torch_of_today(tokens: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    logp = F.log_softmax(F.linear(hidden, weight, bias), dim=-1)
+def torch_of_today(
+    tokens: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, **transform: Any
+) -> tuple[Tensor, Tensor]:
+    """Logits with bias and an adapter of scaling 0.5, then log_softmax."""
+    logits = F.linear(hidden, weight, bias) + 0.5 * F.linear(F.linear(hidden, a), b)
+    logp = F.log_softmax(cases.transform(logits, **transform), dim=-1)
     return logp.gather(-1, tokens[..., None]).squeeze(-1), -(logp.exp() * logp).sum(-1)
 
 
-def test_values_and_gradients_are_no_worse_than_torch() -> None:
-    hidden, weight, bias = cases.random(9, 16), cases.random(300, 16), cases.random(300)
-    tokens = cases.random_tokens(9, vocabulary=300)
-    upstream = (cases.random(9, seed=1), cases.random(9, seed=2))
-    exact = [x.double() for x in (hidden, weight, bias)]
-    for used in (upstream, (upstream[0], None), (None, upstream[1])):
-        got, gradients = run(
-            lambda h, w, b: ops.linear_token_logprobs(h, w, tokens, b), [hidden, weight, bias], used
-        )  # fmt: skip
-        stock, stock_gradients = run(lambda *x: torch_of_today(tokens, *x), [hidden, weight, bias], used)
+def problem(*rows: int, hidden: int = 16, vocabulary: int = 300, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """hidden, weight, bias, and an adapter's a and b, for logits of a few units: the roundings of larger ones in the
+    products, whose order is the matrix library's, would drown all others."""
+    shapes = (*rows, hidden), (vocabulary, hidden), (vocabulary,), (4, hidden), (vocabulary, 4)
+    scales = 1.0, 2 * hidden**-0.5, 1.0, hidden**-0.5, 1.0
+    each = enumerate(zip(shapes, scales, strict=True))
+    return [cases.random(*shape, seed=i, scale=scale, dtype=dtype) for i, (shape, scale) in each]
+
+
+def op(backend: Any, tokens: Tensor, **options: Any) -> Any:
+    def call(hidden: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Any:
+        return backend(ops.linear_token_logprobs, hidden, weight, tokens, bias, lora=(a, b, 0.5), **options)
+
+    return call
+
+
+def upstream(*rows: int) -> list[Tensor]:
+    return [cases.random(*rows, seed=8), cases.random(*rows, seed=9)]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks so small that a tiny problem has several in either direction."""
+    for device in ("cpu", "cuda"):
+        monkeypatch.setitem(_head._BLOCK, device, (4, 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.case_id)
+@pytest.mark.parametrize("vocabulary", [300, 9000])
+def test_values_and_gradients_are_no_worse_than_torch(
+    backend: Backend, vocabulary: int, dtype: torch.dtype, small_blocks: None
+) -> None:
+    tokens = cases.random_tokens(9, vocabulary=vocabulary)
+    inputs = problem(9, vocabulary=vocabulary, dtype=dtype)
+    exact = [x.double() for x in inputs]
+    for used in each_and_all(upstream(9)):
+        got, gradients = run(op(backend, tokens), inputs, used)
+        # narrow inputs are multiplied in float32, so what they are held against is PyTorch in float32
+        stock, stock_gradients = run(lambda *x: torch_of_today(tokens, *x), [x.float() for x in inputs], used)
         truth, true_gradients = run(lambda *x: torch_of_today(tokens, *x), exact, used)
-        for a, b, c in zip(got + gradients, stock + stock_gradients, truth + true_gradients, strict=True):
-            assert_no_worse_than_torch(a, b, c)
+        for name, *three in zip(NAMES, got, stock, truth, strict=True):
+            assert three[0].dtype == torch.float32
+            assert_no_worse_than_torch(*three, name)
+        for i, (mine, other, true) in enumerate(zip(gradients, stock_gradients, true_gradients, strict=True)):
+            assert mine.dtype == dtype
+            assert_no_worse_than_torch(mine, other.to(dtype), true, f"gradient {i}")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_inputs_are_multiplied_in_float32(dtype: torch.dtype) -> None:
-    hidden, weight = cases.random(5, 32, dtype=dtype), cases.random(200, 32, dtype=dtype)
-    tokens = cases.random_tokens(5, vocabulary=200)
-    upstream = (cases.random(5, seed=1), cases.random(5, seed=2))
-    got, gradients = run(lambda h, w: ops.linear_token_logprobs(h, w, tokens), [hidden, weight], upstream)
-    truth, _ = run(lambda h, w: torch_of_today(tokens, h, w), [hidden.double(), weight.double()], upstream)
-    wide, _ = run(lambda h, w: torch_of_today(tokens, h, w), [hidden.float(), weight.float()], upstream)
-    for a, b, c in zip(got, wide, truth, strict=True):
-        assert a.dtype == torch.float32
-        assert_no_worse_than_torch(a, b, c)
-    assert [g.dtype for g in gradients] == [dtype, dtype]
+@pytest.mark.parametrize("options", cases.TRANSFORMS, ids=str)
+def test_transforms_are_no_worse_than_torch(backend: Backend, options: dict[str, float]) -> None:
+    tokens = cases.random_tokens(9, vocabulary=300)
+    assert_no_worse(
+        op(backend, tokens, **options),
+        lambda *x: torch_of_today(tokens, *x, **options),
+        problem(9),
+        [upstream(9)],
+        NAMES,
+    )
 
 
 def test_autocast_changes_nothing() -> None:
-    hidden, weight = cases.random(5, 32), cases.random(200, 32)
-    tokens = cases.random_tokens(5, vocabulary=200)
-    want = ops.linear_token_logprobs(hidden, weight, tokens)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = ops.linear_token_logprobs(hidden, weight, tokens)
-    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    tokens, inputs = cases.random_tokens(5, vocabulary=200), problem(5, vocabulary=200)
+
+    def direct(function: Any, *x: Any, **k: Any) -> Any:
+        return function(*x, **k)
+
+    want, want_gradients = run(op(direct, tokens), inputs, upstream(5))
+    compiled = torch.compile(op(direct, tokens), fullgraph=True, backend="aot_eager")
+    for call in (op(direct, tokens), compiled):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got, gradients = run(call, inputs, upstream(5))
+        for a, b in zip([*got, *gradients], [*want, *want_gradients], strict=True):
+            assert torch.equal(a, b)
 
 
 def test_is_token_logprobs_of_the_product() -> None:
@@ -72,45 +124,121 @@ def test_is_token_logprobs_of_the_product() -> None:
 
 
 def test_gradient_checks_in_float64() -> None:
-    inputs = [cases.random(*shape, dtype=torch.float64).requires_grad_() for shape in ((3, 4), (6, 4), (6,))]
+    inputs = [x.requires_grad_() for x in problem(3, hidden=4, vocabulary=6, dtype=torch.float64)]
     tokens, mask = torch.tensor([0, 5, 2]), torch.tensor([True, False, True])
 
-    def op(h: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.linear_token_logprobs(h, w, tokens, b, temperature=0.8, softcap=3.0, mask=mask)
+    def call(h: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Any:
+        return ops.linear_token_logprobs(
+            h, w, tokens, bias, temperature=0.8, softcap=3.0, mask=mask, lora=(a, b, 2.0)
+        )  # fmt: skip
 
-    assert torch.autograd.gradcheck(op, inputs)
+    assert torch.autograd.gradcheck(call, inputs)
 
 
-def test_masked_rows_may_hold_anything_and_add_nothing_to_the_weight() -> None:
+def test_masked_rows_may_hold_anything_and_add_nothing_to_the_weight(backend: Backend, small_blocks: None) -> None:
     mask = cases.holes()
-    hidden, weight = cases.random(4, 9, 8), cases.random(30, 8)
+    hidden, *others = problem(4, 9, hidden=8, vocabulary=30)
     tokens = cases.random_tokens(4, 9, vocabulary=30)
-    upstream = (cases.random(4, 9, seed=1), cases.random(4, 9, seed=2))
-    outputs, (dh, dw) = run(
-        lambda h, w: ops.linear_token_logprobs(h, w, torch.where(mask, tokens, 10**6), mask=mask),
-        [cases.poison(hidden, mask, math.nan), weight],
-        upstream,
+    temperature = cases.random(4, 9).abs() + 0.5
+    outputs, (dh, *rest) = run(
+        op(backend, torch.where(mask, tokens, 10**6), mask=mask, temperature=torch.where(mask, temperature, 0.0)),
+        [cases.poison(hidden, mask, math.nan), *others],
+        upstream(4, 9),
     )
-    kept, (dh_kept, dw_kept) = run(
-        lambda h, w: ops.linear_token_logprobs(h, w, tokens[mask]), [hidden[mask], weight], [u[mask] for u in upstream]
+    kept, (dh_kept, *rest_kept) = run(
+        op(backend, tokens[mask], temperature=temperature[mask]),
+        [hidden[mask], *others],
+        [u[mask] for u in upstream(4, 9)],
     )
     for got, want in zip(outputs, kept, strict=True):
         assert torch.equal(got[~mask], torch.zeros_like(got[~mask]))
         assert_close(got[mask], want, 1e-5)
     assert torch.equal(dh[~mask], torch.zeros_like(dh[~mask]))
     assert_close(dh[mask], dh_kept, 1e-5)
-    assert_close(dw, dw_kept, 1e-5)
+    for got, want in zip(rest, rest_kept, strict=True):
+        assert_close(got, want, 1e-5)
 
 
-def test_a_frozen_weight_gets_no_gradient() -> None:
-    hidden, weight = cases.random(3, 8).requires_grad_(), cases.random(30, 8)
-    ops.linear_token_logprobs(hidden, weight, torch.tensor([1, 2, 3]))[0].sum().backward()
-    assert hidden.grad is not None and weight.grad is None
+def test_blocks_change_no_more_than_roundings(kernel_backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, inputs = cases.random_tokens(9, vocabulary=9000), problem(9, vocabulary=9000)
+    whole, gradients = run(op(kernel_backend, tokens), inputs, upstream(9))
+    monkeypatch.setitem(_head._BLOCK, kernel_backend.device.type, (2, 0))
+    parts, part_gradients = run(op(kernel_backend, tokens), inputs, upstream(9))
+    for a, b in zip([*whole, *gradients], [*parts, *part_gradients], strict=True):
+        assert_close(a, b, 1e-5 * (1 + float(b.abs().max())))
 
 
-def test_no_rows_give_no_outputs_and_a_zero_weight_gradient() -> None:
+def test_same_call_same_bits(kernel_backend: Backend, small_blocks: None) -> None:
+    tokens, inputs = cases.random_tokens(9, vocabulary=300), problem(9)
+    first, first_gradients = run(op(kernel_backend, tokens), inputs, upstream(9))
+    for _ in range(3 if kernel_backend.slow else 100):
+        again, gradients = run(op(kernel_backend, tokens), inputs, upstream(9))
+        assert all(torch.equal(a, b) for a, b in zip([*first, *first_gradients], [*again, *gradients], strict=True))
+
+
+def test_never_holds_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor of a tenth of N * V elements is ever made, forward or backward, but the gradient of the weight."""
+    n, vocabulary = 600, 30_000
+    monkeypatch.setitem(_head._BLOCK, "cpu", (256, 256 * 4096))
+    largest = []
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: (largest.append((out := empty(*a, **k)).numel()), out)[1])
+    hidden, weight = cases.random(n, 8).requires_grad_(), cases.random(vocabulary, 8)
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        logprobs, _ = ops.linear_token_logprobs(hidden, weight, cases.random_tokens(n, vocabulary=vocabulary))
+        logprobs.sum().backward()
+    most = max(event.self_cpu_memory_usage for event in seen.events())
+    assert 0 < most <= 4 * n * vocabulary // 10
+    assert max(largest) <= n * vocabulary // 10
+
+
+def test_compiles_as_one_graph_with_changing_shapes() -> None:
+    def direct(function: Any, *x: Any, **k: Any) -> Any:
+        return function(*x, **k)
+
+    def call(tokens: Tensor, *x: Tensor) -> Any:
+        return op(direct, tokens, temperature=0.7)(*x)
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (3, 5):
+        tokens, inputs = cases.random_tokens(n, vocabulary=40), problem(n, vocabulary=40)
+        got, gradients = run(lambda *x, t=tokens: compiled(t, *x), inputs, upstream(n))
+        want, exact = run(lambda *x, t=tokens: call(t, *x), inputs, upstream(n))
+        for a, b in zip([*got, *gradients], [*want, *exact], strict=True):
+            assert_close(a, b, 1e-6)
+
+
+def test_is_registered_as_torch_wants_it() -> None:
+    tokens, (hidden, weight, bias, a, b) = cases.random_tokens(3, vocabulary=40), problem(3, vocabulary=40)
+    forward = torch.ops.rlhf_fast.linear_token_logprobs_forward.default
+    backward = torch.ops.rlhf_fast.linear_token_logprobs_backward.default
+    options: list[Any] = [None, 0.7, 5.0, 1.0, torch.tensor([True, False, True]), "cpu"]
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias, a, b)]
+    arguments = (leaves[0], leaves[1], tokens, *leaves[2:], 0.5, *options)
+    torch.library.opcheck(forward, arguments)
+    torch.library.opcheck(forward, (leaves[0], weight, tokens, None, None, None, 0.0, *options))
+    plain = (hidden, weight, tokens, bias, a, b, 0.5, *options[:-1])
+    results = forward(*plain, "cpu")
+    for needs in ([True] * 5, [True, False, False, True, False], [False, False, True, False, True]):
+        torch.library.opcheck(backward, (*upstream(3), *plain, *results, needs, "cpu"))
+
+
+@pytest.mark.parametrize("frozen", [(), (1,), (0, 1, 2), (1, 2, 3), (1, 2, 4), (0, 3, 4)], ids=str)
+def test_what_is_frozen_gets_no_gradient_and_changes_no_other(backend: Backend, frozen: tuple[int, ...]) -> None:
+    tokens, inputs = cases.random_tokens(5, vocabulary=300), problem(5)
+    _, want = run(op(backend, tokens), inputs, upstream(5))
+    leaves = [x.clone().requires_grad_(i not in frozen) for i, x in enumerate(inputs)]
+    torch.autograd.backward(op(backend, tokens)(*leaves), upstream(5))
+    for i, leaf in enumerate(leaves):
+        assert leaf.grad is None if i in frozen else torch.equal(gradient_of(leaf), want[i])
+
+
+def test_no_rows_give_no_outputs_and_a_zero_weight_gradient(backend: Backend) -> None:
     weight = cases.random(30, 8).requires_grad_()
-    logprobs, entropy = ops.linear_token_logprobs(torch.empty(0, 8), weight, torch.empty(0, dtype=torch.int64))
+    none = torch.empty(0, dtype=torch.int64)
+    logprobs, entropy = backend(ops.linear_token_logprobs, torch.empty(0, 8), weight, none)
     assert logprobs.shape == entropy.shape == (0,)
     (logprobs.sum() + entropy.sum()).backward()
     assert torch.equal(gradient_of(weight), torch.zeros_like(weight))
@@ -133,6 +261,18 @@ def test_leaves_its_inputs_alone() -> None:
         ({"bias": torch.zeros(8)}, ValueError, r"bias: shape \(8,\), expected \(30,\) like the rows of weight"),
         ({"tokens": torch.tensor([0, 30, 0])}, ValueError, r"tokens: 30 is outside the vocabulary of 30 \(row 1\)"),
         ({"weight": torch.zeros(30, 8, device="meta")}, ValueError, "weight: on meta, expected cpu like hidden"),
+        ({"lora": torch.zeros(2, 8)}, TypeError, r"lora: Tensor, expected a tuple \(a \(r, H\), b \(V, r\), scaling\)"),
+        (
+            {"lora": (torch.zeros(2, 7), torch.zeros(30, 2), 1.0)},
+            ValueError,
+            r"lora a: shape \(2, 7\), expected \(r, 8\)",
+        ),
+        (
+            {"lora": (torch.zeros(2, 8), torch.zeros(30, 3), 1.0)},
+            ValueError,
+            r"lora b: shape \(30, 3\), expected \(30, 2",
+        ),
+        ({"lora": (torch.zeros(2, 8), torch.zeros(30, 2), "big")}, TypeError, "lora scaling: str, expected a number"),
     ],
 )
 def test_bad_input_is_named(change: dict[str, Any], error: type[Exception], text: str) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
+from rlhf_fast import ops
 from rlhf_fast.rollout.sampling import SamplingParams, sample_tokens, uniforms
 
 LOGITS = [2.0, -1.0, 0.5, 0.4, -math.inf, 1.9, -3.0, 0.0, 0.7, -0.2]
@@ -106,9 +107,10 @@ def test_temperature_zero_takes_the_likeliest_token(dtype: torch.dtype) -> None:
 def test_the_logprob_is_of_the_whole_distribution_at_the_temperature(params: SamplingParams) -> None:
     logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
     tokens, logprobs = sample_tokens(logits, torch.from_numpy(np.random.default_rng(0).random(64)), params)
-    expected = torch.log_softmax(logits.float() / 0.6, dim=-1).gather(-1, tokens[:, None]).squeeze(-1)
+    exact = torch.log_softmax(logits.double() / 0.6, dim=-1).gather(-1, tokens[:, None]).squeeze(-1)
     assert logprobs.dtype == torch.float32
-    assert torch.equal(logprobs, expected)
+    torch.testing.assert_close(logprobs, exact.float(), rtol=1e-6, atol=1e-6)
+    assert torch.equal(logprobs, ops.token_logprobs(logits, tokens, temperature=0.6)[0])  # as training computes them
 
 
 @settings(max_examples=150, deadline=None)

@@ -1,0 +1,200 @@
+"""Calls into rlhf_fast._C: tensors become addresses, strides and numbers. Serves the backends cpu and cuda alike.
+
+Nothing is checked here; the public functions have done that. Importing this never fails: without the compiled module,
+or without CUDA in it, ``cpu`` or ``cuda`` is None.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.ops._rows import Matrix, Transform, flat
+
+try:
+    _C: Any = importlib.import_module("rlhf_fast._C")
+except ImportError:
+    _C = None
+
+cpu: Any = None if _C is None else _C.cpu
+cuda: Any = getattr(_C, "cuda", None)
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_LARGE = 1 << 22  # bytes from which page faults cost more than asking for huge pages
+
+
+def module(backend: str) -> Any:
+    return cuda if backend == "cuda" else cpu
+
+
+def new_like(x: Tensor) -> Tensor:
+    """Uninitialised memory of x's shape and dtype, contiguous, in huge pages if it is large and on the CPU."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if _C is not None and out.device.type == "cpu" and out.nbytes >= _LARGE:
+        _C.advise_huge_pages(out.data_ptr(), out.nbytes)
+    return out
+
+
+def first_outside(tokens: Tensor, vocabulary: int, mask: Tensor | None) -> int | None:
+    """The first row whose token is not in [0, vocabulary), masked rows left out; -1 if none, None if this cannot
+    say."""
+    if _C is None or tokens.device.type != "cpu" or not tokens.is_contiguous():
+        return None
+    flags = flat(mask)
+    row: int = _C.first_outside(_tokens(tokens), _address(flags), tokens.numel(), vocabulary)
+    return row
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _tokens(tokens: Tensor) -> tuple[int, bool]:
+    return tokens.data_ptr(), tokens.dtype == torch.int64
+
+
+def _logits(m: Matrix) -> tuple[int, ...]:
+    return m.data.data_ptr(), _DTYPES[m.data.dtype], *m[1:]
+
+
+def _transform(t: Transform) -> tuple[float, float, float, int]:
+    return *t[:3], _address(t.temperatures)
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
+    return tuple([0 if x is None else x.data_ptr() for x in tensors])
+
+
+def _run(device: torch.device) -> tuple[int, int, int]:
+    """Where it runs: threads for the CPU; index and current stream for CUDA."""
+    if device.type != "cuda":
+        return torch.get_num_threads(), 0, 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return 1, index, torch.cuda.current_stream(index).cuda_stream
+
+
+class TokenLogprobs:
+    """The kernels of token_logprobs; csrc/common/token_logprobs.h says what each does."""
+
+    def __init__(self, backend: str) -> None:
+        self.kernels = module(backend)
+        self.per_segment = backend == "cuda"  # one state for each segment of a row, or one for the row
+        self.segment: int = self.kernels.token_logprobs_segment
+
+    def new_states(self, rows: int, vocabulary: int, device: torch.device) -> Tensor:
+        if not self.per_segment:
+            return torch.empty(rows, 1, _C.token_logprobs_state, dtype=torch.float64, device=device)
+        segments = -(-vocabulary // self.segment)
+        return torch.empty(rows, segments, _C.token_logprobs_state, dtype=torch.float32, device=device)
+
+    def forward(
+        self, x: Matrix, t: Transform, tokens: Tensor, mask: Tensor | None, results: Sequence[Tensor | None]
+    ) -> None:
+        states, per_row = None, 0
+        if self.per_segment:
+            states = self.new_states(x.rows, x.columns, x.data.device)
+            per_row = states.shape[1]
+        self.kernels.token_logprobs_forward(
+            _logits(x), _transform(t), _tokens(tokens), _address(mask), _address(states), per_row, _addresses(results),
+            _run(x.data.device),
+        )  # fmt: skip
+
+    def update(
+        self, x: Matrix, t: Transform, tokens: Tensor, mask: Tensor | None, first_column: int, states: Tensor
+    ) -> None:
+        self.kernels.token_logprobs_update(
+            _logits(x), _transform(t), _tokens(tokens), _address(mask), first_column, states.data_ptr(),
+            states.shape[1], _run(x.data.device),
+        )  # fmt: skip
+
+    def finish(self, states: Tensor, mask: Tensor | None, results: Sequence[Tensor]) -> None:
+        self.kernels.token_logprobs_finish(
+            states.data_ptr(), states.shape[1], states.shape[0], _address(mask), _addresses(results),
+            _run(states.device),
+        )  # fmt: skip
+
+    def gradient(
+        self,
+        x: Matrix,
+        t: Transform,
+        tokens: Tensor,
+        mask: Tensor | None,
+        first_column: int,
+        results: Sequence[Tensor],
+        grad_logprobs: Tensor | None,
+        grad_entropy: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        self.kernels.token_logprobs_gradient(
+            _logits(x), _transform(t), _tokens(tokens), _address(mask), first_column, _addresses(results),
+            _address(grad_logprobs), _address(grad_entropy), out.data_ptr(), _run(x.data.device),
+        )  # fmt: skip
+
+
+class FullKL:
+    """The kernels of full_kl; csrc/common/full_kl.h says what each does."""
+
+    def __init__(self, backend: str) -> None:
+        self.kernels = module(backend)
+        self.per_segment = backend == "cuda"
+
+    def forward(
+        self, p: Matrix, q: Matrix, t: Transform, mask: Tensor | None, divergence: int, results: Sequence[Tensor]
+    ) -> None:
+        scratch = None
+        if self.per_segment:
+            segments = -(-p.columns // self.kernels.full_kl_segment)
+            scratch = torch.empty(p.rows, segments, self.kernels.full_kl_state, device=p.data.device)
+        self.kernels.full_kl_forward(
+            _logits(p), _logits(q), _transform(t), _address(mask), divergence, _address(scratch), _addresses(results),
+            _run(p.data.device),
+        )  # fmt: skip
+
+    def gradient(
+        self,
+        p: Matrix,
+        q: Matrix,
+        t: Transform,
+        mask: Tensor | None,
+        divergence: int,
+        results: Sequence[Tensor],
+        grad: Tensor,
+        out_p: Tensor | None,
+        out_q: Tensor | None,
+    ) -> None:
+        self.kernels.full_kl_gradient(
+            _logits(p), _logits(q), _transform(t), _address(mask), divergence, _addresses(results), grad.data_ptr(),
+            _address(out_p), _address(out_q), _run(p.data.device),
+        )  # fmt: skip
+
+
+class KLEstimate:
+    """The kernels of kl_estimate; csrc/common/kl_estimate.h says what each does. All tensors are contiguous."""
+
+    def __init__(self, backend: str) -> None:
+        self.kernels = module(backend)
+
+    def forward(self, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None, estimate: int, out: Tensor) -> None:
+        self.kernels.kl_estimate_forward(
+            logprobs.data_ptr(), ref_logprobs.data_ptr(), _DTYPES[logprobs.dtype], logprobs.numel(), _address(mask),
+            estimate, out.data_ptr(), _run(out.device),
+        )  # fmt: skip
+
+    def gradient(
+        self,
+        logprobs: Tensor,
+        ref_logprobs: Tensor,
+        mask: Tensor | None,
+        estimate: int,
+        grad: Tensor,
+        out: Tensor | None,
+        ref_out: Tensor | None,
+    ) -> None:
+        self.kernels.kl_estimate_gradient(
+            logprobs.data_ptr(), ref_logprobs.data_ptr(), _DTYPES[logprobs.dtype], logprobs.numel(), _address(mask),
+            estimate, grad.data_ptr(), _address(out), _address(ref_out), _run(logprobs.device),
+        )  # fmt: skip

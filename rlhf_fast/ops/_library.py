@@ -1,0 +1,101 @@
+"""An op in both worlds: eager calls run its Python function at once, traced ones see ``torch.ops.rlhf_fast.<name>``.
+
+The dispatcher costs more than a small kernel does, so it is passed by wherever nothing would look: no torch.compile, no
+dispatch mode, no functorch transform, no tensor subclass. Both ways run the same functions and give the same bits.
+
+Autocast has no say: no input is cast, and what an op multiplies, it multiplies in its own dtypes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.ops._rows import is_plain
+
+_library = torch.library.Library("rlhf_fast", "DEF")
+
+
+class Op:
+    """``forward`` as a differentiable op.
+
+    Args:
+        forward: takes tensors, numbers, strings and None by position, all annotated (they become the schema); returns a
+            tensor or a tuple of fresh tensors, and changes no input.
+        fake: the same signature; returns empty tensors of the right shape, dtype and device.
+        setup_context: ``(ctx, inputs, output)``, saves what backward needs.
+        backward: ``(ctx, *grads)``, gradients in the order of the inputs. Without the two, a gradient asked for raises.
+        inference: what runs in place of forward when no gradient can be asked for; may leave out what only that needs.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        fake: Callable[..., Any],
+        setup_context: Callable[..., None] | None = None,
+        backward: Callable[..., Any] | None = None,
+        inference: Callable[..., Any] | None = None,
+    ) -> None:
+        self.name = name = forward.__name__
+        if setup_context is None or backward is None:
+            setup_context, backward = _nothing_saved, _no_gradient(name)
+        _library.define(name + torch.library.infer_schema(forward, mutates_args=()))
+        _library.impl(name, forward, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"rlhf_fast::{name}", fake, lib=_library)
+        torch.library.register_autograd(f"rlhf_fast::{name}", backward, setup_context=setup_context, lib=_library)
+        self.registered = getattr(torch.ops.rlhf_fast, name).default
+        self.eager = _eager_function(name, forward, setup_context, backward)
+        self.transformed = _transformed_function(name, forward, setup_context, backward)
+        self.inference = inference or forward
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.registered(*args)
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        if not is_plain(tensors):
+            transformed = torch._C._are_functorch_transforms_active()
+            return self.transformed(*args) if transformed else self.registered(*args)
+        if torch.is_grad_enabled() and any([x.requires_grad for x in tensors]):
+            return self.eager(*args)
+        return self.inference(*args)
+
+
+def _eager_function(
+    name: str, forward: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """forward with its gradient as a torch.autograd.Function; of the two styles that torch has, the faster one."""
+
+    def forward_with_context(ctx: Any, *args: Any) -> Any:
+        output = forward(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    members = {"forward": staticmethod(forward_with_context), "backward": staticmethod(backward)}
+    return type(name, (torch.autograd.Function,), members).apply  # type: ignore[attr-defined]
+
+
+def _transformed_function(
+    name: str, forward: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The same in the other style, which torch.func.grad can see through, and which says what vmap cannot do."""
+
+    def vmap(*_: Any) -> Any:
+        raise RuntimeError(f"{name}: torch.func.vmap is not supported; pass the whole batch, rows are independent")
+
+    members = {"forward": forward, "setup_context": setup_context, "backward": backward, "vmap": vmap}
+    static = {key: staticmethod(function) for key, function in members.items()}
+    return type(name, (torch.autograd.Function,), static).apply  # type: ignore[attr-defined]
+
+
+def _nothing_saved(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    pass
+
+
+def _no_gradient(name: str) -> Callable[..., Any]:
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"{name}: has no gradient; with ops.use_backend('reference') it has")
+
+    return backward

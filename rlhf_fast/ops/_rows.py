@@ -1,0 +1,68 @@
+"""What kernels over a vocabulary are given: memory that may be read, as a matrix of rows; the transform of a logit."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_plain(tensors: list[Tensor]) -> bool:
+    """Whether only autograd would look at a call with these tensors, so that their memory may be read at once."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return False
+    return all([type(x) in _PLAIN and not x.is_meta for x in tensors])
+
+
+class Matrix(NamedTuple):
+    """The rows of a tensor (..., columns) of any strides, in elements: row r starts at
+    ``(r // inner) * outer_stride + (r % inner) * inner_stride``. Two levels, so that ``logits[:, :-1]`` needs no
+    copy."""
+
+    data: Tensor
+    rows: int
+    columns: int
+    inner: int
+    outer_stride: int
+    inner_stride: int
+    column_stride: int
+
+
+def matrix(x: Tensor) -> Matrix:
+    """x as rows. Copies only a tensor whose leading dimensions do not fold into two levels."""
+    if x.is_contiguous():
+        columns = x.shape[-1]
+        rows = x.numel() // max(columns, 1)
+        return Matrix(x, rows, columns, max(rows, 1), 0, columns, 1)
+    if x.dim() > 3:
+        x = x.flatten(0, -3)
+    shape, stride = (1, 1, *x.shape)[-3:], (0, 0, *x.stride())[-3:]
+    return Matrix(x, shape[0] * shape[1], shape[2], max(shape[1], 1), *stride)
+
+
+class Transform(NamedTuple):
+    """z = softcap * tanh(scale * x / softcap) / temperature; a softcap of 0 means none."""
+
+    scale: float
+    softcap: float
+    temperature: float
+    temperatures: Tensor | None  # (rows,) float32, in place of the number
+
+
+def transform(temperatures: Tensor | None, temperature: float, softcap: float | None, logit_scale: float) -> Transform:
+    return Transform(logit_scale, softcap or 0.0, temperature, flat(temperatures))
+
+
+def per_row(temperature: float | Tensor, rows: torch.Size) -> tuple[Tensor | None, float]:
+    """A temperature as (one float32 a row, unused) or (None, number): what a registered op's signature can hold."""
+    if isinstance(temperature, Tensor):
+        return temperature.detach().float().expand(rows), 1.0
+    return None, float(temperature)
+
+
+def flat(x: Tensor | None) -> Tensor | None:
+    """(...) as contiguous (rows,)."""
+    return None if x is None else x.reshape(-1).contiguous()

@@ -1,0 +1,121 @@
+"""The backends that a test of an op runs on.
+
+Without a GPU: the C++ of the CPU as it is, the CUDA C++ on the CPU through tests/simt, and Triton's interpreter where
+TRITON_INTERPRET=1 was set before Triton was first imported (`make test` runs tests/ops a second time so). With a GPU,
+Triton and CUDA on that.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf_fast import ops
+from rlhf_fast.ops import _compiled, _dispatch
+from tests.simt import build
+
+GPU = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _reason_to_skip(name: str) -> str | None:
+    if name == "cpu":
+        return None if _compiled.cpu is not None else "rlhf_fast._C was not built"
+    if name == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        return None if GPU or INTERPRETED else "needs a GPU, or TRITON_INTERPRET=1"
+    if name == "cuda" and not GPU:
+        return build.missing()
+    if name == "cuda":
+        return None if _compiled.cuda is not None else "rlhf_fast._C was built without CUDA"
+    return None
+
+
+def _param(name: str) -> Any:
+    reason = _reason_to_skip(name)
+    marks = [pytest.mark.skip(reason=reason)] if reason else []
+    if GPU and name in ("triton", "cuda"):
+        marks.append(pytest.mark.gpu)
+    return pytest.param(name, marks=marks)
+
+
+KERNELS = [_param(name) for name in ("cpu", "cuda", "triton")]
+ALL = [*KERNELS, _param("reference")]
+
+
+def _round_to_bfloat16_as_hardware_does() -> None:
+    """Triton's interpreter cuts float32 off where a GPU rounds it to the nearest bfloat16, ties to even."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(x: Any, source: Any, target: Any, rounding_mode: Any) -> Any:
+        if source == tl.float32 and target == tl.bfloat16:
+            return torch.from_numpy(x.copy()).to(torch.bfloat16).view(torch.int16).numpy().view("uint16")
+        return convert(x, source, target, rounding_mode)
+
+    interpreter._convert_float = rounded
+
+
+if INTERPRETED and importlib.util.find_spec("triton") is not None:
+    _round_to_bfloat16_as_hardware_does()
+
+
+class Backend:
+    """One backend, to call ops on: ``backend(ops.gae, rewards, values)``. Tensors go to its device and come back."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.device = torch.device("cuda" if GPU and name in ("triton", "cuda") else "cpu")
+        self.slow = self.device.type == "cpu" and name in ("triton", "cuda")  # interpreted
+
+    def __call__(self, op: Any, *args: Any, **keywords: Any) -> Any:
+        with ops.use_backend(self.name):
+            result = op(*map(self._to, args), **{key: self._to(x) for key, x in keywords.items()})
+        return result.cpu() if isinstance(result, Tensor) else tuple(x.cpu() for x in result)
+
+    def _to(self, x: Any) -> Any:
+        if isinstance(x, tuple):
+            return tuple(self._to(y) for y in x)
+        return x.to(self.device) if isinstance(x, Tensor) else x
+
+
+@pytest.fixture
+def simt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the CUDA kernels run on CPU tensors."""
+    monkeypatch.setattr(_compiled, "cuda", build.module().cuda)
+    monkeypatch.setitem(_dispatch.RUNS_ON, "cuda", ("cpu",))
+    monkeypatch.delitem(_dispatch.MISSING, "cuda", raising=False)
+
+
+def _make(request: pytest.FixtureRequest) -> Backend:
+    if request.param == "cuda" and not GPU:
+        request.getfixturevalue("simt")
+    return Backend(request.param)
+
+
+@pytest.fixture(params=ALL)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return _make(request)
+
+
+@pytest.fixture(params=KERNELS)
+def kernel_backend(request: pytest.FixtureRequest) -> Backend:
+    """The backends that have kernels of their own."""
+    return _make(request)
+
+
+@pytest.fixture(autouse=True)
+def nan_in_new_memory() -> Iterator[None]:
+    """Fills every torch.empty with nan, so that what a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
