@@ -10,12 +10,13 @@ DEMO_OUT ?= runs/demo
 TORCH ?= torch==2.13.0
 
 BIN := $(VENV)/bin
+CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install -q
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint clean
+.PHONY: help install demo test lint bench gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -30,9 +31,25 @@ test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest -q
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/ops -k triton
 
-lint: $(STAMP) ## ruff and mypy
+lint: $(STAMP) ## ruff, mypy and clang-format
 	$(BIN)/ruff check .
-	$(BIN)/mypy rlhf_fast
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy rlhf_fast bench
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+bench: $(STAMP) ## time the ops beside their peers (bench/results)
+	$(BIN)/rlhf-fast bench ops
+
+# Where there is a GPU: the tests that need one, the kernels under NVIDIA's checkers if they are installed, and the timings.
+gpu: $(STAMP) ## tests, checks and timings on a GPU
+	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else \
+	  'make gpu: torch sees no CUDA device; torch ' + torch.__version__ + ' is installed, see TORCH in the Makefile')"
+	$(BIN)/python -m pytest -q -m gpu
+	@if command -v compute-sanitizer; then for tool in memcheck racecheck initcheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest -q -x -m gpu tests/ops -k 'values and cuda' \
+	  || exit 1; done; else echo "compute-sanitizer was not found: races and invalid accesses were not looked for"; fi
+	$(BIN)/python -m bench.static
+	$(BIN)/rlhf-fast bench ops
 
 clean: ## remove what was built (keeps the virtual environment and the runs)
 	rm -rf build dist *.egg-info rlhf_fast/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis $(STAMP)
@@ -40,7 +57,7 @@ clean: ## remove what was built (keeps the virtual environment and the runs)
 
 # Repeats only when the metadata or a compiled source changed; pip then finds nearly everything in place.
 # The kernels build without isolation, so that they are compiled with tools that stay in the environment.
-$(STAMP): pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+$(STAMP): pyproject.toml setup.py $(filter csrc/%,$(CXX_FILES))
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) 'setuptools>=77' 'pybind11>=2.13' wheel
 	$(PIP_INSTALL) '$(TORCH)'

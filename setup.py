@@ -6,6 +6,7 @@ RLHF_FAST_CUDA_ARCHS="90 100" replaces the list of CUDA architectures, and "" le
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -139,7 +140,9 @@ class OptionalBuildExt(build_ext):
                 "mend the CUDA toolkit that was found (or set CUDA_HOME)",
             )
             return
-        ext.define_macros.append(("RLHF_FAST_CUDA", '"' + " ".join(f"sm_{arch}" for arch in archs) + '"'))
+        version = re.search(r"V([\d.]+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+        built = " ".join(f"sm_{arch}" for arch in archs) + f" by nvcc {version[1] if version else 'of some version'}"
+        ext.define_macros.append(("RLHF_FAST_CUDA", f'"{built}"'))
         ext.library_dirs.append(libraries)
         ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
 

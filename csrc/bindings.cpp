@@ -1,14 +1,14 @@
-// rlhf_fast._C: what the compiled kernels look like from Python. Integers, pointers and numbers in, plain values out; no
-// torch headers, so one build serves every torch. std::invalid_argument arrives in Python as ValueError. Nothing is checked
-// here: rlhf_fast/ops/_compiled.py calls with what the public functions have checked.
+// rlhf_fast._C: what the compiled kernels look like from Python. Integers, pointers and numbers in, plain values out;
+// no torch headers, so one build serves every torch. std::invalid_argument arrives in Python as ValueError. Nothing is
+// checked here: rlhf_fast/ops/_compiled.py calls with what the public functions have checked.
 #include <pybind11/pybind11.h>
 
 #include <string>
 #include <tuple>
 
 #include "common/full_kl.h"
-#include "common/huge_pages.h"
 #include "common/kl_estimate.h"
+#include "common/memory.h"
 #include "common/token_logprobs.h"
 #include "cpu/isa.h"
 
@@ -33,8 +33,9 @@ using FourAddresses = std::tuple<Address, Address, Address, Address>;
 using NineAddresses = std::tuple<Address, Address, Address, Address, Address, Address, Address, Address, Address>;
 
 Logits logits(const LogitsTuple& t) {
-    return std::apply(
-        [](Address data, int dtype, auto... sizes) { return Logits{at<void>(data), static_cast<DType>(dtype), sizes...}; }, t);
+    return std::apply([](Address data, int dtype,
+                         auto... sizes) { return Logits{at<void>(data), static_cast<DType>(dtype), sizes...}; },
+                      t);
 }
 Transform transform(const TransformTuple& t) {
     const auto& [scale, softcap, temperature, temperatures] = t;
@@ -53,8 +54,8 @@ FullKL full_kl_results(const NineAddresses& t) {
 
 void def_token_logprobs(py::module_& m, const TokenLogprobsKernels& kernels) {
     m.def("token_logprobs_forward",
-          [kernels](const LogitsTuple& x, const TransformTuple& t, const TokensTuple& token, Address flags, Address states,
-                    int64_t states_per_row, const FourAddresses& out, const RunTuple& where) {
+          [kernels](const LogitsTuple& x, const TransformTuple& t, const TokensTuple& token, Address flags,
+                    Address states, int64_t states_per_row, const FourAddresses& out, const RunTuple& where) {
               py::gil_scoped_release release;
               kernels.forward(logits(x), transform(t), tokens(token), mask(flags), at<void>(states), states_per_row,
                               token_logprobs_results(out), run(where));
@@ -83,12 +84,13 @@ void def_token_logprobs(py::module_& m, const TokenLogprobsKernels& kernels) {
 }
 
 void def_full_kl(py::module_& m, const FullKLKernels& kernels) {
-    m.def("full_kl_forward", [kernels](const LogitsTuple& p, const LogitsTuple& q, const TransformTuple& t, Address flags,
-                                       int divergence, Address scratch, const NineAddresses& out, const RunTuple& where) {
-        py::gil_scoped_release release;
-        kernels.forward(logits(p), logits(q), transform(t), mask(flags), static_cast<Divergence>(divergence),
-                        at<float>(scratch), full_kl_results(out), run(where));
-    });
+    m.def("full_kl_forward",
+          [kernels](const LogitsTuple& p, const LogitsTuple& q, const TransformTuple& t, Address flags, int divergence,
+                    Address scratch, const NineAddresses& out, const RunTuple& where) {
+              py::gil_scoped_release release;
+              kernels.forward(logits(p), logits(q), transform(t), mask(flags), static_cast<Divergence>(divergence),
+                              at<float>(scratch), full_kl_results(out), run(where));
+          });
     m.def("full_kl_gradient",
           [kernels](const LogitsTuple& p, const LogitsTuple& q, const TransformTuple& t, Address flags, int divergence,
                     const NineAddresses& results, Address grad, Address out_p, Address out_q, const RunTuple& where) {
@@ -99,8 +101,8 @@ void def_full_kl(py::module_& m, const FullKLKernels& kernels) {
 }
 
 void def_kl_estimate(py::module_& m, const KLEstimateKernels& kernels) {
-    m.def("kl_estimate_forward", [kernels](Address logprobs, Address ref_logprobs, int dtype, int64_t count, Address flags,
-                                           int estimate, Address out, const RunTuple& where) {
+    m.def("kl_estimate_forward", [kernels](Address logprobs, Address ref_logprobs, int dtype, int64_t count,
+                                           Address flags, int estimate, Address out, const RunTuple& where) {
         py::gil_scoped_release release;
         kernels.forward(at<void>(logprobs), at<void>(ref_logprobs), static_cast<DType>(dtype), count, at<bool>(flags),
                         static_cast<Estimate>(estimate), at<float>(out), run(where));
@@ -136,7 +138,8 @@ py::dict build_info() {
     constexpr int version[] = {__GNUC__, __GNUC_MINOR__, __GNUC_PATCHLEVEL__};
 #endif
     py::dict info;
-    info["compiler"] = name + std::to_string(version[0]) + "." + std::to_string(version[1]) + "." + std::to_string(version[2]);
+    info["compiler"] =
+        name + std::to_string(version[0]) + "." + std::to_string(version[1]) + "." + std::to_string(version[2]);
     info["cpp_standard"] = "C++" + std::to_string(__cplusplus / 100 % 100);
 #if defined(_OPENMP)
     info["threads"] = "OpenMP";
@@ -144,12 +147,19 @@ py::dict build_info() {
     info["threads"] = "C++";
 #endif
 #if defined(RLHF_FAST_CUDA)
-    info["cuda"] = RLHF_FAST_CUDA;  // the architectures it was built for
+    info["cuda"] = RLHF_FAST_CUDA;  // the architectures, and the compiler
 #else
     info["cuda"] = py::none();
 #endif
     return info;
 }
+
+#if defined(RLHF_FAST_MEMORY)
+py::buffer_info buffer(Memory& memory) {
+    const auto bytes = static_cast<py::ssize_t>(memory.bytes());
+    return {memory.data(), 1, py::format_descriptor<uint8_t>::format(), 1, {bytes}, {1}};
+}
+#endif
 
 }  // namespace
 
@@ -159,16 +169,25 @@ py::dict build_info() {
 
 PYBIND11_MODULE(RLHF_FAST_MODULE, m) {
     m.doc() = "Compiled kernels of rlhf-fast.";
-    m.def("isa", [] { return isa_name(isa()); },
-          "Instruction set in use: the best this CPU has, or the one RLHF_FAST_ISA names (read on first use).");
+    m.def(
+        "isa", [] { return isa_name(isa()); },
+        "Instruction set in use: the best this CPU has, or the one RLHF_FAST_ISA names (read on first use).");
     m.def("isa_available", &isa_list, "Instruction sets this CPU can run, best first.");
     m.def("cpu_features", &cpu_features_dict, "Presence of each CPU feature that matters to kernels.");
     m.def("build_info", &build_info, "Compiler, C++ standard, kind of threads, and what CUDA kernels were built for.");
-    m.def("first_outside", [](const TokensTuple& token, Address flags, int64_t rows, int64_t vocabulary) {
-        return first_outside(tokens(token), mask(flags), rows, vocabulary);
-    }, "The first unmasked row whose token is outside [0, vocabulary), or -1.");
-    m.def("advise_huge_pages", [](Address data, std::size_t bytes) { advise_huge_pages(at<void>(data), bytes); },
-          "Ask for huge pages under memory that was just allocated.");
+    m.def(
+        "first_outside",
+        [](const TokensTuple& token, Address flags, int64_t rows, int64_t vocabulary) {
+            return first_outside(tokens(token), mask(flags), rows, vocabulary);
+        },
+        "The first unmasked row whose token is outside [0, vocabulary), or -1.");
+#if defined(RLHF_FAST_MEMORY)
+    py::class_<Memory>(m, "Memory", py::buffer_protocol(), py::module_local(),
+                       "A large block of memory, uninitialised.")
+        .def(py::init<std::size_t>(), py::arg("bytes"))
+        .def_buffer(&buffer)
+        .def_static("release", &Memory::release, "Give the blocks that are kept for the next call back to the system.");
+#endif
 
     m.attr("token_logprobs_state") = kTokenLogprobsState;
 #if !defined(RLHF_FAST_ONLY_CUDA)

@@ -85,6 +85,16 @@ class EvaluateCommand:
 
 
 @dataclass(frozen=True)
+class BenchCommand:
+    """Time the ops beside their peers and beside what this machine allows: `rlhf-fast bench ops`; needs a checkout."""
+
+    suite: str = "ops"  # what to time: the folder of that name under bench/
+    op: str = ""  # only this op; empty: all
+    seconds: float = 10.0  # of timing each case, in rounds of all peers; 5 to 100 rounds
+    out: str = ""  # JSON Lines, one a result; empty: bench/results/SUITE-DEVICE.jsonl
+
+
+@dataclass(frozen=True)
 class DoctorCommand:
     """Say what this machine has and what is missing."""
 
@@ -159,6 +169,19 @@ def _evaluate(command: EvaluateCommand) -> None:
     _tell(write_evaluation(run, figures, rows), command.out)
 
 
+def _bench(command: BenchCommand) -> None:
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / "bench" / "harness.py").is_file():
+        raise RuntimeError(
+            "the benchmarks are no part of an installed package; run this from a checkout: pip install -e ."
+        )
+    sys.path.insert(0, str(checkout))
+    from bench import harness
+
+    out = Path(command.out) if command.out else harness.default_out(command.suite)
+    harness.run_suite(command.suite, command.op, command.seconds, out)
+
+
 def _doctor(_: DoctorCommand) -> None:
     from rlhf_fast import doctor
 
@@ -179,6 +202,7 @@ VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "ppo": (PPOCommand, _ppo),
     "generate": (GenerateCommand, _generate),
     "evaluate": (EvaluateCommand, _evaluate),
+    "bench": (BenchCommand, _bench),
     "doctor": (DoctorCommand, _doctor),
 }
 
@@ -215,6 +239,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _command(verb: str, cls: type, words: list[str]) -> Any:
+    if verb == "bench" and words and not words[0].startswith("-"):
+        words = ["--suite", *words]  # the one word that reads better without its key
     file, rest = _take_config(words)
     command: Any = build(cls, file, rest)
     if verb == "demo" and command.tiny:  # it changes many defaults, over which the settings are laid again
@@ -257,6 +283,7 @@ def _help() -> str:
         "",
         "A first look, in under a minute and without a model:  rlhf-fast demo --tiny --out runs/tiny",
         "The whole loop on a real model, about 15 minutes:     rlhf-fast demo --out runs/demo",
+        "What the kernels reach on this machine:               rlhf-fast bench ops",
         "All settings of a verb:                               rlhf-fast ppo --help",
     ]
     return "\n".join(lines)

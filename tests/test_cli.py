@@ -63,6 +63,7 @@ KEYS = {
         a b prompts out split evaluation.samples_per_prompt evaluation.max_new_tokens evaluation.temperature
         evaluation.seed
     """,
+    "bench": "suite op seconds out",
     "doctor": "",
 }
 

@@ -13,8 +13,8 @@ enum class Divergence : int {
 
 // Arrays of one float a row; all but the first are kept for the gradient.
 //
-// kl: mean_q is z_q of p's likeliest word, and mean_p + rest_p the mean under p of (z_p - shift_p) - (z_q - mean_q), in two
-// floats. Measured from there, the terms that weigh most are the smallest, and what their roundings do is small.
+// kl: mean_q is z_q of p's likeliest word, and mean_p + rest_p the mean under p of (z_p - shift_p) - (z_q - mean_q), in
+// two floats. Measured from there, the terms that weigh most are the smallest, and what their roundings do is small.
 // js: mean_p is KL(p || m) and rest_p is KL(p || m) - log 2, each with the digits that the other lacks; likewise q.
 struct FullKL {
     float* divergence;
@@ -29,13 +29,13 @@ struct FullKL {
 };
 
 struct FullKLKernels {
-    // p and q have the same rows and columns. scratch: states of the backend's own, or null where it needs none. Masked rows
-    // get divergence 0.
+    // p and q have the same rows and columns. scratch: states of the backend's own, or null where it needs none. Masked
+    // rows get divergence 0.
     void (*forward)(const Logits& p, const Logits& q, const Transform&, const Mask&, Divergence, float* scratch,
                     const FullKL& out, const Run&);
 
-    // The gradient of sum(grad * divergence) in each logit of p and of q, contiguous (rows, columns) of their dtype; one
-    // of the two may be null and is then not computed. Masked rows get 0.
+    // The gradient of sum(grad * divergence) in each logit of p and of q, contiguous (rows, columns) of their dtype;
+    // one of the two may be null and is then not computed. Masked rows get 0.
     void (*gradient)(const Logits& p, const Logits& q, const Transform&, const Mask&, Divergence, const FullKL& results,
                      const float* grad, void* out_p, void* out_q, const Run&);
 };

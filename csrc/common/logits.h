@@ -15,8 +15,8 @@
 
 namespace rlhf_fast {
 
-// In a tensor (..., columns) of any strides. Rows have two levels, so that logits[:, :-1] needs no copy: row r starts at
-// data + (r / inner) * outer_stride + (r % inner) * inner_stride.
+// In a tensor (..., columns) of any strides. Rows have two levels, so that logits[:, :-1] needs no copy: row r starts
+// at data + (r / inner) * outer_stride + (r % inner) * inner_stride.
 struct Logits {
     const void* data;
     DType dtype;
@@ -27,7 +27,9 @@ struct Logits {
     int64_t inner_stride;
     int64_t column_stride;
 
-    RLHF_FAST_HOST_DEVICE int64_t row(int64_t r) const { return (r / inner) * outer_stride + (r % inner) * inner_stride; }
+    RLHF_FAST_HOST_DEVICE int64_t row(int64_t r) const {
+        return (r / inner) * outer_stride + (r % inner) * inner_stride;
+    }
 };
 
 // z = softcap * tanh(scale * x / softcap) / temperature; a softcap of 0 means none.

@@ -13,10 +13,10 @@
 
 namespace rlhf_fast {
 
-// Calls body(begin, end) for ranges that together cover [0, rows), on at most `threads` threads. A range is at least about
-// 128 thousand elements of rows of `columns`, so that handing it out costs nothing, and else an eighth of a thread's share:
-// threads that write new memory side by side would both fault the same huge page in. With OpenMP, whose runtime torch has
-// loaded already, the threads are torch's own.
+// Calls body(begin, end) for ranges that together cover [0, rows), on at most `threads` threads. A range is at least
+// about 128 thousand elements of rows of `columns`, so that handing it out costs nothing, and else an eighth of a
+// thread's share: threads that write new memory side by side would both fault the same huge page in. With OpenMP, whose
+// runtime torch has loaded already, the threads are torch's own.
 template <class Body>
 void parallel_rows(int64_t rows, int64_t columns, int threads, const Body& body) {
     const int64_t least = (int64_t{1} << 17) / std::max<int64_t>(columns, 1);

@@ -1,5 +1,6 @@
-// token_logprobs, as every backend offers it. Besides the whole op there are its steps, so that a row may arrive in blocks of
-// columns (linear_token_logprobs makes one block of logits after another) and still give the bits that it gives whole.
+// token_logprobs, as every backend offers it. Besides the whole op there are its steps, so that a row may arrive in
+// blocks of columns (linear_token_logprobs makes one block of logits after another) and still give the bits that it
+// gives whole.
 #pragma once
 
 #include "common/logits.h"

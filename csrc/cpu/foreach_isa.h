@@ -1,8 +1,8 @@
 // Compiles one source file once for every instruction set, without compiler flags and without templates over sets.
 //
-// A kernel file includes this before anything else of its own. Its text is then compiled in a target region for each set
-// that is chosen at run time, and last, by the compiler going on with the file, for what the platform's ABI guarantees
-// (NEON on aarch64, SSE2 on x86-64):
+// A kernel file includes this before anything else of its own. Its text is then compiled in a target region for each
+// set that is chosen at run time, and last, by the compiler going on with the file, for what the platform's ABI
+// guarantees (NEON on aarch64, SSE2 on x86-64):
 //
 //     #if !defined(SIMD_ISA)  // the first time through; the inclusions below come back here with it defined
 //     #include <...>          // standard headers, so that none of them is read inside a region

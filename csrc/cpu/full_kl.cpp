@@ -1,8 +1,9 @@
 // full_kl on the CPU: KL or Jensen-Shannon divergence between two rows of logits, and its gradients.
 //
-// As in token_logprobs.cpp, a row goes by in tiles that stay in the L1 cache, here one of each side, and KL needs one sweep:
-// with E over p, KL(p || q) = E[z_p - z_q] - log-sum-exp(z_p) + log-sum-exp(z_q). Jensen-Shannon needs the sums of both
-// before its terms, hence a second sweep over the row, which the L2 cache still holds: memory is read once all the same.
+// As in token_logprobs.cpp, a row goes by in tiles that stay in the L1 cache, here one of each side, and KL needs one
+// sweep: with E over p, KL(p || q) = E[z_p - z_q] - log-sum-exp(z_p) + log-sum-exp(z_q). Jensen-Shannon needs the sums
+// of both before its terms, hence a second sweep over the row, which the L2 cache still holds: memory is read once all
+// the same.
 #if !defined(SIMD_ISA)
 #include "common/full_kl.h"
 
@@ -25,11 +26,13 @@ struct Factors {
 
 constexpr double kLog2 = 0x1.62e42fefa39efp-1;
 
-// One side of a row so far: its reference, and the sum of exp(z - reference). While the sum is 0 the reference is nothing.
+// One side of a row so far: its reference, and the sum of exp(z - reference). While the sum is 0 the reference is
+// nothing.
 struct Side {
     double reference = 0.0, sum = 0.0;
 
-    // Takes in a tile's sum relative to its own reference. The larger of the two stays; returns what each sum shrinks by.
+    // Takes in a tile's sum relative to its own reference. The larger of the two stays; returns what each sum shrinks
+    // by.
     Factors fold(double other_reference, double other_sum) {
         Factors factors = {1.0, 1.0};
         if (sum == 0.0) {
@@ -45,7 +48,8 @@ struct Side {
     }
 };
 
-// dot = sum of exp(z_p - reference_p) ((z_p - reference_p) - (z_q - anchor)), where anchor is z_q of p's likeliest word.
+// dot = sum of exp(z_p - reference_p) ((z_p - reference_p) - (z_q - anchor)), where anchor is z_q of p's likeliest
+// word.
 struct Pair {
     Side p, q;
     double anchor = 0.0, dot = 0.0;
@@ -116,9 +120,10 @@ struct Softmax {
     SIMD_INLINE f32x16 p(f32x16 d) const { return mul(exp(d), inverse_sum); }
 };
 
-// What log p - log m and log q - log m are above a level, with m = (p + q) / 2. With s the smaller over the larger of p and q
-// they are log(2 / (1 + s)), less the difference of the logarithms for the smaller one. Where p and q are near each other
-// (s >= 1/2) the level is 0, and elsewhere log 2: so that what is small is computed as such, and keeps its digits.
+// What log p - log m and log q - log m are above a level, with m = (p + q) / 2. With s the smaller over the larger of p
+// and q they are log(2 / (1 + s)), less the difference of the logarithms for the smaller one. Where p and q are near
+// each other (s >= 1/2) the level is 0, and elsewhere log 2: so that what is small is computed as such, and keeps its
+// digits.
 struct AboveLevel {
     f32x16 p, q;
     mask16 far;  // the level is log 2
@@ -130,7 +135,8 @@ struct AboveLevel {
         far = less(s, set1(0.5f));
         const f32x16 a = div(select(far, sub(zero, s), sub(one, s)), add(s, select(far, set1(2.0f), set1(3.0f))));
         const f32x16 a2 = mul(a, a);
-        f32x16 series = fma(a2, set1(0x1.37158ep-3f), set1(0x1.9928c0p-3f));  // atanh(a) = a + a^3 series, by Remez: 3e-9
+        // atanh(a) = a + a^3 series, by Remez: 3e-9
+        f32x16 series = fma(a2, set1(0x1.37158ep-3f), set1(0x1.9928c0p-3f));
         series = fma(series, a2, set1(0x1.5555b6p-2f));
         const f32x16 log = fma(mul(add(a, a), a2), series, add(a, a));
         p = add(log, min(apart, zero));
@@ -138,8 +144,8 @@ struct AboveLevel {
     }
 };
 
-// Sums over a row of one side's terms of KL(side || m): probability times what is above the level, and the probabilities at
-// either level.
+// Sums over a row of one side's terms of KL(side || m): probability times what is above the level, and the
+// probabilities at either level.
 struct Terms {
     double above = 0.0, near = 0.0, far = 0.0;
     // KL(side || m), and that less log 2: of two sums that nearly cancel, each avoids the one of large terms.
@@ -226,8 +232,9 @@ void forward_rows(const Logits& p, const Logits& q, const Transform& transform, 
     }
 }
 
-// kl: d/dz_p = p (log p - log q - KL), d/dz_q = q - p. The logarithms of the sums cancel in the first, and with them their
-// roundings: it is p (far - E[far]) with far = (z_p - shift_p) - (z_q - anchor).
+// kl: d/dz_p = p (log p - log q - KL), d/dz_q = q - p. The logarithms of the sums cancel in the first, and with them
+// their roundings: it is p (far - E[far]) with far = (z_p - shift_p) - (z_q - anchor).
+//
 // js: d/dz_p = p (log p - log m - KL(p || m)) / 2, and the same of q.
 template <class T, class Z>
 void gradient_rows(const Logits& p, const Logits& q, const Transform& transform, const Mask& mask, Divergence kind,
@@ -308,9 +315,8 @@ namespace {
 void forward(const Logits& p, const Logits& q, const Transform& transform, const Mask& mask, Divergence kind, float*,
              const FullKL& out, const Run& run) {
     const auto kernel = SIMD_CHOOSE(forward);
-    parallel_rows(p.rows, p.columns, run.threads, [&](int64_t begin, int64_t end) {
-        kernel(p, q, transform, mask, kind, out, begin, end);
-    });
+    parallel_rows(p.rows, p.columns, run.threads,
+                  [&](int64_t begin, int64_t end) { kernel(p, q, transform, mask, kind, out, begin, end); });
 }
 
 void gradient(const Logits& p, const Logits& q, const Transform& transform, const Mask& mask, Divergence kind,

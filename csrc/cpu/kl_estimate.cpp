@@ -43,7 +43,8 @@ SIMD_INLINE f32x16 slope(Estimate kind, f32x16 d) {
 template <class T, class Body>
 SIMD_INLINE void for_each_d(const T* logprobs, const T* ref_logprobs, int64_t begin, int64_t end, const Body& body) {
     int64_t i = begin;
-    for (; i + kLanes <= end; i += kLanes) body(i, int64_t{kLanes}, sub(load16(logprobs + i), load16(ref_logprobs + i)));
+    for (; i + kLanes <= end; i += kLanes)
+        body(i, int64_t{kLanes}, sub(load16(logprobs + i), load16(ref_logprobs + i)));
     if (i < end) {
         const int64_t n = end - i;
         body(i, n, sub(load_first(logprobs + i, n, 0.0f), load_first(ref_logprobs + i, n, 0.0f)));
@@ -92,16 +93,16 @@ void gradient(const void* logprobs, const void* ref_logprobs, DType dtype, const
 namespace rlhf_fast::cpu {
 namespace {
 
-void forward(const void* logprobs, const void* ref_logprobs, DType dtype, int64_t count, const bool* mask, Estimate kind,
-             float* out, const Run& run) {
+void forward(const void* logprobs, const void* ref_logprobs, DType dtype, int64_t count, const bool* mask,
+             Estimate kind, float* out, const Run& run) {
     const auto kernel = SIMD_CHOOSE(forward);
     parallel_rows(count, 1, run.threads, [&](int64_t begin, int64_t end) {
         kernel(logprobs, ref_logprobs, dtype, mask, kind, out, begin, end);
     });
 }
 
-void gradient(const void* logprobs, const void* ref_logprobs, DType dtype, int64_t count, const bool* mask, Estimate kind,
-              const float* grad, void* out, void* ref_out, const Run& run) {
+void gradient(const void* logprobs, const void* ref_logprobs, DType dtype, int64_t count, const bool* mask,
+              Estimate kind, const float* grad, void* out, void* ref_out, const Run& run) {
     const auto kernel = SIMD_CHOOSE(gradient);
     parallel_rows(count, 1, run.threads, [&](int64_t begin, int64_t end) {
         kernel(logprobs, ref_logprobs, dtype, mask, kind, grad, out, ref_out, begin, end);

@@ -1,8 +1,8 @@
 // Sixteen floats at a time: the same operations, in the same order, on every instruction set.
 //
-// foreach_isa.h includes this once for each set, inside its target region, so there is no include guard. An f32x16 is one
-// register of AVX-512, two of AVX2, four of NEON and SSE2. Everything works lane by lane and every reduction is one fixed
-// tree, so AVX-512, AVX2 and NEON give the same bits; the baseline has no fused multiply-add and rounds twice.
+// foreach_isa.h includes this once for each set, inside its target region, so there is no include guard. An f32x16 is
+// one register of AVX-512, two of AVX2, four of NEON and SSE2. Everything works lane by lane and every reduction is one
+// fixed tree, so AVX-512, AVX2 and NEON give the same bits; the baseline has no fused multiply-add and rounds twice.
 //
 // Two layers: the few operations that one register offers, written for each set, and f32x16 on top, written once.
 
@@ -17,8 +17,9 @@ namespace {
 // --- one register ----------------------------------------------------------------------------------------------------
 // max(a, b) is `a > b ? a : b` exactly, and min alike: b where either is nan. less(a, b) is false where either is nan.
 // power_of_two(t), for t = n + 1.5 * 2^23 with an integer n from -126 to 127, is 2^n: the low bits of t hold n.
-// times_power_of_two(a, t), for an a near 1 and n from -125 to 126, is a 2^n; times_power_of_two_or_0 takes n from -250, and
-// is 0 from -128 down.
+// times_power_of_two(a, t), for an a near 1 and n from -125 to 126, is a 2^n; times_power_of_two_or_0 takes n from
+// -250, and is 0 from -128 down.
+//
 // bfloat16 and float16 round to nearest, ties to even, and keep nan.
 
 #if defined(SIMD_AVX512)
@@ -29,7 +30,6 @@ constexpr int kRegLanes = 16;
 
 SIMD_INLINE reg load(const float* p) { return _mm512_loadu_ps(p); }
 SIMD_INLINE void store(float* p, reg a) { _mm512_storeu_ps(p, a); }
-SIMD_INLINE void stream(float* p, reg a) { _mm512_stream_ps(p, a); }
 SIMD_INLINE reg set1_reg(float x) { return _mm512_set1_ps(x); }
 SIMD_INLINE reg add(reg a, reg b) { return _mm512_add_ps(a, b); }
 SIMD_INLINE reg sub(reg a, reg b) { return _mm512_sub_ps(a, b); }
@@ -64,9 +64,7 @@ SIMD_INLINE void store(bf16* p, reg a) {
     const __m512i high = _mm512_mask_blend_epi32(nan, _mm512_srli_epi32(rounded, 16), _mm512_set1_epi32(0x7fc0));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(high));
 }
-SIMD_INLINE reg load(const f16* p) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
+SIMD_INLINE reg load(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 SIMD_INLINE void store(f16* p, reg a) {
     const __m256i narrow = _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow);
@@ -80,7 +78,6 @@ constexpr int kRegLanes = 8;
 
 SIMD_INLINE reg load(const float* p) { return _mm256_loadu_ps(p); }
 SIMD_INLINE void store(float* p, reg a) { _mm256_storeu_ps(p, a); }
-SIMD_INLINE void stream(float* p, reg a) { _mm256_stream_ps(p, a); }
 SIMD_INLINE reg set1_reg(float x) { return _mm256_set1_ps(x); }
 SIMD_INLINE reg add(reg a, reg b) { return _mm256_add_ps(a, b); }
 SIMD_INLINE reg sub(reg a, reg b) { return _mm256_sub_ps(a, b); }
@@ -116,9 +113,7 @@ SIMD_INLINE void store(bf16* p, reg a) {
     const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
 }
-SIMD_INLINE reg load(const f16* p) {
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
+SIMD_INLINE reg load(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 SIMD_INLINE void store(f16* p, reg a) {
     const __m128i narrow = _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow);
@@ -132,7 +127,6 @@ constexpr int kRegLanes = 4;
 
 SIMD_INLINE reg load(const float* p) { return vld1q_f32(p); }
 SIMD_INLINE void store(float* p, reg a) { vst1q_f32(p, a); }
-SIMD_INLINE void stream(float* p, reg a) { vst1q_f32(p, a); }
 SIMD_INLINE reg set1_reg(float x) { return vdupq_n_f32(x); }
 SIMD_INLINE reg add(reg a, reg b) { return vaddq_f32(a, b); }
 SIMD_INLINE reg sub(reg a, reg b) { return vsubq_f32(a, b); }
@@ -186,7 +180,6 @@ SIMD_INLINE reg load(const float* p) {
     return a;
 }
 SIMD_INLINE void store(float* p, reg a) { std::memcpy(p, &a, sizeof a); }
-SIMD_INLINE void stream(float* p, reg a) { store(p, a); }
 SIMD_INLINE reg set1_reg(float x) { return reg{x, x, x, x}; }
 SIMD_INLINE reg add(reg a, reg b) { return a + b; }
 SIMD_INLINE reg sub(reg a, reg b) { return a - b; }
@@ -238,21 +231,17 @@ template <class T>
 SIMD_INLINE void store16(T* p, f32x16 a) {
     SIMD_EACH_REG(i) store(p + i * kRegLanes, a.r[i]);
 }
-// Past the caches; p is aligned to 64 bytes.
-SIMD_INLINE void stream16(float* p, f32x16 a) {
-    SIMD_EACH_REG(i) stream(p + i * kRegLanes, a.r[i]);
-}
 SIMD_INLINE f32x16 set1(float x) {
     f32x16 out;
     SIMD_EACH_REG(i) out.r[i] = set1_reg(x);
     return out;
 }
 
-#define SIMD_BINARY(name)                                          \
-    SIMD_INLINE f32x16 name(f32x16 a, f32x16 b) {                  \
-        f32x16 out;                                                \
-        SIMD_EACH_REG(i) out.r[i] = name(a.r[i], b.r[i]);          \
-        return out;                                                \
+#define SIMD_BINARY(name)                                 \
+    SIMD_INLINE f32x16 name(f32x16 a, f32x16 b) {         \
+        f32x16 out;                                       \
+        SIMD_EACH_REG(i) out.r[i] = name(a.r[i], b.r[i]); \
+        return out;                                       \
     }
 SIMD_BINARY(add)
 SIMD_BINARY(sub)

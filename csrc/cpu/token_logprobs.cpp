@@ -1,9 +1,9 @@
 // token_logprobs on the CPU: log-probability and entropy of rows of logits, and their gradient, in one sweep each.
 //
-// A row is taken in tiles of 4,096 columns, which stay in the L1 cache: one read for the tile's largest logit and one for
-// the sums relative to it, while the next tile is fetched. So memory is read once, 4 bytes a column in float32, and the
-// gradient reads and writes it once, 8 bytes. The arithmetic, some 15 vector operations for 16 columns, is less than that
-// wherever a core has less than about 16 GB/s to itself.
+// A row is taken in tiles of 4,096 columns, which stay in the L1 cache: one read for the tile's largest logit and one
+// for the sums relative to it, while the next tile is fetched. So memory is read once, 4 bytes a column in float32, and
+// the gradient reads and writes it once, 8 bytes. The arithmetic, some 15 vector operations for 16 columns, is less
+// than that wherever a core has less than about 16 GB/s to itself.
 #if !defined(SIMD_ISA)
 #include "common/token_logprobs.h"
 
@@ -130,8 +130,8 @@ void update_rows(const Logits& logits, const Transform& transform, const Tokens&
     }
 }
 
-// d logprob / dz_v = [v = token] - p_v and d entropy / dz_v = -p_v (log p_v + entropy); together, with upstream gradients,
-// p_v (slope log p_v + intercept) and at the token the first of them besides.
+// d logprob / dz_v = [v = token] - p_v and d entropy / dz_v = -p_v (log p_v + entropy); together, with upstream
+// gradients, p_v (slope log p_v + intercept) and at the token the first of them besides.
 template <class Z>
 struct RowGradient {
     const Z& z;
@@ -186,8 +186,8 @@ void gradient_rows(const Logits& logits, const Transform& transform, const Token
 void forward(const Logits& logits, const Transform& transform, const Tokens& tokens, const Mask& mask,
              const TokenLogprobs& out, int64_t begin, int64_t end) {
     with_element_and_form(logits.dtype, transform, [&](auto element, auto form) {
-        forward_rows<typename decltype(element)::type, typename decltype(form)::type>(logits, transform, tokens, mask, out,
-                                                                                      begin, end);
+        forward_rows<typename decltype(element)::type, typename decltype(form)::type>(logits, transform, tokens, mask,
+                                                                                      out, begin, end);
     });
 }
 
@@ -227,9 +227,8 @@ namespace {
 void forward(const Logits& logits, const Transform& transform, const Tokens& tokens, const Mask& mask, void*, int64_t,
              const TokenLogprobs& out, const Run& run) {
     const auto kernel = SIMD_CHOOSE(forward);
-    parallel_rows(logits.rows, logits.columns, run.threads, [&](int64_t begin, int64_t end) {
-        kernel(logits, transform, tokens, mask, out, begin, end);
-    });
+    parallel_rows(logits.rows, logits.columns, run.threads,
+                  [&](int64_t begin, int64_t end) { kernel(logits, transform, tokens, mask, out, begin, end); });
 }
 
 void update(const Logits& logits, const Transform& transform, const Tokens& tokens, const Mask& mask,

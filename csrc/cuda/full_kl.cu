@@ -1,9 +1,9 @@
 // full_kl in CUDA C++: KL or Jensen-Shannon divergence between two rows of logits, and its gradients.
 //
-// As in token_logprobs.cu, one block takes one segment of both rows in registers, here 4,096 columns, and a small kernel
-// brings a row's segments together: with E over p, KL(p || q) = E[z_p - z_q] - log-sum-exp(z_p) + log-sum-exp(z_q), so both
-// are read once. Jensen-Shannon needs the sums of both before its terms, hence a second pass. 4 bytes a column in bfloat16,
-// 8 with the gradients of both.
+// As in token_logprobs.cu, one block takes one segment of both rows in registers, here 4,096 columns, and a small
+// kernel brings a row's segments together: with E over p, KL(p || q) = E[z_p - z_q] - log-sum-exp(z_p) +
+// log-sum-exp(z_q), so both are read once. Jensen-Shannon needs the sums of both before its terms, hence a second pass.
+// 4 bytes a column in bfloat16, 8 with the gradients of both.
 #include "common/full_kl.h"
 
 #include "cuda/launch.cuh"
@@ -14,14 +14,16 @@
 namespace rlhf_fast::cuda {
 namespace {
 
+// Kernels are bound to two blocks of a multiprocessor, 128 registers a thread: left to itself, ptxas aims at 48 on
+// sm_80 and spills.
 constexpr int kSegment = kFullKLSegment;
 template <class T>
 constexpr int kLoads = kSegment / kThreads / kVector<T>;
 
 constexpr double kLog2 = 0x1.62e42fefa39efp-1;
 
-// What a segment adds to its row: references and sums of exp(z - reference) of both sides, z_q of p's likeliest word as the
-// anchor, and the sum of exp(z_p - reference_p) ((z_p - reference_p) - (z_q - anchor)).
+// What a segment adds to its row: references and sums of exp(z - reference) of both sides, z_q of p's likeliest word as
+// the anchor, and the sum of exp(z_p - reference_p) ((z_p - reference_p) - (z_q - anchor)).
 struct State {
     float reference_p, sum_p, reference_q, sum_q, anchor, dot;
 };
@@ -38,11 +40,7 @@ template <class T>
 struct Part {
     float x[kLoads<T>][kVector<T>];
     __device__ Part(const Logits& logits, uint32_t row, int64_t begin) {
-        const T* start = row_start<T>(logits, row);
-        const bool wide = logits.column_stride == 1 && aligned16(start);
-#pragma unroll
-        for (int i = 0; i < kLoads<T>; ++i)
-            load(start, begin + (i * kThreads + threadIdx.x) * kVector<T>, logits.columns, logits.column_stride, wide, x[i]);
+        load_segment(row_start<T>(logits, row), begin, logits.columns, logits.column_stride, x);
     }
 };
 
@@ -52,8 +50,7 @@ __device__ inline void for_each(int64_t begin, int64_t columns, const Body& body
 #pragma unroll
     for (int i = 0; i < kLoads<T>; ++i) {
 #pragma unroll
-        for (int j = 0; j < kVector<T>; ++j)
-            body(i, j, begin + (i * kThreads + threadIdx.x) * kVector<T> + j < columns);
+        for (int j = 0; j < kVector<T>; ++j) body(i, j, column_of<T>(begin, i) + j < columns);
     }
 }
 
@@ -65,9 +62,10 @@ struct Softmax {
     __device__ float p(float d) const { return exp_of(d) * inverse; }
 };
 
-// What log p - log m and log q - log m are above a level, with m = (p + q) / 2. With s the smaller over the larger of p and q
-// they are log(2 / (1 + s)), less the difference of the logarithms for the smaller one. Where p and q are near each other
-// (s >= 1/2) the level is 0, and elsewhere log 2: so that what is small is computed as such, and keeps its digits.
+// What log p - log m and log q - log m are above a level, with m = (p + q) / 2. With s the smaller over the larger of p
+// and q they are log(2 / (1 + s)), less the difference of the logarithms for the smaller one. Where p and q are near
+// each other (s >= 1/2) the level is 0, and elsewhere log 2: so that what is small is computed as such, and keeps its
+// digits.
 struct AboveLevel {
     float p, q;
     bool far;  // the level is log 2
@@ -85,8 +83,8 @@ struct AboveLevel {
     }
 };
 
-// Sums over a row of one side's terms of KL(side || m): probability times what is above the level, and the probabilities at
-// either level.
+// Sums over a row of one side's terms of KL(side || m): probability times what is above the level, and the
+// probabilities at either level.
 struct Terms {
     double above = 0.0, near = 0.0, far = 0.0;
     // KL(side || m), and that less log 2: of two sums that nearly cancel, each avoids the one of large terms.
@@ -96,8 +94,8 @@ struct Terms {
 };
 
 template <class T, Form form>
-__global__ void __launch_bounds__(kThreads) states_kernel(Logits p, Logits q, Transform transform, Mask mask,
-                                                          uint32_t segments, State* states) {
+__global__ void __launch_bounds__(kThreads, 2)
+    states_kernel(Logits p, Logits q, Transform transform, Mask mask, uint32_t segments, State* states) {
     __shared__ float scratch[6][kWarps];
     const uint32_t row = blockIdx.x / segments;
     if (mask.hides(row)) return;
@@ -128,7 +126,8 @@ __global__ void __launch_bounds__(kThreads) states_kernel(Logits p, Logits q, Tr
         const float d_p = below(of_p.x[i][j], state.reference_p), e_p = exp_of(d_p), z_q = of_q.x[i][j];
         state.sum_p += e_p;
         state.sum_q += exp_of(z_q - state.reference_q);
-        if (e_p > 0.0f) state.dot += e_p * (d_p - (z_q - state.anchor));  // where p is 0, so is the term, whatever z_q is
+        if (e_p > 0.0f)
+            state.dot += e_p * (d_p - (z_q - state.anchor));  // where p is 0, so is the term, whatever z_q is
     });
     state.sum_p = reduce_block(state.sum_p, Sum(), scratch[2]);
     state.sum_q = reduce_block(state.sum_q, Sum(), scratch[3]);
@@ -157,8 +156,8 @@ struct Side {
     }
 };
 
-__global__ void __launch_bounds__(kThreads) finish_kernel(const State* states, int64_t segments, int64_t rows, Mask mask,
-                                                          FullKL out) {
+__global__ void __launch_bounds__(kThreads, 2)
+    finish_kernel(const State* states, int64_t segments, int64_t rows, Mask mask, FullKL out) {
     const int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x;
     if (row >= rows) return;
     if (mask.hides(row)) {
@@ -201,16 +200,17 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const State* states, i
 }
 
 template <class T, Form form>
-__global__ void __launch_bounds__(kThreads) js_states_kernel(Logits p, Logits q, Transform transform, Mask mask,
-                                                             uint32_t segments, FullKL results, JSState* states) {
+__global__ void __launch_bounds__(kThreads, 2) js_states_kernel(Logits p, Logits q, Transform transform, Mask mask,
+                                                                uint32_t segments, FullKL results, JSState* states) {
     __shared__ float scratch[6][kWarps];
     const uint32_t row = blockIdx.x / segments;
     if (mask.hides(row)) return;
     const int64_t begin = int64_t{blockIdx.x % segments} * kSegment;
     const RowTransform<form> t(transform, row);
     const Part<T> of_p(p, row, begin), of_q(q, row, begin);
-    const Softmax softmax_p(results.shift_p[row], results.sum_p[row]), softmax_q(results.shift_q[row], results.sum_q[row]);
-    const float log_ratio = logf(results.sum_p[row] / results.sum_q[row]);
+    const Softmax softmax_p(__ldg(results.shift_p + row), __ldg(results.sum_p + row)),
+        softmax_q(__ldg(results.shift_q + row), __ldg(results.sum_q + row));
+    const float log_ratio = logf(__ldg(results.sum_p + row) / __ldg(results.sum_q + row));
     JSState state = {};
     for_each<T>(begin, p.columns, [&](int i, int j, bool inside) {
         const float d_p = softmax_p.d(t.z(of_p.x[i][j])), d_q = softmax_q.d(t.z(of_q.x[i][j]));
@@ -232,8 +232,8 @@ __global__ void __launch_bounds__(kThreads) js_states_kernel(Logits p, Logits q,
     if (threadIdx.x == 0) states[blockIdx.x] = state;
 }
 
-__global__ void __launch_bounds__(kThreads) js_finish_kernel(const JSState* states, int64_t segments, int64_t rows,
-                                                             Mask mask, FullKL out) {
+__global__ void __launch_bounds__(kThreads, 2)
+    js_finish_kernel(const JSState* states, int64_t segments, int64_t rows, Mask mask, FullKL out) {
     const int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x;
     if (row >= rows || mask.hides(row)) return;
     Terms terms[2];
@@ -257,24 +257,25 @@ __global__ void __launch_bounds__(kThreads) js_finish_kernel(const JSState* stat
 // far = (z_p - shift_p) - (z_q - anchor); and d/dz_q = q - p.
 // js: d/dz_p = p (log p - log m - KL(p || m)) / 2, and the same of q.
 template <class T, Form form, Divergence kind>
-__global__ void __launch_bounds__(kThreads) gradient_kernel(Logits p, Logits q, Transform transform, Mask mask,
-                                                            uint32_t segments, FullKL results, const float* grad, T* out_p,
-                                                            T* out_q) {
+__global__ void __launch_bounds__(kThreads, 2)
+    gradient_kernel(Logits p, Logits q, Transform transform, Mask mask, uint32_t segments, FullKL results,
+                    const float* grad, T* out_p, T* out_q) {
     const uint32_t row = blockIdx.x / segments;
     const int64_t begin = int64_t{blockIdx.x % segments} * kSegment;
     float g_p[kLoads<T>][kVector<T>] = {}, g_q[kLoads<T>][kVector<T>] = {};
     if (!mask.hides(row)) {
         const RowTransform<form> t(transform, row);
         const Part<T> of_p(p, row, begin), of_q(q, row, begin);
-        const Softmax softmax_p(results.shift_p[row], results.sum_p[row]);
-        const Softmax softmax_q(results.shift_q[row], results.sum_q[row]);
-        const float mean_p = results.mean_p[row], rest_p = results.rest_p[row];
-        const float mean_q = results.mean_q[row], rest_q = results.rest_q[row];
-        const float log_ratio = logf(results.sum_p[row] / results.sum_q[row]);
-        const float upstream = kind == Divergence::js ? 0.5f * grad[row] : grad[row];
+        const Softmax softmax_p(__ldg(results.shift_p + row), __ldg(results.sum_p + row));
+        const Softmax softmax_q(__ldg(results.shift_q + row), __ldg(results.sum_q + row));
+        const float mean_p = __ldg(results.mean_p + row), rest_p = __ldg(results.rest_p + row);
+        const float mean_q = __ldg(results.mean_q + row), rest_q = __ldg(results.rest_q + row);
+        const float log_ratio = logf(__ldg(results.sum_p + row) / __ldg(results.sum_q + row));
+        const float upstream = kind == Divergence::js ? 0.5f * __ldg(grad + row) : __ldg(grad + row);
         for_each<T>(begin, p.columns, [&](int i, int j, bool) {
             const float x_p = of_p.x[i][j], x_q = of_q.x[i][j], z_q = t.z(x_q);
-            const float d_p = softmax_p.d(t.z(x_p)), d_q = softmax_q.d(z_q), p_v = softmax_p.p(d_p), q_v = softmax_q.p(d_q);
+            const float d_p = softmax_p.d(t.z(x_p)), d_q = softmax_q.d(z_q), p_v = softmax_p.p(d_p),
+                        q_v = softmax_q.p(d_q);
             float a, b;
             if (kind == Divergence::js) {
                 const AboveLevel level(d_p - d_q - log_ratio);
@@ -288,16 +289,9 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(Logits p, Logits q, 
             g_q[i][j] = t.chain(upstream * b, x_q);
         });
     }
-    const auto write = [&](T* out, const float(&values)[kLoads<T>][kVector<T>]) {
-        if (out == nullptr) return;
-        T* to = out + int64_t{row} * p.columns;
-        const bool wide = aligned16(to);
-#pragma unroll
-        for (int i = 0; i < kLoads<T>; ++i)
-            store(to, begin + (i * kThreads + threadIdx.x) * kVector<T>, p.columns, wide, values[i]);
-    };
-    write(out_p, g_p);
-    write(out_q, g_q);
+    const int64_t to = int64_t{row} * p.columns;
+    if (out_p != nullptr) store_segment(out_p + to, begin, p.columns, g_p);
+    if (out_q != nullptr) store_segment(out_q + to, begin, p.columns, g_q);
 }
 
 void forward(const Logits& p, const Logits& q, const Transform& transform, const Mask& mask, Divergence kind,
@@ -317,7 +311,8 @@ void forward(const Logits& p, const Logits& q, const Transform& transform, const
             if (kind == Divergence::kl) return;
             RLHF_FAST_LAUNCH((js_states_kernel<T, kForm>), blocks, kThreads, stream_of(run), p, q, transform, mask,
                              static_cast<uint32_t>(segments), out, js_states);
-            RLHF_FAST_LAUNCH(js_finish_kernel, row_blocks, kThreads, stream_of(run), js_states, segments, p.rows, mask, out);
+            RLHF_FAST_LAUNCH(js_finish_kernel, row_blocks, kThreads, stream_of(run), js_states, segments, p.rows, mask,
+                             out);
         });
     });
     check(cudaGetLastError(), "full_kl: forward");

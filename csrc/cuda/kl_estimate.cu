@@ -1,5 +1,5 @@
-// kl_estimate in CUDA C++: elementwise, 16 bytes of each input at a time; bound by memory, and below a million tokens by the
-// launch.
+// kl_estimate in CUDA C++: elementwise, 16 bytes of each input at a time; bound by memory, and below a million tokens
+// by the launch.
 #include "common/kl_estimate.h"
 
 #include "cuda/launch.cuh"
@@ -39,8 +39,7 @@ __device__ inline void load_d(const T* logprobs, const T* ref_logprobs, int64_t 
     load(logprobs, i, count, 1, wide, p);
     load(ref_logprobs, i, count, 1, wide, q);
 #pragma unroll
-    for (int j = 0; j < kVector<T>; ++j)
-        d[j] = i + j < count && (mask == nullptr || mask[i + j]) ? p[j] - q[j] : 0.0f;
+    for (int j = 0; j < kVector<T>; ++j) d[j] = i + j < count && (mask == nullptr || mask[i + j]) ? p[j] - q[j] : 0.0f;
 }
 
 template <class T>
@@ -60,9 +59,9 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const T* logprobs, co
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) gradient_kernel(const T* logprobs, const T* ref_logprobs, int64_t count,
-                                                            const bool* mask, Estimate kind, const float* grad, T* out,
-                                                            T* ref_out) {
+__global__ void __launch_bounds__(kThreads)
+    gradient_kernel(const T* logprobs, const T* ref_logprobs, int64_t count, const bool* mask, Estimate kind,
+                    const float* grad, T* out, T* ref_out) {
     const int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kVector<T>;
     if (i >= count) return;
     float d[kVector<T>], g[kVector<T>], minus_g[kVector<T>];
@@ -87,8 +86,8 @@ unsigned int blocks_for(int64_t count) {
     return grid((count + kThreads * kVector<T> - 1) / (kThreads * kVector<T>));
 }
 
-void forward(const void* logprobs, const void* ref_logprobs, DType dtype, int64_t count, const bool* mask, Estimate kind,
-             float* out, const Run& run) {
+void forward(const void* logprobs, const void* ref_logprobs, DType dtype, int64_t count, const bool* mask,
+             Estimate kind, float* out, const Run& run) {
     const OnDevice guard(run);
     with_element(dtype, [&](auto element) {
         using T = decltype(element);
@@ -98,8 +97,8 @@ void forward(const void* logprobs, const void* ref_logprobs, DType dtype, int64_
     check(cudaGetLastError(), "kl_estimate: forward");
 }
 
-void gradient(const void* logprobs, const void* ref_logprobs, DType dtype, int64_t count, const bool* mask, Estimate kind,
-              const float* grad, void* out, void* ref_out, const Run& run) {
+void gradient(const void* logprobs, const void* ref_logprobs, DType dtype, int64_t count, const bool* mask,
+              Estimate kind, const float* grad, void* out, void* ref_out, const Run& run) {
     const OnDevice guard(run);
     with_element(dtype, [&](auto element) {
         using T = decltype(element);

@@ -40,7 +40,8 @@ class OnDevice {
 inline cudaStream_t stream_of(const Run& run) { return static_cast<cudaStream_t>(run.stream); }
 
 inline unsigned int grid(int64_t blocks) {
-    if (blocks > INT32_MAX) throw std::runtime_error("cuda: " + std::to_string(blocks) + " blocks are more than a grid has");
+    if (blocks > INT32_MAX)
+        throw std::runtime_error("cuda: " + std::to_string(blocks) + " blocks are more than a grid has");
     return static_cast<unsigned int>(blocks);
 }
 

@@ -1,5 +1,6 @@
-// Sixteen bytes of a row at a time, as floats. Each thread of a block of 256 takes every 256th vector of a segment, whatever
-// the row's alignment; an unaligned or strided row is read element by element into the same places, so the bits are the same.
+// Sixteen bytes of a row at a time, as floats. Each thread of a block of 256 takes every 256th vector of a segment,
+// whatever the row's alignment; an unaligned or strided row is read element by element into the same places, so the
+// bits are the same.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -52,6 +53,12 @@ __device__ inline const T* row_start(const Logits& logits, uint32_t row) {
            int64_t{row % inner} * logits.inner_stride;
 }
 
+// The column of a thread's i-th vector in a segment.
+template <class T>
+__device__ inline int64_t column_of(int64_t begin, int i) {
+    return begin + (i * kThreads + threadIdx.x) * kVector<T>;
+}
+
 // kVector elements from `column`, or fewer at the row's end: the rest are -inf.
 template <class T>
 __device__ inline void load(const T* row, int64_t column, int64_t columns, int64_t stride, bool wide,
@@ -81,6 +88,37 @@ __device__ inline void store(T* row, int64_t column, int64_t columns, bool wide,
         for (int j = 0; j < kVector<T>; ++j)
             if (column + j < columns) row[column + j] = narrow<T>(values[j]);
     }
+}
+
+// A thread's kLoads vectors of the segment that begins at a column. In a whole segment of an aligned row all loads are
+// under way before the first is needed; elsewhere each is checked.
+template <class T, int kLoads>
+__device__ inline void load_segment(const T* row, int64_t begin, int64_t columns, int64_t stride,
+                                    float (&out)[kLoads][kVector<T>]) {
+    const bool wide = stride == 1 && aligned16(row);
+    if (wide && begin + kLoads * kThreads * kVector<T> <= columns) {
+        Vector<T> v[kLoads];
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i)
+            v[i].words = __ldcs(reinterpret_cast<const uint4*>(row + column_of<T>(begin, i)));
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) {
+#pragma unroll
+            for (int j = 0; j < kVector<T>; ++j) out[i][j] = widen(v[i].elements[j]);
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) load(row, column_of<T>(begin, i), columns, stride, wide, out[i]);
+    }
+}
+
+// The inverse, to a contiguous row.
+template <class T, int kLoads>
+__device__ inline void store_segment(T* row, int64_t begin, int64_t columns,
+                                     const float (&values)[kLoads][kVector<T>]) {
+    const bool wide = aligned16(row);
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) store(row, column_of<T>(begin, i), columns, wide, values[i]);
 }
 
 // Calls body(a value of the element type) for these logits.

@@ -1,10 +1,10 @@
 // token_logprobs in CUDA C++: log-probability and entropy of rows of logits, and their gradient.
 //
-// One block of 256 threads takes one segment of 8,192 columns of a row, 32 columns a thread, in registers: all its 16-byte
-// loads are under way before the first is needed, and its only store is the segment's state of four floats. A second, small
-// kernel brings a row's states together. Rows are cut the same way whatever their number, so a row gives the same bits in
-// any batch, and few rows of a large vocabulary still fill the device. Logits are read once, and the gradient reads and
-// writes once: 2 and 4 bytes a column in bfloat16.
+// One block of 256 threads takes one segment of 8,192 columns of a row, 32 columns a thread, in registers: all its
+// 16-byte loads are under way before the first is needed, and its only store is the segment's state of four floats. A
+// second, small kernel brings a row's states together. Rows are cut the same way whatever their number, so a row gives
+// the same bits in any batch, and few rows of a large vocabulary still fill the device. Logits are read once, and the
+// gradient reads and writes once: 2 and 4 bytes a column in bfloat16.
 #include "common/token_logprobs.h"
 
 #include "cuda/launch.cuh"
@@ -19,37 +19,31 @@ constexpr int kSegment = kTokenLogprobsSegment;
 template <class T>
 constexpr int kLoads = kSegment / kThreads / kVector<T>;
 
-// Largest z, sum of exp(z - largest), sum of exp(z - largest) (z - largest), and z of the token if it is in the segment.
+// Largest z, sum of exp(z - largest), sum of exp(z - largest) (z - largest), and z of the token if it is in the
+// segment.
 using State = float4;
 
 template <class T, Form form>
-__global__ void __launch_bounds__(kThreads) update_kernel(Logits logits, Transform transform, Tokens tokens, Mask mask,
-                                                          int64_t first_column, uint32_t segments, State* states,
-                                                          int64_t states_per_row) {
+__global__ void __launch_bounds__(kThreads)
+    update_kernel(Logits logits, Transform transform, Tokens tokens, Mask mask, int64_t first_column, uint32_t segments,
+                  State* states, int64_t states_per_row) {
     __shared__ float scratch[3][kWarps];
     const uint32_t row = blockIdx.x / segments, part = blockIdx.x % segments;
     if (mask.hides(row)) return;
     const RowTransform<form> t(transform, row);
     const T* x = row_start<T>(logits, row);
-    const bool wide = logits.column_stride == 1 && aligned16(x);
     const int64_t begin = int64_t{part} * kSegment;
 
     float z[kLoads<T>][kVector<T>];
+    load_segment(x, begin, logits.columns, logits.column_stride, z);
     float largest = -INFINITY;
-#pragma unroll
-    for (int i = 0; i < kLoads<T>; ++i) {
-        const int64_t column = begin + (i * kThreads + threadIdx.x) * kVector<T>;
-        load(x, column, logits.columns, logits.column_stride, wide, z[i]);
-    }
 #pragma unroll
     for (int i = 0; i < kLoads<T>; ++i) {
 #pragma unroll
         for (int j = 0; j < kVector<T>; ++j) {
             z[i][j] = t.z(z[i][j]);
-            if (form == Form::capped) {  // which makes a number of the -inf past the end
-                const int64_t column = begin + (i * kThreads + threadIdx.x) * kVector<T> + j;
-                z[i][j] = column < logits.columns ? z[i][j] : -INFINITY;
-            }
+            if (form == Form::capped && column_of<T>(begin, i) + j >= logits.columns)
+                z[i][j] = -INFINITY;  // of which the soft cap has made a number
             largest = fmaxf(largest, z[i][j]);
         }
     }
@@ -78,8 +72,8 @@ __global__ void __launch_bounds__(kThreads) update_kernel(Logits logits, Transfo
 }
 
 // One thread a row. In double, which costs nothing here, so that only the last rounding is left.
-__global__ void __launch_bounds__(kThreads) finish_kernel(const State* states, int64_t states_per_row, int64_t rows,
-                                                          Mask mask, TokenLogprobs out) {
+__global__ void __launch_bounds__(kThreads)
+    finish_kernel(const State* states, int64_t states_per_row, int64_t rows, Mask mask, TokenLogprobs out) {
     const int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x;
     if (row >= rows) return;
     float logprob = 0.0f, entropy = 0.0f, shift = 0.0f, total = 1.0f;
@@ -109,49 +103,39 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const State* states, i
     out.sum[row] = total;
 }
 
-// d logprob / dz_v = [v = token] - p_v and d entropy / dz_v = -p_v (log p_v + entropy); together, with upstream gradients,
-// p_v (slope log p_v + intercept) and at the token the first of them besides. out may be the logits' own memory: a thread
-// reads each element before it writes it, and no other reads it.
+// d logprob / dz_v = [v = token] - p_v and d entropy / dz_v = -p_v (log p_v + entropy); together, with upstream
+// gradients, p_v (slope log p_v + intercept) and at the token the first of them besides. out may be the logits' own
+// memory: a thread reads each element before it writes it, and no other reads it.
 template <class T, Form form>
-__global__ void __launch_bounds__(kThreads) gradient_kernel(Logits logits, Transform transform, Tokens tokens, Mask mask,
-                                                            int64_t first_column, uint32_t segments,
-                                                            TokenLogprobs results, const float* grad_logprobs,
-                                                            const float* grad_entropy, T* out) {
+__global__ void __launch_bounds__(kThreads)
+    gradient_kernel(Logits logits, Transform transform, Tokens tokens, Mask mask, int64_t first_column,
+                    uint32_t segments, TokenLogprobs results, const float* grad_logprobs, const float* grad_entropy,
+                    T* out) {
     const uint32_t row = blockIdx.x / segments, part = blockIdx.x % segments;
     const int64_t begin = int64_t{part} * kSegment;
-    T* to = out + int64_t{row} * logits.columns;
-    const bool wide_out = aligned16(to);
-    const bool hidden = mask.hides(row);
-    const T* x = row_start<T>(logits, row);
-    const bool wide = logits.column_stride == 1 && aligned16(x);
-
     float values[kLoads<T>][kVector<T>] = {};
-    if (!hidden) {
+    if (!mask.hides(row)) {
         const RowTransform<form> t(transform, row);
-#pragma unroll
-        for (int i = 0; i < kLoads<T>; ++i) {
-            const int64_t column = begin + (i * kThreads + threadIdx.x) * kVector<T>;
-            load(x, column, logits.columns, logits.column_stride, wide, values[i]);
-        }
-        const float shift = results.shift[row], sum = results.sum[row], inverse = 1.0f / sum, log_sum = logf(sum);
-        const float upstream = grad_logprobs != nullptr ? grad_logprobs[row] : 0.0f;
-        const float slope = grad_entropy != nullptr ? -grad_entropy[row] : 0.0f;
-        const float intercept = slope * results.entropy[row] - upstream;
-        const int token = static_cast<int>(tokens[row] - first_column - begin);  // within the segment, if it is there
+        load_segment(row_start<T>(logits, row), begin, logits.columns, logits.column_stride, values);
+        const float shift = __ldg(results.shift + row), sum = __ldg(results.sum + row);
+        const float inverse = 1.0f / sum, log_sum = logf(sum);
+        const float upstream = grad_logprobs != nullptr ? __ldg(grad_logprobs + row) : 0.0f;
+        const float slope = grad_entropy != nullptr ? -__ldg(grad_entropy + row) : 0.0f;
+        const float intercept = slope * __ldg(results.entropy + row) - upstream;
+        // Within the thread's part of the segment, if it is there.
+        const int token = static_cast<int>(tokens[row] - first_column - column_of<T>(begin, 0));
 #pragma unroll
         for (int i = 0; i < kLoads<T>; ++i) {
 #pragma unroll
             for (int j = 0; j < kVector<T>; ++j) {
                 const float raw = values[i][j], d = below(t.z(raw), shift), p = exp_of(d) * inverse;
                 float gradient = p * (slope * (d - log_sum) + intercept);
-                if (static_cast<int>(i * kThreads + threadIdx.x) * kVector<T> + j == token) gradient += upstream;
+                if (i * kThreads * kVector<T> + j == token) gradient += upstream;
                 values[i][j] = t.chain(gradient, raw);
             }
         }
     }
-#pragma unroll
-    for (int i = 0; i < kLoads<T>; ++i)
-        store(to, begin + (i * kThreads + threadIdx.x) * kVector<T>, logits.columns, wide_out, values[i]);
+    store_segment(out + int64_t{row} * logits.columns, begin, logits.columns, values);
 }
 
 int64_t segments_of(const Logits& logits) { return (logits.columns + kSegment - 1) / kSegment; }
@@ -194,7 +178,8 @@ void gradient(const Logits& logits, const Transform& transform, const Tokens& to
             using T = decltype(element);
             RLHF_FAST_LAUNCH((gradient_kernel<T, decltype(form)::value>), grid(logits.rows * segments), kThreads,
                              stream_of(run), logits, transform, tokens, mask, first_column,
-                             static_cast<uint32_t>(segments), results, grad_logprobs, grad_entropy, static_cast<T*>(out));
+                             static_cast<uint32_t>(segments), results, grad_logprobs, grad_entropy,
+                             static_cast<T*>(out));
         });
     });
     check(cudaGetLastError(), "token_logprobs: gradient");

@@ -34,6 +34,7 @@ STATE = (
     6  # floats: reference and sum of exp(z - reference) of p, the same of q, anchor and dot; or JS's three sums a side
 )
 WARPS = 8
+JS_SEGMENT = 2048  # half as many: with its six sums there are not the registers for more
 FINISH_ROWS = 16
 LOG2 = tl.constexpr(0.6931471805599453)
 
@@ -260,16 +261,21 @@ def forward(p: Matrix, q: Matrix, t: Transform, mask: Tensor | None, js: int, re
     divergence, shift_p, sum_p, shift_q, sum_q, *means = results
     segments = triton.cdiv(p.columns, SEGMENT)
     states = torch.empty(p.rows, segments, STATE, dtype=torch.float32, device=p.data.device)
-    inputs = *matrix_arguments(p), *matrix_arguments(q), *transform_arguments(t), mask, segments
+    inputs = *matrix_arguments(p), *matrix_arguments(q), *transform_arguments(t), mask
     row_kernel = {"HAS_MASK": mask is not None, "ROWS": FINISH_ROWS, "STATES": triton.next_power_of_2(segments)}
     rows_grid = (triton.cdiv(p.rows, FINISH_ROWS),)
-    _states[(p.rows * segments,)](*inputs, states, SEGMENT=SEGMENT, STATE=STATE, num_warps=WARPS, **flags(t, mask))
+    _states[(p.rows * segments,)](
+        *inputs, segments, states, SEGMENT=SEGMENT, STATE=STATE, num_warps=WARPS, **flags(t, mask)
+    )
     _finish[rows_grid](states, segments, p.rows, mask, *results, STATE=STATE, **row_kernel)
     if js:
+        segments = triton.cdiv(p.columns, JS_SEGMENT)
+        states = torch.empty(p.rows, segments, STATE, dtype=torch.float32, device=p.data.device)
         _js_states[(p.rows * segments,)](
-            *inputs, shift_p, sum_p, shift_q, sum_q, states, SEGMENT=SEGMENT, STATE=STATE, num_warps=WARPS,
+            *inputs, segments, shift_p, sum_p, shift_q, sum_q, states, SEGMENT=JS_SEGMENT, STATE=STATE, num_warps=WARPS,
             **flags(t, mask),
         )  # fmt: skip
+        row_kernel["STATES"] = triton.next_power_of_2(segments)
         _js_finish[rows_grid](states, segments, p.rows, mask, divergence, *means, STATE=STATE, **row_kernel)
 
 

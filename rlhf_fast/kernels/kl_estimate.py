@@ -22,7 +22,7 @@ def _expm1_minus(x):
     return tl.where(tl.abs(x) < 0.5, x * x * series, tl.exp(x) - 1.0 - x)
 
 
-@triton.jit(do_not_specialize=("count",))
+@triton.jit
 def _forward(logprobs, ref_logprobs, mask, count, out, KIND: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     counts = i < count
@@ -39,7 +39,7 @@ def _forward(logprobs, ref_logprobs, mask, count, out, KIND: tl.constexpr, HAS_M
     tl.store(out + i, value, mask=i < count)
 
 
-@triton.jit(do_not_specialize=("count",))
+@triton.jit
 def _gradient(
     logprobs, ref_logprobs, mask, count, grad, out, ref_out,
     KIND: tl.constexpr, HAS_MASK: tl.constexpr, NEED: tl.constexpr, NEED_REF: tl.constexpr, BLOCK: tl.constexpr,

@@ -24,7 +24,8 @@ cpu: Any = None if _C is None else _C.cpu
 cuda: Any = getattr(_C, "cuda", None)
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_LARGE = 1 << 22  # bytes from which page faults cost more than asking for huge pages
+_Memory: Any = getattr(_C, "Memory", None)  # on Linux
+_LARGE = 1 << 22  # bytes from which page faults cost more than a block of memory of our own
 
 
 def module(backend: str) -> Any:
@@ -32,11 +33,16 @@ def module(backend: str) -> Any:
 
 
 def new_like(x: Tensor) -> Tensor:
-    """Uninitialised memory of x's shape and dtype, contiguous, in huge pages if it is large and on the CPU."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if _C is not None and out.device.type == "cpu" and out.nbytes >= _LARGE:
-        _C.advise_huge_pages(out.data_ptr(), out.nbytes)
-    return out
+    """Uninitialised memory of x's shape and dtype, contiguous; large and on the CPU, as csrc/common/memory.h has it."""
+    if x.device.type != "cpu" or x.nbytes < _LARGE or _Memory is None:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return torch.frombuffer(_Memory(x.nbytes), dtype=x.dtype).resize_(x.shape)
+
+
+def release_memory() -> None:
+    """Give the large blocks that are kept for the next results back to the system."""
+    if _Memory is not None:
+        _Memory.release()
 
 
 def first_outside(tokens: Tensor, vocabulary: int, mask: Tensor | None) -> int | None:

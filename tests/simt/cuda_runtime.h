@@ -1,13 +1,14 @@
-// CUDA kernels on the CPU, for tests: the same .cu files, compiled by a C++ compiler that finds this header in place of the
-// toolkit's cuda_runtime.h (cuda_bf16.h and cuda_fp16.h stay the toolkit's own, which also work on a host).
+// CUDA kernels on the CPU, for tests: the same .cu files, compiled by a C++ compiler that finds this header in place of
+// the toolkit's cuda_runtime.h (cuda_bf16.h and cuda_fp16.h stay the toolkit's own, which also work on a host).
 //
-// A block runs as fibers, one a thread, that give way to each other where CUDA threads wait: at __syncthreads and at warp
-// operations. Blocks run one after another, so __shared__ is static memory. Every other launch takes the threads of its
-// blocks in reverse order: a kernel that depends on that order between two barriers, for want of one, shows as different bits
-// when a test calls it twice.
+// A block runs as fibers, one a thread, that give way to each other where CUDA threads wait: at __syncthreads and at
+// warp operations. Blocks run one after another, so __shared__ is static memory. Every other launch takes the threads
+// of its blocks in reverse order: a kernel that depends on that order between two barriers, for want of one, shows as
+// different bits when a test calls it twice.
 //
-// Not modelled: time, memory spaces, alignment faults, more than one block at a time. Launches return at once with an error
-// for the same reasons that CUDA has (a block of no or too many threads), and throw std::runtime_error on a deadlock.
+// Not modelled: time, memory spaces, alignment faults, more than one block at a time. Launches return at once with an
+// error for the same reasons that CUDA has (a block of no or too many threads), and throw std::runtime_error on a
+// deadlock.
 #pragma once
 
 #include <ucontext.h>
@@ -145,7 +146,8 @@ inline void run_block(Block& b, bool reverse) {
             if (b.error) std::rethrow_exception(b.error);
         }
         if (b.progress == before && b.live > 0) {
-            throw std::runtime_error("simt: deadlock, " + std::to_string(b.live) + " threads wait for others that never come");
+            throw std::runtime_error("simt: deadlock, " + std::to_string(b.live) +
+                                     " threads wait for others that never come");
         }
     }
 }
@@ -275,7 +277,9 @@ inline T atomicCAS(T* address, T expected, T value) {
 }
 
 template <class T>
-inline T __ldg(const T* p) { return *p; }
+inline T __ldg(const T* p) {
+    return *p;
+}
 template <class T>
 inline T __ldcs(const T* p) {
     if (reinterpret_cast<uintptr_t>(p) % sizeof(T) != 0) throw std::runtime_error("simt: misaligned load");
@@ -292,7 +296,8 @@ inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 
-// --- the runtime, what launch.cuh uses of it; cuda_runtime_api.h has declared it ---------------------------------------
+// --- the runtime, what launch.cuh uses of it; cuda_runtime_api.h has declared it
+// ---------------------------------------
 
 extern "C" inline cudaError_t cudaGetDevice(int* device) {
     *device = 0;

@@ -1,0 +1,364 @@
+"""What the compilers made of every GPU kernel, for every target, without a GPU: registers, spills, instructions.
+
+    python -m bench.static            prints the table and writes bench/results/static.json
+
+Triton kernels are compiled ahead of time; CUDA kernels are taken out of the compiled rlhf_fast._C. Both are
+disassembled by the tools that triton brings. Counted is the hot path: what a thread executes on a whole segment of an
+aligned row, all of it straight-line code, so that a count over the elements of a thread is instructions per element.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results" / "static.json"
+TARGETS = (80, 90, 100, 120)
+DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
+FORMS = ("identity", "scaled", "capped")  # how a raw logit becomes z
+ELEMENTS = {"token_logprobs": 32, "full_kl": 16}  # of a thread, of each row that it reads; kl_estimate: by dtype
+
+
+@dataclass(frozen=True)
+class Static:
+    """One kernel, compiled for one target."""
+
+    op: str
+    kernel: str
+    backend: str  # triton, cuda
+    variant: str  # dtype and flags
+    target: int  # 90 for sm_90
+    registers: int
+    stack: int  # bytes of a thread's stack, where spills go
+    spills: int  # loads from and stores to it
+    shared: int  # bytes
+    wide_loads: int  # of 16 bytes, in the hot path; the rest are narrower
+    narrow_loads: int
+    wide_stores: int
+    narrow_stores: int
+    instructions: int  # in the hot path
+    elements: int  # that one thread computes
+
+    @property
+    def per_element(self) -> float:
+        return self.instructions / self.elements
+
+    @property
+    def key(self) -> tuple[str, str, str, str, int]:
+        return self.op, self.kernel, self.backend, self.variant, self.target
+
+
+# --- reading machine code ---------------------------------------------------------------------------------------------
+
+
+def tool(name: str) -> str:
+    """cuobjdump or nvdisasm, as triton brings them."""
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def run(*command: str, cwd: str | None = None) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=cwd).stdout
+
+
+def blocks(lines: Iterable[str]) -> tuple[list[list[str]], list[list[int]]]:
+    """A function's instructions as basic blocks, and the blocks that each may go on to."""
+    code: list[list[str]] = [[]]
+    labels: dict[str, int] = {}
+    for line in lines:
+        if label := re.match(r"^(\.L_x_\d+):", line):
+            code.append([])
+            labels[label[1]] = len(code) - 1
+        elif instruction := re.match(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
+            code[-1].append(instruction[1])
+            if re.search(r"\b(BRA|EXIT|RET|BRX)\b", instruction[1]):
+                code.append([])
+    onwards: list[list[int]] = []
+    for i, block in enumerate(code):
+        last = block[-1] if block else ""
+        targets = [labels[name] for name in re.findall(r"`\((\.L_x_\d+)\)", last) if "BRA" in last and name in labels]
+        ends = re.match(r"^(BRA(\.U)? `|EXIT|RET)", last) is not None
+        onwards.append([*targets, *([] if ends or i + 1 == len(code) else [i + 1])])
+    return code, onwards
+
+
+def is_wide(instruction: str) -> bool:
+    return ".128" in instruction
+
+
+def count(block: list[str], name: str, wide: bool | None = None) -> int:
+    """Instructions of that name, of 16 bytes, of fewer, or of any width."""
+    found = [x for x in block if re.search(rf"\b{name}\b", x.split(".")[0])]
+    return len(found) if wide is None else sum(is_wide(x) == wide for x in found)
+
+
+def hot_path(lines: Iterable[str]) -> list[str]:
+    """What runs on a whole segment of an aligned row.
+
+    Of all ways through the function, the one that loads most in one go, 16 bytes at a time, and stores as wide.
+    """
+    code, onwards = blocks(lines)
+    best: dict[int, tuple[int, list[int]]] = {}
+
+    def way_from(i: int, behind: frozenset[int]) -> tuple[int, list[int]]:
+        if i not in best:
+            block = code[i]
+            score = 100 * count(block, "LDG", wide=True) ** 2 + 10 * count(block, "STG", wide=True)
+            score -= count(block, "LDG", wide=False) + count(block, "STG", wide=False)
+            ahead = [way_from(j, behind | {i}) for j in onwards[i] if j not in behind | {i}]
+            further, path = max(ahead, key=lambda way: way[0], default=(0, []))
+            best[i] = score + further, [i, *path]
+        return best[i]
+
+    path = way_from(0, frozenset())[1]
+    return [x for i in path for x in code[i] if not x.startswith(("NOP", "BRA"))]
+
+
+def functions(sass: str) -> Iterator[tuple[str, list[str]]]:
+    """(mangled name, lines) of each kernel in nvdisasm's output."""
+    for part in re.split(r"^(?=\.text\.)", sass, flags=re.MULTILINE)[1:]:
+        name, _, body = part.partition("\n")
+        yield name.removeprefix(".text.").rstrip(":"), body.splitlines()
+
+
+def resources(usage: str) -> dict[str, tuple[int, int, int, int]]:
+    """registers, stack, shared and local memory of each function in cuobjdump -res-usage's output."""
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    return {name: (int(reg), int(stack), int(shared), int(local)) for name, reg, stack, shared, local in found}
+
+
+def measure(cubin: Path, target: int, name_of: Any) -> Iterator[Static]:
+    """All kernels of a file of machine code; name_of(mangled) gives (op, kernel, backend, variant, elements)."""
+    used = resources(run(tool("cuobjdump"), "-res-usage", str(cubin)))
+    for mangled, lines in functions(run(tool("nvdisasm"), str(cubin))):
+        op, kernel, backend, variant, elements = name_of(mangled)
+        registers, stack, shared, local = used[mangled]
+        path = hot_path(lines)
+        yield Static(
+            op, kernel, backend, variant, target, registers, stack + local,
+            sum("LDL" in line or "STL" in line for line in lines), shared,
+            count(path, "LDG", True), count(path, "LDG", False), count(path, "STG", True), count(path, "STG", False),
+            len(path), elements,
+        )  # fmt: skip
+
+
+# --- CUDA -------------------------------------------------------------------------------------------------------------
+
+
+def cuda_name(mangled: str) -> tuple[str, str, str, str, int]:
+    """From _ZN9rlhf_fast4cuda..._full_kl_cu_...15gradient_kernelI13__nv_bfloat16LNS0_4FormE1ELNS_10DivergenceE0E..."""
+    op = re.search(r"_(token_logprobs|full_kl|kl_estimate)_cu_", mangled)
+    kernel = re.search(r"\d+([a-z][a-z_]*?)_kernel", mangled)
+    assert op is not None and kernel is not None, mangled
+    dtype = re.search(r"_kernelI(f|13__nv_bfloat16|6__half)", mangled)
+    form, divergence = re.search(r"FormE(\d)", mangled), re.search(r"DivergenceE(\d)", mangled)
+    name = {"f": "float32", "13__nv_bfloat16": "bfloat16", "6__half": "float16"}[dtype[1]] if dtype else ""
+    parts = [name, FORMS[int(form[1])] if form else "", ("kl", "js")[int(divergence[1])] if divergence else ""]
+    elements = ELEMENTS.get(op[1], 4 if name == "float32" else 8)
+    return op[1], kernel[1], "cuda", ", ".join(part for part in parts if part), elements
+
+
+def cuda_kernels() -> Iterator[Static]:
+    """Those in the compiled module; none if it was built without CUDA."""
+    from rlhf_fast.ops import _compiled
+
+    if _compiled.cuda is None:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        run(tool("cuobjdump"), "-xelf", "all", str(_compiled._C.__file__), cwd=folder)
+        for cubin in sorted(Path(folder).glob("*.cubin")):
+            architecture = re.search(r"sm_(\d+)", cubin.name)
+            if architecture is not None and int(architecture[1]) in TARGETS:
+                yield from measure(cubin, int(architecture[1]), cuda_name)
+
+
+# --- Triton -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A Triton kernel with its compile-time arguments; all others are given types by name."""
+
+    op: str
+    kernel: str
+    variant: str
+    dtype: str  # of logits, as Triton calls it
+    constants: dict[str, Any]
+    options: dict[str, int]
+    elements: int
+
+
+def _is_pointer(name: str) -> bool:
+    scalars = "columns inner outer_stride inner_stride column_stride first_column segments states_per_row rows count"
+    numbers = "scale softcap temperature"
+    return not any(name.endswith(word) for word in (*scalars.split(), *numbers.split())) or name == "temperatures"
+
+
+def _type(name: str, dtype: str) -> str:
+    """Of a kernel's argument, as its launch function would pass it."""
+    narrow = ("logits", "out", "p", "q", "out_p", "out_q", "logprobs", "ref_logprobs", "ref_out")
+    if name in ("scale", "softcap", "temperature"):
+        return "fp32"
+    if not _is_pointer(name):
+        return "i32"
+    return {"tokens": "*i64", "mask": "*i1"}.get(name, f"*{dtype}" if name in narrow else "*fp32")
+
+
+def triton_variants() -> Iterator[Variant]:
+    from rlhf_fast.kernels import full_kl, kl_estimate, token_logprobs
+
+    four_warps, token_warps = {"num_warps": 4}, {"num_warps": token_logprobs.WARPS}
+    kl_warps = {"num_warps": full_kl.WARPS}
+    for name, short in DTYPES.items():
+        for form, masked in ((0, False), (2, True)):
+            flags = {"FORM": form, "PER_ROW": masked, "HAS_MASK": masked}
+            label = f"{name}, {FORMS[form]}" + (", masked, temperature a row" if masked else "")
+            whole = {**flags, "SEGMENT": token_logprobs.segment}
+            yield Variant("token_logprobs", "_update", label, short, whole, token_warps, 32)
+            both = {**whole, "HAS_LOGPROBS": True, "HAS_ENTROPY": True}
+            yield Variant("token_logprobs", "_gradient", label, short, both, token_warps, 32)
+            parts = {**flags, "SEGMENT": full_kl.SEGMENT}
+            states = {**parts, "STATE": full_kl.STATE}
+            js_states = {**states, "SEGMENT": full_kl.JS_SEGMENT}
+            yield Variant("full_kl", "_states", label, short, states, kl_warps, 16)
+            yield Variant("full_kl", "_js_states", label, short, js_states, kl_warps, 8)
+            for js in (False, True):
+                needs = {**parts, "JS": js, "NEED_P": True, "NEED_Q": True}
+                kind = f"{label}, {'js' if js else 'kl'}"
+                yield Variant("full_kl", "_gradient", kind, short, needs, kl_warps, 16)
+        options = {"KIND": 2, "HAS_MASK": False, "BLOCK": kl_estimate.BLOCK}
+        yield Variant("kl_estimate", "_forward", f"{name}, k3", short, options, four_warps, 8)
+        needs = {**options, "NEED": True, "NEED_REF": True}
+        yield Variant("kl_estimate", "_gradient", f"{name}, k3", short, needs, four_warps, 8)
+    finish = {"HAS_MASK": False, "ROWS": token_logprobs.FINISH_ROWS, "STATES": 16}
+    yield Variant("token_logprobs", "_finish", "16 segments", "fp32", {**finish, "SAVE": True}, four_warps, 16)
+    finish = {**finish, "ROWS": full_kl.FINISH_ROWS, "STATES": 32, "STATE": full_kl.STATE}
+    yield Variant("full_kl", "_finish", "32 segments", "fp32", finish, four_warps, 16)
+    yield Variant("full_kl", "_js_finish", "32 segments", "fp32", finish, four_warps, 16)
+
+
+def compile_variant(job: tuple[Variant, int]) -> list[Static]:
+    """Ahead of time, with the facts that a launch on aligned, contiguous rows would find out."""
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    variant, target = job
+    function = getattr(importlib.import_module(f"rlhf_fast.kernels.{variant.op}"), variant.kernel)
+    constants = dict(variant.constants)
+    types = {}
+    for name in function.arg_names:
+        absent = (name == "mask" and not constants["HAS_MASK"]) or (name == "temperatures" and not constants["PER_ROW"])
+        if name in constants or absent or name.endswith("column_stride"):
+            constants.setdefault(name, None if absent else 1)  # Triton itself specialises on a stride of 1
+            types[name] = "constexpr"
+        else:
+            types[name] = _type(name, variant.dtype)
+    not_specialised = {function.arg_names[p] if isinstance(p, int) else p for p in function.do_not_specialize}
+    divisible = [
+        name for name, kind in types.items()
+        if (kind.startswith("*") or (kind == "i32" and name not in not_specialised)) and name != "rows"
+    ]  # fmt: skip
+    attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+    source = ASTSource(function, types, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=variant.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        kernel = variant.kernel.strip("_")
+        name = variant.op, kernel, "triton", variant.variant, variant.elements
+        shared = compiled.metadata.shared
+        found = list(measure(Path(file.name), target, lambda _: name))
+        return [dataclasses.replace(one, shared=shared) for one in found]
+
+
+def triton_kernels(jobs: int | None = None) -> Iterator[Static]:
+    work = [(variant, target) for variant in triton_variants() for target in TARGETS]
+    environment = {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
+    os.environ.update(environment)  # before triton is imported in the workers; multiplying and adding at once is meant
+    with multiprocessing.get_context("spawn").Pool(jobs or os.cpu_count()) as pool:
+        for found in pool.imap(compile_variant, work, chunksize=4):
+            yield from found
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def faults(one: Static) -> list[str]:
+    """What no kernel may have: spills, and element-wise accesses to a row where 16 bytes at a time are possible."""
+    found = []
+    if one.stack or one.spills:
+        found.append(f"{one.spills} spills, {one.stack} bytes of stack")
+    if one.kernel.endswith("finish"):
+        return found  # reads a few states a row
+    itemsize = 4 if "float32" in one.variant else 2
+    rows = 2 if one.op in ("full_kl", "kl_estimate") else 1
+    needed = rows * one.elements * itemsize // 16
+    if one.op == "kl_estimate" and one.kernel == "gradient":
+        needed += one.elements * 4 // 16  # the upstream gradients, one an element
+    if one.wide_loads < needed:
+        found.append(f"{one.wide_loads} loads of 16 bytes, expected {needed}")
+    if one.kernel == "gradient" and one.wide_stores < rows * one.elements * itemsize // 16:
+        found.append(f"{one.wide_stores} stores of 16 bytes, expected {rows * one.elements * itemsize // 16}")
+    return found
+
+
+def versions() -> dict[str, str]:
+    import triton
+
+    from rlhf_fast.ops import _compiled
+
+    ptxas = run(tool("ptxas"), "--version").splitlines()[-1].strip()
+    cuda = "" if _compiled._C is None else str(_compiled._C.build_info()["cuda"] or "")
+    return {"triton": triton.__version__, "triton_ptxas": ptxas, "cuda": cuda}
+
+
+def collect() -> list[Static]:
+    return sorted([*cuda_kernels(), *triton_kernels()], key=lambda one: one.key)
+
+
+def write(kernels: list[Static]) -> None:
+    lines = ",\n".join(json.dumps(dataclasses.asdict(one)) for one in kernels)
+    aside = RESULTS.with_suffix(".new")
+    aside.write_text(f'{{"versions": {json.dumps(versions())},\n"kernels": [\n{lines}\n]}}\n', encoding="utf-8")
+    aside.replace(RESULTS)
+
+
+def read() -> tuple[dict[str, str], list[Static]]:
+    whole = json.loads(RESULTS.read_text(encoding="utf-8"))
+    return whole["versions"], [Static(**one) for one in whole["kernels"]]
+
+
+def main() -> int:
+    kernels = collect()
+    write(kernels)
+    print(
+        f"{'kernel':58} {'sm':>4} {'regs':>5} {'shared':>6} {'16-byte loads':>13} {'stores':>6} {'instr/element':>13}"
+    )
+    for one in kernels:
+        name = f"{one.backend} {one.op}.{one.kernel} ({one.variant})"
+        print(
+            f"{name:58.58} {one.target:4} {one.registers:5} {one.shared:6} {one.wide_loads:13} {one.wide_stores:6} "
+            f"{one.per_element:13.1f} {'; '.join(faults(one))}"
+        )
+    seen = collections.Counter(bool(faults(one)) for one in kernels)
+    print(f"{len(kernels)} kernels, {seen[True]} with faults; written to {RESULTS}")
+    return 1 if seen[True] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

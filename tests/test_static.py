@@ -1,0 +1,65 @@
+"""Every GPU kernel, compiled ahead of time for every target: no spills, 16-byte accesses, the committed table."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+
+import pytest
+
+from bench import static
+from rlhf_fast.ops import _compiled
+
+triton_only = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+
+SASS = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/               @P0 BRA `(.L_x_2) ;
+        /*0020*/                   LDG.E.U16 R2, desc[UR4][R2.64] ;
+        /*0030*/                   LDG.E.U16 R3, desc[UR4][R2.64] ;
+        /*0040*/                   BRA `(.L_x_3) ;
+.L_x_2:
+        /*0050*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0060*/                   LDG.E.128 R8, desc[UR4][R2.64] ;
+.L_x_3:
+        /*0070*/                   FADD R4, R4, R5 ;
+        /*0080*/              @!P1 BRA `(.L_x_4) ;
+        /*0090*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*00a0*/                   EXIT ;
+.L_x_4:
+        /*00b0*/                   STG.E.U16 desc[UR4][R2.64], R4 ;
+        /*00c0*/                   STG.E.U16 desc[UR4][R2.64], R5 ;
+        /*00d0*/                   EXIT ;
+.L_x_5:
+        /*00e0*/                   BRA `(.L_x_5) ;
+"""
+
+
+def test_the_hot_path_is_the_one_that_loads_and_stores_wide() -> None:
+    names = [x.split()[0] for x in static.hot_path(SASS.splitlines())]
+    assert names == ["LDC", "@P0", "LDG.E.128", "LDG.E.128", "FADD", "@!P1", "STG.E.128", "EXIT"]
+
+
+def test_a_spill_and_a_narrow_load_are_faults() -> None:
+    good = static.Static(
+        "token_logprobs", "gradient", "cuda", "bfloat16, identity", 90, 40, 0, 0, 0, 4, 5, 4, 0, 700, 32
+    )
+    assert not static.faults(good)
+    assert static.faults(dataclasses.replace(good, stack=8, spills=2)) == ["2 spills, 8 bytes of stack"]
+    assert static.faults(dataclasses.replace(good, wide_loads=3)) == ["3 loads of 16 bytes, expected 4"]
+    assert static.faults(dataclasses.replace(good, wide_stores=0)) == ["0 stores of 16 bytes, expected 4"]
+
+
+@triton_only
+@pytest.mark.slow
+def test_no_kernel_spills_or_loads_narrow_on_any_target_and_the_table_is_up_to_date() -> None:
+    kernels = static.collect()
+    backends = {"triton", "cuda"} if _compiled.cuda is not None else {"triton"}
+    versions, table = static.read()
+    listed = {one.key: one for one in table if one.backend in backends}
+    assert {one.key for one in kernels} == set(listed), "run: python -m bench.static"
+    assert {one.target for one in kernels} == set(static.TARGETS)
+    wrong = [f"{one.key}: {fault}" for one in kernels for fault in static.faults(one)]
+    assert not wrong
+    if versions == static.versions():  # another compiler makes another table
+        assert kernels == sorted(listed.values(), key=lambda one: one.key), "run: python -m bench.static"
