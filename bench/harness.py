@@ -280,10 +280,10 @@ def run_case(bench: Bench, case: Case, device: torch.device, measured: Rates, se
 
 def benches(suite: str, only: str = "") -> list[Bench]:
     """The benches of a suite, or only that of one op."""
-    files = sorted((ROOT / "bench" / suite).glob("bench_*.py"))
-    names = [file.stem.removeprefix("bench_") for file in files]
-    if not files:
-        raise ValueError(f"bench: no suite {suite!r}; there is ops")
+    suites = sorted({file.parent.name for file in (ROOT / "bench").glob("*/bench_*.py")})
+    if suite not in suites:
+        raise ValueError(f"bench: no suite {suite!r}; there is {', '.join(suites)}")
+    names = sorted(file.stem.removeprefix("bench_") for file in (ROOT / "bench" / suite).glob("bench_*.py"))
     if only and only not in names:
         raise ValueError(f"op: no benchmark of {only!r}; there are {', '.join(names)}")
     wanted = [name for name in names if not only or name == only]

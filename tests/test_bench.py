@@ -1,0 +1,121 @@
+"""The benchmark harness: what is wrong is not timed, everyone takes turns, records say what a figure depends on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import harness
+from bench.harness import BOTH, FORWARD, Bench, Call, Case, Work
+from rlhf_fast import cli
+
+CPU = torch.device("cpu")
+CASE = Case("tiny", (4, 8), torch.float32, FORWARD)
+
+
+def bench(**others: Call) -> Bench:
+    x = torch.ones(4, 8)
+    every = {"rlhf-fast": lambda: [x * 2], "eager": lambda: [x + x], **others}
+    return Bench("double", [CASE], [CASE], lambda case, device: dict(every), "eager", lambda case: Work(read=x.nbytes))
+
+
+def fails() -> list[torch.Tensor]:
+    raise RuntimeError("no such kernel\nand more")
+
+
+def test_peers_that_are_wrong_or_fail_are_told_of_and_not_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    peers = bench(wrong=lambda: [torch.ones(4, 8)], nan=lambda: [torch.full((4, 8), torch.nan)], broken=fails)
+    results = harness.run_case(peers, CASE, CPU, harness.Rates(1e9, 1e9, 1e9), seconds=0.0)
+    assert [one.provider for one in results] == ["rlhf-fast", "eager"]
+    told = capsys.readouterr().err
+    assert "wrong: left out, result 0 is 5.0e-01 off" in told
+    assert "nan: left out" in told and "broken: left out, RuntimeError: no such kernel" in told
+
+
+def test_nothing_is_timed_if_ours_is_wrong() -> None:
+    with pytest.raises(RuntimeError, match="'rlhf-fast' does not give the right result for 4 x 8 float32 forward"):
+        wrong = bench(**{"rlhf-fast": lambda: [torch.ones(4, 8)]})
+        harness.run_case(wrong, CASE, CPU, harness.Rates(1e9, 1e9, 1e9), seconds=0.0)
+
+
+def test_every_provider_takes_each_place_in_turn() -> None:
+    order: list[str] = []
+    calls: dict[str, Call] = {name: (lambda name=name: order.append(name) or []) for name in "abc"}  # type: ignore[func-returns-value, misc]
+    times = harness.interleaved(calls, CPU, seconds=0.0, short=False)
+    assert {name: len(its) for name, its in times.items()} == {"a": 5, "b": 5, "c": 5}
+    assert "".join(order[6:]) == "abcbcacababcbca"  # after two calls each to warm up
+
+
+def test_ratios_are_taken_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is ten times slower for a while does not change them."""
+    times = {"rlhf-fast": [1.0, 10.0, 1.0, 1.0, 10.0], "eager": [3.0, 30.0, 3.0, 3.0, 30.0]}
+    monkeypatch.setattr(harness, "interleaved", lambda *_: times)
+    ours, eager = harness.run_case(bench(), CASE, CPU, harness.Rates(128.0, 1.0, 1.0), seconds=1.0)
+    assert (ours.speedup, eager.speedup) == (1.0, 3.0)
+    assert (ours.milliseconds, ours.limit, ours.fraction) == (1000.0, 1000.0, 1.0)  # 128 bytes at 128 a second
+
+
+def test_limits_are_of_bytes_or_of_operations() -> None:
+    rates = harness.Rates(read=10.0, copy=5.0, product=100.0)
+    assert rates.seconds(Work(read=20, copied=10)) == 4.0
+    assert rates.seconds(Work(read=20, operations=1000)) == 10.0
+
+
+def test_memory_that_a_call_holds_for_a_moment_is_seen() -> None:
+    def call() -> list[torch.Tensor]:
+        torch.ones(40 << 20)
+        return [torch.ones(10 << 20)]
+
+    peak = harness.peak_bytes(call, CPU)
+    assert peak is None or 150 << 20 < peak < 230 << 20
+
+
+def test_the_command_writes_a_line_for_each_result(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(harness, "benches", lambda suite, op: [bench()] if (suite, op) == ("ops", "double") else [])
+    out = tmp_path / "new" / "records.jsonl"
+    assert cli.main(["bench", "ops", "--op", "double", "--seconds", "0", "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "double  4 x 8 float32 forward (tiny), limit" in shown and f"2 results written to {out}" in shown
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(one["provider"], one["rounds"]) for one in records] == [("rlhf-fast", 5), ("eager", 5)]
+    expected = "commit changed device threads isa compiler backend torch python cuda date rates peak_mib limit speedup"
+    assert set(expected.split()) <= set(records[0])
+    assert [path.name for path in out.parent.iterdir()] == ["records.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["bench", "training"], "bench: no suite 'training'; there is ops"),
+        (["bench", "ops", "--op", "gea"], "op: no benchmark of 'gea'; there are full_kl, kl_estimate, linear_"),
+        (["bench", "--suite", "../ops"], "bench: no suite '../ops'; there is ops"),
+    ],
+)
+def test_an_unknown_suite_or_op_is_named(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*words, "--out", str(tmp_path / "out.jsonl")]) == 1
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_installed_package_says_that_a_checkout_is_needed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "rlhf_fast" / "cli.py"))
+    assert cli.main(["bench", "ops"]) == 1
+    assert "run this from a checkout" in capsys.readouterr().err
+
+
+def test_every_op_of_the_suite_has_cases_for_both_devices() -> None:
+    found: dict[str, Any] = {one.op: one for one in harness.benches("ops")}
+    assert list(found) == ["full_kl", "kl_estimate", "linear_token_logprobs", "token_logprobs"]
+    for one in found.values():
+        assert {case.mode for case in one.cases} == {case.mode for case in one.gpu_cases} == {FORWARD, BOTH}
