@@ -101,6 +101,8 @@ class OptionalBuildExt(build_ext):
         try:
             super().build_extension(ext)
         except (BaseError, CCompilerError, OSError) as error:
+            # One that an earlier build left in the source tree would not fit the Python code of today.
+            Path("rlhf_fast", self.get_ext_filename("_C")).unlink(missing_ok=True)
             warn(
                 "rlhf_fast._C was",
                 error,

@@ -27,7 +27,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "static.json"
 TARGETS = (80, 90, 100, 120)
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 FORMS = ("identity", "scaled", "capped")  # how a raw logit becomes z
-ELEMENTS = {"token_logprobs": 32, "full_kl": 16}  # of a thread, of each row that it reads; kl_estimate: by dtype
+ELEMENTS = {"token_logprobs": 32, "full_kl": 16}  # of a thread, of each row that it reads; the others: by dtype
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def measure(cubin: Path, target: int, name_of: Any) -> Iterator[Static]:
 
 def cuda_name(mangled: str) -> tuple[str, str, str, str, int]:
     """From _ZN9rlhf_fast4cuda..._full_kl_cu_...15gradient_kernelI13__nv_bfloat16LNS0_4FormE1ELNS_10DivergenceE0E..."""
-    op = re.search(r"_(token_logprobs|full_kl|kl_estimate)_cu_", mangled)
+    op = re.search(r"_(token_logprobs|full_kl|kl_estimate|gae)_cu_", mangled)
     kernel = re.search(r"\d+([a-z][a-z_]*?)_kernel", mangled)
     assert op is not None and kernel is not None, mangled
     dtype = re.search(r"_kernelI(f|13__nv_bfloat16|6__half)", mangled)
@@ -200,24 +200,23 @@ class Variant:
     elements: int
 
 
-def _is_pointer(name: str) -> bool:
-    scalars = "columns inner outer_stride inner_stride column_stride first_column segments states_per_row rows count"
-    numbers = "scale softcap temperature"
-    return not any(name.endswith(word) for word in (*scalars.split(), *numbers.split())) or name == "temperatures"
+NUMBERS = "scale softcap temperature kl_coef gamma lam critic_lam".split()
+SIZES = re.compile(r"(length|columns|inner|stride|first_column|segments|states_per_row|rows|count)$")
+NARROW = "logits out p q out_p out_q logprobs ref_logprobs ref_out rewards values".split()
+POINTERS = {"tokens": "*i64", "mask": "*i1", "cu_seqlens": "*i32", "sums": "*fp64"}
 
 
 def _type(name: str, dtype: str) -> str:
     """Of a kernel's argument, as its launch function would pass it."""
-    narrow = ("logits", "out", "p", "q", "out_p", "out_q", "logprobs", "ref_logprobs", "ref_out")
-    if name in ("scale", "softcap", "temperature"):
+    if name in NUMBERS:
         return "fp32"
-    if not _is_pointer(name):
+    if SIZES.search(name):
         return "i32"
-    return {"tokens": "*i64", "mask": "*i1"}.get(name, f"*{dtype}" if name in narrow else "*fp32")
+    return POINTERS.get(name, f"*{dtype}" if name in NARROW else "*fp32")
 
 
 def triton_variants() -> Iterator[Variant]:
-    from rlhf_fast.kernels import full_kl, kl_estimate, token_logprobs
+    from rlhf_fast.kernels import full_kl, gae, kl_estimate, token_logprobs
 
     four_warps, token_warps = {"num_warps": 4}, {"num_warps": token_logprobs.WARPS}
     kl_warps = {"num_warps": full_kl.WARPS}
@@ -242,11 +241,24 @@ def triton_variants() -> Iterator[Variant]:
         yield Variant("kl_estimate", "_forward", f"{name}, k3", short, options, four_warps, 8)
         needs = {**options, "NEED": True, "NEED_REF": True}
         yield Variant("kl_estimate", "_gradient", f"{name}, k3", short, needs, four_warps, 8)
+        for everything in (False, True):  # that it may do, but packed; or rewards and values alone
+            parts = {f"HAS_{x}": everything for x in ("KL", "SCORES", "MASK", "BOOTSTRAP", "SUMS")}
+            flags = {**parts, "HAS_REWARDS": True, "TWO": everything, "PACKED": False}
+            label = f"{name}, {'everything' if everything else 'rewards'}"
+            size = {"BLOCK": gae.BLOCK}
+            yield Variant(
+                "gae", "_forward", label, short, {**flags, **size}, {"num_warps": gae.WARPS}, gae.BLOCK // 128
+            )
     finish = {"HAS_MASK": False, "ROWS": token_logprobs.FINISH_ROWS, "STATES": 16}
     yield Variant("token_logprobs", "_finish", "16 segments", "fp32", {**finish, "SAVE": True}, four_warps, 16)
     finish = {**finish, "ROWS": full_kl.FINISH_ROWS, "STATES": 32, "STATE": full_kl.STATE}
     yield Variant("full_kl", "_finish", "32 segments", "fp32", finish, four_warps, 16)
     yield Variant("full_kl", "_js_finish", "32 segments", "fp32", finish, four_warps, 16)
+
+
+def _absent_from_gae(name: str, constants: dict[str, Any]) -> bool:
+    flag = {"logprobs": "HAS_KL", "ref_logprobs": "HAS_KL", "cu_seqlens": "PACKED"}.get(name, f"HAS_{name.upper()}")
+    return flag in constants and not constants[flag]
 
 
 def compile_variant(job: tuple[Variant, int]) -> list[Static]:
@@ -263,6 +275,7 @@ def compile_variant(job: tuple[Variant, int]) -> list[Static]:
     types = {}
     for name in function.arg_names:
         absent = (name == "mask" and not constants["HAS_MASK"]) or (name == "temperatures" and not constants["PER_ROW"])
+        absent |= variant.op == "gae" and _absent_from_gae(name, constants)
         if name in constants or absent or name.endswith("column_stride"):
             constants.setdefault(name, None if absent else 1)  # Triton itself specialises on a stride of 1
             types[name] = "constexpr"
@@ -306,7 +319,7 @@ def faults(one: Static) -> list[str]:
     if one.kernel.endswith("finish"):
         return found  # reads a few states a row
     itemsize = 4 if "float32" in one.variant else 2
-    rows = 2 if one.op in ("full_kl", "kl_estimate") else 1
+    rows = 2 if one.op in ("full_kl", "kl_estimate", "gae") else 1
     needed = rows * one.elements * itemsize // 16
     if one.op == "kl_estimate" and one.kernel == "gradient":
         needed += one.elements * 4 // 16  # the upstream gradients, one an element
@@ -314,6 +327,8 @@ def faults(one: Static) -> list[str]:
         found.append(f"{one.wide_loads} loads of 16 bytes, expected {needed}")
     if one.kernel == "gradient" and one.wide_stores < rows * one.elements * itemsize // 16:
         found.append(f"{one.wide_stores} stores of 16 bytes, expected {rows * one.elements * itemsize // 16}")
+    if one.op == "gae" and one.wide_stores < 2 * one.elements * 4 // 16:
+        found.append(f"{one.wide_stores} stores of 16 bytes, expected {2 * one.elements * 4 // 16}")
     return found
 
 

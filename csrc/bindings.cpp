@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "common/full_kl.h"
+#include "common/gae.h"
 #include "common/kl_estimate.h"
 #include "common/memory.h"
 #include "common/token_logprobs.h"
@@ -28,7 +29,9 @@ T* at(Address address) {
 using LogitsTuple = std::tuple<Address, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
 using TransformTuple = std::tuple<float, float, float, Address>;
 using TokensTuple = std::tuple<Address, bool>;
+using SequencesTuple = std::tuple<Address, bool, int64_t, int64_t>;
 using RunTuple = std::tuple<int, int, Address>;
+using ThreeAddresses = std::tuple<Address, Address, Address>;
 using FourAddresses = std::tuple<Address, Address, Address, Address>;
 using NineAddresses = std::tuple<Address, Address, Address, Address, Address, Address, Address, Address, Address>;
 
@@ -42,6 +45,9 @@ Transform transform(const TransformTuple& t) {
     return {scale, softcap, temperature, at<float>(temperatures)};
 }
 Tokens tokens(const TokensTuple& t) { return {at<void>(std::get<0>(t)), std::get<1>(t)}; }
+Sequences sequences(const SequencesTuple& t) {
+    return std::apply([](Address cu_seqlens, auto... rest) { return Sequences{at<void>(cu_seqlens), rest...}; }, t);
+}
 Mask mask(Address flags) { return {at<bool>(flags)}; }
 Run run(const RunTuple& t) { return {std::get<0>(t), std::get<1>(t), at<void>(std::get<2>(t))}; }
 
@@ -114,6 +120,29 @@ void def_kl_estimate(py::module_& m, const KLEstimateKernels& kernels) {
               kernels.gradient(at<void>(logprobs), at<void>(ref_logprobs), static_cast<DType>(dtype), count,
                                at<bool>(flags), static_cast<Estimate>(estimate), at<float>(grad), at<void>(out),
                                at<void>(ref_out), run(where));
+          });
+}
+
+void def_gae(py::module_& m, const GAEKernels& kernels) {
+    m.def("gae_forward",
+          [kernels](const SequencesTuple& where, const FourAddresses& paid, float kl_coef, Address values, int dtype,
+                    Address flags, Address bootstrap, const std::tuple<float, float, float>& numbers,
+                    const ThreeAddresses& out, const RunTuple& on) {
+              const auto& [rewards, logprobs, ref_logprobs, scores] = paid;
+              const auto& [gamma, lam, critic_lam] = numbers;
+              const auto& [advantages, returns, sums] = out;
+              const GAEInputs inputs = {
+                  sequences(where),
+                  {at<void>(rewards), at<void>(logprobs), at<void>(ref_logprobs), at<float>(scores), kl_coef},
+                  at<void>(values),
+                  static_cast<DType>(dtype),
+                  at<bool>(flags),
+                  at<float>(bootstrap),
+                  gamma,
+                  lam,
+                  critic_lam};
+              py::gil_scoped_release release;
+              kernels.forward(inputs, {at<float>(advantages), at<float>(returns), at<double>(sums)}, run(on));
           });
 }
 
@@ -196,6 +225,7 @@ PYBIND11_MODULE(RLHF_FAST_MODULE, m) {
     def_token_logprobs(on_cpu, cpu::token_logprobs);
     def_full_kl(on_cpu, cpu::full_kl);
     def_kl_estimate(on_cpu, cpu::kl_estimate);
+    def_gae(on_cpu, cpu::gae);
 #endif
 #if defined(RLHF_FAST_CUDA)
     py::module_ on_cuda = m.def_submodule("cuda", "Kernels on memory of a CUDA device.");
@@ -205,5 +235,6 @@ PYBIND11_MODULE(RLHF_FAST_MODULE, m) {
     def_token_logprobs(on_cuda, cuda::token_logprobs);
     def_full_kl(on_cuda, cuda::full_kl);
     def_kl_estimate(on_cuda, cuda::kl_estimate);
+    def_gae(on_cuda, cuda::gae);
 #endif
 }

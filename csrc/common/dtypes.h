@@ -4,6 +4,13 @@
 #include <cstdint>
 #include <cstring>
 
+// What a CUDA kernel may call too.
+#if defined(__CUDACC__)
+#define RLHF_FAST_HOST_DEVICE __host__ __device__
+#else
+#define RLHF_FAST_HOST_DEVICE
+#endif
+
 namespace rlhf_fast {
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };  // the numbers that Python passes

@@ -6,13 +6,6 @@
 
 #include "common/dtypes.h"
 
-// What a CUDA kernel may call too.
-#if defined(__CUDACC__)
-#define RLHF_FAST_HOST_DEVICE __host__ __device__
-#else
-#define RLHF_FAST_HOST_DEVICE
-#endif
-
 namespace rlhf_fast {
 
 // In a tensor (..., columns) of any strides. Rows have two levels, so that logits[:, :-1] needs no copy: row r starts

@@ -20,6 +20,8 @@ namespace {
 // times_power_of_two(a, t), for an a near 1 and n from -125 to 126, is a 2^n; times_power_of_two_or_0 takes n from
 // -250, and is 0 from -128 down.
 //
+// slide<k>(a, b) is the register that starts k lanes into a and ends in b; first_everywhere(a) is lane 0 in all lanes.
+//
 // bfloat16 and float16 round to nearest, ties to even, and keep nan.
 
 #if defined(SIMD_AVX512)
@@ -40,6 +42,11 @@ SIMD_INLINE reg min(reg a, reg b) { return _mm512_min_ps(a, b); }
 SIMD_INLINE reg fma(reg a, reg b, reg c) { return _mm512_fmadd_ps(a, b, c); }
 SIMD_INLINE reg_mask less(reg a, reg b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 SIMD_INLINE reg select(reg_mask m, reg a, reg b) { return _mm512_mask_blend_ps(m, b, a); }
+template <int k>
+SIMD_INLINE reg slide(reg a, reg b) {
+    return _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(b), _mm512_castps_si512(a), k));
+}
+SIMD_INLINE reg first_everywhere(reg a) { return _mm512_broadcastss_ps(_mm512_castps512_ps128(a)); }
 SIMD_INLINE reg power_of_two(reg t) {
     const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(t), 23);
     return _mm512_castsi512_ps(_mm512_add_epi32(exponent, _mm512_set1_epi32(0x3f800000)));
@@ -88,6 +95,16 @@ SIMD_INLINE reg min(reg a, reg b) { return _mm256_min_ps(a, b); }
 SIMD_INLINE reg fma(reg a, reg b, reg c) { return _mm256_fmadd_ps(a, b, c); }
 SIMD_INLINE reg_mask less(reg a, reg b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 SIMD_INLINE reg select(reg_mask m, reg a, reg b) { return _mm256_blendv_ps(b, a, m); }
+template <int k>
+SIMD_INLINE reg slide(reg a, reg b) {
+    const __m256i low = _mm256_castps_si256(a), high = _mm256_castps_si256(b);
+    const __m256i middle = _mm256_permute2x128_si256(low, high, 0x21);
+    if (k == 0) return a;
+    if (k < 4) return _mm256_castsi256_ps(_mm256_alignr_epi8(middle, low, 4 * k % 16));
+    if (k == 4) return _mm256_castsi256_ps(middle);
+    return _mm256_castsi256_ps(_mm256_alignr_epi8(high, middle, 4 * k % 16));
+}
+SIMD_INLINE reg first_everywhere(reg a) { return _mm256_broadcastss_ps(_mm256_castps256_ps128(a)); }
 SIMD_INLINE reg power_of_two(reg t) {
     const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(t), 23);
     return _mm256_castsi256_ps(_mm256_add_epi32(exponent, _mm256_set1_epi32(0x3f800000)));
@@ -137,6 +154,11 @@ SIMD_INLINE reg min(reg a, reg b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
 SIMD_INLINE reg fma(reg a, reg b, reg c) { return vfmaq_f32(c, a, b); }
 SIMD_INLINE reg_mask less(reg a, reg b) { return vcltq_f32(a, b); }
 SIMD_INLINE reg select(reg_mask m, reg a, reg b) { return vbslq_f32(m, a, b); }
+template <int k>
+SIMD_INLINE reg slide(reg a, reg b) {
+    return vextq_f32(a, b, k);
+}
+SIMD_INLINE reg first_everywhere(reg a) { return vdupq_laneq_f32(a, 0); }
 SIMD_INLINE reg power_of_two(reg t) {
     const uint32x4_t exponent = vshlq_n_u32(vreinterpretq_u32_f32(t), 23);
     return vreinterpretq_f32_u32(vaddq_u32(exponent, vdupq_n_u32(0x3f800000u)));
@@ -190,6 +212,13 @@ SIMD_INLINE reg_mask less(reg a, reg b) { return a < b; }
 SIMD_INLINE reg select(reg_mask m, reg a, reg b) { return (reg)(((reg_mask)a & m) | ((reg_mask)b & ~m)); }
 SIMD_INLINE reg max(reg a, reg b) { return select(a > b, a, b); }
 SIMD_INLINE reg min(reg a, reg b) { return select(a < b, a, b); }
+template <int k>
+SIMD_INLINE reg slide(reg a, reg b) {
+    reg out;
+    for (int i = 0; i < kRegLanes; ++i) out[i] = i + k < kRegLanes ? a[i + k] : b[i + k - kRegLanes];
+    return out;
+}
+SIMD_INLINE reg first_everywhere(reg a) { return set1_reg(a[0]); }
 SIMD_INLINE reg power_of_two(reg t) { return (reg)(((reg_bits)t << 23) + 0x3f800000u); }
 SIMD_INLINE reg times_power_of_two(reg a, reg t) { return (reg)(((reg_bits)t << 23) + (reg_bits)a); }
 SIMD_INLINE reg times_power_of_two_or_0(reg a, reg t) {
@@ -276,6 +305,21 @@ SIMD_INLINE f32x16 power_of_two(f32x16 t) {
     return out;
 }
 
+// Lanes k to 15 of a, then the first k of b.
+template <int k>
+SIMD_INLINE f32x16 slide(f32x16 a, f32x16 b) {
+    const auto part = [&](int i) SIMD_INLINE_LAMBDA { return i < kRegs ? a.r[i] : b.r[i - kRegs]; };
+    f32x16 out;
+    SIMD_EACH_REG(i)
+        out.r[i] = slide<k % kRegLanes>(part(i + k / kRegLanes), part((i + k / kRegLanes + 1) % (2 * kRegs)));
+    return out;
+}
+SIMD_INLINE f32x16 first_everywhere(f32x16 a) {
+    f32x16 out;
+    SIMD_EACH_REG(i) out.r[i] = first_everywhere(a.r[0]);
+    return out;
+}
+
 // The first n < 16 elements at p, and `fill` in the others.
 template <class T>
 SIMD_INLINE f32x16 load_first(const T* p, int64_t n, float fill) {
@@ -315,6 +359,21 @@ SIMD_INLINE float reduce_max(f32x16 a) {
     for (int half = kLanes / 2; half > 0; half /= 2)
         for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
     return lanes[0];
+}
+
+template <class Type>
+struct Tag {
+    using type = Type;
+};
+
+// Calls body(Tag<element>).
+template <class Body>
+inline void with_element(DType dtype, const Body& body) {
+    switch (dtype) {
+        case DType::bf16: return body(Tag<bf16>());
+        case DType::f16: return body(Tag<f16>());
+        case DType::f32: return body(Tag<float>());
+    }
 }
 
 }  // namespace

@@ -50,20 +50,7 @@ inline float z_of(const Z& z, float x) {
     return first_lane(z.z(set1(x)));
 }
 
-template <class Type>
-struct Tag {
-    using type = Type;
-};
-
-// Calls body(Tag<element>) or body(Tag<element>, Tag<form>) with the types of these logits.
-template <class Body>
-inline void with_element(DType dtype, const Body& body) {
-    switch (dtype) {
-        case DType::bf16: return body(Tag<bf16>());
-        case DType::f16: return body(Tag<f16>());
-        case DType::f32: return body(Tag<float>());
-    }
-}
+// Calls body(Tag<element>, Tag<form>) with the types of these logits.
 template <class Body>
 inline void with_element_and_form(DType dtype, const Transform& t, const Body& body) {
     with_element(dtype, [&](auto element) {

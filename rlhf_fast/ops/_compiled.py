@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops._rows import Matrix, Transform, flat
+from rlhf_fast.ops._rows import GAEInputs, Matrix, Transform, flat
 
 try:
     _C: Any = importlib.import_module("rlhf_fast._C")
@@ -32,11 +32,13 @@ def module(backend: str) -> Any:
     return cuda if backend == "cuda" else cpu
 
 
-def new_like(x: Tensor) -> Tensor:
-    """Uninitialised memory of x's shape and dtype, contiguous; large and on the CPU, as csrc/common/memory.h has it."""
-    if x.device.type != "cpu" or x.nbytes < _LARGE or _Memory is None:
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
-    return torch.frombuffer(_Memory(x.nbytes), dtype=x.dtype).resize_(x.shape)
+def new_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised memory of x's shape and dtype (or this one), contiguous; large and on the CPU, as memory.h says."""
+    dtype = dtype or x.dtype
+    size = x.numel() * dtype.itemsize
+    if x.device.type != "cpu" or size < _LARGE or _Memory is None:
+        return torch.empty(x.shape, dtype=dtype, device=x.device)
+    return torch.frombuffer(_Memory(size), dtype=dtype).resize_(x.shape)
 
 
 def release_memory() -> None:
@@ -203,4 +205,19 @@ class KLEstimate:
         self.kernels.kl_estimate_gradient(
             logprobs.data_ptr(), ref_logprobs.data_ptr(), _DTYPES[logprobs.dtype], logprobs.numel(), _address(mask),
             estimate, grad.data_ptr(), _address(out), _address(ref_out), _run(logprobs.device),
+        )  # fmt: skip
+
+
+class GAE:
+    """The kernel of gae; csrc/common/gae.h says what it does."""
+
+    def __init__(self, backend: str) -> None:
+        self.kernels = module(backend)
+
+    def forward(self, x: GAEInputs, advantages: Tensor, returns: Tensor, sums: Tensor | None) -> None:
+        is_int64 = x.cu_seqlens is not None and x.cu_seqlens.dtype == torch.int64
+        self.kernels.gae_forward(
+            (_address(x.cu_seqlens), is_int64, x.sequences, x.length), _addresses(x[:4]), x.kl_coef,
+            x.values.data_ptr(), _DTYPES[x.values.dtype], _address(x.mask), _address(x.bootstrap), x[-3:],
+            _addresses((advantages, returns, sums)), _run(x.values.device),
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What kernels over a vocabulary are given: memory that may be read, as a matrix of rows; the transform of a logit."""
+"""What kernels are given: memory that may be read, as a matrix of rows; the transform of a logit; gae's arguments."""
 
 from __future__ import annotations
 
@@ -66,3 +66,22 @@ def per_row(temperature: float | Tensor, rows: torch.Size) -> tuple[Tensor | Non
 def flat(x: Tensor | None) -> Tensor | None:
     """(...) as contiguous (rows,)."""
     return None if x is None else x.reshape(-1).contiguous()
+
+
+class GAEInputs(NamedTuple):
+    """What csrc/common/gae.h has under this name; all tensors contiguous."""
+
+    rewards: Tensor | None
+    logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    scores: Tensor | None
+    kl_coef: float
+    values: Tensor
+    mask: Tensor | None
+    bootstrap: Tensor | None
+    cu_seqlens: Tensor | None  # None: padded
+    sequences: int
+    length: int  # of each, if padded
+    gamma: float
+    lam: float
+    critic_lam: float

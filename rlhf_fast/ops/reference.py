@@ -208,32 +208,58 @@ def full_kl(
 
 
 def gae(
-    rewards: Tensor,
+    rewards: Tensor | None,
     values: Tensor,
     gamma: float = 1.0,
     lam: float = 0.95,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     bootstrap: Tensor | None = None,
+    critic_lam: float | None = None,
+    scores: Tensor | None = None,
+    logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lam A_{t+1};  t + 1 is the next *unmasked* token."""
     if cu_seqlens is not None:
         inside = inside_sequences(cu_seqlens)
         real = inside if mask is None else to_padded(mask, inside)
-        padded = gae(to_padded(rewards, inside), to_padded(values, inside), gamma, lam, real, None, bootstrap)
+        packed = (None if x is None else to_padded(x, inside) for x in (rewards, logprobs, ref_logprobs))
+        rewards, logprobs, ref_logprobs = packed
+        padded = gae(
+            rewards, to_padded(values, inside), gamma, lam, real, None, bootstrap, critic_lam, scores, logprobs,
+            ref_logprobs, kl_coef,
+        )  # fmt: skip
         return padded[0][inside], padded[1][inside]  # (N,)
-    rewards, values = keep(rewards, mask), keep(values, mask)  # (B, T)
-    mask = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
-    next_advantage = torch.zeros_like(values[:, :1])  # (B, 1)
-    next_value = torch.zeros_like(values[:, :1]) if bootstrap is None else bootstrap[:, None].to(values.dtype)
-    columns: list[Tensor] = []
+    values = keep(values, mask)  # (B, T)
+    rewards = torch.zeros_like(values) if rewards is None else keep(rewards, mask)
+    if logprobs is not None and ref_logprobs is not None:
+        rewards = rewards - kl_coef * (keep(logprobs, mask) - keep(ref_logprobs, mask))
+    mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
+    zero = torch.zeros_like(rewards[:, :1])  # (B, 1)
+    next_value = zero if bootstrap is None else widen(bootstrap)[:, None]
+    unpaid = zero if scores is None else widen(scores)[:, None]
+    decays = (gamma * lam, gamma * (lam if critic_lam is None else critic_lam))
+    after = [zero, zero]  # A_{t+1} of the actor and of the critic
+    columns: tuple[list[Tensor], list[Tensor]] = ([], [])
     for r, v, real in reversed(list(zip(rewards.split(1, 1), values.split(1, 1), mask.split(1, 1), strict=True))):
-        advantage = r + gamma * next_value - v + gamma * lam * next_advantage  # (B, 1)
-        next_advantage = torch.where(real, advantage, next_advantage)
-        next_value = torch.where(real, v, next_value)
-        columns.append(torch.where(real, advantage, 0))
-    advantages = torch.cat(columns[::-1], dim=1)  # (B, T)
-    return advantages, advantages + values
+        delta = r + unpaid + gamma * next_value - v  # (B, 1)
+        here = [delta + decay * a for decay, a in zip(decays, after, strict=True)]
+        after = [torch.where(real, new, old) for new, old in zip(here, after, strict=True)]
+        next_value, unpaid = torch.where(real, v, next_value), torch.where(real, 0, unpaid)
+        for column, a in zip(columns, (here[0], here[1] + v), strict=True):
+            column.append(torch.where(real, a, 0))
+    if not columns[0]:
+        return torch.zeros_like(rewards), torch.zeros_like(rewards)
+    return torch.cat(columns[0][::-1], dim=1), torch.cat(columns[1][::-1], dim=1)  # (B, T)
+
+
+def whitening_sums(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(3,) float64: how many elements are unmasked, their sum and the sum of their squares."""
+    exact = torch.where(mask, x, 0).double() if mask is not None else x.double()
+    count = torch.tensor(x.numel(), device=x.device) if mask is None else mask.sum()
+    return torch.stack((count.double(), exact.sum(), exact.square().sum()))
 
 
 def whiten(x: Tensor, mask: Tensor | None = None, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:

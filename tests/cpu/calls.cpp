@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/full_kl.h"
+#include "common/gae.h"
 #include "common/kl_estimate.h"
 #include "common/token_logprobs.h"
 
@@ -48,7 +49,7 @@ int main() {
             return Logits{x.data(), dtype, call.rows, call.columns, call.rows, 0, call.columns, 1};
         };
         const Transform transform = {call.scale, call.softcap, call.temperature, nullptr};
-        std::vector<std::vector<float>> results(9, std::vector<float>(call.op == 2 ? count : rows));
+        std::vector<std::vector<float>> results(9, std::vector<float>(call.op >= 2 ? count : rows));
         std::vector<char> gradient_p(bytes), gradient_q(bytes);
         const auto at = [&](int i) { return results[static_cast<size_t>(i)].data(); };
         if (call.op == 0) {
@@ -63,6 +64,11 @@ int main() {
             cpu::full_kl.forward(logits(p), logits(q), transform, Mask{nullptr}, kind, nullptr, out, run);
             cpu::full_kl.gradient(logits(p), logits(q), transform, Mask{nullptr}, kind, out, grad.data(),
                                   gradient_p.data(), gradient_q.data(), run);
+        } else if (call.op == 3) {
+            const TokenRewards paid = {q.data(), p.data(), q.data(), grad_2.data(), 0.3f};
+            const Sequences where = {nullptr, false, call.rows, call.columns};
+            const GAEInputs in = {where, paid, p.data(), dtype, nullptr, grad_2.data(), 0.9f, 0.8f, 0.95f};
+            cpu::gae.forward(in, GAE{at(0), at(1), nullptr}, run);
         } else {
             const Estimate kind = static_cast<Estimate>(call.kind);
             const int64_t n = static_cast<int64_t>(count);

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import _compiled
-from rlhf_fast.ops._rows import Transform, matrix
+from rlhf_fast.ops._rows import GAEInputs, Transform, matrix
 
-TOKEN_LOGPROBS, FULL_KL, KL_ESTIMATE = 0, 1, 2
+TOKEN_LOGPROBS, FULL_KL, KL_ESTIMATE, GAE = 0, 1, 2, 3
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -35,7 +35,7 @@ class Call(NamedTuple):
     @property
     def results(self) -> int:
         """Numbers in each of the nine result arrays."""
-        return self.p.numel() if self.op == KL_ESTIMATE else self.p.shape[0]
+        return self.p.numel() if self.op in (KL_ESTIMATE, GAE) else self.p.shape[0]
 
 
 def calls() -> Iterator[Call]:
@@ -56,6 +56,7 @@ def calls() -> Iterator[Call]:
                 for kind in (0, 1):
                     yield Call(FULL_KL, dtype, kind, transform, *rest)
             yield Call(KL_ESTIMATE, dtype, i, transforms[0], *rest)
+            yield Call(GAE, dtype, 0, transforms[0], *rest)
 
 
 def encode(call: Call) -> bytes:
@@ -80,6 +81,10 @@ def answer(call: Call) -> list[Tensor]:
         divergences = _compiled.FullKL("cpu")
         divergences.forward(x, y, t, None, call.kind, results)
         divergences.gradient(x, y, t, None, call.kind, results, grad, in_p, in_q)
+    elif call.op == GAE:
+        advantages, returns = results[:2]
+        inputs = GAEInputs(q, p, q, grad_2, 0.3, p, None, grad_2, None, *p.shape, 0.9, 0.8, 0.95)
+        _compiled.GAE("cpu").forward(inputs, advantages, returns, None)
     else:
         estimates = _compiled.KLEstimate("cpu")
         estimates.forward(p, q, None, call.kind, results[0])

@@ -64,7 +64,10 @@ def test_the_baseline_is_as_right_if_not_the_same() -> None:
 
     for call, other in zip(calls.calls(), torch.load(io.BytesIO(done.stdout)), strict=True):
         for mine, its in zip(calls.answer(call), other, strict=True):
-            torch.testing.assert_close(its.float(), mine.float(), rtol=2e-5, atol=2e-5, equal_nan=True)
+            size = (
+                float(mine[mine.isfinite()].abs().max()) if call.op == calls.GAE else 1.0
+            )  # it sums up what may cancel
+            torch.testing.assert_close(its.float(), mine.float(), rtol=2e-5, atol=2e-5 * max(size, 1.0), equal_nan=True)
 
 
 def build(tmp_path: Path, compiler: str, *flags: str) -> Path:
