@@ -159,7 +159,7 @@ def measure(cubin: Path, target: int, name_of: Any) -> Iterator[Static]:
 
 def cuda_name(mangled: str) -> tuple[str, str, str, str, int]:
     """From _ZN9rlhf_fast4cuda..._full_kl_cu_...15gradient_kernelI13__nv_bfloat16LNS0_4FormE1ELNS_10DivergenceE0E..."""
-    op = re.search(r"_(token_logprobs|full_kl|kl_estimate|gae)_cu_", mangled)
+    op = re.search(r"_(token_logprobs|full_kl|kl_estimate|gae|ppo_loss)_cu_", mangled)
     kernel = re.search(r"\d+([a-z][a-z_]*?)_kernel", mangled)
     assert op is not None and kernel is not None, mangled
     dtype = re.search(r"_kernelI(f|13__nv_bfloat16|6__half)", mangled)
@@ -200,23 +200,34 @@ class Variant:
     elements: int
 
 
-NUMBERS = "scale softcap temperature kl_coef gamma lam critic_lam".split()
-SIZES = re.compile(r"(length|columns|inner|stride|first_column|segments|states_per_row|rows|count)$")
-NARROW = "logits out p q out_p out_q logprobs ref_logprobs ref_out rewards values".split()
-POINTERS = {"tokens": "*i64", "mask": "*i1", "cu_seqlens": "*i32", "sums": "*fp64"}
+NUMBERS = """scale softcap temperature gamma lam critic_lam number tokens_number clip_low clip_high dual_clip value_clip
+    value_coef entropy_coef kl_coef""".split()
+SIZES = re.compile(r"(length|columns|inner|stride|first_column|segments|states_per_row|rows|count|ranges)$")
+NARROW = """logits out p q out_p out_q logprobs ref_logprobs ref_out rewards values old_logprobs advantages old_values
+    returns entropy""".split()
+POINTERS = {
+    "tokens": "*i64",
+    "mask": "*i1",
+    "cu_seqlens": "*i32",
+    "sums": "*fp64",
+    "partials": "*fp64",
+    "counts": "*i64",
+}
 
 
-def _type(name: str, dtype: str) -> str:
+def _type(op: str, name: str, dtype: str) -> str:
     """Of a kernel's argument, as its launch function would pass it."""
     if name in NUMBERS:
         return "fp32"
+    if op == "gae" and name in ("advantages", "returns"):
+        return "*fp32"  # its results
     if SIZES.search(name):
         return "i32"
     return POINTERS.get(name, f"*{dtype}" if name in NARROW else "*fp32")
 
 
 def triton_variants() -> Iterator[Variant]:
-    from rlhf_fast.kernels import full_kl, gae, kl_estimate, token_logprobs
+    from rlhf_fast.kernels import full_kl, kl_estimate, token_logprobs
 
     four_warps, token_warps = {"num_warps": 4}, {"num_warps": token_logprobs.WARPS}
     kl_warps = {"num_warps": full_kl.WARPS}
@@ -241,19 +252,33 @@ def triton_variants() -> Iterator[Variant]:
         yield Variant("kl_estimate", "_forward", f"{name}, k3", short, options, four_warps, 8)
         needs = {**options, "NEED": True, "NEED_REF": True}
         yield Variant("kl_estimate", "_gradient", f"{name}, k3", short, needs, four_warps, 8)
-        for everything in (False, True):  # that it may do, but packed; or rewards and values alone
-            parts = {f"HAS_{x}": everything for x in ("KL", "SCORES", "MASK", "BOOTSTRAP", "SUMS")}
-            flags = {**parts, "HAS_REWARDS": True, "TWO": everything, "PACKED": False}
-            label = f"{name}, {'everything' if everything else 'rewards'}"
-            size = {"BLOCK": gae.BLOCK}
-            yield Variant(
-                "gae", "_forward", label, short, {**flags, **size}, {"num_warps": gae.WARPS}, gae.BLOCK // 128
-            )
+        yield from _of_tokens(name, short)
     finish = {"HAS_MASK": False, "ROWS": token_logprobs.FINISH_ROWS, "STATES": 16}
     yield Variant("token_logprobs", "_finish", "16 segments", "fp32", {**finish, "SAVE": True}, four_warps, 16)
     finish = {**finish, "ROWS": full_kl.FINISH_ROWS, "STATES": 32, "STATE": full_kl.STATE}
     yield Variant("full_kl", "_finish", "32 segments", "fp32", finish, four_warps, 16)
     yield Variant("full_kl", "_js_finish", "32 segments", "fp32", finish, four_warps, 16)
+
+
+def _of_tokens(name: str, short: str) -> Iterator[Variant]:
+    """gae and ppo_loss, doing all that they may do, and gae with rewards and values alone."""
+    from rlhf_fast.kernels import gae, ppo_loss
+
+    for everything in (False, True):
+        flags: dict[str, Any] = {f"HAS_{x}": everything for x in ("KL", "SCORES", "MASK", "BOOTSTRAP", "SUMS")}
+        flags = {**flags, "HAS_REWARDS": True, "TWO": everything, "PACKED": False, "BLOCK": gae.BLOCK}
+        label = f"{name}, {'everything' if everything else 'rewards'}"
+        yield Variant("gae", "_forward", label, short, flags, {"num_warps": gae.WARPS}, gae.BLOCK // 128)
+    flags = {f"HAS_{x}": x != "WEIGHTS" for x in ("MASK", "VALUES", "ENTROPY", "KL", "WEIGHTS")}
+    flags = {**flags, "KL_COUNTS": True}
+    flags = {**flags, "NEED": True, "NEED_VALUES": True, "NEED_ENTROPY": True, "CLIPS_VALUES": True, "DUAL": True}
+    flags = {**flags, "KL": 2, "KL_SLOPE": 2, "DENOMINATOR": 0, "BLOCK": ppo_loss.range_size, "SUMS": ppo_loss.SUMS}
+    elements = ppo_loss.range_size // 128
+    yield Variant("ppo_loss", "_forward", f"{name}, everything", short, flags, {"num_warps": ppo_loss.WARPS}, elements)
+    if short == "fp32":
+        flags = {"FINISH": ppo_loss.FINISH, "SUMS": ppo_loss.SUMS, "DENOMINATOR": 0, "TOKENS": 0}
+        flags = {**flags, "VALUES_COUNT": True, "ENTROPY_COUNTS": True, "KL_COUNTS": True}
+        yield Variant("ppo_loss", "_finish", "many ranges", short, flags, {"num_warps": ppo_loss.WARPS}, 16)
 
 
 def _absent_from_gae(name: str, constants: dict[str, Any]) -> bool:
@@ -276,11 +301,12 @@ def compile_variant(job: tuple[Variant, int]) -> list[Static]:
     for name in function.arg_names:
         absent = (name == "mask" and not constants["HAS_MASK"]) or (name == "temperatures" and not constants["PER_ROW"])
         absent |= variant.op == "gae" and _absent_from_gae(name, constants)
+        absent |= name in ("weights", "there", "tokens_there")  # ppo_loss divides by the tokens that count
         if name in constants or absent or name.endswith("column_stride"):
             constants.setdefault(name, None if absent else 1)  # Triton itself specialises on a stride of 1
             types[name] = "constexpr"
         else:
-            types[name] = _type(name, variant.dtype)
+            types[name] = _type(variant.op, name, variant.dtype)
     not_specialised = {function.arg_names[p] if isinstance(p, int) else p for p in function.do_not_specialize}
     divisible = [
         name for name, kind in types.items()
@@ -316,10 +342,10 @@ def faults(one: Static) -> list[str]:
     found = []
     if one.stack or one.spills:
         found.append(f"{one.spills} spills, {one.stack} bytes of stack")
-    if one.kernel.endswith("finish"):
-        return found  # reads a few states a row
+    if one.kernel.endswith("finish") or one.kernel == "count":
+        return found  # reads a few states a row, or a byte a token
     itemsize = 4 if "float32" in one.variant else 2
-    rows = 2 if one.op in ("full_kl", "kl_estimate", "gae") else 1
+    rows = {"token_logprobs": 1, "ppo_loss": 8}.get(one.op, 2)
     needed = rows * one.elements * itemsize // 16
     if one.op == "kl_estimate" and one.kernel == "gradient":
         needed += one.elements * 4 // 16  # the upstream gradients, one an element
@@ -327,8 +353,9 @@ def faults(one: Static) -> list[str]:
         found.append(f"{one.wide_loads} loads of 16 bytes, expected {needed}")
     if one.kernel == "gradient" and one.wide_stores < rows * one.elements * itemsize // 16:
         found.append(f"{one.wide_stores} stores of 16 bytes, expected {rows * one.elements * itemsize // 16}")
-    if one.op == "gae" and one.wide_stores < 2 * one.elements * 4 // 16:
-        found.append(f"{one.wide_stores} stores of 16 bytes, expected {2 * one.elements * 4 // 16}")
+    stores = {"gae": 2, "ppo_loss": 3}.get(one.op, 0) * one.elements * 4 // 16  # in float32 whatever the inputs are
+    if one.wide_stores < stores:
+        found.append(f"{one.wide_stores} stores of 16 bytes, expected {stores}")
     return found
 
 

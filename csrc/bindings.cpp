@@ -10,6 +10,7 @@
 #include "common/gae.h"
 #include "common/kl_estimate.h"
 #include "common/memory.h"
+#include "common/ppo_loss.h"
 #include "common/token_logprobs.h"
 #include "cpu/isa.h"
 
@@ -146,6 +147,43 @@ void def_gae(py::module_& m, const GAEKernels& kernels) {
           });
 }
 
+using EightAddresses = std::tuple<Address, Address, Address, Address, Address, Address, Address, Address>;
+using PPOOptionsTuple = std::tuple<float, float, float, float, float, float, float, int, int>;
+using DenominatorTuple = std::tuple<Address, float>;
+using SixAddresses = std::tuple<Address, Address, Address, Address, Address, Address>;
+
+Denominator denominator(const DenominatorTuple& t) { return {at<float>(std::get<0>(t)), std::get<1>(t)}; }
+
+void def_ppo_loss(py::module_& m, const PPOLossKernels& kernels) {
+    m.attr("ppo_loss_range") = kernels.range;
+    m.def("ppo_loss_forward",
+          [kernels](const EightAddresses& tensors, int dtype, int64_t count, Address flags, Address weights,
+                    const PPOOptionsTuple& options, const DenominatorTuple& of_terms, const DenominatorTuple& of_tokens,
+                    const SixAddresses& out, const RunTuple& where) {
+              const PPOInputs inputs = std::apply(
+                  [&](auto... address) {
+                      return PPOInputs{at<void>(address)..., static_cast<DType>(dtype), count, at<bool>(flags),
+                                       at<float>(weights)};
+                  },
+                  tensors);
+              const auto& [low, high, dual, value_clip, value_coef, entropy_coef, kl_coef, kl, kl_slope] = options;
+              const PPOOptions o = {low,
+                                    high,
+                                    dual,
+                                    value_clip,
+                                    value_coef,
+                                    entropy_coef,
+                                    kl_coef,
+                                    static_cast<Estimate>(kl),
+                                    static_cast<Estimate>(kl_slope)};
+              const auto& [stats, in_logprobs, in_values, in_entropy, partials, counts] = out;
+              const PPOResults results = {at<float>(stats),      at<float>(in_logprobs), at<float>(in_values),
+                                          at<float>(in_entropy), at<double>(partials),   at<int64_t>(counts)};
+              py::gil_scoped_release release;
+              kernels.forward(inputs, o, denominator(of_terms), denominator(of_tokens), results, run(where));
+          });
+}
+
 py::list isa_list() {
     py::list names;
     for (Isa one : isa_available()) names.append(isa_name(one));
@@ -226,6 +264,7 @@ PYBIND11_MODULE(RLHF_FAST_MODULE, m) {
     def_full_kl(on_cpu, cpu::full_kl);
     def_kl_estimate(on_cpu, cpu::kl_estimate);
     def_gae(on_cpu, cpu::gae);
+    def_ppo_loss(on_cpu, cpu::ppo_loss);
 #endif
 #if defined(RLHF_FAST_CUDA)
     py::module_ on_cuda = m.def_submodule("cuda", "Kernels on memory of a CUDA device.");
@@ -236,5 +275,6 @@ PYBIND11_MODULE(RLHF_FAST_MODULE, m) {
     def_full_kl(on_cuda, cuda::full_kl);
     def_kl_estimate(on_cuda, cuda::kl_estimate);
     def_gae(on_cuda, cuda::gae);
+    def_ppo_loss(on_cuda, cuda::ppo_loss);
 #endif
 }

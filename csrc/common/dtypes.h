@@ -35,6 +35,7 @@ inline float float_of(uint32_t bits) {
 }
 
 inline float to_float(float x) { return x; }
+inline float to_float(bool x) { return x ? 1.0f : 0.0f; }
 inline float to_float(bf16 x) { return float_of(uint32_t{x.bits} << 16); }
 
 inline float to_float(f16 x) {

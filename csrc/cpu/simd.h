@@ -71,6 +71,9 @@ SIMD_INLINE void store(bf16* p, reg a) {
     const __m512i high = _mm512_mask_blend_epi32(nan, _mm512_srli_epi32(rounded, 16), _mm512_set1_epi32(0x7fc0));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(high));
 }
+SIMD_INLINE reg load(const bool* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 SIMD_INLINE reg load(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 SIMD_INLINE void store(f16* p, reg a) {
     const __m256i narrow = _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -130,6 +133,9 @@ SIMD_INLINE void store(bf16* p, reg a) {
     const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
 }
+SIMD_INLINE reg load(const bool* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
 SIMD_INLINE reg load(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 SIMD_INLINE void store(f16* p, reg a) {
     const __m128i narrow = _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -181,6 +187,10 @@ SIMD_INLINE void store(bf16* p, reg a) {
     const uint32x4_t number = vceqq_f32(a, a);
     const uint32x4_t high = vbslq_u32(number, vshrq_n_u32(rounded, 16), vdupq_n_u32(0x7fc0));
     vst1_u16(reinterpret_cast<uint16_t*>(p), vmovn_u32(high));
+}
+SIMD_INLINE reg load(const bool* p) {
+    const float lanes[4] = {to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+    return vld1q_f32(lanes);
 }
 SIMD_INLINE reg load(const f16* p) {
     return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))));

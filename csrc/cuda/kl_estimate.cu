@@ -4,32 +4,10 @@
 
 #include "cuda/launch.cuh"
 #include "cuda/load.cuh"
+#include "cuda/sampled_kl.cuh"
 
 namespace rlhf_fast::cuda {
 namespace {
-
-// e^x - 1 - x. Near 0 by its own series, since expm1(x) - x would leave only rounding errors there.
-__device__ inline float expm1_minus(float x) {
-    float series = 0x1.a0c634p-16f * x + 0x1.a2a1f0p-13f;  // by Remez on |x| <= 1/2: 7e-10
-    series = series * x + 0x1.6c17c6p-10f;
-    series = series * x + 0x1.110fcep-7f;
-    series = series * x + 0x1.555554p-5f;
-    series = series * x + 0x1.555556p-3f;
-    series = series * x + 0.5f;
-    return fabsf(x) < 0.5f ? x * x * series : expf(x) - 1.0f - x;
-}
-
-__device__ inline float value(Estimate kind, float d) {
-    if (kind == Estimate::k1) return d;
-    if (kind == Estimate::k2) return d * d * 0.5f;
-    return expm1_minus(-d);
-}
-
-__device__ inline float slope(Estimate kind, float d) {
-    if (kind == Estimate::k1) return 1.0f;
-    if (kind == Estimate::k2) return d;
-    return d - expm1_minus(-d);  // 1 - e^-d
-}
 
 // A thread's kVector<T> elements from i: log p - log q, 0 where masked.
 template <class T>
@@ -53,7 +31,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const T* logprobs, co
     for (int j = 0; j < kVector<T>; j += kVector<float>) {
         float values[kVector<float>];
 #pragma unroll
-        for (int k = 0; k < kVector<float>; ++k) values[k] = value(kind, d[j + k]);
+        for (int k = 0; k < kVector<float>; ++k) values[k] = estimate(kind, d[j + k]);
         store(out, i + j, count, aligned16(out), values);
     }
 }

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops._rows import GAEInputs, Matrix, Transform, flat
+from rlhf_fast.ops._rows import Denominator, GAEInputs, Matrix, PPOInputs, PPOOptions, Transform, flat
 
 try:
     _C: Any = importlib.import_module("rlhf_fast._C")
@@ -220,4 +220,29 @@ class GAE:
             (_address(x.cu_seqlens), is_int64, x.sequences, x.length), _addresses(x[:4]), x.kl_coef,
             x.values.data_ptr(), _DTYPES[x.values.dtype], _address(x.mask), _address(x.bootstrap), x[-3:],
             _addresses((advantages, returns, sums)), _run(x.values.device),
+        )  # fmt: skip
+
+
+class PPOLoss:
+    """The kernel of ppo_loss; csrc/common/ppo_loss.h says what it does."""
+
+    def __init__(self, backend: str) -> None:
+        self.kernels = module(backend)
+        self.range_size: int = self.kernels.ppo_loss_range
+
+    def forward(
+        self,
+        x: PPOInputs,
+        options: PPOOptions,
+        of_terms: Denominator,
+        of_tokens: Denominator,
+        stats: Tensor,
+        gradients: Sequence[Tensor | None],
+        partials: Tensor,
+        counts: Tensor,
+    ) -> None:
+        self.kernels.ppo_loss_forward(
+            _addresses(x[:8]), _DTYPES[x.logprobs.dtype], x.logprobs.numel(), _address(x.mask), _address(x.weights),
+            options, (_address(of_terms.there), of_terms.number), (_address(of_tokens.there), of_tokens.number),
+            _addresses((stats, *gradients, partials, counts)), _run(stats.device),
         )  # fmt: skip

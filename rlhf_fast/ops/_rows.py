@@ -85,3 +85,39 @@ class GAEInputs(NamedTuple):
     gamma: float
     lam: float
     critic_lam: float
+
+
+class PPOInputs(NamedTuple):
+    """What csrc/common/ppo_loss.h has under this name; all tensors contiguous, those of tokens of one dtype."""
+
+    logprobs: Tensor
+    old_logprobs: Tensor
+    advantages: Tensor
+    values: Tensor | None
+    old_values: Tensor | None
+    returns: Tensor | None
+    entropy: Tensor | None
+    ref_logprobs: Tensor | None
+    mask: Tensor | None
+    weights: Tensor | None
+
+
+class PPOOptions(NamedTuple):
+    clip_low: float
+    clip_high: float
+    dual_clip: float  # 0: none
+    value_clip: float  # below 0: none
+    value_coef: float
+    entropy_coef: float
+    kl_coef: float
+    kl: int  # as csrc/common/kl_estimate.h numbers the estimates
+    kl_slope: int  # the one whose gradient it gets
+
+
+class Denominator(NamedTuple):
+    there: Tensor | None  # a number on the device
+    number: float  # without it; 0: the tokens that count
+
+    @property
+    def kind(self) -> int:
+        return 1 if self.there is not None else 2 if self.number else 0

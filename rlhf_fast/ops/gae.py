@@ -105,8 +105,7 @@ def gae(
     )  # fmt: skip
     with torch.no_grad():
         if backend == "reference":
-            advantages, returns = reference.gae(*arguments)
-            return (advantages, returns, reference.whitening_sums(advantages, mask)) if sums else (advantages, returns)
+            return reference.gae(*arguments, sums)
         advantages, returns, per_sequence = _op(*arguments, sequences, sums, dtype, backend)
         return (advantages, returns, per_sequence.sum(0)) if sums else (advantages, returns)
 

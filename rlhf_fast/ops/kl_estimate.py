@@ -17,7 +17,7 @@ from rlhf_fast.ops._rows import flat
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 KINDS = ("k1", "k2", "k3", "k1+", "k3+")
-_ESTIMATES = ("k1", "k2", "k3")  # as csrc/common/kl_estimate.h numbers them
+ESTIMATES = ("k1", "k2", "k3")  # as csrc/common/kl_estimate.h numbers them
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1", mask: Tensor | None = None) -> Tensor:
@@ -85,7 +85,7 @@ def kl_estimate_forward(
     """The estimates, float32."""
     out = torch.empty(logprobs.shape, dtype=torch.float32, device=logprobs.device)
     if out.numel():
-        estimate = _ESTIMATES.index(kind[:2])
+        estimate = ESTIMATES.index(kind[:2])
         kernels(backend).forward(logprobs.contiguous(), ref_logprobs.contiguous(), flat(mask), estimate, out)
     return out
 
@@ -104,7 +104,7 @@ def kl_estimate_backward(
     in_p = torch.empty_like(logprobs) if needs[0] else None
     in_q = torch.empty_like(logprobs) if needs[1] else None
     if logprobs.numel():
-        estimate = _ESTIMATES.index("k2" if kind.endswith("+") else kind)
+        estimate = ESTIMATES.index("k2" if kind.endswith("+") else kind)
         kernels(backend).gradient(logprobs, ref_logprobs, flat(mask), estimate, grad.contiguous(), in_p, in_q)
     return logprobs.new_empty(0) if in_p is None else in_p, logprobs.new_empty(0) if in_q is None else in_q
 

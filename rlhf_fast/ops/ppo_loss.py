@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any, Optional
 
+import torch
 from torch import Tensor
 
-from rlhf_fast.ops import _checks, _dispatch, reference
-from rlhf_fast.ops.kl_estimate import KINDS
+from rlhf_fast.ops import _checks, _compiled, _dispatch, reference
+from rlhf_fast.ops._library import Op
+from rlhf_fast.ops._rows import Denominator, PPOInputs, PPOOptions
+from rlhf_fast.ops.kl_estimate import ESTIMATES, KINDS
+
+# torch.library reads the annotations of registered functions and knows no other form of Optional.
+# ruff: noqa: UP045
 
 AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum_mean")
-BACKENDS = ("reference",)
+BACKENDS = ("cpu", "cuda", "triton", "reference")
+STATS = (  # as csrc/common/ppo_loss.h orders them, after the loss
+    "policy_loss value_loss entropy kl ratio_mean ratio_max clip_fraction value_clip_fraction approx_kl approx_kl_k3 "
+    "explained_variance"
+).split()
 
 
 def ppo_loss(
@@ -93,11 +105,143 @@ def ppo_loss(
         raise ValueError("entropy: None, expected a tensor because entropy_coef is not 0")
     check_numbers(clip_low, clip_high, dual_clip, value_clip, value_coef, entropy_coef, kl_coef, kl)
     check_aggregation(logprobs, cu_seqlens, aggregation, denominator)
-    _dispatch.choose("ppo_loss", BACKENDS, logprobs)
-    return reference.ppo_loss(
-        logprobs, old_logprobs, advantages, values, old_values, returns, mask, cu_seqlens, clip_low, clip_high,
-        dual_clip, value_clip, value_coef, entropy, entropy_coef, ref_logprobs, kl_coef, kl, aggregation, denominator,
+    given = [x for x in tensors.values() if x is not None]
+    dtype = functools.reduce(torch.promote_types, [x.dtype for x in given])
+    backend = _dispatch.choose("ppo_loss", BACKENDS, next((x for x in given if x.dtype == torch.float64), logprobs))
+    if backend == "reference":
+        return reference.ppo_loss(
+            logprobs, old_logprobs, advantages, values, old_values, returns, mask, cu_seqlens, clip_low, clip_high,
+            dual_clip, value_clip, value_coef, entropy, entropy_coef, ref_logprobs, kl_coef, kl, aggregation,
+            denominator,
+        )  # fmt: skip
+    weights, there = None, denominator if isinstance(denominator, Tensor) else None
+    number = 0.0 if denominator is None or there is not None else float(denominator)
+    if aggregation != "token_mean":
+        lengths = sequence_lengths(logprobs, mask, cu_seqlens)  # (B,)
+        there = (lengths > 0).sum() if denominator is None else there
+        weights = 1.0 / lengths.clamp(min=1).float() if aggregation == "sequence_mean" else None
+        if weights is not None and cu_seqlens is not None:
+            weights = weights.repeat_interleave(cu_seqlens.diff(), output_size=logprobs.shape[0])  # (N,)
+        elif weights is not None:
+            weights = weights[:, None].expand(logprobs.shape)  # (B, T)
+    constants = (None if x is None else x.detach() for x in (old_logprobs, advantages, old_values, returns))
+    differentiable = (logprobs, values if value_coef != 0 else None, entropy if entropy_coef != 0 else None)
+    loss, stats, *_ = _op(
+        logprobs, values, entropy, *constants, None if ref_logprobs is None else ref_logprobs.detach(), mask, weights,
+        None if there is None else there.detach(), number, aggregation == "token_mean",
+        [
+            clip_low, clip_high, dual_clip or 0.0, -1.0 if value_clip is None else value_clip,
+            value_coef, entropy_coef, kl_coef,
+        ],
+        kl, [torch.is_grad_enabled() and x is not None and x.requires_grad for x in differentiable], dtype, backend,
     )  # fmt: skip
+    return loss, dict(zip(STATS, stats.unbind(), strict=True))
+
+
+def sequence_lengths(like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """(B,): how many tokens of each sequence are unmasked. Waits for no device."""
+    if cu_seqlens is None:
+        return like.new_full((like.shape[0],), like.shape[1], dtype=torch.int64) if mask is None else mask.sum(1)
+    if mask is None:
+        return cu_seqlens.diff()
+    before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))  # (N + 1,)
+    return before[cu_seqlens.long()].diff()
+
+
+@functools.cache
+def kernels(backend: str) -> Any:
+    """The kernel of a backend: forward, and how many tokens are a range (see csrc/common/ppo_loss.h)."""
+    if backend == "triton":
+        from rlhf_fast.kernels import ppo_loss
+
+        return ppo_loss
+    return _compiled.PPOLoss(backend)
+
+
+def ppo_loss_forward(
+    logprobs: Tensor,
+    values: Optional[Tensor],
+    entropy: Optional[Tensor],
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    old_values: Optional[Tensor],
+    returns: Optional[Tensor],
+    ref_logprobs: Optional[Tensor],
+    mask: Optional[Tensor],
+    weights: Optional[Tensor],
+    denominator: Optional[Tensor],
+    number: float,
+    of_tokens: bool,
+    options: list[float],
+    kl: str,
+    needs: list[bool],
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss (), stats (11,), and the loss's gradients in logprobs, values and entropy: float32, empty if not needed.
+
+    ``weights``: of each token's terms. ``denominator``, or else ``number`` if that is not 0, or else the number of
+    unmasked tokens divides the terms; the statistics too if ``of_tokens``, else those are divided by the last.
+    """
+
+    def plain(x: Tensor | None, to: torch.dtype) -> Tensor | None:
+        return None if x is None else x.to(to).contiguous()
+
+    run = kernels(backend)
+    x = PPOInputs(
+        logprobs.to(dtype).contiguous(), old_logprobs.to(dtype).contiguous(), advantages.to(dtype).contiguous(),
+        plain(values, dtype), plain(old_values, dtype), plain(returns, dtype), plain(entropy, dtype),
+        plain(ref_logprobs, dtype), plain(mask, torch.bool), plain(weights, torch.float32),
+    )  # fmt: skip
+    low, high, dual, value_clip, *coefs = options
+    estimates = ESTIMATES.index(kl[:2]), ESTIMATES.index("k2" if kl.endswith("+") else kl)
+    terms = Denominator(plain(denominator, torch.float32), number)
+    gradients = [_compiled.new_like(logprobs, torch.float32) if needed else None for needed in needs]
+    ranges = -(-logprobs.numel() // run.range_size)
+    stats = logprobs.new_empty(1 + len(STATS), dtype=torch.float32)
+    partials = logprobs.new_zeros(ranges, 15, dtype=torch.float64)
+    counts = logprobs.new_empty(ranges, dtype=torch.int64)
+    numbers = PPOOptions(low, high, dual, value_clip, coefs[0], coefs[1], coefs[2], *estimates)
+    tokens = terms if of_tokens else Denominator(None, 0.0)
+    run.forward(x, numbers, terms, tokens, stats, gradients, partials, counts)
+    nothing = logprobs.new_empty(0, dtype=torch.float32)
+    in_logprobs, in_values, in_entropy = (nothing.clone() if g is None else g for g in gradients)
+    return stats[0].clone(), stats[1:].clone(), in_logprobs, in_values, in_entropy
+
+
+def ppo_loss_backward(upstream: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
+    """The gradient in x: the loss's, times that in the loss. Knows x, so that autograd refuses to go on from it."""
+    return (gradient * upstream).to(x.dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    needs = inputs[-3]
+    own = [x if needed else None for x, needed in zip(inputs, needs, strict=False)]
+    ctx.save_for_backward(*own, *output[2:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * 18
+    own, gradients = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+    found = (None if x is None else _backward_op(upstream, g, x) for x, g in zip(own, gradients, strict=True))
+    return *found, *(None,) * 15
+
+
+def _fake_forward(logprobs: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    needs = others[-3]
+    new = functools.partial(logprobs.new_empty, dtype=torch.float32)
+    return new(()), new(len(STATS)), *(new(logprobs.shape if needed else 0) for needed in needs)
+
+
+def _fake_backward(upstream: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
+    return torch.empty_like(gradient, dtype=x.dtype)
+
+
+_op = Op(ppo_loss_forward, _fake_forward, _setup_context, _backward)
+_backward_op = Op(ppo_loss_backward, _fake_backward)
 
 
 # The checks that linear_ppo_loss shares.

@@ -220,7 +220,8 @@ def gae(
     logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     kl_coef: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+    sums: bool = False,
+) -> tuple[Tensor, ...]:
     """delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lam A_{t+1};  t + 1 is the next *unmasked* token."""
     if cu_seqlens is not None:
         inside = inside_sequences(cu_seqlens)
@@ -231,7 +232,8 @@ def gae(
             rewards, to_padded(values, inside), gamma, lam, real, None, bootstrap, critic_lam, scores, logprobs,
             ref_logprobs, kl_coef,
         )  # fmt: skip
-        return padded[0][inside], padded[1][inside]  # (N,)
+        advantages, returns = padded[0][inside], padded[1][inside]  # (N,)
+        return (advantages, returns, whitening_sums(advantages, mask)) if sums else (advantages, returns)
     values = keep(values, mask)  # (B, T)
     rewards = torch.zeros_like(values) if rewards is None else keep(rewards, mask)
     if logprobs is not None and ref_logprobs is not None:
@@ -250,9 +252,8 @@ def gae(
         next_value, unpaid = torch.where(real, v, next_value), torch.where(real, 0, unpaid)
         for column, a in zip(columns, (here[0], here[1] + v), strict=True):
             column.append(torch.where(real, a, 0))
-    if not columns[0]:
-        return torch.zeros_like(rewards), torch.zeros_like(rewards)
-    return torch.cat(columns[0][::-1], dim=1), torch.cat(columns[1][::-1], dim=1)  # (B, T)
+    advantages, returns = (torch.cat([rewards[:, :0], *column[::-1]], dim=1) for column in columns)  # (B, T)
+    return (advantages, returns, whitening_sums(advantages, mask)) if sums else (advantages, returns)
 
 
 def whitening_sums(x: Tensor, mask: Tensor | None = None) -> Tensor:

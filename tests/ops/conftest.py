@@ -80,12 +80,18 @@ class Backend:
     def __call__(self, op: Any, *args: Any, **keywords: Any) -> Any:
         with ops.use_backend(self.name):
             result = op(*map(self._to, args), **{key: self._to(x) for key, x in keywords.items()})
-        return result.cpu() if isinstance(result, Tensor) else tuple(x.cpu() for x in result)
+        return _to_cpu(result)
 
     def _to(self, x: Any) -> Any:
         if isinstance(x, tuple):
             return tuple(self._to(y) for y in x)
         return x.to(self.device) if isinstance(x, Tensor) else x
+
+
+def _to_cpu(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {key: _to_cpu(y) for key, y in x.items()}
+    return x.cpu() if isinstance(x, Tensor) else tuple(_to_cpu(y) for y in x)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from rlhf_fast import ops
 from tests.ops import cases
 from tests.ops.compare import assert_close, assert_leaves_inputs_alone, assert_no_worse_than_torch, gradient_of
 from tests.ops.compare import outputs_and_gradients as run
+from tests.ops.conftest import Backend
 
 PER_TOKEN = ("logprobs", "old_logprobs", "advantages", "values", "old_values", "returns", "entropy", "ref_logprobs")
 ALL_TERMS: dict[str, Any] = {"entropy_coef": 0.01, "kl_coef": 0.05, "value_coef": 0.5, "dual_clip": 3.0}
@@ -307,6 +308,195 @@ def test_compiles_as_one_graph() -> None:
 def test_leaves_its_inputs_alone() -> None:
     inputs = {k: v.requires_grad_() for k, v in batch(4, 9).items()}
     assert_leaves_inputs_alone(ops.ppo_loss, **inputs, mask=cases.holes(), **ALL_TERMS)
+
+
+# --- the kernels ------------------------------------------------------------------------------------------------------
+
+OWN = ("logprobs", "values", "entropy")
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    ALL_TERMS | {"clip_high": 0.28},
+    {"value_clip": None, "kl_coef": 0.1, "kl": "k2", "denominator": 7},
+    {"clip_low": 0.0, "kl": "k1+", "kl_coef": 0.2, "entropy_coef": 0.1, "denominator": torch.tensor(11)},
+)
+
+
+def everything(backend: Backend, inputs: dict[str, Any], **options: Any) -> dict[str, Tensor]:
+    """The loss, the statistics and the gradients by name."""
+    leaves = {k: v.detach().clone().requires_grad_(k in OWN) for k, v in inputs.items()}
+    loss, stats = backend(ops.ppo_loss, **leaves, **options)
+    assert not any(x.requires_grad for x in stats.values())
+    (loss * 1.5).backward()
+    gradients = {f"in {k}": torch.zeros_like(v) if v.grad is None else v.grad for k, v in leaves.items() if k in OWN}
+    return {"loss": loss.detach(), **stats, **gradients}
+
+
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.case_id)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: " ".join(o) or "defaults")
+@pytest.mark.parametrize("shape", [(4, 9), (1, 2100)], ids=str)
+def test_kernels_are_no_worse_than_torch(
+    kernel_backend: Backend, shape: tuple[int, int], options: dict[str, Any], aggregation: str, dtype: torch.dtype
+) -> None:
+    inputs, plain = batch(*shape, dtype=dtype), Backend("reference")
+    for mask in (None, cases.random(*shape, seed=20) > -0.5):
+        given = {**options, "mask": mask, "aggregation": aggregation}
+        mine = everything(kernel_backend, inputs, **given)
+        stock = everything(plain, inputs, **given)
+        truth = everything(plain, {k: v.double() for k, v in inputs.items()}, **given)
+        assert list(mine) == list(stock)
+        for name in mine:
+            assert mine[name].dtype == stock[name].dtype
+            if name.startswith("in "):
+                assert_no_worse_than_torch(mine[name], stock[name], truth[name], name)
+            else:  # a sum of terms of the size of 1, which may cancel
+                error = abs(float(stock[name]) - float(truth[name]))
+                size = max(
+                    1.0, abs(float(truth[name])), shape[0] * shape[1] / float(options.get("denominator", math.inf))
+                )
+                rounding = 4 * torch.finfo(torch.float32).eps * size
+                assert_close(mine[name], truth[name], 1.5 * error + rounding, name)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_packed_equals_padded_on_kernels(kernel_backend: Backend, aggregation: str) -> None:
+    lengths = [5, 0, 9, 1, 7]
+    inputs, inside = batch(5, 9, dtype=torch.float32), cases.inside(lengths, 9)
+    mask = inside & (cases.random(5, 9, seed=20) > -0.5)
+    padded = everything(kernel_backend, inputs, mask=mask, aggregation=aggregation, **ALL_TERMS)
+    flat: dict[str, Any] = {k: cases.pack(v, lengths) for k, v in inputs.items()}
+    options: dict[str, Any] = {"cu_seqlens": cases.cu_seqlens_of(lengths), "mask": cases.pack(mask, lengths)}
+    packed = everything(kernel_backend, flat, aggregation=aggregation, **options, **ALL_TERMS)
+    for name in padded:
+        want = cases.pack(padded[name], lengths) if name.startswith("in ") else padded[name]
+        assert_close(packed[name], want, 1e-6, name)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("garbage", [math.nan, math.inf])
+def test_masked_positions_may_hold_anything_on_kernels(
+    kernel_backend: Backend, aggregation: str, garbage: float
+) -> None:
+    inputs, mask = batch(4, 9, dtype=torch.float32), cases.holes()
+    options = {**ALL_TERMS, "mask": mask, "aggregation": aggregation}
+    poisoned = {k: cases.poison(v, mask, garbage) for k, v in inputs.items()}
+    got, want = (everything(kernel_backend, x, **options) for x in (poisoned, inputs))
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
+        assert not name.startswith("in ") or not got[name][~mask].any()
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_micro_batches_add_up_on_kernels(kernel_backend: Backend, aggregation: str) -> None:
+    inputs, mask = batch(4, 9, dtype=torch.float32), cases.holes()
+    options = {**ALL_TERMS, "aggregation": aggregation}
+    count = mask.sum() if aggregation == "token_mean" else mask.any(1).sum()
+    whole = everything(kernel_backend, inputs, mask=mask, **options)
+    parts = [
+        everything(
+            kernel_backend, {k: v[rows] for k, v in inputs.items()}, mask=mask[rows], denominator=count, **options
+        )
+        for rows in (slice(0, 1), slice(1, 2), slice(2, 4))
+    ]
+    for name in ("loss", *ADD_UP, *(ADD_UP_WITH_TOKENS if aggregation == "token_mean" else ())):
+        assert_close(torch.stack([part[name] for part in parts]).sum(), whole[name], 1e-6, name)
+    for name in (name for name in whole if name.startswith("in ")):
+        assert_close(torch.cat([part[name] for part in parts]), whole[name], 1e-6, name)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("denominator", [None, 5, torch.tensor(0)])
+@pytest.mark.parametrize("shape", [(2, 3), (0, 3), (2, 0)])
+def test_nothing_unmasked_gives_zeros_on_kernels(
+    kernel_backend: Backend, aggregation: str, denominator: Any, shape: tuple[int, ...]
+) -> None:
+    inputs, mask = batch(*shape, dtype=torch.float32), torch.zeros(shape, dtype=torch.bool)
+    options = {**ALL_TERMS, "aggregation": aggregation, "denominator": denominator}
+    for name, x in everything(kernel_backend, inputs, mask=mask, **options).items():
+        assert not x.any(), name
+
+
+def test_edges_on_kernels(kernel_backend: Backend) -> None:
+    d = torch.tensor([0.0, -900.0], requires_grad=True)
+    loss, stats = kernel_backend(ops.ppo_loss, d, torch.tensor([-900.0, 0.0]), torch.tensor([-1.0, -1.0]))
+    loss.backward()
+    assert loss.isfinite() and gradient_of(d).tolist() == [0.0, 0.0]
+    assert_close(stats["ratio_max"], torch.tensor(math.exp(20)), 100)
+
+    inputs = batch(2, 3, dtype=torch.float32)
+    inputs["ref_logprobs"][0, 0] = -math.inf
+    loss, stats = kernel_backend(ops.ppo_loss, **inputs, kl="k1")
+    assert loss.isfinite() and stats["kl"].item() == math.inf
+
+    _, stats = kernel_backend(ops.ppo_loss, **{**inputs, "returns": torch.full((2, 3), 0.1)})
+    assert stats["explained_variance"].item() == 0
+
+    loss, stats = kernel_backend(ops.ppo_loss, *(inputs[k] for k in PER_TOKEN[:3]))
+    assert torch.equal(loss, stats["policy_loss"])
+    assert all(stats[name].item() == 0 for name in ("value_loss", "entropy", "kl", "explained_variance"))
+
+    nan = kernel_backend(ops.ppo_loss, *(torch.full((3,), math.nan) if i == 2 else torch.zeros(3) for i in range(3)))
+    assert nan[0].isnan()
+
+
+def test_same_call_same_bits(kernel_backend: Backend) -> None:
+    inputs, options = batch(2, 600, dtype=torch.float32), {**ALL_TERMS, "mask": cases.random(2, 600, seed=20) > -0.5}
+    first = everything(kernel_backend, inputs, **options)
+    for _ in range(5 if kernel_backend.slow else 100):
+        again = everything(kernel_backend, inputs, **options)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    inputs, before, found = batch(30, 3000, dtype=torch.float32), torch.get_num_threads(), []
+    mask = cases.random(30, 3000, seed=20) > -0.5
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            found.append(everything(Backend("cpu"), inputs, mask=mask, **ALL_TERMS))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(found[0][name], other[name]) for name in other)
+
+
+def test_layout_changes_no_bit(kernel_backend: Backend) -> None:
+    inputs = batch(6, 50, dtype=torch.float32)
+    want = everything(kernel_backend, inputs)
+    for layout in (cases.transposed, cases.unaligned):
+        got = everything(kernel_backend, {k: layout(v) for k, v in inputs.items()})
+        assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_a_gradient_of_the_gradient_is_refused(kernel_backend: Backend) -> None:
+    inputs = batch(2, 3, dtype=torch.float32)
+    logprobs = inputs["logprobs"].requires_grad_()
+    loss, _ = kernel_backend(ops.ppo_loss, **inputs)
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        torch.autograd.grad(torch.autograd.grad(loss, logprobs, create_graph=True)[0].sum(), logprobs)
+
+
+def test_compiles_with_changing_shapes_and_gradients() -> None:
+    compiled = torch.compile(ops.ppo_loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n, aggregation in ((3, "token_mean"), (5, "token_mean"), (4, "sequence_mean")):
+        inputs = batch(n, 7, dtype=torch.float32)
+        logprobs = inputs["logprobs"].requires_grad_()
+        got, stats = compiled(**inputs, aggregation=aggregation, **ALL_TERMS)
+        want, exact = ops.ppo_loss(**inputs, aggregation=aggregation, **ALL_TERMS)
+        assert torch.equal(got, want) and torch.equal(stats["kl"], exact["kl"])
+        assert torch.equal(torch.autograd.grad(got, logprobs)[0], torch.autograd.grad(want, logprobs)[0])
+
+
+def test_is_registered_as_torch_wants_it() -> None:
+    inputs = batch(3, 7, dtype=torch.float32)
+    own = [inputs[name].requires_grad_() for name in OWN]
+    constants = [inputs[name] for name in ("old_logprobs", "advantages", "old_values", "returns", "ref_logprobs")]
+    rest = (cases.random(3, 7, seed=20) > -0.5, None, torch.tensor(9.0), 0.0, True)
+    numbers = [0.2, 0.2, 3.0, 0.2, 0.5, 0.01, 0.05]
+    op = torch.ops.rlhf_fast.ppo_loss_forward.default
+    torch.library.opcheck(op, (*own, *constants, *rest, numbers, "k3", [True, True, True], torch.float32, "cpu"))
+    few = (own[0], None, None, *constants[:2], None, None, None, None, None, None, 0.0, True)
+    torch.library.opcheck(op, (*few, numbers, "k3", [True, False, False], torch.float32, "cpu"))
 
 
 @pytest.mark.parametrize(

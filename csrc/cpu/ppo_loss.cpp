@@ -1,0 +1,212 @@
+// ppo_loss on the CPU: one sweep, sixteen tokens at a time, that reads every input once and writes the gradients. Sums
+// are taken over ranges of 1,024 tokens and added up in their order, so the bits do not depend on the threads.
+#if !defined(SIMD_ISA)
+#include "common/ppo_loss.h"
+
+#include "common/parallel.h"
+
+#define SIMD_FILE "cpu/ppo_loss.cpp"
+#include "cpu/foreach_isa.h"
+#endif
+
+#include "cpu/math.h"
+#include "cpu/sampled_kl.h"
+
+namespace rlhf_fast::SIMD_ISA {
+namespace {
+
+constexpr int64_t kRange = 1024;
+
+// The tokens [i, i + n): those that count as ones, the others as zeros.
+SIMD_INLINE f32x16 flags(const bool* mask, int64_t i, int64_t n) {
+    if (mask == nullptr) return keep_first(set1(1.0f), n, 0.0f);
+    return n == kLanes ? load16(mask + i) : load_first(mask + i, n, 0.0f);
+}
+
+template <class T>
+struct Sweep {
+    const PPOInputs& in;
+    const PPOOptions& o;
+    const PPOResults& out;
+    float scale;  // 1 / denominator of the terms
+
+    f32x16 sums[kRatioMax], ratio_max;
+    float return_pivot, rest_pivot;  // of a range, from which what varies is measured: else squares would hide it
+
+    // An input at these tokens; where one does not count it is 0 and may have been anything.
+    SIMD_INLINE f32x16 read(const void* data, int64_t i, int64_t n, mask16 counts) const {
+        const T* const p = static_cast<const T*>(data) + i;
+        const f32x16 x = n == kLanes ? load16(p) : load_first(p, n, 0.0f);
+        return select(counts, x, set1(0.0f));
+    }
+    SIMD_INLINE static void write(float* to, int64_t i, int64_t n, f32x16 x) {
+        if (to == nullptr) return;
+        if (n == kLanes) {
+            store16(to + i, x);
+        } else {
+            store_first(to + i, n, x);
+        }
+    }
+    SIMD_INLINE void add_up(PPOSum which, f32x16 x, f32x16 weight) { sums[which] = fma(x, weight, sums[which]); }
+
+    SIMD_INLINE void tokens(int64_t i, int64_t n) {
+        const f32x16 zero = set1(0.0f), one = set1(1.0f), ones = flags(in.mask, i, n);
+        const mask16 counts = less(zero, ones);
+        f32x16 weight = ones;
+        if (in.weights != nullptr) {
+            const float* const p = in.weights + i;
+            weight = mul(ones, n == kLanes ? load16(p) : load_first(p, n, 0.0f));
+        }
+        const f32x16 share = mul(weight, set1(scale));  // of a token's terms in the loss
+
+        const f32x16 logprobs = read(in.logprobs, i, n, counts);
+        const f32x16 old_minus_new = sub(read(in.old_logprobs, i, n, counts), logprobs);
+        const f32x16 advantages = read(in.advantages, i, n, counts);
+        const f32x16 log_ratio = sub(zero, old_minus_new);
+        const f32x16 bounded = min(set1(20.0f), max(set1(-20.0f), log_ratio));
+        const f32x16 ratio = exp(bounded), minus = sub(zero, advantages);
+        const f32x16 near = min(set1(1.0f + o.clip_high), max(set1(1.0f - o.clip_low), ratio));
+        const f32x16 plain = mul(minus, ratio), clipped = mul(minus, near);
+        const mask16 pulled = less(plain, clipped), moved_low = less(log_ratio, set1(-20.0f));
+        f32x16 policy = select(pulled, clipped, plain);
+        f32x16 slope = select(pulled, zero, plain);
+        slope = select(moved_low, zero, select(less(set1(20.0f), log_ratio), zero, slope));
+        if (o.dual_clip != 0.0f) {
+            const f32x16 most = mul(minus, set1(o.dual_clip));
+            const f32x16 dual = select(less(advantages, zero), most, set1(INFINITY));
+            slope = select(less(dual, policy), zero, slope);
+            policy = select(less(dual, policy), dual, policy);
+        }
+        add_up(kPolicy, policy, weight);
+        add_up(kRatio, ratio, ones);
+        add_up(kClipped, select(pulled, one, zero), ones);
+        add_up(kOldMinusNew, old_minus_new, ones);
+        add_up(kK3, expm1_minus(bounded), ones);
+        sums[kCount] = add(sums[kCount], ones);
+        ratio_max = max(ratio_max, mul(ratio, ones));
+
+        if (in.ref_logprobs != nullptr) {
+            const f32x16 d = sub(logprobs, read(in.ref_logprobs, i, n, counts));
+            add_up(kKL, estimate(o.kl, d), weight);
+            if (o.kl_coef != 0.0f) slope = fma(set1(o.kl_coef), rlhf_fast::SIMD_ISA::slope(o.kl_slope, d), slope);
+        }
+        write(out.grad_logprobs, i, n, select(counts, mul(slope, share), zero));
+
+        if (in.values != nullptr) {
+            const f32x16 values = read(in.values, i, n, counts), target = read(in.returns, i, n, counts);
+            const f32x16 error = sub(values, target);
+            f32x16 squared = mul(error, error), gradient = error;
+            if (o.value_clip >= 0.0f && in.old_values != nullptr) {
+                const f32x16 old = read(in.old_values, i, n, counts), moved = sub(values, old);
+                const f32x16 clip = set1(o.value_clip), held = min(clip, max(sub(zero, clip), moved));
+                const f32x16 near_error = sub(add(old, held), target), near_squared = mul(near_error, near_error);
+                const mask16 worse = less(squared, near_squared);
+                const f32x16 size = max(moved, sub(zero, moved));
+                gradient = select(worse, select(less(clip, size), zero, near_error), error);
+                squared = select(worse, near_squared, squared);
+                add_up(kValueClipped, select(worse, one, zero), ones);
+            }
+            add_up(kValue, mul(squared, set1(0.5f)), weight);
+            const f32x16 in_values = mul(mul(gradient, set1(o.value_coef)), share);
+            write(out.grad_values, i, n, select(counts, in_values, zero));
+            const f32x16 apart = sub(target, set1(return_pivot)), rest_apart = sub(error, set1(rest_pivot));
+            add_up(kReturn, apart, ones);
+            add_up(kReturnSquared, mul(apart, apart), ones);
+            add_up(kRest, rest_apart, ones);
+            add_up(kRestSquared, mul(rest_apart, rest_apart), ones);
+        }
+        if (in.entropy != nullptr) add_up(kEntropy, read(in.entropy, i, n, counts), weight);
+        write(out.grad_entropy, i, n, mul(share, set1(-o.entropy_coef)));
+    }
+
+    // Returns and rests of the first token of [begin, end) that counts.
+    SIMD_INLINE void set_pivots(int64_t begin, int64_t end) {
+        return_pivot = rest_pivot = 0.0f;
+        if (in.values == nullptr) return;
+        int64_t i = begin;
+        while (i < end && in.mask != nullptr && !in.mask[i]) ++i;
+        if (i == end) return;
+        return_pivot = to_float(static_cast<const T*>(in.returns)[i]);
+        rest_pivot = to_float(static_cast<const T*>(in.values)[i]) - return_pivot;
+    }
+
+    // The sums of x and of x^2, from those of x - pivot.
+    SIMD_INLINE static void move(double* partial, PPOSum which, double count, double pivot) {
+        const double sum = partial[which], squares = partial[which + 1];
+        partial[which] = sum + count * pivot;
+        partial[which + 1] = squares + 2.0 * pivot * sum + count * pivot * pivot;
+    }
+
+    // Tokens [begin, end), and their sums.
+    SIMD_INLINE void range(int64_t begin, int64_t end, double* partial) {
+        for (f32x16& sum : sums) sum = set1(0.0f);
+        ratio_max = set1(0.0f);
+        set_pivots(begin, end);
+        for (int64_t i = begin; i < end; i += kLanes) tokens(i, end - i < kLanes ? end - i : int64_t{kLanes});
+        for (int s = 0; s < kRatioMax; ++s) partial[s] = reduce_add(sums[s]);
+        move(partial, kReturn, partial[kCount], return_pivot);
+        move(partial, kRest, partial[kCount], rest_pivot);
+        partial[kRatioMax] = reduce_max(ratio_max);
+    }
+};
+
+void forward(const PPOInputs& in, const PPOOptions& o, float scale, const PPOResults& out, int64_t from, int64_t to) {
+    with_element(in.dtype, [&](auto element) {
+        Sweep<typename decltype(element)::type> sweep = {in, o, out, scale, {}, {}, 0.0f, 0.0f};
+        for (int64_t r = from; r < to; ++r) {
+            const int64_t begin = r * kRange, end = in.count - begin < kRange ? in.count : begin + kRange;
+            sweep.range(begin, end, out.partials + r * kPPOSums);
+        }
+    });
+}
+
+int64_t count(const bool* mask, int64_t begin, int64_t end) {
+    int64_t n = 0;
+    for (int64_t i = begin; i < end; ++i) n += mask[i];
+    return n;
+}
+
+}  // namespace
+}  // namespace rlhf_fast::SIMD_ISA
+
+#if SIMD_LAST_PASS
+
+namespace rlhf_fast::cpu {
+namespace {
+
+constexpr int64_t kRange = SIMD_ISA::kRange;
+
+double tokens_that_count(const PPOInputs& in, const PPOResults& out, int64_t ranges, const Run& run) {
+    if (in.mask == nullptr) return static_cast<double>(in.count);
+    const auto kernel = SIMD_CHOOSE(count);
+    parallel_rows(ranges, kRange, run.threads, [&](int64_t from, int64_t to) {
+        for (int64_t r = from; r < to; ++r)
+            out.counts[r] = kernel(in.mask, r * kRange, std::min(in.count, (r + 1) * kRange));
+    });
+    int64_t n = 0;
+    for (int64_t r = 0; r < ranges; ++r) n += out.counts[r];
+    return static_cast<double>(n);
+}
+
+void forward(const PPOInputs& in, const PPOOptions& o, const Denominator& of_terms, const Denominator& of_tokens,
+             const PPOResults& out, const Run& run) {
+    const int64_t ranges = (in.count + kRange - 1) / kRange;
+    const double terms = of_terms.of(of_terms.is_count() ? tokens_that_count(in, out, ranges, run) : 0.0);
+    const float scale = static_cast<float>(1.0 / terms);
+    const auto kernel = SIMD_CHOOSE(forward);
+    parallel_rows(ranges, kRange, run.threads, [&](int64_t from, int64_t to) { kernel(in, o, scale, out, from, to); });
+    double sums[kPPOSums] = {};
+    for (int64_t r = 0; r < ranges; ++r) {
+        for (int s = 0; s < kRatioMax; ++s) sums[s] += out.partials[r * kPPOSums + s];
+        sums[kRatioMax] = std::max(sums[kRatioMax], out.partials[r * kPPOSums + kRatioMax]);
+    }
+    ppo_stats(sums, o, of_terms, of_tokens, out.stats);
+}
+
+}  // namespace
+
+const PPOLossKernels ppo_loss = {kRange, forward};
+
+}  // namespace rlhf_fast::cpu
+
+#endif  // SIMD_LAST_PASS

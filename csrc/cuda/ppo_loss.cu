@@ -1,0 +1,236 @@
+// ppo_loss in CUDA C++: a block a range of 2,048 tokens, one sweep that reads every input once, 16 bytes at a time, and
+// writes the gradients; the ranges' sums are added up by a last, small kernel in their order. Where the denominator is
+// the number of tokens that count, a first kernel counts them. Bound by memory.
+#include "common/ppo_loss.h"
+
+#include "cuda/launch.cuh"
+#include "cuda/load.cuh"
+#include "cuda/reduce.cuh"
+#include "cuda/sampled_kl.cuh"
+
+namespace rlhf_fast::cuda {
+namespace {
+
+constexpr int64_t kRange = 2048;
+
+__device__ inline double sum_warp(double x) {
+#pragma unroll
+    for (int apart = 16; apart > 0; apart /= 2) x += __shfl_xor_sync(kAllLanes, x, apart);
+    return x;
+}
+__device__ inline double max_warp(double x) {
+#pragma unroll
+    for (int apart = 16; apart > 0; apart /= 2) {
+        const double other = __shfl_xor_sync(kAllLanes, x, apart);
+        x = other > x ? other : x;
+    }
+    return x;
+}
+
+// The block's sums (and the largest ratio) of what its threads have, in thread 0's `whole`.
+__device__ inline void sum_block(const double (&mine)[kPPOSums], double (*scratch)[kPPOSums], double* whole) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+    for (int s = 0; s < kPPOSums; ++s) {
+        const double x = s == kRatioMax ? max_warp(mine[s]) : sum_warp(mine[s]);
+        if (lane == 0) scratch[warp][s] = x;
+    }
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    for (int s = 0; s < kPPOSums; ++s) {
+        double x = scratch[0][s];
+        for (int w = 1; w < kWarps; ++w)
+            x = s == kRatioMax ? (scratch[w][s] > x ? scratch[w][s] : x) : x + scratch[w][s];
+        whole[s] = x;
+    }
+}
+
+__global__ void __launch_bounds__(kThreads) count_kernel(const bool* mask, int64_t count, int64_t* counts) {
+    __shared__ float scratch[kWarps];
+    const int64_t begin = blockIdx.x * kRange;
+    float mine = 0.0f;  // of at most 8 tokens, and 2,048 in all: exact
+    for (int64_t i = begin + threadIdx.x; i < begin + kRange && i < count; i += kThreads) mine += mask[i] ? 1.0f : 0.0f;
+    const float all = reduce_block(mine, Sum(), scratch);
+    if (threadIdx.x == 0) counts[blockIdx.x] = static_cast<int64_t>(all);
+}
+
+// How many tokens count, the same for every thread of a block.
+__device__ inline double tokens_that_count(const PPOInputs& in, const int64_t* counts, double* scratch) {
+    if (in.mask == nullptr) return static_cast<double>(in.count);
+    double mine = 0.0;
+    for (int64_t r = threadIdx.x; r < gridDim.x; r += kThreads) mine += static_cast<double>(counts[r]);
+    mine = sum_warp(mine);
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = mine;
+    __syncthreads();
+    double all = 0.0;
+    for (int w = 0; w < kWarps; ++w) all += scratch[w];
+    __syncthreads();
+    return all;
+}
+
+// One token's numbers; those that are not given are 0.
+struct Token {
+    float logprob, old_logprob, advantage, value, old_value, target, entropy, ref_logprob;
+};
+struct Slopes {  // of the token's share of the loss, before its weight
+    float logprob, value;
+};
+
+struct Sums {  // of a thread's tokens
+    float sums[kReturn], ratio_max;
+    double of_returns[kRatioMax - kReturn];  // their variances are differences of large numbers
+};
+
+__device__ inline Slopes add_token(const Token& x, float weight, const PPOInputs& in, const PPOOptions& o, Sums& mine) {
+    float (&sums)[kReturn] = mine.sums;
+    const float log_ratio = x.logprob - x.old_logprob;
+    const float bounded = log_ratio < -20.0f ? -20.0f : log_ratio > 20.0f ? 20.0f : log_ratio;
+    const float ratio = expf(bounded), low = 1.0f - o.clip_low, high = 1.0f + o.clip_high;
+    const float near = ratio < low ? low : ratio > high ? high : ratio;
+    const float plain = -x.advantage * ratio, clipped = -x.advantage * near;
+    const bool pulled = clipped > plain;
+    float policy = pulled ? clipped : plain;
+    Slopes slopes = {pulled || log_ratio < -20.0f || log_ratio > 20.0f ? 0.0f : plain, 0.0f};
+    if (o.dual_clip != 0.0f && x.advantage < 0.0f && policy > -x.advantage * o.dual_clip) {
+        policy = -x.advantage * o.dual_clip;
+        slopes.logprob = 0.0f;
+    }
+    sums[kCount] += 1.0f;
+    sums[kPolicy] += weight * policy;
+    sums[kRatio] += ratio;
+    sums[kClipped] += pulled ? 1.0f : 0.0f;
+    sums[kOldMinusNew] -= log_ratio;
+    sums[kK3] += expm1_minus(bounded);
+    mine.ratio_max = ratio > mine.ratio_max ? ratio : mine.ratio_max;
+    if (in.ref_logprobs != nullptr) {
+        const float d = x.logprob - x.ref_logprob;
+        sums[kKL] += weight * estimate(o.kl, d);
+        if (o.kl_coef != 0.0f) slopes.logprob += o.kl_coef * slope(o.kl_slope, d);
+    }
+    if (in.values != nullptr) {
+        const float error = x.value - x.target;
+        float squared = error * error, gradient = error;
+        if (o.value_clip >= 0.0f && in.old_values != nullptr) {
+            const float moved = x.value - x.old_value;
+            const float held = moved < -o.value_clip ? -o.value_clip : moved > o.value_clip ? o.value_clip : moved;
+            const float near_error = x.old_value + held - x.target;
+            if (near_error * near_error > squared) {
+                squared = near_error * near_error;
+                gradient = held == moved ? near_error : 0.0f;
+                sums[kValueClipped] += 1.0f;
+            }
+        }
+        sums[kValue] += weight * (0.5f * squared);
+        slopes.value = o.value_coef * gradient;
+        mine.of_returns[0] += x.target;
+        mine.of_returns[kReturnSquared - kReturn] += static_cast<double>(x.target) * x.target;
+        mine.of_returns[kRest - kReturn] += error;
+        mine.of_returns[kRestSquared - kReturn] += static_cast<double>(error) * error;
+    }
+    if (in.entropy != nullptr) sums[kEntropy] += weight * x.entropy;
+    return slopes;
+}
+
+// A thread's tokens of one input, zeros if it is not given.
+template <class T>
+__device__ inline void read(const void* data, int64_t i, int64_t count, float (&to)[kVector<T>]) {
+#pragma unroll
+    for (int j = 0; j < kVector<T>; ++j) to[j] = 0.0f;
+    if (data != nullptr) load(static_cast<const T*>(data), i, count, 1, aligned16(data), to);
+}
+
+template <class T>
+__device__ inline void write(float* to, int64_t i, int64_t count, const float (&from)[kVector<T>]) {
+    if (to == nullptr) return;
+#pragma unroll
+    for (int j = 0; j < kVector<T>; j += kVector<float>) {
+        float four[kVector<float>];
+#pragma unroll
+        for (int k = 0; k < kVector<float>; ++k) four[k] = from[j + k];
+        store(to, i + j, count, aligned16(to), four);
+    }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    forward_kernel(PPOInputs in, PPOOptions o, Denominator of_terms, PPOResults out) {
+    __shared__ double scratch[kWarps][kPPOSums], counted[kWarps];
+    const double terms = of_terms.of(of_terms.is_count() ? tokens_that_count(in, out.counts, counted) : 0.0);
+    const float scale = static_cast<float>(1.0 / terms);
+    Sums mine = {};
+    const int64_t begin = blockIdx.x * kRange;
+    for (int64_t first = begin; first < begin + kRange; first += kThreads * kVector<T>) {
+        const int64_t i = first + threadIdx.x * kVector<T>;
+        if (i >= in.count) continue;
+        float logprobs[kVector<T>], old_logprobs[kVector<T>], advantages[kVector<T>], values[kVector<T>],
+            old_values[kVector<T>], returns[kVector<T>], entropy[kVector<T>], ref_logprobs[kVector<T>];
+        read<T>(in.logprobs, i, in.count, logprobs);
+        read<T>(in.old_logprobs, i, in.count, old_logprobs);
+        read<T>(in.advantages, i, in.count, advantages);
+        read<T>(in.values, i, in.count, values);
+        read<T>(in.old_values, i, in.count, old_values);
+        read<T>(in.returns, i, in.count, returns);
+        read<T>(in.entropy, i, in.count, entropy);
+        read<T>(in.ref_logprobs, i, in.count, ref_logprobs);
+        float in_logprobs[kVector<T>], in_values[kVector<T>], in_entropy[kVector<T>];
+#pragma unroll
+        for (int j = 0; j < kVector<T>; ++j) {
+            in_logprobs[j] = in_values[j] = in_entropy[j] = 0.0f;
+            if (i + j >= in.count || (in.mask != nullptr && !in.mask[i + j])) continue;
+            const float weight = in.weights != nullptr ? in.weights[i + j] : 1.0f;
+            const Token token = {logprobs[j],   old_logprobs[j], advantages[j], values[j],
+                                 old_values[j], returns[j],      entropy[j],    ref_logprobs[j]};
+            const Slopes slopes = add_token(token, weight, in, o, mine);
+            in_logprobs[j] = slopes.logprob * (weight * scale);
+            in_values[j] = slopes.value * (weight * scale);
+            in_entropy[j] = -o.entropy_coef * (weight * scale);
+        }
+        write<T>(out.grad_logprobs, i, in.count, in_logprobs);
+        write<T>(out.grad_values, i, in.count, in_values);
+        write<T>(out.grad_entropy, i, in.count, in_entropy);
+    }
+    double sums[kPPOSums];
+#pragma unroll
+    for (int s = 0; s < kReturn; ++s) sums[s] = mine.sums[s];
+#pragma unroll
+    for (int s = kReturn; s < kRatioMax; ++s) sums[s] = mine.of_returns[s - kReturn];
+    sums[kRatioMax] = mine.ratio_max;
+    sum_block(sums, scratch, out.partials + blockIdx.x * int64_t{kPPOSums});
+}
+
+__global__ void __launch_bounds__(kThreads)
+    finish_kernel(PPOOptions o, Denominator of_terms, Denominator of_tokens, PPOResults out, int64_t ranges) {
+    __shared__ double scratch[kWarps][kPPOSums], whole[kPPOSums];
+    double sums[kPPOSums] = {};
+    for (int64_t r = threadIdx.x; r < ranges; r += kThreads) {
+#pragma unroll
+        for (int s = 0; s < kPPOSums; ++s) {
+            const double x = out.partials[r * kPPOSums + s];
+            sums[s] = s == kRatioMax ? (x > sums[s] ? x : sums[s]) : sums[s] + x;
+        }
+    }
+    sum_block(sums, scratch, whole);
+    if (threadIdx.x == 0) ppo_stats(whole, o, of_terms, of_tokens, out.stats);
+}
+
+void forward(const PPOInputs& in, const PPOOptions& o, const Denominator& of_terms, const Denominator& of_tokens,
+             const PPOResults& out, const Run& run) {
+    const OnDevice guard(run);
+    const int64_t ranges = (in.count + kRange - 1) / kRange;
+    const auto stream = stream_of(run);
+    if (ranges > 0 && of_terms.is_count() && in.mask != nullptr)
+        RLHF_FAST_LAUNCH(count_kernel, grid(ranges), kThreads, stream, in.mask, in.count, out.counts);
+    if (ranges > 0)
+        with_element(in.dtype, [&](auto element) {
+            using T = decltype(element);
+            RLHF_FAST_LAUNCH(forward_kernel<T>, grid(ranges), kThreads, stream, in, o, of_terms, out);
+        });
+    RLHF_FAST_LAUNCH(finish_kernel, 1, kThreads, stream, o, of_terms, of_tokens, out, ranges);
+    check(cudaGetLastError(), "ppo_loss: forward");
+}
+
+}  // namespace
+
+const PPOLossKernels ppo_loss = {kRange, forward};
+
+}  // namespace rlhf_fast::cuda
