@@ -156,6 +156,7 @@ Denominator denominator(const DenominatorTuple& t) { return {at<float>(std::get<
 
 void def_ppo_loss(py::module_& m, const PPOLossKernels& kernels) {
     m.attr("ppo_loss_range") = kernels.range;
+    m.attr("ppo_loss_sums") = static_cast<int>(kPPOSums);
     m.def("ppo_loss_forward",
           [kernels](const EightAddresses& tensors, int dtype, int64_t count, Address flags, Address weights,
                     const PPOOptionsTuple& options, const DenominatorTuple& of_terms, const DenominatorTuple& of_tokens,

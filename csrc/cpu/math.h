@@ -1,5 +1,5 @@
 // exp, expm1 and tanh on sixteen lanes. Included by each kernel file below foreach_isa.h, once per instruction set like
-// simd.h, so there is no include guard. tests/cpu/test_math.py holds the errors that are claimed here.
+// simd.h, so there is no include guard. tests/cpu/math.cpp holds it to the errors claimed here.
 //
 // exp(x) = 2^n e^r with n = round(x / ln 2), and e^r = 1 + r + r^2 q(r) on |r| <= ln(2) / 2, with q of degree 4 by
 // Remez exchange: 3e-9 off, a twentieth of a rounding.

@@ -85,24 +85,12 @@ __device__ inline void load_tokens(const GAEInputs& in, int64_t begin, int64_t t
     for (int j = 0; j < kVector<T>; ++j) rest[j] = rewards[j] - values[j];
 }
 
-// A block's sum of a number, the same for every thread. `scratch` (kWarps doubles) may be used again after a barrier.
-__device__ inline double sum_block(double x, double* scratch) {
-#pragma unroll
-    for (int apart = 16; apart > 0; apart /= 2) x += __shfl_xor_sync(kAllLanes, x, apart);
-    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
-    __syncthreads();
-    double whole = 0.0;
-    for (int warp = 0; warp < kWarps; ++warp) whole += scratch[warp];
-    __syncthreads();
-    return whole;
-}
-
 template <class T>
 __global__ void __launch_bounds__(kThreads) forward_kernel(GAEInputs in, GAE out) {
     constexpr int kTile = kThreads * kVector<T>;
     __shared__ Steps of_warps[kWarps];
     __shared__ State carried;
-    __shared__ double scratch[kWarps];
+    __shared__ double scratch[3][kWarps];
     const int64_t b = blockIdx.x, begin = in.sequences.begin(b), length = in.sequences.begin(b + 1) - begin;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const float decay = in.gamma * in.lam, critic_decay = in.gamma * in.critic_lam;
@@ -147,26 +135,15 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(GAEInputs in, GAE out
             }
         }
         if (threadIdx.x == 0) carried = s;
-        float* const to_advantages = out.advantages + begin;
-        float* const to_returns = out.returns + begin;
-#pragma unroll
-        for (int j = 0; j < kVector<T>; j += kVector<float>) {
-            const auto part = [&](const float (&from)[kVector<T>], float* to) {
-                float four[kVector<float>];
-#pragma unroll
-                for (int k = 0; k < kVector<float>; ++k) four[k] = from[j + k];
-                store(to, token + j, length, aligned16(to), four);
-            };
-            part(advantages, to_advantages);
-            part(returns, to_returns);
-        }
+        store_floats<T>(out.advantages + begin, token, length, advantages);
+        store_floats<T>(out.returns + begin, token, length, returns);
         __syncthreads();
         state = carried;
     }
     if (out.sums == nullptr) return;
-    counted = sum_block(counted, scratch);
-    sum = sum_block(sum, scratch);
-    squares = sum_block(squares, scratch);
+    counted = reduce_block(counted, Sum(), scratch[0]);
+    sum = reduce_block(sum, Sum(), scratch[1]);
+    squares = reduce_block(squares, Sum(), scratch[2]);
     if (threadIdx.x == 0) {
         out.sums[3 * b] = counted;
         out.sums[3 * b + 1] = sum;

@@ -27,13 +27,10 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const T* logprobs, co
     if (i >= count) return;
     float d[kVector<T>];
     load_d(logprobs, ref_logprobs, i, count, mask, aligned16(logprobs) && aligned16(ref_logprobs), d);
+    float values[kVector<T>];
 #pragma unroll
-    for (int j = 0; j < kVector<T>; j += kVector<float>) {
-        float values[kVector<float>];
-#pragma unroll
-        for (int k = 0; k < kVector<float>; ++k) values[k] = estimate(kind, d[j + k]);
-        store(out, i + j, count, aligned16(out), values);
-    }
+    for (int j = 0; j < kVector<T>; ++j) values[j] = estimate(kind, d[j]);
+    store_floats<T>(out, i, count, values);
 }
 
 template <class T>

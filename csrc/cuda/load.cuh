@@ -90,6 +90,18 @@ __device__ inline void store(T* row, int64_t column, int64_t columns, bool wide,
     }
 }
 
+// kVector<T> floats, to results that are float32 whatever T is.
+template <class T>
+__device__ inline void store_floats(float* to, int64_t i, int64_t count, const float (&from)[kVector<T>]) {
+#pragma unroll
+    for (int j = 0; j < kVector<T>; j += kVector<float>) {
+        float four[kVector<float>];
+#pragma unroll
+        for (int k = 0; k < kVector<float>; ++k) four[k] = from[j + k];
+        store(to, i + j, count, aligned16(to), four);
+    }
+}
+
 // A thread's kLoads vectors of the segment that begins at a column. In a whole segment of an aligned row all loads are
 // under way before the first is needed; elsewhere each is checked.
 template <class T, int kLoads>

@@ -13,34 +13,23 @@ namespace {
 
 constexpr int64_t kRange = 2048;
 
-__device__ inline double sum_warp(double x) {
-#pragma unroll
-    for (int apart = 16; apart > 0; apart /= 2) x += __shfl_xor_sync(kAllLanes, x, apart);
-    return x;
-}
-__device__ inline double max_warp(double x) {
-#pragma unroll
-    for (int apart = 16; apart > 0; apart /= 2) {
-        const double other = __shfl_xor_sync(kAllLanes, x, apart);
-        x = other > x ? other : x;
-    }
-    return x;
-}
+struct Larger {
+    __device__ double operator()(double a, double b) const { return b > a ? b : a; }
+};
 
 // The block's sums (and the largest ratio) of what its threads have, in thread 0's `whole`.
 __device__ inline void sum_block(const double (&mine)[kPPOSums], double (*scratch)[kPPOSums], double* whole) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
     for (int s = 0; s < kPPOSums; ++s) {
-        const double x = s == kRatioMax ? max_warp(mine[s]) : sum_warp(mine[s]);
+        const double x = s == kRatioMax ? reduce_warp(mine[s], Larger()) : reduce_warp(mine[s], Sum());
         if (lane == 0) scratch[warp][s] = x;
     }
     __syncthreads();
     if (threadIdx.x != 0) return;
     for (int s = 0; s < kPPOSums; ++s) {
         double x = scratch[0][s];
-        for (int w = 1; w < kWarps; ++w)
-            x = s == kRatioMax ? (scratch[w][s] > x ? scratch[w][s] : x) : x + scratch[w][s];
+        for (int w = 1; w < kWarps; ++w) x = s == kRatioMax ? Larger()(x, scratch[w][s]) : x + scratch[w][s];
         whole[s] = x;
     }
 }
@@ -59,13 +48,7 @@ __device__ inline double tokens_that_count(const PPOInputs& in, const int64_t* c
     if (in.mask == nullptr) return static_cast<double>(in.count);
     double mine = 0.0;
     for (int64_t r = threadIdx.x; r < gridDim.x; r += kThreads) mine += static_cast<double>(counts[r]);
-    mine = sum_warp(mine);
-    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = mine;
-    __syncthreads();
-    double all = 0.0;
-    for (int w = 0; w < kWarps; ++w) all += scratch[w];
-    __syncthreads();
-    return all;
+    return reduce_block(mine, Sum(), scratch);
 }
 
 // One token's numbers; those that are not given are 0.
@@ -140,18 +123,6 @@ __device__ inline void read(const void* data, int64_t i, int64_t count, float (&
 }
 
 template <class T>
-__device__ inline void write(float* to, int64_t i, int64_t count, const float (&from)[kVector<T>]) {
-    if (to == nullptr) return;
-#pragma unroll
-    for (int j = 0; j < kVector<T>; j += kVector<float>) {
-        float four[kVector<float>];
-#pragma unroll
-        for (int k = 0; k < kVector<float>; ++k) four[k] = from[j + k];
-        store(to, i + j, count, aligned16(to), four);
-    }
-}
-
-template <class T>
 __global__ void __launch_bounds__(kThreads)
     forward_kernel(PPOInputs in, PPOOptions o, Denominator of_terms, PPOResults out) {
     __shared__ double scratch[kWarps][kPPOSums], counted[kWarps];
@@ -185,9 +156,9 @@ __global__ void __launch_bounds__(kThreads)
             in_values[j] = slopes.value * (weight * scale);
             in_entropy[j] = -o.entropy_coef * (weight * scale);
         }
-        write<T>(out.grad_logprobs, i, in.count, in_logprobs);
-        write<T>(out.grad_values, i, in.count, in_values);
-        write<T>(out.grad_entropy, i, in.count, in_entropy);
+        if (out.grad_logprobs != nullptr) store_floats<T>(out.grad_logprobs, i, in.count, in_logprobs);
+        if (out.grad_values != nullptr) store_floats<T>(out.grad_values, i, in.count, in_values);
+        if (out.grad_entropy != nullptr) store_floats<T>(out.grad_entropy, i, in.count, in_entropy);
     }
     double sums[kPPOSums];
 #pragma unroll
@@ -206,7 +177,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int s = 0; s < kPPOSums; ++s) {
             const double x = out.partials[r * kPPOSums + s];
-            sums[s] = s == kRatioMax ? (x > sums[s] ? x : sums[s]) : sums[s] + x;
+            sums[s] = s == kRatioMax ? Larger()(sums[s], x) : sums[s] + x;
         }
     }
     sum_block(sums, scratch, whole);

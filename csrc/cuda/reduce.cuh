@@ -12,19 +12,22 @@ struct Max {
     __device__ float operator()(float a, float b) const { return fmaxf(a, b); }  // nan is left out
 };
 struct Sum {
-    __device__ float operator()(float a, float b) const { return a + b; }
+    template <class T>
+    __device__ T operator()(T a, T b) const {
+        return a + b;
+    }
 };
 
-template <class Combine>
-__device__ inline float reduce_warp(float x, const Combine& combine) {
+template <class T, class Combine>
+__device__ inline T reduce_warp(T x, const Combine& combine) {
 #pragma unroll
     for (int apart = 16; apart > 0; apart /= 2) x = combine(x, __shfl_xor_sync(kAllLanes, x, apart));
     return x;
 }
 
-// The same value for every thread. `scratch` (kWarps floats, shared) may be used again after the next __syncthreads().
-template <class Combine>
-__device__ inline float reduce_block(float x, const Combine& combine, float* scratch) {
+// The same value for every thread. `scratch` (kWarps of them, shared) may be used again after the next __syncthreads().
+template <class T, class Combine>
+__device__ inline T reduce_block(T x, const Combine& combine, T* scratch) {
     x = reduce_warp(x, combine);
     if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
     __syncthreads();

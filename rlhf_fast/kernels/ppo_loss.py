@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_fast.kernels.kl_estimate import _expm1_minus
+from rlhf_fast.kernels import _sampled_kl
+from rlhf_fast.kernels._sampled_kl import expm1_minus
 from rlhf_fast.ops._rows import Denominator, PPOInputs, PPOOptions
 
 range_size = 1024  # tokens
@@ -35,24 +36,6 @@ def _denominator(there, number, counted, KIND: tl.constexpr):
     if KIND == 2:
         value = counted * 0.0 + number
     return tl.where(value == 0.0, 1.0, value)
-
-
-@triton.jit
-def _estimate(d, KIND: tl.constexpr):
-    if KIND == 0:
-        return d
-    if KIND == 1:
-        return d * d * 0.5
-    return _expm1_minus(-d)
-
-
-@triton.jit
-def _slope(d, KIND: tl.constexpr):
-    if KIND == 0:
-        return tl.zeros_like(d) + 1.0
-    if KIND == 1:
-        return d
-    return d - _expm1_minus(-d)  # 1 - e^-d
 
 
 @triton.jit
@@ -110,14 +93,14 @@ def _forward(
     tl.store(to + 5, tl.sum(ratio * ones).to(tl.float64))
     tl.store(to + 6, tl.sum(tl.where(pulled, ones, 0.0)).to(tl.float64))
     tl.store(to + 8, -tl.sum(log_ratio * ones).to(tl.float64))
-    tl.store(to + 9, tl.sum(_expm1_minus(bounded) * ones).to(tl.float64))
+    tl.store(to + 9, tl.sum(expm1_minus(bounded) * ones).to(tl.float64))
     tl.store(to + 14, tl.max(ratio * ones).to(tl.float64))
 
     if HAS_KL:
         d = logp - _read(ref_logprobs, i, inside, here)
-        tl.store(to + 4, tl.sum(_estimate(d, KL) * weight).to(tl.float64))
+        tl.store(to + 4, tl.sum(_sampled_kl.estimate(d, KL) * weight).to(tl.float64))
         if KL_COUNTS:
-            slope += kl_coef * _slope(d, KL_SLOPE)
+            slope += kl_coef * _sampled_kl.slope(d, KL_SLOPE)
     if NEED:
         tl.store(grad_logprobs + i, tl.where(here, slope * (weight * scale), 0.0), mask=inside)
 

@@ -229,6 +229,7 @@ class PPOLoss:
     def __init__(self, backend: str) -> None:
         self.kernels = module(backend)
         self.range_size: int = self.kernels.ppo_loss_range
+        self.SUMS: int = self.kernels.ppo_loss_sums
 
     def forward(
         self,

@@ -1,4 +1,4 @@
-"""What kernels are given: memory that may be read, as a matrix of rows; the transform of a logit; gae's arguments."""
+"""What kernels are given: memory that may be read, as a matrix of rows; the transform of a logit; arguments."""
 
 from __future__ import annotations
 
@@ -66,6 +66,11 @@ def per_row(temperature: float | Tensor, rows: torch.Size) -> tuple[Tensor | Non
 def flat(x: Tensor | None) -> Tensor | None:
     """(...) as contiguous (rows,)."""
     return None if x is None else x.reshape(-1).contiguous()
+
+
+def plain(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """x in that dtype, contiguous."""
+    return None if x is None else x.to(dtype).contiguous()
 
 
 class GAEInputs(NamedTuple):

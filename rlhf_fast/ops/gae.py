@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_fast.ops import _checks, _compiled, _dispatch, reference
 from rlhf_fast.ops._library import Op
-from rlhf_fast.ops._rows import GAEInputs
+from rlhf_fast.ops._rows import GAEInputs, plain
 
 # torch.library reads the annotations of registered functions and knows no other form of Optional.
 # ruff: noqa: UP045
@@ -94,11 +94,9 @@ def gae(
     if rewards is None and scores is None and logprobs is None:
         raise ValueError("rewards: None, expected a tensor, or scores")
 
-    leading = [x for x in (values, rewards, logprobs, ref_logprobs) if x is not None]
-    dtype = functools.reduce(torch.promote_types, [x.dtype for x in leading])
-    if any([x is not None and x.dtype == torch.float64 for x in (scores, bootstrap)]):
-        dtype = torch.float64
-    backend = _dispatch.choose("gae", BACKENDS, values.to(dtype) if dtype == torch.float64 else values)
+    dtype = functools.reduce(torch.promote_types, [x.dtype for x in (values, *per_token.values()) if x is not None])
+    exact = [x for x in (values, scores, bootstrap, *per_token.values()) if x is not None and x.dtype == torch.float64]
+    backend = _dispatch.choose("gae", BACKENDS, exact[0] if exact else values)
     arguments = (
         rewards, values, float(gamma), float(lam), mask, cu_seqlens, bootstrap,
         float(lam if critic_lam is None else critic_lam), scores, logprobs, ref_logprobs, float(kl_coef),
@@ -139,9 +137,6 @@ def gae_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """advantages, returns, and (B, 3) sums of each sequence's advantages, or (0, 3) if not asked for."""
-
-    def plain(x: Tensor | None, to: torch.dtype) -> Tensor | None:
-        return None if x is None else x.to(to).contiguous()
 
     advantages, returns = _compiled.new_like(values, torch.float32), _compiled.new_like(values, torch.float32)
     per_sequence = values.new_empty(sequences if sums else 0, 3, dtype=torch.float64)

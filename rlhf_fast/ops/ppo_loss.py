@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_fast.ops import _checks, _compiled, _dispatch, reference
 from rlhf_fast.ops._library import Op
-from rlhf_fast.ops._rows import Denominator, PPOInputs, PPOOptions
+from rlhf_fast.ops._rows import Denominator, PPOInputs, PPOOptions, plain
 from rlhf_fast.ops.kl_estimate import ESTIMATES, KINDS
 
 # torch.library reads the annotations of registered functions and knows no other form of Optional.
@@ -184,9 +184,6 @@ def ppo_loss_forward(
     unmasked tokens divides the terms; the statistics too if ``of_tokens``, else those are divided by the last.
     """
 
-    def plain(x: Tensor | None, to: torch.dtype) -> Tensor | None:
-        return None if x is None else x.to(to).contiguous()
-
     run = kernels(backend)
     x = PPOInputs(
         logprobs.to(dtype).contiguous(), old_logprobs.to(dtype).contiguous(), advantages.to(dtype).contiguous(),
@@ -199,7 +196,7 @@ def ppo_loss_forward(
     gradients = [_compiled.new_like(logprobs, torch.float32) if needed else None for needed in needs]
     ranges = -(-logprobs.numel() // run.range_size)
     stats = logprobs.new_empty(1 + len(STATS), dtype=torch.float32)
-    partials = logprobs.new_zeros(ranges, 15, dtype=torch.float64)
+    partials = logprobs.new_zeros(ranges, run.SUMS, dtype=torch.float64)
     counts = logprobs.new_empty(ranges, dtype=torch.int64)
     numbers = PPOOptions(low, high, dual, value_clip, coefs[0], coefs[1], coefs[2], *estimates)
     tokens = terms if of_tokens else Denominator(None, 0.0)

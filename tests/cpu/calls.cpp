@@ -8,6 +8,7 @@
 #include "common/full_kl.h"
 #include "common/gae.h"
 #include "common/kl_estimate.h"
+#include "common/ppo_loss.h"
 #include "common/token_logprobs.h"
 
 using namespace rlhf_fast;
@@ -69,6 +70,28 @@ int main() {
             const Sequences where = {nullptr, false, call.rows, call.columns};
             const GAEInputs in = {where, paid, p.data(), dtype, nullptr, grad_2.data(), 0.9f, 0.8f, 0.95f};
             cpu::gae.forward(in, GAE{at(0), at(1), nullptr}, run);
+        } else if (call.op == 4) {
+            const size_t ranges = (count + cpu::ppo_loss.range - 1) / cpu::ppo_loss.range;
+            std::vector<double> partials(ranges * kPPOSums);
+            std::vector<int64_t> counts(ranges);
+            const std::vector<char> flags = read_array<char>(count);
+            const PPOInputs in = {p.data(),
+                                  q.data(),
+                                  q.data(),
+                                  p.data(),
+                                  q.data(),
+                                  p.data(),
+                                  p.data(),
+                                  q.data(),
+                                  dtype,
+                                  static_cast<int64_t>(count),
+                                  reinterpret_cast<const bool*>(flags.data()),
+                                  grad.data()};
+            const PPOOptions o = {0.2f,        0.3f, 3.0f, 0.2f, 0.5f, 0.01f, 0.05f, static_cast<Estimate>(call.kind),
+                                  Estimate::k2};
+            const Denominator of_count = {nullptr, 0.0f};
+            cpu::ppo_loss.forward(in, o, of_count, of_count,
+                                  {at(3), at(0), at(1), at(2), partials.data(), counts.data()}, run);
         } else {
             const Estimate kind = static_cast<Estimate>(call.kind);
             const int64_t n = static_cast<int64_t>(count);

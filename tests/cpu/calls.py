@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import _compiled
-from rlhf_fast.ops._rows import GAEInputs, Transform, matrix
+from rlhf_fast.ops._rows import Denominator, GAEInputs, PPOInputs, PPOOptions, Transform, matrix
 
-TOKEN_LOGPROBS, FULL_KL, KL_ESTIMATE, GAE = 0, 1, 2, 3
+TOKEN_LOGPROBS, FULL_KL, KL_ESTIMATE, GAE, PPO_LOSS = 0, 1, 2, 3, 4
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -35,7 +35,7 @@ class Call(NamedTuple):
     @property
     def results(self) -> int:
         """Numbers in each of the nine result arrays."""
-        return self.p.numel() if self.op in (KL_ESTIMATE, GAE) else self.p.shape[0]
+        return self.p.numel() if self.op in (KL_ESTIMATE, GAE, PPO_LOSS) else self.p.shape[0]
 
 
 def calls() -> Iterator[Call]:
@@ -57,6 +57,8 @@ def calls() -> Iterator[Call]:
                     yield Call(FULL_KL, dtype, kind, transform, *rest)
             yield Call(KL_ESTIMATE, dtype, i, transforms[0], *rest)
             yield Call(GAE, dtype, 0, transforms[0], *rest)
+            if columns > 1:  # else there is no room for its twelve statistics
+                yield Call(PPO_LOSS, dtype, 2, transforms[0], *rest)
 
 
 def encode(call: Call) -> bytes:
@@ -64,7 +66,8 @@ def encode(call: Call) -> bytes:
     header = struct.pack(
         "4i2q4f", call.op, DTYPES.index(call.dtype), call.kind, 0, *call.p.shape, *call.transform[:3], 0.0
     )
-    return header + b"".join(_bytes(x) for x in call[4:])
+    flags = [call.p > 0] if call.op == PPO_LOSS else []
+    return header + b"".join(_bytes(x) for x in (*call[4:], *flags))
 
 
 def answer(call: Call) -> list[Tensor]:
@@ -85,6 +88,14 @@ def answer(call: Call) -> list[Tensor]:
         advantages, returns = results[:2]
         inputs = GAEInputs(q, p, q, grad_2, 0.3, p, None, grad_2, None, *p.shape, 0.9, 0.8, 0.95)
         _compiled.GAE("cpu").forward(inputs, advantages, returns, None)
+    elif call.op == PPO_LOSS:
+        ppo_loss = _compiled.PPOLoss("cpu")
+        ranges = -(-p.numel() // ppo_loss.range_size)
+        partials, counts = torch.zeros(ranges, ppo_loss.SUMS, dtype=torch.float64), torch.zeros(ranges).long()
+        x = PPOInputs(p, q, q, p, q, p, p, q, p > 0, grad)
+        options = PPOOptions(0.2, 0.3, 3.0, 0.2, 0.5, 0.01, 0.05, call.kind, 1)
+        count = Denominator(None, 0.0)
+        ppo_loss.forward(x, options, count, count, results[3], results[:3], partials, counts)
     else:
         estimates = _compiled.KLEstimate("cpu")
         estimates.forward(p, q, None, call.kind, results[0])
