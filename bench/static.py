@@ -201,15 +201,16 @@ class Variant:
 
 
 NUMBERS = """scale softcap temperature gamma lam critic_lam number tokens_number clip_low clip_high dual_clip value_clip
-    value_coef entropy_coef kl_coef""".split()
+    value_coef entropy_coef kl_coef rollout_cap""".split()
 SIZES = re.compile(r"(length|columns|inner|stride|first_column|segments|states_per_row|rows|count|ranges)$")
 NARROW = """logits out p q out_p out_q logprobs ref_logprobs ref_out rewards values old_logprobs advantages old_values
-    returns entropy""".split()
+    returns entropy rollout_logprobs""".split()
 POINTERS = {
     "tokens": "*i64",
     "mask": "*i1",
     "cu_seqlens": "*i32",
     "sums": "*fp64",
+    "advantage_sums": "*fp64",
     "partials": "*fp64",
     "counts": "*i64",
 }
@@ -272,11 +273,14 @@ def _of_tokens(name: str, short: str) -> Iterator[Variant]:
     flags = {f"HAS_{x}": x != "WEIGHTS" for x in ("MASK", "VALUES", "ENTROPY", "KL", "WEIGHTS")}
     flags = {**flags, "KL_COUNTS": True}
     flags = {**flags, "NEED": True, "NEED_VALUES": True, "NEED_ENTROPY": True, "CLIPS_VALUES": True, "DUAL": True}
+    flags = {**flags, "CISPO": False, "HAS_ROLLOUT": True, "HAS_LOG_RATIOS": False, "WHITENS": True}
     flags = {**flags, "KL": 2, "KL_SLOPE": 2, "DENOMINATOR": 0, "BLOCK": ppo_loss.range_size, "SUMS": ppo_loss.SUMS}
+    flags = {**flags, "EDGES": ppo_loss.EDGES}
     elements = ppo_loss.range_size // 128
     yield Variant("ppo_loss", "_forward", f"{name}, everything", short, flags, {"num_warps": ppo_loss.WARPS}, elements)
     if short == "fp32":
         flags = {"FINISH": ppo_loss.FINISH, "SUMS": ppo_loss.SUMS, "DENOMINATOR": 0, "TOKENS": 0}
+        flags = {**flags, "EDGES": ppo_loss.EDGES}
         flags = {**flags, "VALUES_COUNT": True, "ENTROPY_COUNTS": True, "KL_COUNTS": True}
         yield Variant("ppo_loss", "_finish", "many ranges", short, flags, {"num_warps": ppo_loss.WARPS}, 16)
 
@@ -301,7 +305,12 @@ def compile_variant(job: tuple[Variant, int]) -> list[Static]:
     for name in function.arg_names:
         absent = (name == "mask" and not constants["HAS_MASK"]) or (name == "temperatures" and not constants["PER_ROW"])
         absent |= variant.op == "gae" and _absent_from_gae(name, constants)
-        absent |= name in ("weights", "there", "tokens_there")  # ppo_loss divides by the tokens that count
+        absent |= name in (
+            "weights",
+            "log_ratios",
+            "there",
+            "tokens_there",
+        )  # ppo_loss divides by the tokens that count
         if name in constants or absent or name.endswith("column_stride"):
             constants.setdefault(name, None if absent else 1)  # Triton itself specialises on a stride of 1
             types[name] = "constexpr"

@@ -147,8 +147,8 @@ void def_gae(py::module_& m, const GAEKernels& kernels) {
           });
 }
 
-using EightAddresses = std::tuple<Address, Address, Address, Address, Address, Address, Address, Address>;
-using PPOOptionsTuple = std::tuple<float, float, float, float, float, float, float, int, int>;
+using NineAddresses = std::tuple<Address, Address, Address, Address, Address, Address, Address, Address, Address>;
+using PPOOptionsTuple = std::tuple<float, float, float, float, float, float, float, float, bool, int, int>;
 using DenominatorTuple = std::tuple<Address, float>;
 using SixAddresses = std::tuple<Address, Address, Address, Address, Address, Address>;
 
@@ -157,32 +157,36 @@ Denominator denominator(const DenominatorTuple& t) { return {at<float>(std::get<
 void def_ppo_loss(py::module_& m, const PPOLossKernels& kernels) {
     m.attr("ppo_loss_range") = kernels.range;
     m.attr("ppo_loss_sums") = static_cast<int>(kPPOSums);
-    m.def("ppo_loss_forward",
-          [kernels](const EightAddresses& tensors, int dtype, int64_t count, Address flags, Address weights,
-                    const PPOOptionsTuple& options, const DenominatorTuple& of_terms, const DenominatorTuple& of_tokens,
-                    const SixAddresses& out, const RunTuple& where) {
-              const PPOInputs inputs = std::apply(
-                  [&](auto... address) {
-                      return PPOInputs{at<void>(address)..., static_cast<DType>(dtype), count, at<bool>(flags),
-                                       at<float>(weights)};
-                  },
-                  tensors);
-              const auto& [low, high, dual, value_clip, value_coef, entropy_coef, kl_coef, kl, kl_slope] = options;
-              const PPOOptions o = {low,
-                                    high,
-                                    dual,
-                                    value_clip,
-                                    value_coef,
-                                    entropy_coef,
-                                    kl_coef,
-                                    static_cast<Estimate>(kl),
-                                    static_cast<Estimate>(kl_slope)};
-              const auto& [stats, in_logprobs, in_values, in_entropy, partials, counts] = out;
-              const PPOResults results = {at<float>(stats),      at<float>(in_logprobs), at<float>(in_values),
-                                          at<float>(in_entropy), at<double>(partials),   at<int64_t>(counts)};
-              py::gil_scoped_release release;
-              kernels.forward(inputs, o, denominator(of_terms), denominator(of_tokens), results, run(where));
-          });
+    m.def("ppo_loss_forward", [kernels](const NineAddresses& tensors, int dtype, int64_t count,
+                                        const FourAddresses& others, const PPOOptionsTuple& options,
+                                        const DenominatorTuple& of_terms, const DenominatorTuple& of_tokens,
+                                        const SixAddresses& out, const RunTuple& where) {
+        const auto& [flags, weights, log_ratios, advantage_sums] = others;
+        const PPOInputs inputs = std::apply(
+            [&, flags = flags, weights = weights, log_ratios = log_ratios, sums = advantage_sums](auto... address) {
+                return PPOInputs{at<void>(address)..., static_cast<DType>(dtype), count,           at<bool>(flags),
+                                 at<float>(weights),   at<float>(log_ratios),     at<double>(sums)};
+            },
+            tensors);
+        const auto& [low, high, dual, value_clip, value_coef, entropy_coef, kl_coef, cap, cispo, kl, kl_slope] =
+            options;
+        const PPOOptions o = {low,
+                              high,
+                              dual,
+                              value_clip,
+                              value_coef,
+                              entropy_coef,
+                              kl_coef,
+                              cap,
+                              cispo,
+                              static_cast<Estimate>(kl),
+                              static_cast<Estimate>(kl_slope)};
+        const auto& [stats, in_logprobs, in_values, in_entropy, partials, counts] = out;
+        const PPOResults results = {at<float>(stats),      at<float>(in_logprobs), at<float>(in_values),
+                                    at<float>(in_entropy), at<double>(partials),   at<int64_t>(counts)};
+        py::gil_scoped_release release;
+        kernels.forward(inputs, o, denominator(of_terms), denominator(of_tokens), results, run(where));
+    });
 }
 
 py::list isa_list() {

@@ -116,7 +116,15 @@ def test_an_installed_package_says_that_a_checkout_is_needed(
 
 def test_every_op_of_the_suite_has_cases_for_both_devices() -> None:
     found: dict[str, Any] = {one.op: one for one in harness.benches("ops")}
-    assert list(found) == ["full_kl", "gae", "kl_estimate", "linear_token_logprobs", "ppo_loss", "token_logprobs"]
+    assert list(found) == [
+        "full_kl",
+        "gae",
+        "kl_estimate",
+        "linear_ppo_loss",
+        "linear_token_logprobs",
+        "ppo_loss",
+        "token_logprobs",
+    ]
     for one in found.values():
-        modes = {"gae": {FORWARD}, "ppo_loss": {BOTH}}.get(one.op, {FORWARD, BOTH})
+        modes = {"gae": {FORWARD}, "ppo_loss": {BOTH}, "linear_ppo_loss": {BOTH}}.get(one.op, {FORWARD, BOTH})
         assert {case.mode for case in one.cases} == {case.mode for case in one.gpu_cases} == modes

@@ -2,6 +2,7 @@
 // the tokens that count, its gradients and statistics, in one sweep.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "common/dtypes.h"
@@ -10,12 +11,15 @@
 
 namespace rlhf_fast {
 
-struct PPOInputs {  // count elements of dtype each; the last five may be null, and their terms are 0 then
-    const void *logprobs, *old_logprobs, *advantages, *values, *old_values, *returns, *entropy, *ref_logprobs;
+struct PPOInputs {  // count elements of dtype each; the last six may be null, and their terms are left out then
+    const void *logprobs, *old_logprobs, *advantages, *values, *old_values, *returns, *entropy, *ref_logprobs,
+        *rollout_logprobs;
     DType dtype;
     int64_t count;
-    const bool* mask;      // null: every token counts
-    const float* weights;  // of a token's terms; null: 1
+    const bool* mask;              // null: every token counts
+    const float* weights;          // of a token's terms; null: 1
+    const float* log_ratios;       // of a token's sequence, in place of its own; null: its own
+    const double* advantage_sums;  // number, sum and sum of squares of those to whiten by; null: as they are
 };
 
 struct PPOOptions {
@@ -23,8 +27,22 @@ struct PPOOptions {
     float dual_clip;   // 0: none
     float value_clip;  // below 0: none
     float value_coef, entropy_coef, kl_coef;
+    float rollout_cap;      // the largest weight that rollout_logprobs give
+    bool cispo;             // the objective: clipped weights of log-probabilities, or clipped PPO
     Estimate kl, kl_slope;  // the estimate, and the one whose gradient it gets
 };
+
+// Advantages become (A - mean) * scale.
+struct Whitening {
+    float mean, scale;
+};
+
+RLHF_FAST_HOST_DEVICE inline Whitening whitening(const double* sums) {
+    if (sums == nullptr) return {0.0f, 1.0f};
+    const double n = sums[0] < 1.0 ? 1.0 : sums[0], mean = sums[1] / n;
+    const double variance = (sums[2] - sums[1] * mean) / (n < 2.0 ? 1.0 : n - 1.0);
+    return {static_cast<float>(mean), 1.0f / sqrtf(static_cast<float>((variance < 0.0 ? 0.0 : variance) + 1e-8))};
+}
 
 // What sums are divided by: a number on the device, where 0 means 1; a number; or how many tokens count.
 struct Denominator {
@@ -45,26 +63,55 @@ struct PPOResults {
     int64_t* counts;                                    // (ranges), scratch
 };
 
-// What is summed up over a range of tokens; the largest ratio is a maximum.
+// Log-ratios whose quantiles are wanted are counted between 0, +-1/128, +-1/64, ... +-1/2.
+constexpr int kRatioEdges = 15;
+
+RLHF_FAST_HOST_DEVICE inline float ratio_edge(int e) {
+    return e < 7 ? -1.0f / (2 << e) : e == 7 ? 0.0f : 1.0f / (1 << (15 - e));
+}
+
+// What is summed up over a range of tokens; the last two are maxima, -20 if no token counts.
 enum PPOSum : int {
     kCount,
     kPolicy,
     kValue,
     kEntropy,
     kKL,
-    kRatio,
+    kRatio,  // less 1, or equal terms near 1 would round the same way again and again
     kClipped,
+    kDualClipped,
     kValueClipped,
     kOldMinusNew,
     kK3,
-    kReturn,
+    kRollout,
+    kRolloutCapped,
+    kAtMost,  // tokens whose log-ratio is at most an edge
+    kReturn = kAtMost + kRatioEdges,
     kReturnSquared,
     kRest,
     kRestSquared,
-    kRatioMax,
+    kLogRatioMax,
+    kMinusLogRatioMax,
     kPPOSums
 };
-constexpr int kPPOStats = 12;
+constexpr double kNoLogRatio = -20.0;  // log-ratios are clamped to +-20
+
+// The log-ratio below which a share of the tokens lies: between two edges, as if they lay evenly there.
+RLHF_FAST_HOST_DEVICE inline double log_ratio_quantile(const double* sums, double share) {
+    const double least = -sums[kMinusLogRatioMax], most = sums[kLogRatioMax], wanted = share * sums[kCount];
+    double from = least, before = 0.0;
+    for (int e = 0; e <= kRatioEdges; ++e) {
+        const double edge = e < kRatioEdges ? ratio_edge(e) : most;
+        const double to = edge < least ? least : edge > most ? most : edge;
+        const double at_most = e < kRatioEdges ? sums[kAtMost + e] : sums[kCount];
+        if (at_most >= wanted && at_most > before) return from + (to - from) * (wanted - before) / (at_most - before);
+        from = to;
+        before = at_most;
+    }
+    return most;
+}
+
+constexpr int kPPOStats = 18;
 
 // The statistics, in the order in which rlhf_fast/ops/ppo_loss.py names them, from sums over all tokens.
 RLHF_FAST_HOST_DEVICE inline void ppo_stats(const double* sums, const PPOOptions& o, const Denominator& of_terms,
@@ -86,12 +133,18 @@ RLHF_FAST_HOST_DEVICE inline void ppo_stats(const double* sums, const PPOOptions
         value,
         entropy,
         kl,
-        sums[kRatio] / tokens,
-        sums[kRatioMax],
+        (count + sums[kRatio]) / tokens,
+        count == 0.0 ? 0.0 : exp(sums[kLogRatioMax]),
+        count == 0.0 ? 0.0 : exp(-sums[kMinusLogRatioMax]),
+        count == 0.0 ? 0.0 : exp(log_ratio_quantile(sums, 0.05)),
+        count == 0.0 ? 0.0 : exp(log_ratio_quantile(sums, 0.95)),
         sums[kClipped] / tokens,
+        sums[kDualClipped] / tokens,
         sums[kValueClipped] / tokens,
         sums[kOldMinusNew] / tokens,
         sums[kK3] / tokens,
+        sums[kRollout] / tokens,
+        sums[kRolloutCapped] / tokens,
         varies ? 1.0 - left / variance : 0.0,
     };
     for (int i = 0; i < kPPOStats; ++i) stats[i] = static_cast<float>(all[i]);

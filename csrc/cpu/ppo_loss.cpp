@@ -29,8 +29,9 @@ struct Sweep {
     const PPOOptions& o;
     const PPOResults& out;
     float scale;  // 1 / denominator of the terms
+    Whitening white;
 
-    f32x16 sums[kRatioMax], ratio_max;
+    f32x16 sums[kLogRatioMax], most, most_negative;  // of the log-ratios
     float return_pivot, rest_pivot;  // of a range, from which what varies is measured: else squares would hide it
 
     // An input at these tokens; where one does not count it is 0 and may have been anything.
@@ -39,6 +40,10 @@ struct Sweep {
         const f32x16 x = n == kLanes ? load16(p) : load_first(p, n, 0.0f);
         return select(counts, x, set1(0.0f));
     }
+    SIMD_INLINE static f32x16 floats(const float* p, int64_t i, int64_t n, mask16 counts) {
+        return select(counts, n == kLanes ? load16(p + i) : load_first(p + i, n, 0.0f), set1(0.0f));
+    }
+    SIMD_INLINE static f32x16 bound(f32x16 x) { return min(set1(20.0f), max(set1(-20.0f), x)); }
     SIMD_INLINE static void write(float* to, int64_t i, int64_t n, f32x16 x) {
         if (to == nullptr) return;
         if (n == kLanes) {
@@ -59,31 +64,54 @@ struct Sweep {
         }
         const f32x16 share = mul(weight, set1(scale));  // of a token's terms in the loss
 
-        const f32x16 logprobs = read(in.logprobs, i, n, counts);
-        const f32x16 old_minus_new = sub(read(in.old_logprobs, i, n, counts), logprobs);
-        const f32x16 advantages = read(in.advantages, i, n, counts);
-        const f32x16 log_ratio = sub(zero, old_minus_new);
-        const f32x16 bounded = min(set1(20.0f), max(set1(-20.0f), log_ratio));
-        const f32x16 ratio = exp(bounded), minus = sub(zero, advantages);
+        const f32x16 logprobs = read(in.logprobs, i, n, counts), old_logprobs = read(in.old_logprobs, i, n, counts);
+        const f32x16 own = sub(logprobs, old_logprobs), own_bounded = bound(own);
+        const f32x16 log_ratio = in.log_ratios != nullptr ? floats(in.log_ratios, i, n, counts) : own;
+        const f32x16 bounded = in.log_ratios != nullptr ? bound(log_ratio) : own_bounded, ratio = exp(bounded);
+        const f32x16 advantages = mul(sub(read(in.advantages, i, n, counts), set1(white.mean)), set1(white.scale));
+        const f32x16 minus = sub(zero, advantages);
         const f32x16 near = min(set1(1.0f + o.clip_high), max(set1(1.0f - o.clip_low), ratio));
         const f32x16 plain = mul(minus, ratio), clipped = mul(minus, near);
-        const mask16 pulled = less(plain, clipped), moved_low = less(log_ratio, set1(-20.0f));
-        f32x16 policy = select(pulled, clipped, plain);
-        f32x16 slope = select(pulled, zero, plain);
-        slope = select(moved_low, zero, select(less(set1(20.0f), log_ratio), zero, slope));
-        if (o.dual_clip != 0.0f) {
-            const f32x16 most = mul(minus, set1(o.dual_clip));
-            const f32x16 dual = select(less(advantages, zero), most, set1(INFINITY));
-            slope = select(less(dual, policy), zero, slope);
-            policy = select(less(dual, policy), dual, policy);
+        f32x16 policy, slope;
+        if (o.cispo) {
+            policy = mul(clipped, logprobs);
+            slope = clipped;
+            const f32x16 moved = sub(ratio, near);
+            add_up(kClipped, select(less(zero, max(moved, sub(zero, moved))), one, zero), ones);
+        } else {
+            const mask16 pulled = less(plain, clipped), low = less(log_ratio, set1(-20.0f));
+            policy = select(pulled, clipped, plain);
+            slope = select(pulled, zero, plain);
+            slope = select(low, zero, select(less(set1(20.0f), log_ratio), zero, slope));
+            add_up(kClipped, select(pulled, one, zero), ones);
+            if (o.dual_clip != 0.0f) {
+                const f32x16 dual = select(less(advantages, zero), mul(minus, set1(o.dual_clip)), set1(INFINITY));
+                const mask16 held = less(dual, policy);
+                slope = select(held, zero, slope);
+                policy = select(held, dual, policy);
+                add_up(kDualClipped, select(held, one, zero), ones);
+            }
+        }
+        if (in.rollout_logprobs != nullptr) {
+            const f32x16 apart = exp(bound(sub(old_logprobs, read(in.rollout_logprobs, i, n, counts))));
+            const f32x16 cap = set1(o.rollout_cap), held = min(cap, apart);
+            policy = mul(policy, held);
+            slope = mul(slope, held);
+            add_up(kRollout, held, ones);
+            add_up(kRolloutCapped, select(less(cap, apart), one, zero), ones);
         }
         add_up(kPolicy, policy, weight);
-        add_up(kRatio, ratio, ones);
-        add_up(kClipped, select(pulled, one, zero), ones);
-        add_up(kOldMinusNew, old_minus_new, ones);
-        add_up(kK3, expm1_minus(bounded), ones);
+        add_up(kRatio, sub(ratio, one), ones);
+        add_up(kOldMinusNew, sub(zero, own), ones);
+        add_up(kK3, expm1_minus(own_bounded), ones);
         sums[kCount] = add(sums[kCount], ones);
-        ratio_max = max(ratio_max, mul(ratio, ones));
+        const f32x16 none = set1(static_cast<float>(kNoLogRatio));
+        most = max(most, select(counts, bounded, none));
+        most_negative = max(most_negative, select(counts, sub(zero, bounded), none));
+        for (int e = 0; e < kRatioEdges; ++e) {
+            f32x16& at_most = sums[kAtMost + e];
+            at_most = add(at_most, select(less(set1(ratio_edge(e)), bounded), zero, ones));
+        }
 
         if (in.ref_logprobs != nullptr) {
             const f32x16 d = sub(logprobs, read(in.ref_logprobs, i, n, counts));
@@ -140,19 +168,21 @@ struct Sweep {
     // Tokens [begin, end), and their sums.
     SIMD_INLINE void range(int64_t begin, int64_t end, double* partial) {
         for (f32x16& sum : sums) sum = set1(0.0f);
-        ratio_max = set1(0.0f);
+        most = most_negative = set1(static_cast<float>(kNoLogRatio));
         set_pivots(begin, end);
         for (int64_t i = begin; i < end; i += kLanes) tokens(i, end - i < kLanes ? end - i : int64_t{kLanes});
-        for (int s = 0; s < kRatioMax; ++s) partial[s] = reduce_add(sums[s]);
+        for (int s = 0; s < kLogRatioMax; ++s) partial[s] = reduce_add(sums[s]);
         move(partial, kReturn, partial[kCount], return_pivot);
         move(partial, kRest, partial[kCount], rest_pivot);
-        partial[kRatioMax] = reduce_max(ratio_max);
+        partial[kLogRatioMax] = reduce_max(most);
+        partial[kMinusLogRatioMax] = reduce_max(most_negative);
     }
 };
 
 void forward(const PPOInputs& in, const PPOOptions& o, float scale, const PPOResults& out, int64_t from, int64_t to) {
     with_element(in.dtype, [&](auto element) {
-        Sweep<typename decltype(element)::type> sweep = {in, o, out, scale, {}, {}, 0.0f, 0.0f};
+        Sweep<typename decltype(element)::type> sweep = {in, o,  out, scale, whitening(in.advantage_sums),
+                                                         {}, {}, {},  0.0f,  0.0f};
         for (int64_t r = from; r < to; ++r) {
             const int64_t begin = r * kRange, end = in.count - begin < kRange ? in.count : begin + kRange;
             sweep.range(begin, end, out.partials + r * kPPOSums);
@@ -196,9 +226,11 @@ void forward(const PPOInputs& in, const PPOOptions& o, const Denominator& of_ter
     const auto kernel = SIMD_CHOOSE(forward);
     parallel_rows(ranges, kRange, run.threads, [&](int64_t from, int64_t to) { kernel(in, o, scale, out, from, to); });
     double sums[kPPOSums] = {};
+    for (int s = kLogRatioMax; s < kPPOSums; ++s) sums[s] = kNoLogRatio;
     for (int64_t r = 0; r < ranges; ++r) {
-        for (int s = 0; s < kRatioMax; ++s) sums[s] += out.partials[r * kPPOSums + s];
-        sums[kRatioMax] = std::max(sums[kRatioMax], out.partials[r * kPPOSums + kRatioMax]);
+        const double* const partial = out.partials + r * kPPOSums;
+        for (int s = 0; s < kLogRatioMax; ++s) sums[s] += partial[s];
+        for (int s = kLogRatioMax; s < kPPOSums; ++s) sums[s] = std::max(sums[s], partial[s]);
     }
     ppo_stats(sums, o, of_terms, of_tokens, out.stats);
 }

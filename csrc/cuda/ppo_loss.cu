@@ -17,19 +17,19 @@ struct Larger {
     __device__ double operator()(double a, double b) const { return b > a ? b : a; }
 };
 
-// The block's sums (and the largest ratio) of what its threads have, in thread 0's `whole`.
+// The block's sums (and maxima) of what its threads have, in thread 0's `whole`.
 __device__ inline void sum_block(const double (&mine)[kPPOSums], double (*scratch)[kPPOSums], double* whole) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
     for (int s = 0; s < kPPOSums; ++s) {
-        const double x = s == kRatioMax ? reduce_warp(mine[s], Larger()) : reduce_warp(mine[s], Sum());
+        const double x = s >= kLogRatioMax ? reduce_warp(mine[s], Larger()) : reduce_warp(mine[s], Sum());
         if (lane == 0) scratch[warp][s] = x;
     }
     __syncthreads();
     if (threadIdx.x != 0) return;
     for (int s = 0; s < kPPOSums; ++s) {
         double x = scratch[0][s];
-        for (int w = 1; w < kWarps; ++w) x = s == kRatioMax ? Larger()(x, scratch[w][s]) : x + scratch[w][s];
+        for (int w = 1; w < kWarps; ++w) x = s >= kLogRatioMax ? Larger()(x, scratch[w][s]) : x + scratch[w][s];
         whole[s] = x;
     }
 }
@@ -53,38 +53,52 @@ __device__ inline double tokens_that_count(const PPOInputs& in, const int64_t* c
 
 // One token's numbers; those that are not given are 0.
 struct Token {
-    float logprob, old_logprob, advantage, value, old_value, target, entropy, ref_logprob;
+    float logprob, old_logprob, advantage, value, old_value, target, entropy, ref_logprob, rollout_logprob, log_ratio;
 };
 struct Slopes {  // of the token's share of the loss, before its weight
     float logprob, value;
 };
 
 struct Sums {  // of a thread's tokens
-    float sums[kReturn], ratio_max;
-    double of_returns[kRatioMax - kReturn];  // their variances are differences of large numbers
+    float sums[kReturn];
+    double of_returns[kLogRatioMax - kReturn];  // their variances are differences of large numbers
+    float most, most_negative;                  // log-ratio
 };
+
+__device__ inline float bound(float x) { return x < -20.0f ? -20.0f : x > 20.0f ? 20.0f : x; }
 
 __device__ inline Slopes add_token(const Token& x, float weight, const PPOInputs& in, const PPOOptions& o, Sums& mine) {
     float (&sums)[kReturn] = mine.sums;
-    const float log_ratio = x.logprob - x.old_logprob;
-    const float bounded = log_ratio < -20.0f ? -20.0f : log_ratio > 20.0f ? 20.0f : log_ratio;
-    const float ratio = expf(bounded), low = 1.0f - o.clip_low, high = 1.0f + o.clip_high;
+    const float bounded = bound(x.log_ratio), ratio = expf(bounded), own = x.logprob - x.old_logprob;
+    const float low = 1.0f - o.clip_low, high = 1.0f + o.clip_high;
     const float near = ratio < low ? low : ratio > high ? high : ratio;
     const float plain = -x.advantage * ratio, clipped = -x.advantage * near;
-    const bool pulled = clipped > plain;
-    float policy = pulled ? clipped : plain;
-    Slopes slopes = {pulled || log_ratio < -20.0f || log_ratio > 20.0f ? 0.0f : plain, 0.0f};
+    const bool pulled = o.cispo ? ratio != near : clipped > plain, far = x.log_ratio < -20.0f || x.log_ratio > 20.0f;
+    float policy = o.cispo ? clipped * x.logprob : pulled ? clipped : plain;
+    Slopes slopes = {o.cispo ? clipped : pulled || far ? 0.0f : plain, 0.0f};
     if (o.dual_clip != 0.0f && x.advantage < 0.0f && policy > -x.advantage * o.dual_clip) {
         policy = -x.advantage * o.dual_clip;
         slopes.logprob = 0.0f;
+        sums[kDualClipped] += 1.0f;
+    }
+    if (in.rollout_logprobs != nullptr) {
+        const float apart = expf(bound(x.old_logprob - x.rollout_logprob));
+        const float held = apart > o.rollout_cap ? o.rollout_cap : apart;
+        policy *= held;
+        slopes.logprob *= held;
+        sums[kRollout] += held;
+        sums[kRolloutCapped] += apart > o.rollout_cap ? 1.0f : 0.0f;
     }
     sums[kCount] += 1.0f;
     sums[kPolicy] += weight * policy;
-    sums[kRatio] += ratio;
+    sums[kRatio] += ratio - 1.0f;
     sums[kClipped] += pulled ? 1.0f : 0.0f;
-    sums[kOldMinusNew] -= log_ratio;
-    sums[kK3] += expm1_minus(bounded);
-    mine.ratio_max = ratio > mine.ratio_max ? ratio : mine.ratio_max;
+    sums[kOldMinusNew] -= own;
+    sums[kK3] += expm1_minus(bound(own));
+#pragma unroll
+    for (int e = 0; e < kRatioEdges; ++e) sums[kAtMost + e] += bounded > ratio_edge(e) ? 0.0f : 1.0f;
+    mine.most = bounded > mine.most ? bounded : mine.most;
+    mine.most_negative = -bounded > mine.most_negative ? -bounded : mine.most_negative;
     if (in.ref_logprobs != nullptr) {
         const float d = x.logprob - x.ref_logprob;
         sums[kKL] += weight * estimate(o.kl, d);
@@ -128,13 +142,16 @@ __global__ void __launch_bounds__(kThreads)
     __shared__ double scratch[kWarps][kPPOSums], counted[kWarps];
     const double terms = of_terms.of(of_terms.is_count() ? tokens_that_count(in, out.counts, counted) : 0.0);
     const float scale = static_cast<float>(1.0 / terms);
+    const Whitening white = whitening(in.advantage_sums);
     Sums mine = {};
+    mine.most = mine.most_negative = static_cast<float>(kNoLogRatio);
     const int64_t begin = blockIdx.x * kRange;
     for (int64_t first = begin; first < begin + kRange; first += kThreads * kVector<T>) {
         const int64_t i = first + threadIdx.x * kVector<T>;
         if (i >= in.count) continue;
         float logprobs[kVector<T>], old_logprobs[kVector<T>], advantages[kVector<T>], values[kVector<T>],
-            old_values[kVector<T>], returns[kVector<T>], entropy[kVector<T>], ref_logprobs[kVector<T>];
+            old_values[kVector<T>], returns[kVector<T>], entropy[kVector<T>], ref_logprobs[kVector<T>],
+            rollout_logprobs[kVector<T>];
         read<T>(in.logprobs, i, in.count, logprobs);
         read<T>(in.old_logprobs, i, in.count, old_logprobs);
         read<T>(in.advantages, i, in.count, advantages);
@@ -143,14 +160,17 @@ __global__ void __launch_bounds__(kThreads)
         read<T>(in.returns, i, in.count, returns);
         read<T>(in.entropy, i, in.count, entropy);
         read<T>(in.ref_logprobs, i, in.count, ref_logprobs);
+        read<T>(in.rollout_logprobs, i, in.count, rollout_logprobs);
         float in_logprobs[kVector<T>], in_values[kVector<T>], in_entropy[kVector<T>];
 #pragma unroll
         for (int j = 0; j < kVector<T>; ++j) {
             in_logprobs[j] = in_values[j] = in_entropy[j] = 0.0f;
             if (i + j >= in.count || (in.mask != nullptr && !in.mask[i + j])) continue;
             const float weight = in.weights != nullptr ? in.weights[i + j] : 1.0f;
-            const Token token = {logprobs[j],   old_logprobs[j], advantages[j], values[j],
-                                 old_values[j], returns[j],      entropy[j],    ref_logprobs[j]};
+            const float log_ratio = in.log_ratios != nullptr ? in.log_ratios[i + j] : logprobs[j] - old_logprobs[j];
+            const float advantage = (advantages[j] - white.mean) * white.scale;
+            const Token token = {logprobs[j], old_logprobs[j], advantage,       values[j],           old_values[j],
+                                 returns[j],  entropy[j],      ref_logprobs[j], rollout_logprobs[j], log_ratio};
             const Slopes slopes = add_token(token, weight, in, o, mine);
             in_logprobs[j] = slopes.logprob * (weight * scale);
             in_values[j] = slopes.value * (weight * scale);
@@ -164,8 +184,9 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int s = 0; s < kReturn; ++s) sums[s] = mine.sums[s];
 #pragma unroll
-    for (int s = kReturn; s < kRatioMax; ++s) sums[s] = mine.of_returns[s - kReturn];
-    sums[kRatioMax] = mine.ratio_max;
+    for (int s = kReturn; s < kLogRatioMax; ++s) sums[s] = mine.of_returns[s - kReturn];
+    sums[kLogRatioMax] = mine.most;
+    sums[kMinusLogRatioMax] = mine.most_negative;
     sum_block(sums, scratch, out.partials + blockIdx.x * int64_t{kPPOSums});
 }
 
@@ -173,11 +194,12 @@ __global__ void __launch_bounds__(kThreads)
     finish_kernel(PPOOptions o, Denominator of_terms, Denominator of_tokens, PPOResults out, int64_t ranges) {
     __shared__ double scratch[kWarps][kPPOSums], whole[kPPOSums];
     double sums[kPPOSums] = {};
+    sums[kLogRatioMax] = sums[kMinusLogRatioMax] = kNoLogRatio;
     for (int64_t r = threadIdx.x; r < ranges; r += kThreads) {
 #pragma unroll
         for (int s = 0; s < kPPOSums; ++s) {
             const double x = out.partials[r * kPPOSums + s];
-            sums[s] = s == kRatioMax ? Larger()(sums[s], x) : sums[s] + x;
+            sums[s] = s >= kLogRatioMax ? Larger()(sums[s], x) : sums[s] + x;
         }
     }
     sum_block(sums, scratch, whole);

@@ -243,7 +243,7 @@ class PPOLoss:
         counts: Tensor,
     ) -> None:
         self.kernels.ppo_loss_forward(
-            _addresses(x[:8]), _DTYPES[x.logprobs.dtype], x.logprobs.numel(), _address(x.mask), _address(x.weights),
-            options, (_address(of_terms.there), of_terms.number), (_address(of_tokens.there), of_tokens.number),
+            _addresses(x[:9]), _DTYPES[x.logprobs.dtype], x.logprobs.numel(), _addresses(x[9:]), options,
+            (_address(of_terms.there), of_terms.number), (_address(of_tokens.there), of_tokens.number),
             _addresses((stats, *gradients, partials, counts)), _run(stats.device),
         )  # fmt: skip

@@ -103,8 +103,11 @@ class PPOInputs(NamedTuple):
     returns: Tensor | None
     entropy: Tensor | None
     ref_logprobs: Tensor | None
+    rollout_logprobs: Tensor | None
     mask: Tensor | None
-    weights: Tensor | None
+    weights: Tensor | None  # float32
+    log_ratios: Tensor | None  # float32
+    advantage_sums: Tensor | None  # float64
 
 
 class PPOOptions(NamedTuple):
@@ -115,6 +118,8 @@ class PPOOptions(NamedTuple):
     value_coef: float
     entropy_coef: float
     kl_coef: float
+    rollout_cap: float
+    cispo: bool
     kl: int  # as csrc/common/kl_estimate.h numbers the estimates
     kl_slope: int  # the one whose gradient it gets
 

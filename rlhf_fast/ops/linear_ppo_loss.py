@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any, Optional
+
+import torch
 from torch import Tensor
 
-from rlhf_fast.ops import _checks
-from rlhf_fast.ops.linear_token_logprobs import linear_token_logprobs
-from rlhf_fast.ops.ppo_loss import check_aggregation, check_numbers, check_tensors, check_terms, ppo_loss
+from rlhf_fast.ops import _checks, _dispatch
+from rlhf_fast.ops._head import HeadGradients, whole_rows_pay
+from rlhf_fast.ops._library import Op
+from rlhf_fast.ops._rows import is_plain, matrix, per_row
+from rlhf_fast.ops.linear_token_logprobs import Problem, in_its_own_dtypes, linear_token_logprobs
+from rlhf_fast.ops.ppo_loss import (
+    BACKENDS,
+    STATS,
+    check_aggregation,
+    check_numbers,
+    check_objective,
+    check_tensors,
+    check_terms,
+    numbers,
+    ppo_loss,
+    ppo_loss_forward,
+    shares,
+)
+
+# torch.library reads the annotations of registered functions and knows no other form of Optional.
+# ruff: noqa: UP045
 
 
 def linear_ppo_loss(
@@ -36,10 +58,19 @@ def linear_ppo_loss(
     kl: str = "k3",
     aggregation: str = "token_mean",
     denominator: float | Tensor | None = None,
+    objective: str = "clip",
+    ratio: str = "token",
+    rollout_logprobs: Tensor | None = None,
+    rollout_cap: float = 2.0,
+    advantage_sums: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """:func:`ppo_loss` of ``linear_token_logprobs(hidden, weight, tokens, ...)``, entropy included, in one op.
 
-    Gradients flow to hidden, weight, bias, the adapter and values; everything else is a constant.
+    Gradients flow to hidden, weight, bias, the adapter and values; everything else is a constant. The forward pass
+    computes them too: a block of rows at a time, logits, log-probabilities, loss and gradients, so that every product
+    is taken once and no more than a bounded workspace of logits exists. (Twice, as
+    :func:`linear_token_logprobs` does, for ``ratio="sequence"``, whose ratios are known only after all rows, and
+    where a block could hold only a few rows of a large vocabulary.) Masked tokens cost no products.
 
     Args:
         hidden: (B, T, H) padded, or (N, H); float32, bfloat16, float16 or float64.
@@ -63,7 +94,7 @@ def linear_ppo_loss(
     }  # fmt: skip
     per_token = {
         "old_logprobs": old_logprobs, "advantages": advantages, "values": values, "old_values": old_values,
-        "returns": returns, "ref_logprobs": ref_logprobs,
+        "returns": returns, "ref_logprobs": ref_logprobs, "rollout_logprobs": rollout_logprobs,
     }  # fmt: skip
     _checks.linear(hidden, weight, bias, lora)
     _checks.devices(**tensors, old_logprobs=old_logprobs)
@@ -71,11 +102,169 @@ def linear_ppo_loss(
     check_tensors(tokens.shape, "tokens", per_token, mask, cu_seqlens)
     check_terms(values, old_values, returns, value_clip, ref_logprobs, kl_coef)
     check_numbers(clip_low, clip_high, dual_clip, value_clip, value_coef, entropy_coef, kl_coef, kl)
-    check_aggregation(tokens, cu_seqlens, aggregation, denominator)
+    check_objective(objective, ratio, dual_clip, rollout_cap, advantage_sums)
+    check_aggregation(old_logprobs, cu_seqlens, aggregation, denominator, ratio)
+    a, b, scaling = lora or (None, None, 0.0)
+    given = [x for x in (*tensors.values(), *per_token.values()) if isinstance(x, Tensor) and x.is_floating_point()]
+    widest = next((x for x in given if x.dtype == torch.float64), hidden)
+    backend = _dispatch.choose("linear_ppo_loss", BACKENDS, widest)
+    differentiable = (hidden, weight, bias, a, b, values if value_coef != 0 else None)
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in differentiable]
+    pays = backend != "reference" and whole_rows_pay(tokens.numel(), weight.shape[0], hidden.device)
+    if any(needs[:5]) and ratio == "token" and pays:
+        constants = [
+            None if x is None else x.detach()
+            for x in (old_logprobs, advantages, old_values, returns, ref_logprobs, rollout_logprobs)
+        ]
+        temperatures, number = per_row(temperature, tokens.shape)
+        weights, there, divisor = shares(old_logprobs, mask, cu_seqlens, aggregation, denominator)
+        loss, stats, *_ = _op(
+            hidden, weight, bias, a, b, values, tokens, float(scaling), temperatures, number, softcap,
+            float(logit_scale), *constants, mask, weights,
+            None if advantage_sums is None else advantage_sums.detach(), there, divisor, aggregation == "token_mean",
+            numbers(clip_low, clip_high, dual_clip, value_clip, value_coef, entropy_coef, kl_coef, rollout_cap),
+            kl, objective, needs, backend,
+        )  # fmt: skip
+        return loss, dict(zip(STATS, stats.unbind(), strict=True))
     logprobs, entropy = linear_token_logprobs(
         hidden, weight, tokens, bias, lora, temperature, softcap, logit_scale, mask
     )
     return ppo_loss(
         logprobs, old_logprobs, advantages, values, old_values, returns, mask, cu_seqlens, clip_low, clip_high,
         dual_clip, value_clip, value_coef, entropy, entropy_coef, ref_logprobs, kl_coef, kl, aggregation, denominator,
+        objective, ratio, rollout_logprobs, rollout_cap, advantage_sums,
     )  # fmt: skip
+
+
+@in_its_own_dtypes
+def linear_ppo_loss_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    a: Optional[Tensor],
+    b: Optional[Tensor],
+    values: Optional[Tensor],
+    tokens: Tensor,
+    scaling: float,
+    temperatures: Optional[Tensor],
+    temperature: float,
+    softcap: Optional[float],
+    logit_scale: float,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    old_values: Optional[Tensor],
+    returns: Optional[Tensor],
+    ref_logprobs: Optional[Tensor],
+    rollout_logprobs: Optional[Tensor],
+    mask: Optional[Tensor],
+    weights: Optional[Tensor],
+    advantage_sums: Optional[Tensor],
+    denominator: Optional[Tensor],
+    number: float,
+    of_tokens: bool,
+    options: list[float],
+    kl: str,
+    objective: str,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss (), stats (17,), and the loss's gradients in hidden, weight, bias, a, b and values: float32, empty if not
+    needed."""
+    problem = Problem(
+        hidden, weight, tokens, bias, a, b, scaling, temperatures, temperature, softcap, logit_scale, mask, backend
+    )
+    of_head = HeadGradients(problem.head, needs[:5], torch.float32)
+    given = {
+        "values": values, "old_values": old_values, "returns": returns, "old_logprobs": old_logprobs,
+        "advantages": advantages, "ref_logprobs": ref_logprobs, "rollout_logprobs": rollout_logprobs,
+        "weights": weights,
+    }  # fmt: skip
+    per_token: dict[str, Any] = {name: problem.gather(x) for name, x in given.items()}
+    per_token["mask"] = mask = problem.mask
+    if denominator is None and number == 0.0:  # of a block, it must be that of all
+        number = float(problem.rows) if mask is None else 0.0
+        denominator = None if mask is None else mask.sum()
+    logprobs, entropy, *state = (torch.zeros(problem.rows, device=problem.device) for _ in range(4))
+
+    def loss_of(rows: slice, per_token: dict[str, Any], needs: list[bool]) -> tuple[Tensor, ...]:
+        part: dict[str, Any] = {name: None if x is None else x[rows] for name, x in per_token.items()}
+        return ppo_loss_forward(
+            **part, logprobs=logprobs[rows], entropy=entropy[rows], log_ratios=None, advantage_sums=advantage_sums,
+            denominator=denominator, number=number, of_tokens=of_tokens, options=options, kl=kl, objective=objective,
+            needs=needs, dtype=torch.float32, backend=backend,
+        )  # fmt: skip
+
+    of_policy = {**per_token, "values": None, "old_values": None, "returns": None}
+    entropy_counts = options[5] != 0
+    for block in problem.whole_rows(frozen=not needs[1]):
+        part, logits = problem.part(block.rows), matrix(block.logits)
+        results = [x[block.rows] for x in (logprobs, entropy, *state)]
+        problem.head.fill(block)
+        problem.kernels.forward(logits, *part, results)
+        _, _, in_logprobs, _, in_entropy = loss_of(block.rows, of_policy, [True, False, entropy_counts])
+        problem.kernels.gradient(
+            logits, *part, 0, results, in_logprobs, in_entropy if entropy_counts else None, block.logits
+        )
+        of_head.add(block)
+
+    loss, stats, _, in_values, _ = loss_of(slice(0, problem.rows), per_token, [False, needs[5], False])
+    in_hidden, *in_others = of_head.finish()
+    if in_hidden is not None:
+        in_hidden = problem.spread(in_hidden).view(hidden.shape)
+    if needs[5] and values is not None:
+        in_values = problem.spread(in_values).view(values.shape)
+    nothing = hidden.new_empty(0, dtype=torch.float32)
+    first, second, third, fourth, fifth = (nothing.clone() if x is None else x for x in (in_hidden, *in_others))
+    return loss, stats, first, second, third, fourth, fifth, in_values
+
+
+def linear_ppo_loss_backward(upstream: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
+    """The gradient in x: the loss's, times that in the loss. Knows x, so that autograd refuses to go on from it."""
+    return (gradient * upstream).to(x.dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    needs = inputs[-2]
+    own = [x if needed else None for x, needed in zip(inputs, needs, strict=False)]
+    ctx.save_for_backward(*own, *output[2:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * 29
+    own, gradients = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+    found = (None if x is None else _times(upstream, g, x) for x, g in zip(own, gradients, strict=True))
+    return *found, *(None,) * 23
+
+
+def _times(upstream: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
+    """In place where nothing can ask for the gradient again: that in the weights is the largest tensor of a step."""
+    traced = torch.compiler.is_compiling() or not is_plain([upstream, gradient])
+    if traced or torch.is_grad_enabled() or _may_run_again():
+        in_x: Tensor = _backward_op(upstream, gradient, x)
+        return in_x
+    if upstream.device.type != "cpu" or upstream.item() != 1.0:
+        gradient.mul_(upstream)
+    return gradient.to(x.dtype)
+
+
+def _may_run_again() -> bool:
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps is None or bool(keeps())
+
+
+def _fake_forward(*args: Any) -> tuple[Tensor, ...]:
+    hidden, needs = args[0], args[-2]
+    new = functools.partial(hidden.new_empty, dtype=torch.float32)
+    gradients = (new(x.shape if x is not None and needed else 0) for x, needed in zip(args[:5], needs[:5], strict=True))
+    return new(()), new(len(STATS)), *gradients, new(args[5].shape if needs[5] else 0)
+
+
+def _fake_backward(upstream: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
+    return torch.empty_like(gradient, dtype=x.dtype)
+
+
+_op = Op(linear_ppo_loss_forward, _fake_forward, _setup_context, _backward)
+_backward_op = Op(linear_ppo_loss_backward, _fake_backward)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import _checks, _dispatch, reference
-from rlhf_fast.ops._head import Block, Head, HeadGradients, LoRA, blocks
+from rlhf_fast.ops._head import Block, Head, HeadGradients, LoRA, blocks, whole_rows
 from rlhf_fast.ops._library import Op
 from rlhf_fast.ops._rows import flat, matrix, per_row, transform
 from rlhf_fast.ops.token_logprobs import BACKENDS, kernels
@@ -83,8 +83,12 @@ def linear_token_logprobs(
     return logprobs, entropy
 
 
-class _Problem:
-    """One call's tensors as rows, without the masked ones where leaving them out needs no wait for a device."""
+class Problem:
+    """One call's tensors as rows, without the masked ones.
+
+    To leave them out on a GPU is to wait for it, microseconds against the milliseconds that their products would take;
+    in a CUDA graph, where nobody can wait, they are kept as zeros.
+    """
 
     def __init__(
         self,
@@ -108,7 +112,7 @@ class _Problem:
         self.kept: Tensor | None = None
         hidden, tokens, temperatures = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1), flat(temperatures)
         all_rows = hidden.shape[0]
-        if self.mask is not None and self.device.type == "cpu":
+        if self.mask is not None and not (hidden.is_cuda and torch.cuda.is_current_stream_capturing()):
             self.kept, self.mask = self.mask.nonzero()[:, 0], None
             hidden, tokens = hidden[self.kept], tokens[self.kept]
             temperatures = None if temperatures is None else temperatures[self.kept]
@@ -122,6 +126,9 @@ class _Problem:
 
     def blocks(self) -> Iterator[Block]:
         return blocks(self.rows, self.vocabulary, self.kernels.segment, self.device)
+
+    def whole_rows(self, frozen: bool) -> Iterator[Block]:
+        return whole_rows(self.rows, self.vocabulary, self.device, frozen)
 
     def part(self, rows: slice) -> tuple[Any, Tensor, Tensor | None]:
         """The transform, tokens and mask of some rows."""
@@ -138,7 +145,7 @@ class _Problem:
         return x if x is None or self.kept is None else x[self.kept]
 
 
-def _in_its_own_dtypes(function: Callable[..., Any]) -> Callable[..., Any]:
+def in_its_own_dtypes(function: Callable[..., Any]) -> Callable[..., Any]:
     """function, with no autocast of the products inside it."""
 
     @functools.wraps(function)
@@ -150,7 +157,7 @@ def _in_its_own_dtypes(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-@_in_its_own_dtypes
+@in_its_own_dtypes
 def linear_token_logprobs_forward(
     hidden: Tensor,
     weight: Tensor,
@@ -167,7 +174,7 @@ def linear_token_logprobs_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logprobs (...), entropy (...), and for the gradient the largest z and the sum of exp(z - largest): (2, ...)."""
-    problem = _Problem(
+    problem = Problem(
         hidden, weight, tokens, bias, a, b, scaling, temperatures, temperature, softcap, logit_scale, mask, backend
     )
     run, rows = problem.kernels, tokens.shape
@@ -182,7 +189,7 @@ def linear_token_logprobs_forward(
     return logprobs, entropy, torch.stack((shift, total))
 
 
-@_in_its_own_dtypes
+@in_its_own_dtypes
 def linear_token_logprobs_backward(
     grad_logprobs: Optional[Tensor],
     grad_entropy: Optional[Tensor],
@@ -205,7 +212,7 @@ def linear_token_logprobs_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients in hidden, weight, bias, a and b; an empty tensor for those not needed."""
-    problem = _Problem(
+    problem = Problem(
         hidden, weight, tokens, bias, a, b, scaling, temperatures, temperature, softcap, logit_scale, mask, backend
     )
     gradients = HeadGradients(problem.head, needs)

@@ -19,8 +19,11 @@ from rlhf_fast.ops.kl_estimate import ESTIMATES, KINDS
 
 AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum_mean")
 BACKENDS = ("cpu", "cuda", "triton", "reference")
+OBJECTIVES = ("clip", "cispo")
+RATIOS = ("token", "sequence")
 STATS = (  # as csrc/common/ppo_loss.h orders them, after the loss
-    "policy_loss value_loss entropy kl ratio_mean ratio_max clip_fraction value_clip_fraction approx_kl approx_kl_k3 "
+    "policy_loss value_loss entropy kl ratio_mean ratio_max ratio_min ratio_p05 ratio_p95 clip_fraction "
+    "dual_clip_fraction value_clip_fraction approx_kl approx_kl_k3 rollout_weight rollout_clip_fraction "
     "explained_variance"
 ).split()
 
@@ -46,6 +49,11 @@ def ppo_loss(
     kl: str = "k3",
     aggregation: str = "token_mean",
     denominator: float | Tensor | None = None,
+    objective: str = "clip",
+    ratio: str = "token",
+    rollout_logprobs: Tensor | None = None,
+    rollout_cap: float = 2.0,
+    advantage_sums: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped PPO (Schulman et al., arXiv:1707.06347, equation 7) on tokens, with the terms that RLHF adds.
 
@@ -76,7 +84,21 @@ def ppo_loss(
             A sequence without an unmasked token is not counted.
         denominator: what to divide by instead of this call's number of unmasked tokens (resp. sequences): a number
             > 0 or a tensor of shape (). With the number of the whole batch, the losses (and gradients) of
-            micro-batches add up to those of the batch. A tensor of 0 counts as 1.
+            micro-batches add up to those of the batch. A tensor of 0 counts as 1. Dr. GRPO (arXiv:2503.20783):
+            "token_mean" with the number of sequences times the longest possible response.
+        objective: "clip" as above, or "cispo" (MiniMax-M1, arXiv:2506.13585): -A log p * clip(r, 1 - clip_low,
+            1 + clip_high), in which the clipped ratio is a constant, so that no token loses its gradient; then
+            dual_clip must be None.
+        ratio: "token" as above, or "sequence" (GSPO, arXiv:2507.18071): r = exp(mean of log r over the sequence's
+            unmasked tokens) for all of its tokens, each with the gradient of its own log-probability (GSPO-token,
+            which is GSPO where a sequence has one advantage and aggregation is "sequence_mean").
+        rollout_logprobs: same shape: the log-probabilities of the engine that sampled, where its arithmetic is not
+            that of old_logprobs. The policy term is then multiplied by min(old p / rollout p, rollout_cap), a constant
+            (truncated importance sampling; Ionides 2008, doi:10.1198/106186008X320456).
+        rollout_cap: > 0.
+        advantage_sums: (3,) float64: number, sum and sum of squares of all advantages of the batch, as :func:`gae`
+            returns them with ``sums=True``; add those of all micro-batches and ranks up first. The advantages are
+            then whitened by them, as :func:`whiten` does it, inside the loss.
 
     Returns:
         loss: a scalar, float32 (float64 if an input is). With everything masked: 0, with a graph.
@@ -84,10 +106,14 @@ def ppo_loss(
 
             - policy_loss, value_loss (with its 0.5), entropy, kl: the terms of the loss before their coefficients,
               aggregated like it (0 for what was not given; entropy and kl also when their coefficient is 0);
-            - ratio_mean; clip_fraction and value_clip_fraction (tokens where the clipped side was the larger);
-              approx_kl, mean of old - new; approx_kl_k3, mean of r - 1 - log r: means over unmasked tokens, divided
-              by ``denominator`` if that is given and aggregation is "token_mean", so that they add up as well;
-            - ratio_max, and explained_variance = 1 - var(R - V) / var(R), 0 when var(R) is 0: of this call.
+            - ratio_mean; clip_fraction and value_clip_fraction (tokens where the clipped side was the larger, in
+              "cispo" where the ratio was clipped); dual_clip_fraction (where that bound held); approx_kl, mean of
+              old - new; approx_kl_k3, mean of r - 1 - log r, both of single tokens; rollout_weight and
+              rollout_clip_fraction (tokens at rollout_cap): means over unmasked tokens, divided by ``denominator``
+              if that is given and aggregation is "token_mean", so that they add up as well;
+            - ratio_max, ratio_min, and ratio_p05 and ratio_p95, the range of all but one in twenty on either side
+              (from counts between log-ratios 0, 1/128, 1/64, ... 1/2, interpolated); explained_variance =
+              1 - var(R - V) / var(R), 0 when var(R) is 0: of this call.
 
     Raises:
         TypeError: a dtype is not one of the above.
@@ -97,6 +123,7 @@ def ppo_loss(
     tensors = {
         "logprobs": logprobs, "old_logprobs": old_logprobs, "advantages": advantages, "values": values,
         "old_values": old_values, "returns": returns, "entropy": entropy, "ref_logprobs": ref_logprobs,
+        "rollout_logprobs": rollout_logprobs,
     }  # fmt: skip
     _checks.floats(logprobs=logprobs)
     check_tensors(logprobs.shape, "logprobs", tensors, mask, cu_seqlens)
@@ -104,7 +131,8 @@ def ppo_loss(
     if entropy_coef != 0 and entropy is None:
         raise ValueError("entropy: None, expected a tensor because entropy_coef is not 0")
     check_numbers(clip_low, clip_high, dual_clip, value_clip, value_coef, entropy_coef, kl_coef, kl)
-    check_aggregation(logprobs, cu_seqlens, aggregation, denominator)
+    check_objective(objective, ratio, dual_clip, rollout_cap, advantage_sums)
+    check_aggregation(logprobs, cu_seqlens, aggregation, denominator, ratio)
     given = [x for x in tensors.values() if x is not None]
     dtype = functools.reduce(torch.promote_types, [x.dtype for x in given])
     backend = _dispatch.choose("ppo_loss", BACKENDS, next((x for x in given if x.dtype == torch.float64), logprobs))
@@ -112,30 +140,61 @@ def ppo_loss(
         return reference.ppo_loss(
             logprobs, old_logprobs, advantages, values, old_values, returns, mask, cu_seqlens, clip_low, clip_high,
             dual_clip, value_clip, value_coef, entropy, entropy_coef, ref_logprobs, kl_coef, kl, aggregation,
-            denominator,
+            denominator, objective, ratio, rollout_logprobs, rollout_cap, advantage_sums,
         )  # fmt: skip
-    weights, there = None, denominator if isinstance(denominator, Tensor) else None
-    number = 0.0 if denominator is None or there is not None else float(denominator)
-    if aggregation != "token_mean":
-        lengths = sequence_lengths(logprobs, mask, cu_seqlens)  # (B,)
-        there = (lengths > 0).sum() if denominator is None else there
-        weights = 1.0 / lengths.clamp(min=1).float() if aggregation == "sequence_mean" else None
-        if weights is not None and cu_seqlens is not None:
-            weights = weights.repeat_interleave(cu_seqlens.diff(), output_size=logprobs.shape[0])  # (N,)
-        elif weights is not None:
-            weights = weights[:, None].expand(logprobs.shape)  # (B, T)
-    constants = (None if x is None else x.detach() for x in (old_logprobs, advantages, old_values, returns))
+    weights, there, number = shares(logprobs, mask, cu_seqlens, aggregation, denominator)
+    log_ratios = None
+    if ratio == "sequence":
+        log_ratios = sequence_log_ratios(logprobs, old_logprobs, mask, cu_seqlens)
+    constants = [
+        None if x is None else x.detach()
+        for x in (old_logprobs, advantages, old_values, returns, ref_logprobs, rollout_logprobs)
+    ]
     differentiable = (logprobs, values if value_coef != 0 else None, entropy if entropy_coef != 0 else None)
     loss, stats, *_ = _op(
-        logprobs, values, entropy, *constants, None if ref_logprobs is None else ref_logprobs.detach(), mask, weights,
-        None if there is None else there.detach(), number, aggregation == "token_mean",
-        [
-            clip_low, clip_high, dual_clip or 0.0, -1.0 if value_clip is None else value_clip,
-            value_coef, entropy_coef, kl_coef,
-        ],
-        kl, [torch.is_grad_enabled() and x is not None and x.requires_grad for x in differentiable], dtype, backend,
+        logprobs, values, entropy, *constants, mask, weights, log_ratios,
+        None if advantage_sums is None else advantage_sums.detach(), there, number, aggregation == "token_mean",
+        numbers(clip_low, clip_high, dual_clip, value_clip, value_coef, entropy_coef, kl_coef, rollout_cap),
+        kl, objective, [torch.is_grad_enabled() and x is not None and x.requires_grad for x in differentiable], dtype,
+        backend,
     )  # fmt: skip
     return loss, dict(zip(STATS, stats.unbind(), strict=True))
+
+
+def numbers(
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    value_clip: float | None,
+    value_coef: float,
+    entropy_coef: float,
+    kl_coef: float,
+    rollout_cap: float,
+) -> list[float]:
+    """As csrc/common/ppo_loss.h has them, with a number in place of None."""
+    value_clip = -1.0 if value_clip is None else value_clip
+    return [clip_low, clip_high, dual_clip or 0.0, value_clip, value_coef, entropy_coef, kl_coef, rollout_cap]
+
+
+def shares(
+    like: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    aggregation: str,
+    denominator: float | Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, float]:
+    """The weights of tokens in the shape of ``like`` (None: 1), and what divides: a tensor, or a number, 0 for the
+    tokens that count."""
+    there = denominator.detach() if isinstance(denominator, Tensor) else None
+    number = 0.0 if denominator is None or there is not None else float(denominator)
+    if aggregation == "token_mean":
+        return None, there, number
+    lengths = sequence_lengths(like, mask, cu_seqlens)  # (B,)
+    if denominator is None:
+        there = (lengths > 0).sum()
+    if aggregation == "sequence_sum_mean":
+        return None, there, number
+    return spread_over_tokens(1.0 / lengths.clamp(min=1).float(), like, cu_seqlens), there, number
 
 
 def sequence_lengths(like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
@@ -146,6 +205,28 @@ def sequence_lengths(like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | Non
         return cu_seqlens.diff()
     before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))  # (N + 1,)
     return before[cu_seqlens.long()].diff()
+
+
+def sequence_log_ratios(
+    logprobs: Tensor, old_logprobs: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    """Each token's: the mean of logprobs - old_logprobs over its sequence's unmasked tokens, in float32."""
+    log_ratios = logprobs.detach().float() - old_logprobs.detach().float()
+    if mask is not None:
+        log_ratios = torch.where(mask, log_ratios, 0)
+    if cu_seqlens is None:
+        totals = log_ratios.sum(1)  # (B,)
+    else:
+        totals = torch.segment_reduce(log_ratios, "sum", offsets=cu_seqlens.long(), initial=0, unsafe=True)
+    means = totals / sequence_lengths(logprobs, mask, cu_seqlens).clamp(min=1)
+    return spread_over_tokens(means, logprobs, cu_seqlens)
+
+
+def spread_over_tokens(x: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """(B,) as (B, T), or as (N,): each token's is that of its sequence."""
+    if cu_seqlens is None:
+        return x[:, None].expand(like.shape)
+    return x.repeat_interleave(cu_seqlens.diff(), output_size=like.shape[0])
 
 
 @functools.cache
@@ -167,30 +248,36 @@ def ppo_loss_forward(
     old_values: Optional[Tensor],
     returns: Optional[Tensor],
     ref_logprobs: Optional[Tensor],
+    rollout_logprobs: Optional[Tensor],
     mask: Optional[Tensor],
     weights: Optional[Tensor],
+    log_ratios: Optional[Tensor],
+    advantage_sums: Optional[Tensor],
     denominator: Optional[Tensor],
     number: float,
     of_tokens: bool,
     options: list[float],
     kl: str,
+    objective: str,
     needs: list[bool],
     dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss (), stats (11,), and the loss's gradients in logprobs, values and entropy: float32, empty if not needed.
+    """loss (), stats (17,), and the loss's gradients in logprobs, values and entropy: float32, empty if not needed.
 
-    ``weights``: of each token's terms. ``denominator``, or else ``number`` if that is not 0, or else the number of
-    unmasked tokens divides the terms; the statistics too if ``of_tokens``, else those are divided by the last.
+    ``weights``: of each token's terms. ``log_ratios``: in place of logprobs - old_logprobs. ``denominator``, or else
+    ``number`` if that is not 0, or else the number of unmasked tokens divides the terms; the statistics too if
+    ``of_tokens``, else those are divided by the last.
     """
 
     run = kernels(backend)
     x = PPOInputs(
         logprobs.to(dtype).contiguous(), old_logprobs.to(dtype).contiguous(), advantages.to(dtype).contiguous(),
         plain(values, dtype), plain(old_values, dtype), plain(returns, dtype), plain(entropy, dtype),
-        plain(ref_logprobs, dtype), plain(mask, torch.bool), plain(weights, torch.float32),
+        plain(ref_logprobs, dtype), plain(rollout_logprobs, dtype), plain(mask, torch.bool),
+        plain(weights, torch.float32), plain(log_ratios, torch.float32), plain(advantage_sums, torch.float64),
     )  # fmt: skip
-    low, high, dual, value_clip, *coefs = options
+    low, high, dual, value_clip, value_coef, entropy_coef, kl_coef, cap = options
     estimates = ESTIMATES.index(kl[:2]), ESTIMATES.index("k2" if kl.endswith("+") else kl)
     terms = Denominator(plain(denominator, torch.float32), number)
     gradients = [_compiled.new_like(logprobs, torch.float32) if needed else None for needed in needs]
@@ -198,9 +285,11 @@ def ppo_loss_forward(
     stats = logprobs.new_empty(1 + len(STATS), dtype=torch.float32)
     partials = logprobs.new_zeros(ranges, run.SUMS, dtype=torch.float64)
     counts = logprobs.new_empty(ranges, dtype=torch.int64)
-    numbers = PPOOptions(low, high, dual, value_clip, coefs[0], coefs[1], coefs[2], *estimates)
+    chosen = PPOOptions(
+        low, high, dual, value_clip, value_coef, entropy_coef, kl_coef, cap, objective == "cispo", *estimates
+    )
     tokens = terms if of_tokens else Denominator(None, 0.0)
-    run.forward(x, numbers, terms, tokens, stats, gradients, partials, counts)
+    run.forward(x, chosen, terms, tokens, stats, gradients, partials, counts)
     nothing = logprobs.new_empty(0, dtype=torch.float32)
     in_logprobs, in_values, in_entropy = (nothing.clone() if g is None else g for g in gradients)
     return stats[0].clone(), stats[1:].clone(), in_logprobs, in_values, in_entropy
@@ -221,10 +310,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if upstream is None:
-        return (None,) * 18
+        return (None,) * 22
     own, gradients = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
     found = (None if x is None else _backward_op(upstream, g, x) for x, g in zip(own, gradients, strict=True))
-    return *found, *(None,) * 15
+    return *found, *(None,) * 19
 
 
 def _fake_forward(logprobs: Tensor, *others: Any) -> tuple[Tensor, ...]:
@@ -299,8 +388,28 @@ def check_numbers(
     _checks.option("kl", kl, KINDS)
 
 
+def check_objective(
+    objective: str, ratio: str, dual_clip: float | None, rollout_cap: float, advantage_sums: Tensor | None
+) -> None:
+    _checks.option("objective", objective, OBJECTIVES)
+    _checks.option("ratio", ratio, RATIOS)
+    if objective == "cispo" and dual_clip is not None:
+        raise ValueError(f"dual_clip: {dual_clip}, expected None because objective is 'cispo'")
+    _checks.number("rollout_cap", rollout_cap, above=0)
+    if advantage_sums is not None and (advantage_sums.shape != (3,) or advantage_sums.dtype != torch.float64):
+        dtype = str(advantage_sums.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"advantage_sums: {dtype} of shape {tuple(advantage_sums.shape)}, expected float64 of shape (3,), "
+            "as gae(..., sums=True) returns them"
+        )
+
+
 def check_aggregation(
-    tokens: Tensor, cu_seqlens: Tensor | None, aggregation: str, denominator: float | Tensor | None
+    tokens: Tensor,
+    cu_seqlens: Tensor | None,
+    aggregation: str,
+    denominator: float | Tensor | None,
+    ratio: str = "token",
 ) -> None:
     """``tokens`` is any per-token tensor: it says whether sequences can be told apart."""
     _checks.option("aggregation", aggregation, AGGREGATIONS)
@@ -309,3 +418,5 @@ def check_aggregation(
         _checks.sequences("logprobs", tokens, cu_seqlens)
     elif aggregation != "token_mean":
         raise ValueError(f"cu_seqlens: None, expected (B + 1,) because aggregation is {aggregation!r} of (N,) tensors")
+    elif ratio == "sequence":
+        raise ValueError("cu_seqlens: None, expected (B + 1,) because ratio is 'sequence' of (N,) tensors")

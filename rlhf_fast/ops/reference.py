@@ -296,16 +296,75 @@ def aggregate(
     return divide(per_sequence.sum(), (lengths > 0).sum(), denominator)
 
 
+def whiten_by(x: Tensor, sums: Tensor) -> Tensor:
+    """(x - mean) * rsqrt(var + 1e-8) with the mean and the variance of whitening_sums."""
+    n, total, squares = sums.double().unbind()
+    mean = total / n.clamp(min=1)
+    variance = ((squares - total * mean) / (n - 1).clamp(min=1)).clamp(min=0)
+    return (x - mean.to(x.dtype)) * torch.rsqrt(variance + 1e-8).to(x.dtype)
+
+
+def sequence_log_ratio(log_ratio: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Each token's value is the mean over its sequence's unmasked tokens, its gradient its own (GSPO-token)."""
+    lengths = sequence_sum(mask.to(log_ratio.dtype), None, cu_seqlens)  # (B,)
+    means = sequence_sum(log_ratio.detach(), mask, cu_seqlens) / lengths.clamp(min=1)
+    if cu_seqlens is None:
+        means = means[:, None].expand(log_ratio.shape)  # (B, T)
+    else:
+        means = means.repeat_interleave(cu_seqlens.diff())  # (N,)
+    return means + (log_ratio - log_ratio.detach())
+
+
 def ppo_policy(
     log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None
-) -> tuple[Tensor, Tensor]:
-    """max(-A r, -A clip(r, 1 - low, 1 + high)), at most -A c where A < 0; and 1 where the clipped side is larger."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """max(-A r, -A clip(r, 1 - low, 1 + high)), at most -A c where A < 0; 1 where the clipped side is larger, and 1
+    where the bound holds."""
     ratio = log_ratio.exp()
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
     policy = torch.maximum(plain, clipped)
+    held = torch.zeros_like(policy, dtype=torch.bool)
     if dual_clip is not None:
-        policy = torch.where(advantages < 0, torch.minimum(policy, -advantages * dual_clip), policy)
-    return policy, (clipped > plain).to(ratio.dtype)
+        most = -advantages * dual_clip
+        held = (advantages < 0) & (policy > most)
+        policy = torch.where(held, most, policy)
+    return policy, (clipped > plain).to(ratio.dtype), held.to(ratio.dtype)
+
+
+def cispo_policy(
+    log_ratio: Tensor, logprobs: Tensor, advantages: Tensor, clip_low: float, clip_high: float
+) -> tuple[Tensor, Tensor]:
+    """-A clip(r, 1 - low, 1 + high) log p, the clipped ratio a constant; and 1 where it was clipped."""
+    ratio = log_ratio.detach().exp()
+    near = ratio.clamp(1 - clip_low, 1 + clip_high)
+    return -advantages * near * logprobs, (near != ratio).to(ratio.dtype)
+
+
+RATIO_EDGES = (*(-(2.0**-i) for i in range(1, 8)), 0.0, *(2.0**-i for i in range(7, 0, -1)))
+
+
+def extremes(log_ratio: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest, within +-20 as they are clamped; 20 and -20 without any."""
+    least, most = (F.pad(keep(log_ratio, mask, end).flatten(), (0, 1), value=end) for end in (20.0, -20.0))
+    return least.amin(), most.amax()
+
+
+def ratio_quantile(log_ratio: Tensor, mask: Tensor, share: float) -> Tensor:
+    """exp of the log-ratio below which a share of the unmasked tokens lies; 0 without one.
+
+    Between two of RATIO_EDGES, beyond them between the last and the largest (smallest) there is, by linear
+    interpolation of how many tokens lie at most there.
+    """
+    n = mask.sum()
+    least, most = extremes(log_ratio, mask)
+    edges = log_ratio.new_tensor(RATIO_EDGES)
+    at_most = torch.stack([(mask & ~(log_ratio > edge)).sum() for edge in edges])
+    x = torch.cat([least[None], torch.minimum(torch.maximum(edges, least), most), most[None]]).double()  # (17,)
+    counts = torch.cat([torch.zeros_like(n)[None], at_most, n[None]]).double()
+    wanted = share * n.double()
+    i = (counts < wanted).sum().clamp(1, len(RATIO_EDGES) + 1)
+    part = (wanted - counts[i - 1]) / (counts[i] - counts[i - 1]).clamp(min=1)
+    return torch.where(n > 0, (x[i - 1] + (x[i] - x[i - 1]) * part).exp(), 0).to(log_ratio.dtype)
 
 
 def ppo_value(
@@ -352,6 +411,11 @@ def ppo_loss(
     kl: str = "k3",
     aggregation: str = "token_mean",
     denominator: float | Tensor | None = None,
+    objective: str = "clip",
+    ratio: str = "token",
+    rollout_logprobs: Tensor | None = None,
+    rollout_cap: float = 2.0,
+    advantage_sums: Tensor | None = None,
 ) -> tuple[Tensor, Stats]:
     """policy + value_coef * value - entropy_coef * entropy + kl_coef * kl; r = exp(clamp(log p - log p_old, +-20))."""
     mask = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
@@ -363,10 +427,24 @@ def ppo_loss(
         return aggregate(x, mask, None, "token_mean", denominator if aggregation == "token_mean" else None).detach()
 
     logprobs, old, A = keep(logprobs, mask), keep(old_logprobs.detach(), mask), keep(advantages.detach(), mask)
-    log_ratio = (logprobs - old).clamp(-20, 20)
-    policy, clipped = ppo_policy(log_ratio, A, clip_low, clip_high, dual_clip)
-    value = value_clipped = H = KL = torch.zeros_like(A)
-    explained = value.sum()
+    if advantage_sums is not None:
+        A = whiten_by(A, advantage_sums.detach())
+    own_log_ratio = (logprobs - old).clamp(-20, 20)
+    log_ratio = own_log_ratio
+    if ratio == "sequence":
+        log_ratio = sequence_log_ratio(logprobs - old, mask, cu_seqlens).clamp(-20, 20)
+    nothing = torch.zeros_like(A)
+    if objective == "clip":
+        policy, clipped, dual_clipped = ppo_policy(log_ratio, A, clip_low, clip_high, dual_clip)
+    else:
+        policy, clipped = cispo_policy(log_ratio, logprobs, A, clip_low, clip_high)
+        dual_clipped = nothing
+    value = value_clipped = H = KL = rollout_weight = rollout_clipped = nothing
+    explained = nothing.sum()
+    if rollout_logprobs is not None:
+        apart = (old - keep(rollout_logprobs.detach(), mask)).clamp(-20, 20).exp()
+        rollout_weight, rollout_clipped = apart.clamp(max=rollout_cap), (apart > rollout_cap).to(apart.dtype)
+        policy = policy * rollout_weight
     if values is not None and returns is not None:
         V, R = keep(values, mask), keep(returns.detach(), mask)
         V_old = None if old_values is None else keep(old_values.detach(), mask)
@@ -381,15 +459,22 @@ def ppo_loss(
     loss = terms["policy_loss"]
     for coef, name in ((value_coef, "value_loss"), (-entropy_coef, "entropy"), (kl_coef, "kl")):
         loss = loss + coef * terms[name] if coef != 0 else loss  # an infinite kl that has no weight is no NaN
-    ratio = log_ratio.detach().exp()
+    log_ratio, d = log_ratio.detach(), own_log_ratio.detach()
+    least, most = extremes(log_ratio, mask)
     return loss, {
         **{name: term.detach() for name, term in terms.items()},
-        "ratio_mean": token_mean(ratio),
-        "ratio_max": F.pad(keep(ratio, mask).flatten(), (0, 1)).amax(),  # the added 0 answers for no token at all
+        "ratio_mean": token_mean(log_ratio.exp()),
+        "ratio_max": torch.where(mask.any(), most.exp(), 0),
+        "ratio_min": torch.where(mask.any(), least.exp(), 0),
+        "ratio_p05": ratio_quantile(log_ratio, mask, 0.05),
+        "ratio_p95": ratio_quantile(log_ratio, mask, 0.95),
         "clip_fraction": token_mean(clipped),
+        "dual_clip_fraction": token_mean(dual_clipped),
         "value_clip_fraction": token_mean(value_clipped),
         "approx_kl": token_mean(old - logprobs),
-        "approx_kl_k3": token_mean(torch.expm1(log_ratio) - log_ratio),
+        "approx_kl_k3": token_mean(torch.expm1(d) - d),
+        "rollout_weight": token_mean(rollout_weight),
+        "rollout_clip_fraction": token_mean(rollout_clipped),
         "explained_variance": explained,
     }
 
@@ -421,6 +506,11 @@ def linear_ppo_loss(
     kl: str = "k3",
     aggregation: str = "token_mean",
     denominator: float | Tensor | None = None,
+    objective: str = "clip",
+    ratio: str = "token",
+    rollout_logprobs: Tensor | None = None,
+    rollout_cap: float = 2.0,
+    advantage_sums: Tensor | None = None,
 ) -> tuple[Tensor, Stats]:
     """ppo_loss of the log-probabilities and the entropy of logits = hidden @ weight.T + bias."""
     logprobs, entropy = linear_token_logprobs(
@@ -429,6 +519,7 @@ def linear_ppo_loss(
     return ppo_loss(
         logprobs, old_logprobs, advantages, values, old_values, returns, mask, cu_seqlens, clip_low, clip_high,
         dual_clip, value_clip, value_coef, entropy, entropy_coef, ref_logprobs, kl_coef, kl, aggregation, denominator,
+        objective, ratio, rollout_logprobs, rollout_cap, advantage_sums,
     )  # fmt: skip
 
 

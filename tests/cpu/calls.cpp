@@ -75,6 +75,7 @@ int main() {
             std::vector<double> partials(ranges * kPPOSums);
             std::vector<int64_t> counts(ranges);
             const std::vector<char> flags = read_array<char>(count);
+            const double sums[] = {10.0, 1.0, 20.0};
             const PPOInputs in = {p.data(),
                                   q.data(),
                                   q.data(),
@@ -83,12 +84,15 @@ int main() {
                                   p.data(),
                                   p.data(),
                                   q.data(),
+                                  p.data(),
                                   dtype,
                                   static_cast<int64_t>(count),
                                   reinterpret_cast<const bool*>(flags.data()),
-                                  grad.data()};
-            const PPOOptions o = {0.2f,        0.3f, 3.0f, 0.2f, 0.5f, 0.01f, 0.05f, static_cast<Estimate>(call.kind),
-                                  Estimate::k2};
+                                  grad.data(),
+                                  nullptr,
+                                  sums};
+            const Estimate kind = static_cast<Estimate>(call.kind);
+            const PPOOptions o = {0.2f, 0.3f, 3.0f, 0.2f, 0.5f, 0.01f, 0.05f, 2.0f, call.kind == 1, kind, Estimate::k2};
             const Denominator of_count = {nullptr, 0.0f};
             cpu::ppo_loss.forward(in, o, of_count, of_count,
                                   {at(3), at(0), at(1), at(2), partials.data(), counts.data()}, run);

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import ops
-from rlhf_fast.ops import reference
+from rlhf_fast.ops import _head, reference
 from tests.ops import cases
-from tests.ops.compare import assert_close, assert_leaves_inputs_alone, gradient_of
+from tests.ops.compare import assert_close, assert_leaves_inputs_alone, assert_no_worse_than_torch, gradient_of
+from tests.ops.conftest import Backend
 
 PER_TOKEN = ("old_logprobs", "advantages", "values", "old_values", "returns", "ref_logprobs")
 HEAD: dict[str, Any] = {"temperature": 0.8, "softcap": 5.0, "logit_scale": 0.5}
@@ -142,6 +143,203 @@ def test_leaves_its_inputs_alone() -> None:
     inputs = batch(4, 9)
     inputs["hidden"].requires_grad_()
     assert_leaves_inputs_alone(ops.linear_ppo_loss, **inputs, mask=cases.holes(), **TERMS)
+
+
+# --- gradients in the forward sweep -----------------------------------------------------------------------------------
+
+OWN = ("hidden", "weight", "bias", "a", "b", "values")
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {**HEAD, **TERMS, "aggregation": "sequence_mean"},
+    {"objective": "cispo", "rollout_cap": 1.2, "advantage_sums": torch.tensor([36.0, 3.0, 50.0], dtype=torch.float64)},
+    {"value_clip": None, "kl_coef": 0.1, "kl": "k2", "denominator": 7, "aggregation": "sequence_sum_mean"},
+)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for device in ("cpu", "cuda"):
+        monkeypatch.setitem(_head._WHOLE_ROWS, device, (7 * 30, 1))  # seven rows of thirty words
+
+
+def with_adapter(inputs: dict[str, Any]) -> dict[str, Any]:
+    dtype = inputs["weight"].dtype
+    return {**inputs, "a": cases.random(3, 8, seed=40, dtype=dtype), "b": cases.random(30, 3, seed=41, dtype=dtype)}
+
+
+def everything(
+    backend: Backend, inputs: dict[str, Any], frozen: tuple[str, ...] = (), upstream: float = 1.5, **options: Any
+) -> dict[str, Tensor]:
+    """The loss, the statistics and the gradients by name."""
+    wanted = [name for name in OWN if name in inputs and name not in frozen]
+    x = {k: v.detach().clone().requires_grad_(k in wanted) for k, v in inputs.items()}
+    leaves = [x[name] for name in wanted]
+    if "a" in x:
+        x["lora"] = (x.pop("a"), x.pop("b"), 0.5)
+    if "rollout_cap" in options:
+        x["rollout_logprobs"] = x["ref_logprobs"]
+    loss, stats = backend(ops.linear_ppo_loss, **x, **options)
+    assert not any(value.requires_grad for value in stats.values())
+    gradients = torch.autograd.grad(loss * upstream, leaves)
+    return {"loss": loss.detach(), **stats, **{f"in {k}": g for k, g in zip(wanted, gradients, strict=True)}}
+
+
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.case_id)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: " ".join(o) or "defaults")
+def test_the_sweep_is_no_worse_than_torch(
+    kernel_backend: Backend, small_blocks: None, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    inputs = with_adapter(batch(4, 9, dtype=dtype))
+    exact = {k: v if k == "tokens" else v.double() for k, v in inputs.items()}
+    for mask in (None, cases.holes()):
+        mine = everything(kernel_backend, inputs, mask=mask, **options)
+        stock = everything(Backend("reference"), inputs, mask=mask, **options)
+        truth = everything(Backend("reference"), exact, mask=mask, **options)
+        assert list(mine) == list(stock)
+        for name in mine:
+            assert mine[name].dtype == stock[name].dtype
+            if name.startswith("in "):
+                assert_no_worse_than_torch(mine[name], stock[name], truth[name], name)
+            else:
+                error = abs(float(stock[name]) - float(truth[name]))
+                assert_close(mine[name], truth[name], 1.5 * error + 2e-6 * max(1.0, abs(float(truth[name]))), name)
+
+
+def test_the_sweep_is_the_two_steps(kernel_backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """... and blocks change no more than roundings."""
+    inputs, options = with_adapter(batch(4, 9, dtype=torch.float32)), {"mask": cases.holes(), **HEAD, **TERMS}
+    swept = everything(kernel_backend, inputs, **options)
+    monkeypatch.setitem(_head._WHOLE_ROWS, kernel_backend.device.type, (7 * 30, 1))
+    in_parts = everything(kernel_backend, inputs, **options)
+    monkeypatch.setitem(_head._WHOLE_ROWS, kernel_backend.device.type, (7 * 30, 64))
+    in_two_steps = everything(kernel_backend, inputs, **options)
+    for name in swept:
+        assert_close(in_parts[name], swept[name], 1e-5, name)
+        assert_close(in_two_steps[name], swept[name], 1e-5, name)
+
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf])
+def test_masked_rows_may_hold_anything_in_the_sweep(
+    kernel_backend: Backend, small_blocks: None, garbage: float
+) -> None:
+    inputs, mask = batch(4, 9, dtype=torch.float32), cases.holes()
+    heads = {k: inputs.pop(k) for k in ("weight", "bias")}
+    poisoned = {k: cases.poison(v, mask, 10**6 if k == "tokens" else garbage) for k, v in inputs.items()}
+    got = everything(kernel_backend, {**poisoned, **heads}, mask=mask, **TERMS)
+    want = everything(kernel_backend, {**inputs, **heads}, mask=mask, **TERMS)
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
+    for name in ("in hidden", "in values"):
+        assert not got[name][~mask].any()
+
+
+def test_masked_rows_cost_no_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = []
+    fill = _head.Head.fill
+
+    def counting(head: _head.Head, block: _head.Block) -> None:
+        rows.append(block.logits.shape[0])
+        fill(head, block)
+
+    monkeypatch.setattr(_head.Head, "fill", counting)
+    everything(Backend("cpu"), batch(4, 9, dtype=torch.float32), mask=cases.holes())
+    assert sum(rows) == int(cases.holes().sum())
+
+
+@pytest.mark.parametrize(
+    "frozen", [("weight", "bias"), ("hidden", "values", "bias"), ("weight", "bias", "values", "a")]
+)
+def test_what_is_frozen_changes_no_other_gradient(kernel_backend: Backend, frozen: tuple[str, ...]) -> None:
+    inputs = with_adapter(batch(4, 9, dtype=torch.float32))
+    want, got = everything(kernel_backend, inputs, **TERMS), everything(kernel_backend, inputs, frozen, **TERMS)
+    assert {f"in {name}" for name in frozen} == want.keys() - got.keys()
+    for name in got:
+        assert torch.equal(got[name], want[name]), name
+
+
+def test_nothing_unmasked_gives_zeros_in_the_sweep(kernel_backend: Backend) -> None:
+    inputs = with_adapter(batch(2, 3, dtype=torch.float32))
+    found = everything(kernel_backend, inputs, mask=torch.zeros(2, 3, dtype=torch.bool), **TERMS)
+    for name, x in found.items():
+        assert not x.any(), name
+
+
+def test_same_call_same_bits(kernel_backend: Backend, small_blocks: None) -> None:
+    inputs, options = batch(4, 9, dtype=torch.float32), {"mask": cases.holes(), **TERMS}
+    first = everything(kernel_backend, inputs, **options)
+    for _ in range(3 if kernel_backend.slow else 50):
+        again = everything(kernel_backend, inputs, **options)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_a_graph_that_is_kept_gives_the_same_gradient_again() -> None:
+    """What may be asked for again is not multiplied in place."""
+    inputs = batch(4, 9, dtype=torch.float32)
+    weight = inputs["weight"].requires_grad_()
+    loss, _ = ops.linear_ppo_loss(**inputs)
+    (twice,) = torch.autograd.grad(2 * loss, weight, retain_graph=True)
+    (once,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert torch.equal(twice, 2 * once) and torch.equal(gradient_of(weight), twice)
+
+
+def test_the_gradient_is_handed_over_without_a_copy() -> None:
+    inputs = batch(4, 9, dtype=torch.float32)
+    weight = inputs["weight"].requires_grad_()
+    loss, _ = ops.linear_ppo_loss(**inputs)
+    kept = [x for x in loss.grad_fn.saved_tensors if x is not None and x.shape == weight.shape]  # type: ignore[union-attr]
+    addresses = {x.data_ptr() for x in kept}
+    del kept
+    (3 * loss).backward()
+    assert gradient_of(weight).data_ptr() in addresses
+
+
+def test_a_gradient_of_the_gradient_is_refused(kernel_backend: Backend) -> None:
+    inputs = batch(2, 3, dtype=torch.float32)
+    hidden = inputs["hidden"].requires_grad_()
+    loss, _ = kernel_backend(ops.linear_ppo_loss, **inputs)
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        torch.autograd.grad(torch.autograd.grad(loss, hidden, create_graph=True)[0].sum(), hidden)
+
+
+def test_never_holds_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_head._WHOLE_ROWS, "cpu", (5 * 30, 1))
+    sizes: list[int] = []
+    empty = torch.empty
+
+    def watched(*size: Any, **options: Any) -> Tensor:
+        out = empty(*size, **options)
+        sizes.append(out.numel())
+        return out
+
+    monkeypatch.setattr(torch, "empty", watched)
+    everything(Backend("cpu"), batch(4, 9, dtype=torch.float32))
+    assert sizes and max(sizes) <= max(30 * 8, 5 * 30)  # the weight, five rows of logits
+
+
+def test_compiles_with_changing_shapes() -> None:
+    compiled = torch.compile(ops.linear_ppo_loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (3, 5):
+        inputs = batch(n, 7, dtype=torch.float32)
+        own = [inputs[name].requires_grad_() for name in ("hidden", "weight", "values")]
+        got, stats = compiled(**inputs, **TERMS)
+        want, exact = ops.linear_ppo_loss(**inputs, **TERMS)
+        assert torch.equal(got, want) and torch.equal(stats["kl"], exact["kl"])
+        for a, b in zip(torch.autograd.grad(got, own), torch.autograd.grad(want, own), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_is_registered_as_torch_wants_it() -> None:
+    x = batch(3, 7, dtype=torch.float32)
+    own = [x[name].requires_grad_() for name in ("hidden", "weight", "bias")]
+    constants = [x["old_logprobs"], x["advantages"], x["old_values"], x["returns"], x["ref_logprobs"], None]
+    rest = [cases.random(3, 7, seed=20) > -0.5, None, None, None, 0.0, True, [0.2, 0.2, 3.0, 0.2, 0.5, 0.01, 0.05, 2.0]]
+    arguments = [
+        *own, None, None, x["values"].requires_grad_(), x["tokens"], 0.0, None, 0.8, 5.0, 0.5, *constants, *rest, "k3",
+        "clip", [True, True, True, False, False, True], "cpu",
+    ]  # fmt: skip
+    torch.library.opcheck(torch.ops.rlhf_fast.linear_ppo_loss_forward.default, arguments)
 
 
 @pytest.mark.parametrize(

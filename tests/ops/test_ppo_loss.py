@@ -18,7 +18,10 @@ from tests.ops.conftest import Backend
 PER_TOKEN = ("logprobs", "old_logprobs", "advantages", "values", "old_values", "returns", "entropy", "ref_logprobs")
 ALL_TERMS: dict[str, Any] = {"entropy_coef": 0.01, "kl_coef": 0.05, "value_coef": 0.5, "dual_clip": 3.0}
 AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum_mean")
-ADD_UP_WITH_TOKENS = ("ratio_mean", "clip_fraction", "value_clip_fraction", "approx_kl", "approx_kl_k3")
+ADD_UP_WITH_TOKENS = (
+    "ratio_mean", "clip_fraction", "dual_clip_fraction", "value_clip_fraction", "approx_kl", "approx_kl_k3",
+    "rollout_weight", "rollout_clip_fraction",
+)  # fmt: skip
 ADD_UP = ("policy_loss", "value_loss", "entropy", "kl")
 
 
@@ -27,14 +30,21 @@ def batch(*shape: int, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     return {name: cases.random(*shape, seed=i, scale=0.4, dtype=dtype) for i, name in enumerate(PER_TOKEN)}
 
 
-def definition(x: dict[str, float], o: dict[str, Any]) -> dict[str, float]:
-    """The terms of one token, from the papers, in Python."""
-    d = min(max(x["logprobs"] - x["old_logprobs"], -20), 20)
-    r, A = math.exp(d), x["advantages"]
-    clipped = -A * min(max(r, 1 - o.get("clip_low", 0.2)), 1 + o.get("clip_high", 0.2))
-    policy = max(-A * r, clipped)
+def definition(x: dict[str, float], o: dict[str, Any], log_ratio: float) -> dict[str, float]:
+    """The terms of one token, from the papers, in Python. ``log_ratio``: its own, or that of its sequence."""
+    own = min(max(x["logprobs"] - x["old_logprobs"], -20), 20)
+    r, A = math.exp(min(max(log_ratio, -20), 20)), x["advantages"]
+    near = min(max(r, 1 - o.get("clip_low", 0.2)), 1 + o.get("clip_high", 0.2))
+    clipped, policy, held = -A * near > -A * r, max(-A * r, -A * near), False
+    if o.get("objective") == "cispo":
+        clipped, policy = near != r, -A * near * x["logprobs"]
     if o.get("dual_clip") and A < 0:
+        held = policy > -A * o["dual_clip"]
         policy = min(policy, -A * o["dual_clip"])
+    weight, cap = 0.0, o.get("rollout_cap", 2.0)
+    if "rollout_logprobs" in x:
+        weight = min(math.exp(x["old_logprobs"] - x["rollout_logprobs"]), cap)
+        policy *= weight
     c, v_old = o.get("value_clip", 0.2), x["old_values"]
     near = x["values"] if c is None else v_old + min(max(x["values"] - v_old, -c), c)
     plain_error, near_error = (x["values"] - x["returns"]) ** 2, (near - x["returns"]) ** 2
@@ -45,19 +55,25 @@ def definition(x: dict[str, float], o: dict[str, Any]) -> dict[str, float]:
         "entropy": x["entropy"],
         "kl": {"k1": k, "k2": k * k / 2, "k3": math.exp(-k) - 1 + k}[o.get("kl", "k3")],
         "ratio_mean": r,
-        "clip_fraction": float(clipped > -A * r),
+        "clip_fraction": float(clipped),
+        "dual_clip_fraction": float(held),
         "value_clip_fraction": float(near_error > plain_error),
         "approx_kl": x["old_logprobs"] - x["logprobs"],
-        "approx_kl_k3": r - 1 - d,
+        "approx_kl_k3": math.exp(own) - 1 - own,
+        "rollout_weight": weight,
+        "rollout_clip_fraction": float(weight == cap),
     }
 
 
 def aggregated(inputs: dict[str, Tensor], mask: Tensor, aggregation: str, o: dict[str, Any]) -> dict[str, float]:
     """The definition's stats and loss of a padded batch, with plain sums over lists of lists."""
-    rows = [
-        [definition({k: float(v[b, t]) for k, v in inputs.items()}, o) for t in range(mask.shape[1]) if mask[b, t]]
-        for b in range(mask.shape[0])
-    ]
+    rows = []
+    for b in range(mask.shape[0]):
+        row = [{k: float(v[b, t]) for k, v in inputs.items()} for t in range(mask.shape[1]) if mask[b, t]]
+        ratios = [x["logprobs"] - x["old_logprobs"] for x in row]
+        if row and o.get("ratio") == "sequence":
+            ratios = [sum(ratios) / len(ratios)] * len(ratios)
+        rows.append([definition(x, o, d) for x, d in zip(row, ratios, strict=True)])
     rows = [row for row in rows if row]
     tokens = [token for row in rows for token in row]
 
@@ -72,6 +88,7 @@ def aggregated(inputs: dict[str, Tensor], mask: Tensor, aggregation: str, o: dic
 
     stats = {name: mean(name) for name in ADD_UP} | {name: token_mean(name) for name in ADD_UP_WITH_TOKENS}
     stats["ratio_max"] = max((token["ratio_mean"] for token in tokens), default=0.0)
+    stats["ratio_min"] = min((token["ratio_mean"] for token in tokens), default=0.0)
     coefs = (1.0, o.get("value_coef", 0.1), -o.get("entropy_coef", 0.0), o.get("kl_coef", 0.0))
     return stats | {"loss": sum(c * stats[name] for c, name in zip(coefs, ADD_UP, strict=True))}
 
@@ -84,10 +101,16 @@ def aggregated(inputs: dict[str, Tensor], mask: Tensor, aggregation: str, o: dic
         ALL_TERMS | {"clip_high": 0.28},
         {"value_clip": None, "kl_coef": 0.1, "kl": "k2"},
         {"clip_low": 0.0, "kl": "k1"},
+        {"objective": "cispo", "clip_low": 0.5, "entropy_coef": 0.01},
+        {"ratio": "sequence", "clip_low": 0.01, "clip_high": 0.02, "dual_clip": 1.1},
+        {"rollout_cap": 1.1, "dual_clip": 1.5},
+        {"objective": "cispo", "ratio": "sequence", "rollout_cap": 1.5},
     ],
 )
 def test_loss_and_stats_are_the_definition(aggregation: str, options: dict[str, Any]) -> None:
     inputs, mask = batch(4, 9), cases.holes()
+    if "rollout_cap" in options:
+        inputs["rollout_logprobs"] = cases.random(4, 9, seed=20, scale=0.4, dtype=torch.float64)
     loss, stats = ops.ppo_loss(**inputs, mask=mask, aggregation=aggregation, **options)
     want = aggregated(inputs, mask, aggregation, options)
     assert_close(loss, torch.tensor(want.pop("loss"), dtype=torch.float64), 1e-12, "loss")
@@ -225,6 +248,70 @@ def test_dual_clip_bounds_the_loss_of_a_bad_token_that_became_likely() -> None:
     assert gradient_of(d).tolist() == [0.0, 0.0]
 
 
+def test_cispo_gives_clipped_tokens_their_gradient() -> None:
+    logprobs = torch.tensor([-1.0, -1.0, -3.0], dtype=torch.float64, requires_grad=True)
+    old, advantages = torch.tensor([-1.0, -3.0, -1.0]), torch.tensor([2.0, 3.0, 4.0])
+    loss, stats = ops.ppo_loss(logprobs, old, advantages, objective="cispo", denominator=1)
+    loss.backward()
+    assert gradient_of(logprobs).tolist() == pytest.approx([-2.0, -3.0 * 1.2, -4.0 * 0.8])
+    assert stats["clip_fraction"].item() == 2
+
+
+def test_a_sequence_ratio_is_gspo() -> None:
+    """Equations 5 and 7 of the paper, written per sequence, with one advantage a sequence."""
+    inputs, mask = batch(4, 9), cases.holes()
+    advantages = cases.random(4, 1, seed=9, dtype=torch.float64).expand(4, 9)
+    logprobs = inputs["logprobs"].requires_grad_()
+    sequences = []
+    for b in range(4):
+        real = mask[b]
+        if real.any():
+            s = (logprobs[b] - inputs["old_logprobs"][b])[real].mean().exp()
+            sequences.append(torch.minimum(s * advantages[b, 0], s.clamp(0.95, 1.1) * advantages[b, 0]))
+    want = -torch.stack(sequences).mean()
+    options: dict[str, Any] = {"clip_low": 0.05, "clip_high": 0.1, "aggregation": "sequence_mean"}
+    got, stats = ops.ppo_loss(logprobs, inputs["old_logprobs"], advantages, mask=mask, ratio="sequence", **options)
+    assert 0 < stats["clip_fraction"].item() < 1
+    assert_close(got, want, 1e-12)
+    assert_close(torch.autograd.grad(got, logprobs)[0], torch.autograd.grad(want, logprobs)[0], 1e-12)
+
+
+def test_sums_of_gae_whiten_the_advantages_of_all_micro_batches_together() -> None:
+    inputs, mask = batch(4, 9), cases.holes()
+    rewards, values = (cases.random(4, 9, seed=seed, dtype=torch.float64) for seed in (30, 31))
+    advantages, _, sums = ops.gae(rewards, values, mask=mask, sums=True)
+    inputs["advantages"] = ops.whiten(advantages, mask)
+    want = ops.ppo_loss(**inputs, mask=mask)[0]
+    inputs["advantages"] = advantages
+    halves = [slice(0, 1), slice(1, 4)]
+    of_each = [ops.gae(rewards[h], values[h], mask=mask[h], sums=True)[2] for h in halves]
+    assert_close(of_each[0] + of_each[1], sums, 1e-12)
+    parts = [
+        ops.ppo_loss(**{k: v[h] for k, v in inputs.items()}, mask=mask[h], denominator=mask.sum(), advantage_sums=sums)
+        for h in halves
+    ]
+    assert_close(parts[0][0] + parts[1][0], want, 1e-12)
+
+
+def test_one_advantage_or_none_is_whitened_to_zero() -> None:
+    x = [torch.full((1,), 3.0) for _ in range(3)]
+    for sums in ([1.0, 3.0, 9.0], [0.0, 0.0, 0.0]):
+        loss, _ = ops.ppo_loss(*x, advantage_sums=torch.tensor(sums, dtype=torch.float64))
+        assert loss.item() == (0.0 if sums[0] else -30000.0)  # (3 - 0) / sqrt(1e-8)
+
+
+@pytest.mark.parametrize("scale", [0.02, 0.3])
+def test_ratio_quantiles_are_close_to_the_exact_ones(scale: float) -> None:
+    old, d = torch.zeros(40, 50), cases.random(40, 50, scale=scale)
+    mask = cases.random(40, 50, seed=2) > -0.5
+    _, stats = ops.ppo_loss(d, old, old, mask=mask)
+    for name, share in (("ratio_p05", 0.05), ("ratio_p95", 0.95)):
+        exact = d[mask].quantile(share)
+        assert abs(float(stats[name].log() - exact)) < 0.25 * abs(float(exact))
+    _, stats = ops.ppo_loss(old, old, old, mask=mask)
+    assert all(stats[name].item() == 1 for name in ("ratio_p05", "ratio_p95", "ratio_min", "ratio_max"))
+
+
 def test_huge_log_ratios_stay_finite() -> None:
     logprobs = torch.tensor([0.0, -900.0], requires_grad=True)
     loss, stats = ops.ppo_loss(logprobs, torch.tensor([-900.0, 0.0]), torch.tensor([-1.0, -1.0]))
@@ -313,8 +400,11 @@ def test_leaves_its_inputs_alone() -> None:
 # --- the kernels ------------------------------------------------------------------------------------------------------
 
 OWN = ("logprobs", "values", "entropy")
+SUMS = torch.tensor([36.0, 5.0, 60.0], dtype=torch.float64)
 OPTIONS: tuple[dict[str, Any], ...] = (
     {},
+    {"objective": "cispo", "rollout_logprobs": None, "rollout_cap": 1.3, "advantage_sums": SUMS},
+    {"ratio": "sequence", "clip_low": 0.03, "clip_high": 0.04, "dual_clip": 1.1, "rollout_logprobs": None},
     ALL_TERMS | {"clip_high": 0.28},
     {"value_clip": None, "kl_coef": 0.1, "kl": "k2", "denominator": 7},
     {"clip_low": 0.0, "kl": "k1+", "kl_coef": 0.2, "entropy_coef": 0.1, "denominator": torch.tensor(11)},
@@ -339,8 +429,11 @@ def test_kernels_are_no_worse_than_torch(
     kernel_backend: Backend, shape: tuple[int, int], options: dict[str, Any], aggregation: str, dtype: torch.dtype
 ) -> None:
     inputs, plain = batch(*shape, dtype=dtype), Backend("reference")
+    if "rollout_logprobs" in options:
+        inputs["rollout_logprobs"] = cases.random(*shape, seed=21, scale=0.4, dtype=dtype)
     for mask in (None, cases.random(*shape, seed=20) > -0.5):
         given = {**options, "mask": mask, "aggregation": aggregation}
+        given.pop("rollout_logprobs", None)
         mine = everything(kernel_backend, inputs, **given)
         stock = everything(plain, inputs, **given)
         truth = everything(plain, {k: v.double() for k, v in inputs.items()}, **given)
@@ -351,9 +444,9 @@ def test_kernels_are_no_worse_than_torch(
                 assert_no_worse_than_torch(mine[name], stock[name], truth[name], name)
             else:  # a sum of terms of the size of 1, which may cancel
                 error = abs(float(stock[name]) - float(truth[name]))
-                size = max(
-                    1.0, abs(float(truth[name])), shape[0] * shape[1] / float(options.get("denominator", math.inf))
-                )
+                n, denominator = shape[0] * shape[1], float(options.get("denominator", math.inf))
+                summed = math.sqrt(n) if aggregation == "sequence_sum_mean" else 0.0  # of whole sequences, not meaned
+                size = max(1.0, abs(float(truth[name])), n / denominator, summed)
                 rounding = 4 * torch.finfo(torch.float32).eps * size
                 assert_close(mine[name], truth[name], 1.5 * error + rounding, name)
 
@@ -363,10 +456,10 @@ def test_packed_equals_padded_on_kernels(kernel_backend: Backend, aggregation: s
     lengths = [5, 0, 9, 1, 7]
     inputs, inside = batch(5, 9, dtype=torch.float32), cases.inside(lengths, 9)
     mask = inside & (cases.random(5, 9, seed=20) > -0.5)
-    padded = everything(kernel_backend, inputs, mask=mask, aggregation=aggregation, **ALL_TERMS)
+    padded = everything(kernel_backend, inputs, mask=mask, aggregation=aggregation, ratio="sequence", **ALL_TERMS)
     flat: dict[str, Any] = {k: cases.pack(v, lengths) for k, v in inputs.items()}
     options: dict[str, Any] = {"cu_seqlens": cases.cu_seqlens_of(lengths), "mask": cases.pack(mask, lengths)}
-    packed = everything(kernel_backend, flat, aggregation=aggregation, **options, **ALL_TERMS)
+    packed = everything(kernel_backend, flat, aggregation=aggregation, ratio="sequence", **options, **ALL_TERMS)
     for name in padded:
         want = cases.pack(padded[name], lengths) if name.startswith("in ") else padded[name]
         assert_close(packed[name], want, 1e-6, name)
@@ -491,12 +584,15 @@ def test_is_registered_as_torch_wants_it() -> None:
     inputs = batch(3, 7, dtype=torch.float32)
     own = [inputs[name].requires_grad_() for name in OWN]
     constants = [inputs[name] for name in ("old_logprobs", "advantages", "old_values", "returns", "ref_logprobs")]
-    rest = (cases.random(3, 7, seed=20) > -0.5, None, torch.tensor(9.0), 0.0, True)
-    numbers = [0.2, 0.2, 3.0, 0.2, 0.5, 0.01, 0.05]
+    constants.append(cases.random(3, 7, seed=21))
+    rest = (cases.random(3, 7, seed=20) > -0.5, None, None, SUMS, torch.tensor(9.0), 0.0, True)
+    numbers = [0.2, 0.2, 3.0, 0.2, 0.5, 0.01, 0.05, 2.0]
     op = torch.ops.rlhf_fast.ppo_loss_forward.default
-    torch.library.opcheck(op, (*own, *constants, *rest, numbers, "k3", [True, True, True], torch.float32, "cpu"))
-    few = (own[0], None, None, *constants[:2], None, None, None, None, None, None, 0.0, True)
-    torch.library.opcheck(op, (*few, numbers, "k3", [True, False, False], torch.float32, "cpu"))
+    torch.library.opcheck(
+        op, (*own, *constants, *rest, numbers, "k3", "clip", [True, True, True], torch.float32, "cpu")
+    )
+    few = (own[0], None, None, *constants[:2], *(None,) * 9, 0.0, True)
+    torch.library.opcheck(op, (*few, numbers, "k3", "clip", [True, False, False], torch.float32, "cpu"))
 
 
 @pytest.mark.parametrize(
@@ -519,6 +615,12 @@ def test_is_registered_as_torch_wants_it() -> None:
         ({"denominator": torch.ones(2)}, ValueError, r"denominator: shape \(2,\), expected a number or a tensor of"),
         ({"mask": torch.ones(2, 3)}, TypeError, "mask: float32, expected bool"),
         ({"mask": torch.ones(3, dtype=torch.bool)}, ValueError, r"mask: shape \(3,\), expected \(2, 3\)"),
+        ({"objective": "clipped"}, ValueError, "objective: 'clipped', did you mean 'clip'"),
+        ({"objective": "cispo", "dual_clip": 3.0}, ValueError, "dual_clip: 3.0, expected None because objective is"),
+        ({"ratio": "sentence"}, ValueError, "ratio: 'sentence', did you mean 'sequence'"),
+        ({"rollout_cap": 0}, ValueError, "rollout_cap: 0, expected a number > 0"),
+        ({"rollout_logprobs": torch.zeros(3)}, ValueError, r"rollout_logprobs: shape \(3,\), expected \(2, 3\)"),
+        ({"advantage_sums": torch.zeros(3)}, ValueError, r"advantage_sums: float32 of shape \(3,\), expected float64"),
         ({"cu_seqlens": torch.tensor([0, 6])}, ValueError, r"logprobs: shape \(2, 3\), expected \(N,\) because cu_seq"),
     ],
 )
@@ -530,3 +632,5 @@ def test_bad_input_is_named(change: dict[str, Any], error: type[Exception], text
 def test_sequences_must_be_known_where_they_matter() -> None:
     with pytest.raises(ValueError, match=r"cu_seqlens: None, expected \(B \+ 1,\) because aggregation is 'sequence_me"):
         ops.ppo_loss(**batch(6), aggregation="sequence_mean")
+    with pytest.raises(ValueError, match=r"cu_seqlens: None, expected \(B \+ 1,\) because ratio is 'sequence'"):
+        ops.ppo_loss(**batch(6), ratio="sequence")
