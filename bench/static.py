@@ -274,7 +274,7 @@ def _of_tokens(name: str, short: str) -> Iterator[Variant]:
     flags = {**flags, "KL_COUNTS": True}
     flags = {**flags, "NEED": True, "NEED_VALUES": True, "NEED_ENTROPY": True, "CLIPS_VALUES": True, "DUAL": True}
     flags = {**flags, "CISPO": False, "HAS_ROLLOUT": True, "HAS_LOG_RATIOS": False, "WHITENS": True}
-    flags = {**flags, "KL": 2, "KL_SLOPE": 2, "DENOMINATOR": 0, "BLOCK": ppo_loss.range_size, "SUMS": ppo_loss.SUMS}
+    flags = {**flags, "KL": 2, "KL_SLOPE": 2, "BLOCK": ppo_loss.range_size, "SUMS": ppo_loss.SUMS}
     flags = {**flags, "EDGES": ppo_loss.EDGES}
     elements = ppo_loss.range_size // 128
     yield Variant("ppo_loss", "_forward", f"{name}, everything", short, flags, {"num_warps": ppo_loss.WARPS}, elements)

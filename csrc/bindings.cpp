@@ -150,7 +150,7 @@ void def_gae(py::module_& m, const GAEKernels& kernels) {
 using NineAddresses = std::tuple<Address, Address, Address, Address, Address, Address, Address, Address, Address>;
 using PPOOptionsTuple = std::tuple<float, float, float, float, float, float, float, float, bool, int, int>;
 using DenominatorTuple = std::tuple<Address, float>;
-using SixAddresses = std::tuple<Address, Address, Address, Address, Address, Address>;
+using FiveAddresses = std::tuple<Address, Address, Address, Address, Address>;
 
 Denominator denominator(const DenominatorTuple& t) { return {at<float>(std::get<0>(t)), std::get<1>(t)}; }
 
@@ -160,7 +160,7 @@ void def_ppo_loss(py::module_& m, const PPOLossKernels& kernels) {
     m.def("ppo_loss_forward", [kernels](const NineAddresses& tensors, int dtype, int64_t count,
                                         const FourAddresses& others, const PPOOptionsTuple& options,
                                         const DenominatorTuple& of_terms, const DenominatorTuple& of_tokens,
-                                        const SixAddresses& out, const RunTuple& where) {
+                                        const FiveAddresses& out, const RunTuple& where) {
         const auto& [flags, weights, log_ratios, advantage_sums] = others;
         const PPOInputs inputs = std::apply(
             [&, flags = flags, weights = weights, log_ratios = log_ratios, sums = advantage_sums](auto... address) {
@@ -181,9 +181,9 @@ void def_ppo_loss(py::module_& m, const PPOLossKernels& kernels) {
                               cispo,
                               static_cast<Estimate>(kl),
                               static_cast<Estimate>(kl_slope)};
-        const auto& [stats, in_logprobs, in_values, in_entropy, partials, counts] = out;
-        const PPOResults results = {at<float>(stats),      at<float>(in_logprobs), at<float>(in_values),
-                                    at<float>(in_entropy), at<double>(partials),   at<int64_t>(counts)};
+        const auto& [stats, in_logprobs, in_values, in_entropy, partials] = out;
+        const PPOResults results = {at<float>(stats), at<float>(in_logprobs), at<float>(in_values),
+                                    at<float>(in_entropy), at<double>(partials)};
         py::gil_scoped_release release;
         kernels.forward(inputs, o, denominator(of_terms), denominator(of_tokens), results, run(where));
     });

@@ -1,5 +1,6 @@
 // ppo_loss, as every backend offers it: per token a policy, a value, an entropy and a KL term, their weighted sum over
-// the tokens that count, its gradients and statistics, in one sweep.
+// the tokens that count, its gradients and statistics, in one sweep. How many tokens
+// count is known only after it, so the gradients are those of the sum, and its divisor goes with the statistics.
 #pragma once
 
 #include <cmath>
@@ -49,7 +50,6 @@ struct Denominator {
     const float* there;  // null: number
     float number;        // 0: the tokens that count
 
-    RLHF_FAST_HOST_DEVICE bool is_count() const { return there == nullptr && number == 0.0f; }
     RLHF_FAST_HOST_DEVICE double of(double count) const {
         const double value = there != nullptr ? *there : number != 0.0f ? number : count;
         return value == 0.0 ? 1.0 : value;
@@ -58,9 +58,8 @@ struct Denominator {
 
 struct PPOResults {
     float* stats;                                       // kPPOStats
-    float *grad_logprobs, *grad_values, *grad_entropy;  // of the loss; null where not needed
+    float *grad_logprobs, *grad_values, *grad_entropy;  // of the sum of terms; null where not needed
     double* partials;                                   // (ranges, kPPOSums), scratch
-    int64_t* counts;                                    // (ranges), scratch
 };
 
 // Log-ratios whose quantiles are wanted are counted between 0, +-1/128, +-1/64, ... +-1/2.
@@ -111,7 +110,7 @@ RLHF_FAST_HOST_DEVICE inline double log_ratio_quantile(const double* sums, doubl
     return most;
 }
 
-constexpr int kPPOStats = 18;
+constexpr int kPPOStats = 19;
 
 // The statistics, in the order in which rlhf_fast/ops/ppo_loss.py names them, from sums over all tokens.
 RLHF_FAST_HOST_DEVICE inline void ppo_stats(const double* sums, const PPOOptions& o, const Denominator& of_terms,
@@ -146,6 +145,7 @@ RLHF_FAST_HOST_DEVICE inline void ppo_stats(const double* sums, const PPOOptions
         sums[kRollout] / tokens,
         sums[kRolloutCapped] / tokens,
         varies ? 1.0 - left / variance : 0.0,
+        1.0 / terms,
     };
     for (int i = 0; i < kPPOStats; ++i) stats[i] = static_cast<float>(all[i]);
 }

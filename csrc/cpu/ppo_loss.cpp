@@ -28,7 +28,6 @@ struct Sweep {
     const PPOInputs& in;
     const PPOOptions& o;
     const PPOResults& out;
-    float scale;  // 1 / denominator of the terms
     Whitening white;
 
     f32x16 sums[kLogRatioMax], most, most_negative;  // of the log-ratios
@@ -62,7 +61,6 @@ struct Sweep {
             const float* const p = in.weights + i;
             weight = mul(ones, n == kLanes ? load16(p) : load_first(p, n, 0.0f));
         }
-        const f32x16 share = mul(weight, set1(scale));  // of a token's terms in the loss
 
         const f32x16 logprobs = read(in.logprobs, i, n, counts), old_logprobs = read(in.old_logprobs, i, n, counts);
         const f32x16 own = sub(logprobs, old_logprobs), own_bounded = bound(own);
@@ -118,7 +116,7 @@ struct Sweep {
             add_up(kKL, estimate(o.kl, d), weight);
             if (o.kl_coef != 0.0f) slope = fma(set1(o.kl_coef), rlhf_fast::SIMD_ISA::slope(o.kl_slope, d), slope);
         }
-        write(out.grad_logprobs, i, n, select(counts, mul(slope, share), zero));
+        write(out.grad_logprobs, i, n, select(counts, mul(slope, weight), zero));
 
         if (in.values != nullptr) {
             const f32x16 values = read(in.values, i, n, counts), target = read(in.returns, i, n, counts);
@@ -135,7 +133,7 @@ struct Sweep {
                 add_up(kValueClipped, select(worse, one, zero), ones);
             }
             add_up(kValue, mul(squared, set1(0.5f)), weight);
-            const f32x16 in_values = mul(mul(gradient, set1(o.value_coef)), share);
+            const f32x16 in_values = mul(mul(gradient, set1(o.value_coef)), weight);
             write(out.grad_values, i, n, select(counts, in_values, zero));
             const f32x16 apart = sub(target, set1(return_pivot)), rest_apart = sub(error, set1(rest_pivot));
             add_up(kReturn, apart, ones);
@@ -144,7 +142,7 @@ struct Sweep {
             add_up(kRestSquared, mul(rest_apart, rest_apart), ones);
         }
         if (in.entropy != nullptr) add_up(kEntropy, read(in.entropy, i, n, counts), weight);
-        write(out.grad_entropy, i, n, mul(share, set1(-o.entropy_coef)));
+        write(out.grad_entropy, i, n, mul(weight, set1(-o.entropy_coef)));
     }
 
     // Returns and rests of the first token of [begin, end) that counts.
@@ -179,21 +177,15 @@ struct Sweep {
     }
 };
 
-void forward(const PPOInputs& in, const PPOOptions& o, float scale, const PPOResults& out, int64_t from, int64_t to) {
+void forward(const PPOInputs& in, const PPOOptions& o, const PPOResults& out, int64_t from, int64_t to) {
     with_element(in.dtype, [&](auto element) {
-        Sweep<typename decltype(element)::type> sweep = {in, o,  out, scale, whitening(in.advantage_sums),
-                                                         {}, {}, {},  0.0f,  0.0f};
+        Sweep<typename decltype(element)::type> sweep = {in, o,    out, whitening(in.advantage_sums), {}, {},
+                                                         {}, 0.0f, 0.0f};
         for (int64_t r = from; r < to; ++r) {
             const int64_t begin = r * kRange, end = in.count - begin < kRange ? in.count : begin + kRange;
             sweep.range(begin, end, out.partials + r * kPPOSums);
         }
     });
-}
-
-int64_t count(const bool* mask, int64_t begin, int64_t end) {
-    int64_t n = 0;
-    for (int64_t i = begin; i < end; ++i) n += mask[i];
-    return n;
 }
 
 }  // namespace
@@ -206,25 +198,11 @@ namespace {
 
 constexpr int64_t kRange = SIMD_ISA::kRange;
 
-double tokens_that_count(const PPOInputs& in, const PPOResults& out, int64_t ranges, const Run& run) {
-    if (in.mask == nullptr) return static_cast<double>(in.count);
-    const auto kernel = SIMD_CHOOSE(count);
-    parallel_rows(ranges, kRange, run.threads, [&](int64_t from, int64_t to) {
-        for (int64_t r = from; r < to; ++r)
-            out.counts[r] = kernel(in.mask, r * kRange, std::min(in.count, (r + 1) * kRange));
-    });
-    int64_t n = 0;
-    for (int64_t r = 0; r < ranges; ++r) n += out.counts[r];
-    return static_cast<double>(n);
-}
-
 void forward(const PPOInputs& in, const PPOOptions& o, const Denominator& of_terms, const Denominator& of_tokens,
              const PPOResults& out, const Run& run) {
     const int64_t ranges = (in.count + kRange - 1) / kRange;
-    const double terms = of_terms.of(of_terms.is_count() ? tokens_that_count(in, out, ranges, run) : 0.0);
-    const float scale = static_cast<float>(1.0 / terms);
     const auto kernel = SIMD_CHOOSE(forward);
-    parallel_rows(ranges, kRange, run.threads, [&](int64_t from, int64_t to) { kernel(in, o, scale, out, from, to); });
+    parallel_rows(ranges, kRange, run.threads, [&](int64_t from, int64_t to) { kernel(in, o, out, from, to); });
     double sums[kPPOSums] = {};
     for (int s = kLogRatioMax; s < kPPOSums; ++s) sums[s] = kNoLogRatio;
     for (int64_t r = 0; r < ranges; ++r) {

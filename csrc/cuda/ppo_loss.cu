@@ -1,6 +1,5 @@
 // ppo_loss in CUDA C++: a block a range of 2,048 tokens, one sweep that reads every input once, 16 bytes at a time, and
-// writes the gradients; the ranges' sums are added up by a last, small kernel in their order. Where the denominator is
-// the number of tokens that count, a first kernel counts them. Bound by memory.
+// writes the gradients; the ranges' sums are added up by a last, small kernel in their order. Bound by memory.
 #include "common/ppo_loss.h"
 
 #include "cuda/launch.cuh"
@@ -32,23 +31,6 @@ __device__ inline void sum_block(const double (&mine)[kPPOSums], double (*scratc
         for (int w = 1; w < kWarps; ++w) x = s >= kLogRatioMax ? Larger()(x, scratch[w][s]) : x + scratch[w][s];
         whole[s] = x;
     }
-}
-
-__global__ void __launch_bounds__(kThreads) count_kernel(const bool* mask, int64_t count, int64_t* counts) {
-    __shared__ float scratch[kWarps];
-    const int64_t begin = blockIdx.x * kRange;
-    float mine = 0.0f;  // of at most 8 tokens, and 2,048 in all: exact
-    for (int64_t i = begin + threadIdx.x; i < begin + kRange && i < count; i += kThreads) mine += mask[i] ? 1.0f : 0.0f;
-    const float all = reduce_block(mine, Sum(), scratch);
-    if (threadIdx.x == 0) counts[blockIdx.x] = static_cast<int64_t>(all);
-}
-
-// How many tokens count, the same for every thread of a block.
-__device__ inline double tokens_that_count(const PPOInputs& in, const int64_t* counts, double* scratch) {
-    if (in.mask == nullptr) return static_cast<double>(in.count);
-    double mine = 0.0;
-    for (int64_t r = threadIdx.x; r < gridDim.x; r += kThreads) mine += static_cast<double>(counts[r]);
-    return reduce_block(mine, Sum(), scratch);
 }
 
 // One token's numbers; those that are not given are 0.
@@ -137,11 +119,8 @@ __device__ inline void read(const void* data, int64_t i, int64_t count, float (&
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    forward_kernel(PPOInputs in, PPOOptions o, Denominator of_terms, PPOResults out) {
-    __shared__ double scratch[kWarps][kPPOSums], counted[kWarps];
-    const double terms = of_terms.of(of_terms.is_count() ? tokens_that_count(in, out.counts, counted) : 0.0);
-    const float scale = static_cast<float>(1.0 / terms);
+__global__ void __launch_bounds__(kThreads) forward_kernel(PPOInputs in, PPOOptions o, PPOResults out) {
+    __shared__ double scratch[kWarps][kPPOSums];
     const Whitening white = whitening(in.advantage_sums);
     Sums mine = {};
     mine.most = mine.most_negative = static_cast<float>(kNoLogRatio);
@@ -172,9 +151,9 @@ __global__ void __launch_bounds__(kThreads)
             const Token token = {logprobs[j], old_logprobs[j], advantage,       values[j],           old_values[j],
                                  returns[j],  entropy[j],      ref_logprobs[j], rollout_logprobs[j], log_ratio};
             const Slopes slopes = add_token(token, weight, in, o, mine);
-            in_logprobs[j] = slopes.logprob * (weight * scale);
-            in_values[j] = slopes.value * (weight * scale);
-            in_entropy[j] = -o.entropy_coef * (weight * scale);
+            in_logprobs[j] = slopes.logprob * weight;
+            in_values[j] = slopes.value * weight;
+            in_entropy[j] = -o.entropy_coef * weight;
         }
         if (out.grad_logprobs != nullptr) store_floats<T>(out.grad_logprobs, i, in.count, in_logprobs);
         if (out.grad_values != nullptr) store_floats<T>(out.grad_values, i, in.count, in_values);
@@ -211,12 +190,10 @@ void forward(const PPOInputs& in, const PPOOptions& o, const Denominator& of_ter
     const OnDevice guard(run);
     const int64_t ranges = (in.count + kRange - 1) / kRange;
     const auto stream = stream_of(run);
-    if (ranges > 0 && of_terms.is_count() && in.mask != nullptr)
-        RLHF_FAST_LAUNCH(count_kernel, grid(ranges), kThreads, stream, in.mask, in.count, out.counts);
     if (ranges > 0)
         with_element(in.dtype, [&](auto element) {
             using T = decltype(element);
-            RLHF_FAST_LAUNCH(forward_kernel<T>, grid(ranges), kThreads, stream, in, o, of_terms, out);
+            RLHF_FAST_LAUNCH(forward_kernel<T>, grid(ranges), kThreads, stream, in, o, out);
         });
     RLHF_FAST_LAUNCH(finish_kernel, 1, kThreads, stream, o, of_terms, of_tokens, out, ranges);
     check(cudaGetLastError(), "ppo_loss: forward");

@@ -1,7 +1,7 @@
 """ppo_loss in Triton: a program a range of 1,024 tokens, one sweep that reads each input once and writes the gradients.
 
-Where the denominator is the number of tokens that count, a first kernel counts them; a last one adds the sums of the
-ranges up in their order. csrc/common/ppo_loss.h says what the sums and the statistics are.
+A last kernel adds the sums of the ranges up in their order. csrc/common/ppo_loss.h says what the sums and the
+statistics are.
 """
 
 from __future__ import annotations
@@ -19,13 +19,6 @@ FINISH = 32  # ranges that the last kernel adds up at a time
 WARPS = 4
 SUMS = 34  # as csrc/common/ppo_loss.h counts them
 EDGES = (*(-(2.0**-i) for i in range(1, 8)), 0.0, *(2.0**-i for i in range(7, 0, -1)))  # between log-ratios
-
-
-@triton.jit
-def _count(mask, count, counts, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    flags = tl.load(mask + i, mask=i < count, other=0) != 0
-    tl.store(counts + tl.program_id(0), tl.sum(flags.to(tl.int64)))
 
 
 @triton.jit
@@ -53,9 +46,9 @@ def _bound(x):
 @triton.jit
 def _forward(
     logprobs, old_logprobs, advantages, values, old_values, returns, entropy, ref_logprobs, rollout_logprobs, mask,
-    weights, log_ratios, advantage_sums, count, counts, ranges, there, number, clip_low, clip_high, dual_clip,
+    weights, log_ratios, advantage_sums, count, clip_low, clip_high, dual_clip,
     value_clip, value_coef, entropy_coef, kl_coef, rollout_cap, partials, grad_logprobs, grad_values, grad_entropy,
-    DENOMINATOR: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_VALUES: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_VALUES: tl.constexpr,
     CLIPS_VALUES: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_KL: tl.constexpr, KL: tl.constexpr,
     KL_SLOPE: tl.constexpr, KL_COUNTS: tl.constexpr, DUAL: tl.constexpr, CISPO: tl.constexpr,
     HAS_ROLLOUT: tl.constexpr, HAS_LOG_RATIOS: tl.constexpr, WHITENS: tl.constexpr, NEED: tl.constexpr,
@@ -65,16 +58,8 @@ def _forward(
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     here = inside
-    counted = tl.sum(tl.zeros((BLOCK,), tl.float64))
     if HAS_MASK:
         here = here & (tl.load(mask + i, mask=inside, other=0) != 0)
-        if DENOMINATOR == 0:
-            for first in range(0, ranges, BLOCK):
-                r = first + tl.arange(0, BLOCK)
-                counted += tl.sum(tl.load(counts + r, mask=r < ranges, other=0)).to(tl.float64)
-    else:
-        counted += count
-    scale = (1.0 / _denominator(there, number, counted, DENOMINATOR)).to(tl.float32)
     ones = tl.where(here, 1.0, 0.0)
     weight = ones
     if HAS_WEIGHTS:
@@ -136,7 +121,7 @@ def _forward(
         if KL_COUNTS:
             slope += kl_coef * _sampled_kl.slope(d, KL_SLOPE)
     if NEED:
-        tl.store(grad_logprobs + i, tl.where(here, slope * (weight * scale), 0.0), mask=inside)
+        tl.store(grad_logprobs + i, tl.where(here, slope * weight, 0.0), mask=inside)
 
     if HAS_VALUES:
         value = _read(values, i, inside, here)
@@ -159,12 +144,12 @@ def _forward(
         tl.store(to + 30, tl.sum(rest))
         tl.store(to + 31, tl.sum(rest * rest))
         if NEED_VALUES:
-            in_values = value_coef * gradient * (weight * scale)
+            in_values = value_coef * gradient * weight
             tl.store(grad_values + i, tl.where(here, in_values, 0.0), mask=inside)
     if HAS_ENTROPY:
         tl.store(to + 3, tl.sum(_read(entropy, i, inside, here) * weight).to(tl.float64))
         if NEED_ENTROPY:
-            tl.store(grad_entropy + i, -entropy_coef * (weight * scale), mask=inside)
+            tl.store(grad_entropy + i, -entropy_coef * weight, mask=inside)
 
 
 @triton.jit
@@ -233,6 +218,7 @@ def _finish(
     tl.store(stats + 9, _ratio_quantile(sums, which, 0.95, EDGES).to(tl.float32))
     tl.store(stats + which + 4, (sums / tokens).to(tl.float32), mask=(which >= 6) & (which <= 12))
     tl.store(stats + 17, explained.to(tl.float32))
+    tl.store(stats + 18, (1.0 / terms).to(tl.float32))
 
 
 def forward(
@@ -243,15 +229,12 @@ def forward(
     stats: Tensor,
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
     partials: Tensor,
-    counts: Tensor,
 ) -> None:
     o, (ranges, count) = options, (partials.shape[0], x.logprobs.numel())
-    if ranges and x.mask is not None and of_terms.kind == 0:
-        _count[(ranges,)](x.mask, count, counts, BLOCK=range_size)
     if ranges:
         _forward[(ranges,)](
-            *x, count, counts, ranges, of_terms.there, of_terms.number, *o[:8], partials, *gradients,
-            DENOMINATOR=of_terms.kind, HAS_MASK=x.mask is not None, HAS_WEIGHTS=x.weights is not None,
+            *x, count, *o[:8], partials, *gradients,
+            HAS_MASK=x.mask is not None, HAS_WEIGHTS=x.weights is not None,
             HAS_VALUES=x.values is not None, CLIPS_VALUES=o.value_clip >= 0 and x.old_values is not None,
             HAS_ENTROPY=x.entropy is not None, HAS_KL=x.ref_logprobs is not None, KL=o.kl, KL_SLOPE=o.kl_slope,
             KL_COUNTS=o.kl_coef != 0, DUAL=o.dual_clip != 0, CISPO=o.cispo, HAS_ROLLOUT=x.rollout_logprobs is not None,

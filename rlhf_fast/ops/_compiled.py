@@ -240,10 +240,9 @@ class PPOLoss:
         stats: Tensor,
         gradients: Sequence[Tensor | None],
         partials: Tensor,
-        counts: Tensor,
     ) -> None:
         self.kernels.ppo_loss_forward(
             _addresses(x[:9]), _DTYPES[x.logprobs.dtype], x.logprobs.numel(), _addresses(x[9:]), options,
             (_address(of_terms.there), of_terms.number), (_address(of_tokens.there), of_tokens.number),
-            _addresses((stats, *gradients, partials, counts)), _run(stats.device),
+            _addresses((stats, *gradients, partials)), _run(stats.device),
         )  # fmt: skip

@@ -123,7 +123,7 @@ def linear_ppo_loss(
             float(logit_scale), *constants, mask, weights,
             None if advantage_sums is None else advantage_sums.detach(), there, divisor, aggregation == "token_mean",
             numbers(clip_low, clip_high, dual_clip, value_clip, value_coef, entropy_coef, kl_coef, rollout_cap),
-            kl, objective, needs, backend,
+            kl, objective, needs, True, backend,
         )  # fmt: skip
         return loss, dict(zip(STATS, stats.unbind(), strict=True))
     logprobs, entropy = linear_token_logprobs(
@@ -166,10 +166,14 @@ def linear_ppo_loss_forward(
     kl: str,
     objective: str,
     needs: list[bool],
+    inplace_backward: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss (), stats (17,), and the loss's gradients in hidden, weight, bias, a, b and values: float32, empty if not
-    needed."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss (), stats (17,), the divisor of the loss's terms, inverse (), and the gradients of their sum in hidden,
+    weight, bias, a, b and values: float32, empty if not needed.
+
+    ``inplace_backward``: the backward pass may write over those gradients; the caller reads only loss and stats.
+    """
     problem = Problem(
         hidden, weight, tokens, bias, a, b, scaling, temperatures, temperature, softcap, logit_scale, mask, backend
     )
@@ -181,9 +185,6 @@ def linear_ppo_loss_forward(
     }  # fmt: skip
     per_token: dict[str, Any] = {name: problem.gather(x) for name, x in given.items()}
     per_token["mask"] = mask = problem.mask
-    if denominator is None and number == 0.0:  # of a block, it must be that of all
-        number = float(problem.rows) if mask is None else 0.0
-        denominator = None if mask is None else mask.sum()
     logprobs, entropy, *state = (torch.zeros(problem.rows, device=problem.device) for _ in range(4))
 
     def loss_of(rows: slice, per_token: dict[str, Any], needs: list[bool]) -> tuple[Tensor, ...]:
@@ -201,13 +202,13 @@ def linear_ppo_loss_forward(
         results = [x[block.rows] for x in (logprobs, entropy, *state)]
         problem.head.fill(block)
         problem.kernels.forward(logits, *part, results)
-        _, _, in_logprobs, _, in_entropy = loss_of(block.rows, of_policy, [True, False, entropy_counts])
+        _, _, _, in_logprobs, _, in_entropy = loss_of(block.rows, of_policy, [True, False, entropy_counts])
         problem.kernels.gradient(
             logits, *part, 0, results, in_logprobs, in_entropy if entropy_counts else None, block.logits
         )
         of_head.add(block)
 
-    loss, stats, _, in_values, _ = loss_of(slice(0, problem.rows), per_token, [False, needs[5], False])
+    loss, stats, scale, _, in_values, _ = loss_of(slice(0, problem.rows), per_token, [False, needs[5], False])
     in_hidden, *in_others = of_head.finish()
     if in_hidden is not None:
         in_hidden = problem.spread(in_hidden).view(hidden.shape)
@@ -215,16 +216,17 @@ def linear_ppo_loss_forward(
         in_values = problem.spread(in_values).view(values.shape)
     nothing = hidden.new_empty(0, dtype=torch.float32)
     first, second, third, fourth, fifth = (nothing.clone() if x is None else x for x in (in_hidden, *in_others))
-    return loss, stats, first, second, third, fourth, fifth, in_values
+    return loss, stats, scale, first, second, third, fourth, fifth, in_values
 
 
 def linear_ppo_loss_backward(upstream: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
-    """The gradient in x: the loss's, times that in the loss. Knows x, so that autograd refuses to go on from it."""
+    """The gradient in x: that of the sum of terms, times that in it. Knows x, so that autograd does not go on from
+    it."""
     return (gradient * upstream).to(x.dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    needs = inputs[-2]
+    needs, ctx.inplace = inputs[-3:-1]
     own = [x if needed else None for x, needed in zip(inputs, needs, strict=False)]
     ctx.save_for_backward(*own, *output[2:])
     ctx.mark_non_differentiable(*output[1:])
@@ -233,21 +235,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if upstream is None:
-        return (None,) * 29
-    own, gradients = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
-    found = (None if x is None else _times(upstream, g, x) for x, g in zip(own, gradients, strict=True))
-    return *found, *(None,) * 23
+        return (None,) * 30
+    own, scale, gradients = ctx.saved_tensors[:6], ctx.saved_tensors[6], ctx.saved_tensors[7:]
+    upstream = upstream * scale
+    found = (None if x is None else _times(upstream, g, x, ctx.inplace) for x, g in zip(own, gradients, strict=True))
+    return *found, *(None,) * 24
 
 
-def _times(upstream: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
+def _times(upstream: Tensor, gradient: Tensor, x: Tensor, inplace: bool) -> Tensor:
     """In place where nothing can ask for the gradient again: that in the weights is the largest tensor of a step."""
     traced = torch.compiler.is_compiling() or not is_plain([upstream, gradient])
-    if traced or torch.is_grad_enabled() or _may_run_again():
+    if traced or torch.is_grad_enabled() or _may_run_again() or not inplace:
         in_x: Tensor = _backward_op(upstream, gradient, x)
         return in_x
-    if upstream.device.type != "cpu" or upstream.item() != 1.0:
-        gradient.mul_(upstream)
-    return gradient.to(x.dtype)
+    return gradient.mul_(upstream).to(x.dtype)
 
 
 def _may_run_again() -> bool:
@@ -256,10 +257,10 @@ def _may_run_again() -> bool:
 
 
 def _fake_forward(*args: Any) -> tuple[Tensor, ...]:
-    hidden, needs = args[0], args[-2]
+    hidden, needs = args[0], args[-3]
     new = functools.partial(hidden.new_empty, dtype=torch.float32)
     gradients = (new(x.shape if x is not None and needed else 0) for x, needed in zip(args[:5], needs[:5], strict=True))
-    return new(()), new(len(STATS)), *gradients, new(args[5].shape if needs[5] else 0)
+    return new(()), new(len(STATS)), new(()), *gradients, new(args[5].shape if needs[5] else 0)
 
 
 def _fake_backward(upstream: Tensor, gradient: Tensor, x: Tensor) -> Tensor:

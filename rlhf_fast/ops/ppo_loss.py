@@ -262,8 +262,9 @@ def ppo_loss_forward(
     needs: list[bool],
     dtype: torch.dtype,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss (), stats (17,), and the loss's gradients in logprobs, values and entropy: float32, empty if not needed.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss (), stats (17,), the divisor of the loss's terms, inverse (), and the gradients of their sum in logprobs,
+    values and entropy: float32, empty if not needed.
 
     ``weights``: of each token's terms. ``log_ratios``: in place of logprobs - old_logprobs. ``denominator``, or else
     ``number`` if that is not 0, or else the number of unmasked tokens divides the terms; the statistics too if
@@ -282,21 +283,21 @@ def ppo_loss_forward(
     terms = Denominator(plain(denominator, torch.float32), number)
     gradients = [_compiled.new_like(logprobs, torch.float32) if needed else None for needed in needs]
     ranges = -(-logprobs.numel() // run.range_size)
-    stats = logprobs.new_empty(1 + len(STATS), dtype=torch.float32)
+    stats = logprobs.new_empty(2 + len(STATS), dtype=torch.float32)
     partials = logprobs.new_zeros(ranges, run.SUMS, dtype=torch.float64)
-    counts = logprobs.new_empty(ranges, dtype=torch.int64)
     chosen = PPOOptions(
         low, high, dual, value_clip, value_coef, entropy_coef, kl_coef, cap, objective == "cispo", *estimates
     )
     tokens = terms if of_tokens else Denominator(None, 0.0)
-    run.forward(x, chosen, terms, tokens, stats, gradients, partials, counts)
+    run.forward(x, chosen, terms, tokens, stats, gradients, partials)
     nothing = logprobs.new_empty(0, dtype=torch.float32)
     in_logprobs, in_values, in_entropy = (nothing.clone() if g is None else g for g in gradients)
-    return stats[0].clone(), stats[1:].clone(), in_logprobs, in_values, in_entropy
+    return stats[0].clone(), stats[1:-1].clone(), stats[-1].clone(), in_logprobs, in_values, in_entropy
 
 
 def ppo_loss_backward(upstream: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
-    """The gradient in x: the loss's, times that in the loss. Knows x, so that autograd refuses to go on from it."""
+    """The gradient in x: that of the sum of terms, times that in it. Knows x, so that autograd does not go on from
+    it."""
     return (gradient * upstream).to(x.dtype)
 
 
@@ -311,7 +312,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if upstream is None:
         return (None,) * 22
-    own, gradients = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+    own, scale, gradients = ctx.saved_tensors[:3], ctx.saved_tensors[3], ctx.saved_tensors[4:]
+    upstream = upstream * scale
     found = (None if x is None else _backward_op(upstream, g, x) for x, g in zip(own, gradients, strict=True))
     return *found, *(None,) * 19
 
@@ -319,7 +321,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | Non
 def _fake_forward(logprobs: Tensor, *others: Any) -> tuple[Tensor, ...]:
     needs = others[-3]
     new = functools.partial(logprobs.new_empty, dtype=torch.float32)
-    return new(()), new(len(STATS)), *(new(logprobs.shape if needed else 0) for needed in needs)
+    return new(()), new(len(STATS)), new(()), *(new(logprobs.shape if needed else 0) for needed in needs)
 
 
 def _fake_backward(upstream: Tensor, gradient: Tensor, x: Tensor) -> Tensor:

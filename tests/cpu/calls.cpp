@@ -73,7 +73,6 @@ int main() {
         } else if (call.op == 4) {
             const size_t ranges = (count + cpu::ppo_loss.range - 1) / cpu::ppo_loss.range;
             std::vector<double> partials(ranges * kPPOSums);
-            std::vector<int64_t> counts(ranges);
             const std::vector<char> flags = read_array<char>(count);
             const double sums[] = {10.0, 1.0, 20.0};
             const PPOInputs in = {p.data(),
@@ -94,8 +93,7 @@ int main() {
             const Estimate kind = static_cast<Estimate>(call.kind);
             const PPOOptions o = {0.2f, 0.3f, 3.0f, 0.2f, 0.5f, 0.01f, 0.05f, 2.0f, call.kind == 1, kind, Estimate::k2};
             const Denominator of_count = {nullptr, 0.0f};
-            cpu::ppo_loss.forward(in, o, of_count, of_count,
-                                  {at(3), at(0), at(1), at(2), partials.data(), counts.data()}, run);
+            cpu::ppo_loss.forward(in, o, of_count, of_count, {at(3), at(0), at(1), at(2), partials.data()}, run);
         } else {
             const Estimate kind = static_cast<Estimate>(call.kind);
             const int64_t n = static_cast<int64_t>(count);

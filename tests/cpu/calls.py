@@ -91,12 +91,12 @@ def answer(call: Call) -> list[Tensor]:
     elif call.op == PPO_LOSS:
         ppo_loss = _compiled.PPOLoss("cpu")
         ranges = -(-p.numel() // ppo_loss.range_size)
-        partials, counts = torch.zeros(ranges, ppo_loss.SUMS, dtype=torch.float64), torch.zeros(ranges).long()
+        partials = torch.zeros(ranges, ppo_loss.SUMS, dtype=torch.float64)
         sums = torch.tensor([10.0, 1.0, 20.0], dtype=torch.float64)
         x = PPOInputs(p, q, q, p, q, p, p, q, p, p > 0, grad, None, sums)
         options = PPOOptions(0.2, 0.3, 3.0, 0.2, 0.5, 0.01, 0.05, 2.0, call.kind == 1, call.kind, 1)
         count = Denominator(None, 0.0)
-        ppo_loss.forward(x, options, count, count, results[3], results[:3], partials, counts)
+        ppo_loss.forward(x, options, count, count, results[3], results[:3], partials)
     else:
         estimates = _compiled.KLEstimate("cpu")
         estimates.forward(p, q, None, call.kind, results[0])

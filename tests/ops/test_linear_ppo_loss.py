@@ -337,7 +337,7 @@ def test_is_registered_as_torch_wants_it() -> None:
     rest = [cases.random(3, 7, seed=20) > -0.5, None, None, None, 0.0, True, [0.2, 0.2, 3.0, 0.2, 0.5, 0.01, 0.05, 2.0]]
     arguments = [
         *own, None, None, x["values"].requires_grad_(), x["tokens"], 0.0, None, 0.8, 5.0, 0.5, *constants, *rest, "k3",
-        "clip", [True, True, True, False, False, True], "cpu",
+        "clip", [True, True, True, False, False, True], False, "cpu",
     ]  # fmt: skip
     torch.library.opcheck(torch.ops.rlhf_fast.linear_ppo_loss_forward.default, arguments)
 
