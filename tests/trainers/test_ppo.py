@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from rlhf_fast import models, ops
 from rlhf_fast.config import LoRAConfig, OptimConfig, PPOConfig
 from rlhf_fast.data.chat import Prompt
+from rlhf_fast.ops import reference
 from rlhf_fast.run_folder import RunFolder
 from rlhf_fast.trainers import ppo as ppo_module
 from rlhf_fast.trainers.kl_controller import KLController
@@ -48,13 +49,15 @@ def metrics(out: Path) -> list[dict[str, float]]:
 
 
 def gae_arguments(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
-    """What the trainer hands to ops.gae, filled in when it does."""
+    """What the trainer hands to ops.gae, filled in when it does, with the rewards that this makes of it."""
     seen: dict[str, torch.Tensor] = {}
     original = ops.gae
 
-    def record(rewards: torch.Tensor, values: torch.Tensor, **rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        seen.update(rewards=rewards, values=values, cu_seqlens=rest["cu_seqlens"])
-        return original(rewards, values, **rest)
+    def record(**given: Any) -> tuple[torch.Tensor, ...]:
+        nothing = {"values": torch.zeros_like(given["values"]), "gamma": 0.0, "lam": 0.0}
+        rewards = original(**{**given, **nothing})[0]  # without a future and a baseline
+        seen.update(rewards=rewards, values=given["values"], cu_seqlens=given["cu_seqlens"])
+        return original(**given)
 
     monkeypatch.setattr(ops, "gae", record)
     return seen
@@ -145,11 +148,22 @@ def test_a_response_that_was_cut_pays_the_penalty(
     assert last == [1.0 if done else -2.0 for done in ended]
 
 
-def test_advantages_are_whitened_over_the_whole_step(tiny_folder: Path, tmp_path: Path) -> None:
+def test_advantages_are_whitened_over_the_whole_step(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Detail 13: masked mean 0, deviation 1, over all sequences and not by micro-batch; returns are not whitened."""
     trainer = make(tiny_folder, tmp_path)
     experience = collect(trainer, tmp_path)
-    advantages = torch.cat(experience.advantages)
+    original, whitened = ops.linear_ppo_loss, []
+
+    def record(*given: Any, **others: Any) -> Any:
+        whitened.append(reference.whiten_by(given[4], others["advantage_sums"]))
+        return original(*given, **others)
+
+    monkeypatch.setattr(ops, "linear_ppo_loss", record)
+    for row in range(len(experience.examples)):
+        list(trainer._losses(experience, [row]))
+    advantages = torch.cat(whitened)
     assert float(advantages.mean()) == pytest.approx(0.0, abs=1e-5)
     assert float(advantages.std()) == pytest.approx(1.0, abs=1e-3)
     returns = [float(part[0]) for part in experience.returns]
