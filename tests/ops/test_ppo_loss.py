@@ -465,6 +465,58 @@ def test_packed_equals_padded_on_kernels(kernel_backend: Backend, aggregation: s
         assert_close(packed[name], want, 1e-6, name)
 
 
+@cases.property_test
+@given(
+    cases.ragged_masks(), st.sampled_from(AGGREGATIONS), st.sampled_from(("clip", "cispo")),
+    st.sampled_from(("token", "sequence")), st.sampled_from(cases.FLOATS), st.floats(0, 0.9), st.floats(0, 3),
+)  # fmt: skip
+def test_kernels_find_what_the_definition_says_of_any_batch(
+    ragged: tuple[list[int], Tensor], aggregation: str, objective: str, ratio: str, dtype: torch.dtype, low: float,
+    high: float,
+) -> None:  # fmt: skip
+    lengths, mask = ragged
+    inputs = {**batch(*mask.shape, dtype=dtype), "rollout_logprobs": cases.random(*mask.shape, seed=21, dtype=dtype)}
+    options: dict[str, Any] = {"aggregation": aggregation, "objective": objective, "ratio": ratio}
+    options |= {"clip_low": low, "clip_high": high, "entropy_coef": 0.01, "kl_coef": 0.05}
+    exact = {k: v.double() for k, v in inputs.items()}
+    truth = everything(Backend("reference"), exact, mask=mask, **options)
+    flat: dict[str, Any] = {k: cases.pack(v, lengths) for k, v in inputs.items()}
+    where = {"mask": cases.pack(mask, lengths), "cu_seqlens": cases.cu_seqlens_of(lengths)}
+    padded = everything(Backend("cpu"), inputs, mask=mask, **options)
+    packed = everything(Backend("cpu"), flat, **where, **options)
+    edge = is_near_a_bound(exact, mask, low, high, ratio)
+    for name, want in truth.items():
+        if edge and ("in logprobs" in name or "fraction" in name):
+            continue  # a ratio so near to a bound may fall on its other side in float32
+        size = max(1.0, float(want.abs().max()) if want.numel() else 0.0)
+        narrow = 1e-5 if dtype == torch.float32 or not name.startswith("in ") else 1e-2
+        assert_close(padded[name], want, narrow * size, name)
+        spread = cases.pack(want, lengths) if name.startswith("in ") else want
+        assert_close(packed[name], spread, narrow * size, name)
+
+
+def is_near_a_bound(x: dict[str, Tensor], mask: Tensor, low: float, high: float, ratio: str) -> bool:
+    """Whether some ratio is within rounding of a bound."""
+    d = x["logprobs"] - x["old_logprobs"]
+    if ratio == "sequence":
+        d = (d * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    r = d.exp()
+    return bool(((r - (1 - low)).abs() < 1e-5).any() or ((r - (1 + high)).abs() < 1e-5).any())
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_permuted_or_alone_a_sequence_gets_the_same_bits(kernel_backend: Backend, ratio: str) -> None:
+    inputs, mask = batch(5, 70, dtype=torch.float32), cases.random(5, 70, seed=20) > -0.5
+    options: dict[str, Any] = {**ALL_TERMS, "ratio": ratio, "aggregation": "sequence_mean", "denominator": 5}
+    order = torch.tensor([3, 0, 4, 2, 1])
+    whole = everything(kernel_backend, inputs, mask=mask, **options)
+    permuted = everything(kernel_backend, {k: v[order] for k, v in inputs.items()}, mask=mask[order], **options)
+    alone = everything(kernel_backend, {k: v[2:3] for k, v in inputs.items()}, mask=mask[2:3], **options)
+    for name in (name for name in whole if name.startswith("in ")):
+        assert torch.equal(permuted[name], whole[name][order]), name
+        assert torch.equal(alone[name], whole[name][2:3]), name
+
+
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("garbage", [math.nan, math.inf])
 def test_masked_positions_may_hold_anything_on_kernels(
