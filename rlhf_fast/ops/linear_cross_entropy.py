@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any, Optional
+
+import torch
 from torch import Tensor
 
-from rlhf_fast.ops import _checks
-from rlhf_fast.ops.linear_token_logprobs import linear_token_logprobs
+from rlhf_fast.ops import _checks, _dispatch
+from rlhf_fast.ops._gradients import in_x
+from rlhf_fast.ops._head import whole_rows_pay
+from rlhf_fast.ops._library import Op
+from rlhf_fast.ops._sweep import sweep
+from rlhf_fast.ops.linear_token_logprobs import Problem, in_its_own_dtypes, linear_token_logprobs
 from rlhf_fast.ops.reference import divide
+from rlhf_fast.ops.token_logprobs import BACKENDS
+
+# torch.library reads the annotations of registered functions and knows no other form of Optional.
+# ruff: noqa: UP045
 
 
 def linear_cross_entropy(
@@ -25,7 +36,8 @@ def linear_cross_entropy(
 
     Equal to :func:`cross_entropy` of the logits hidden @ weight.T + bias after logit_scale and softcap (as in
     :func:`token_logprobs`), with the product in float32 at least (autocast does not change it). Differentiable in
-    hidden, weight, bias and the adapter.
+    hidden, weight, bias and the adapter; the forward pass computes their gradients too, as in
+    :func:`linear_ppo_loss`: three products, two with a frozen weight, none for rows that do not count.
 
     Args:
         hidden: (..., H), float32, bfloat16, float16 or float64.
@@ -52,5 +64,69 @@ def linear_cross_entropy(
     _checks.number("logit_scale", logit_scale, above=0)
     _checks.denominators(denominator)
     counted = (tokens != ignore_index) if mask is None else mask & (tokens != ignore_index)
-    logprobs, _ = linear_token_logprobs(hidden, weight, tokens, bias, lora, 1.0, softcap, logit_scale, counted)
-    return divide(-logprobs.sum(), counted.sum(), denominator)
+    backend = _dispatch.choose("linear_cross_entropy", BACKENDS, weight if weight.dtype == torch.float64 else hidden)
+    a, b, scaling = lora or (None, None, 0.0)
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias, a, b)]
+    pays = backend != "reference" and whole_rows_pay(tokens.numel(), weight.shape[0], hidden.device)
+    if any(needs) and pays:
+        total, *_ = _op(
+            hidden, weight, bias, a, b, tokens, float(scaling), softcap, float(logit_scale), counted, needs, True,
+            backend,
+        )  # fmt: skip
+    else:
+        total = -linear_token_logprobs(hidden, weight, tokens, bias, lora, 1.0, softcap, logit_scale, counted)[0].sum()
+    return divide(total, counted.sum(), denominator)
+
+
+@in_its_own_dtypes
+def linear_cross_entropy_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    a: Optional[Tensor],
+    b: Optional[Tensor],
+    tokens: Tensor,
+    scaling: float,
+    softcap: Optional[float],
+    logit_scale: float,
+    mask: Tensor,
+    needs: list[bool],
+    inplace_backward: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The sum of -logprobs (), and its gradients in hidden, weight, bias, a and b: float32, empty if not needed.
+
+    ``inplace_backward``: the backward pass may write over those gradients; the caller reads only the sum.
+    """
+    problem = Problem(hidden, weight, tokens, bias, a, b, scaling, None, 1.0, softcap, logit_scale, mask, backend)
+
+    def upstream(rows: slice, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
+        return torch.full_like(logprobs, -1.0), None
+
+    logprobs, _, (first, second, third, fourth, fifth) = sweep(problem, needs, upstream)
+    return -logprobs.sum(), first, second, third, fourth, fifth
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    needs, ctx.inplace = inputs[-3:-1]
+    own = [x if needed else None for x, needed in zip(inputs, needs, strict=False)]
+    ctx.save_for_backward(*own, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * 13
+    own, gradients = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+    found = (None if x is None else in_x(upstream, g, x, ctx.inplace) for x, g in zip(own, gradients, strict=True))
+    return *found, *(None,) * 8
+
+
+def _fake_forward(*args: Any) -> tuple[Tensor, ...]:
+    new, needs = args[0].new_empty, args[-3]
+    shapes = [x.shape if x is not None and needed else 0 for x, needed in zip(args[:5], needs, strict=True)]
+    return tuple(new(shape, dtype=torch.float32) for shape in ((), *shapes))
+
+
+_op = Op(linear_cross_entropy_forward, _fake_forward, _setup_context, _backward)

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import _checks, _dispatch
-from rlhf_fast.ops._head import HeadGradients, whole_rows_pay
+from rlhf_fast.ops._gradients import in_x
+from rlhf_fast.ops._head import whole_rows_pay
 from rlhf_fast.ops._library import Op
-from rlhf_fast.ops._rows import is_plain, matrix, per_row
+from rlhf_fast.ops._rows import per_row
+from rlhf_fast.ops._sweep import sweep
 from rlhf_fast.ops.linear_token_logprobs import Problem, in_its_own_dtypes, linear_token_logprobs
 from rlhf_fast.ops.ppo_loss import (
     BACKENDS,
@@ -177,7 +179,6 @@ def linear_ppo_loss_forward(
     problem = Problem(
         hidden, weight, tokens, bias, a, b, scaling, temperatures, temperature, softcap, logit_scale, mask, backend
     )
-    of_head = HeadGradients(problem.head, needs[:5], torch.float32)
     given = {
         "values": values, "old_values": old_values, "returns": returns, "old_logprobs": old_logprobs,
         "advantages": advantages, "ref_logprobs": ref_logprobs, "rollout_logprobs": rollout_logprobs,
@@ -185,44 +186,32 @@ def linear_ppo_loss_forward(
     }  # fmt: skip
     per_token: dict[str, Any] = {name: problem.gather(x) for name, x in given.items()}
     per_token["mask"] = mask = problem.mask
-    logprobs, entropy, *state = (torch.zeros(problem.rows, device=problem.device) for _ in range(4))
 
-    def loss_of(rows: slice, per_token: dict[str, Any], needs: list[bool]) -> tuple[Tensor, ...]:
+    def loss_of(
+        rows: slice, logprobs: Tensor, entropy: Tensor, per_token: dict[str, Any], needs: list[bool]
+    ) -> tuple[Tensor, ...]:
         part: dict[str, Any] = {name: None if x is None else x[rows] for name, x in per_token.items()}
         return ppo_loss_forward(
-            **part, logprobs=logprobs[rows], entropy=entropy[rows], log_ratios=None, advantage_sums=advantage_sums,
+            **part, logprobs=logprobs, entropy=entropy, log_ratios=None, advantage_sums=advantage_sums,
             denominator=denominator, number=number, of_tokens=of_tokens, options=options, kl=kl, objective=objective,
             needs=needs, dtype=torch.float32, backend=backend,
         )  # fmt: skip
 
     of_policy = {**per_token, "values": None, "old_values": None, "returns": None}
     entropy_counts = options[5] != 0
-    for block in problem.whole_rows(frozen=not needs[1]):
-        part, logits = problem.part(block.rows), matrix(block.logits)
-        results = [x[block.rows] for x in (logprobs, entropy, *state)]
-        problem.head.fill(block)
-        problem.kernels.forward(logits, *part, results)
-        _, _, _, in_logprobs, _, in_entropy = loss_of(block.rows, of_policy, [True, False, entropy_counts])
-        problem.kernels.gradient(
-            logits, *part, 0, results, in_logprobs, in_entropy if entropy_counts else None, block.logits
-        )
-        of_head.add(block)
 
-    loss, stats, scale, _, in_values, _ = loss_of(slice(0, problem.rows), per_token, [False, needs[5], False])
-    in_hidden, *in_others = of_head.finish()
-    if in_hidden is not None:
-        in_hidden = problem.spread(in_hidden).view(hidden.shape)
+    def upstream(rows: slice, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
+        needed = [True, False, entropy_counts]
+        _, _, _, in_logprobs, _, in_entropy = loss_of(rows, logprobs, entropy, of_policy, needed)
+        return in_logprobs, in_entropy if entropy_counts else None
+
+    logprobs, entropy, in_head = sweep(problem, needs[:5], upstream)
+    needed = [False, needs[5], False]
+    loss, stats, scale, _, in_values, _ = loss_of(slice(None), logprobs, entropy, per_token, needed)
     if needs[5] and values is not None:
         in_values = problem.spread(in_values).view(values.shape)
-    nothing = hidden.new_empty(0, dtype=torch.float32)
-    first, second, third, fourth, fifth = (nothing.clone() if x is None else x for x in (in_hidden, *in_others))
+    first, second, third, fourth, fifth = in_head
     return loss, stats, scale, first, second, third, fourth, fifth, in_values
-
-
-def linear_ppo_loss_backward(upstream: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
-    """The gradient in x: that of the sum of terms, times that in it. Knows x, so that autograd does not go on from
-    it."""
-    return (gradient * upstream).to(x.dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -238,22 +227,8 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | Non
         return (None,) * 30
     own, scale, gradients = ctx.saved_tensors[:6], ctx.saved_tensors[6], ctx.saved_tensors[7:]
     upstream = upstream * scale
-    found = (None if x is None else _times(upstream, g, x, ctx.inplace) for x, g in zip(own, gradients, strict=True))
+    found = (None if x is None else in_x(upstream, g, x, ctx.inplace) for x, g in zip(own, gradients, strict=True))
     return *found, *(None,) * 24
-
-
-def _times(upstream: Tensor, gradient: Tensor, x: Tensor, inplace: bool) -> Tensor:
-    """In place where nothing can ask for the gradient again: that in the weights is the largest tensor of a step."""
-    traced = torch.compiler.is_compiling() or not is_plain([upstream, gradient])
-    if traced or torch.is_grad_enabled() or _may_run_again() or not inplace:
-        in_x: Tensor = _backward_op(upstream, gradient, x)
-        return in_x
-    return gradient.mul_(upstream).to(x.dtype)
-
-
-def _may_run_again() -> bool:
-    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return keeps is None or bool(keeps())
 
 
 def _fake_forward(*args: Any) -> tuple[Tensor, ...]:
@@ -263,9 +238,4 @@ def _fake_forward(*args: Any) -> tuple[Tensor, ...]:
     return new(()), new(len(STATS)), new(()), *gradients, new(args[5].shape if needs[5] else 0)
 
 
-def _fake_backward(upstream: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
-    return torch.empty_like(gradient, dtype=x.dtype)
-
-
 _op = Op(linear_ppo_loss_forward, _fake_forward, _setup_context, _backward)
-_backward_op = Op(linear_ppo_loss_backward, _fake_backward)

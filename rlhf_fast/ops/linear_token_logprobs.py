@@ -110,6 +110,7 @@ class Problem:
         self.device = hidden.device
         self.mask = flat(mask)
         self.kept: Tensor | None = None
+        self.shape = hidden.shape
         hidden, tokens, temperatures = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1), flat(temperatures)
         all_rows = hidden.shape[0]
         if self.mask is not None and not (hidden.is_cuda and torch.cuda.is_current_stream_capturing()):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import _checks, _compiled, _dispatch, reference
+from rlhf_fast.ops._gradients import in_x
 from rlhf_fast.ops._library import Op
 from rlhf_fast.ops._rows import Denominator, PPOInputs, PPOOptions, plain
 from rlhf_fast.ops.kl_estimate import ESTIMATES, KINDS
@@ -295,12 +296,6 @@ def ppo_loss_forward(
     return stats[0].clone(), stats[1:-1].clone(), stats[-1].clone(), in_logprobs, in_values, in_entropy
 
 
-def ppo_loss_backward(upstream: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
-    """The gradient in x: that of the sum of terms, times that in it. Knows x, so that autograd does not go on from
-    it."""
-    return (gradient * upstream).to(x.dtype)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     needs = inputs[-3]
     own = [x if needed else None for x, needed in zip(inputs, needs, strict=False)]
@@ -314,7 +309,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | Non
         return (None,) * 22
     own, scale, gradients = ctx.saved_tensors[:3], ctx.saved_tensors[3], ctx.saved_tensors[4:]
     upstream = upstream * scale
-    found = (None if x is None else _backward_op(upstream, g, x) for x, g in zip(own, gradients, strict=True))
+    found = (None if x is None else in_x(upstream, g, x) for x, g in zip(own, gradients, strict=True))
     return *found, *(None,) * 19
 
 
@@ -324,12 +319,7 @@ def _fake_forward(logprobs: Tensor, *others: Any) -> tuple[Tensor, ...]:
     return new(()), new(len(STATS)), new(()), *(new(logprobs.shape if needed else 0) for needed in needs)
 
 
-def _fake_backward(upstream: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
-    return torch.empty_like(gradient, dtype=x.dtype)
-
-
 _op = Op(ppo_loss_forward, _fake_forward, _setup_context, _backward)
-_backward_op = Op(ppo_loss_backward, _fake_backward)
 
 
 # The checks that linear_ppo_loss shares.

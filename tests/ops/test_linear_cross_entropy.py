@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_fast import ops
+from rlhf_fast.ops import _head
 from tests.ops import cases
 from tests.ops.compare import assert_close, assert_leaves_inputs_alone, assert_no_worse_than_torch
 from tests.ops.compare import outputs_and_gradients as run
+from tests.ops.conftest import Backend
 
 
 @pytest.mark.parametrize("vocabulary", [1, 123, 1000])
@@ -107,3 +109,67 @@ def test_bad_input_is_named(change: dict[str, Any], error: type[Exception], text
     arguments = {"hidden": torch.zeros(3, 8), "weight": torch.zeros(30, 8), "tokens": torch.zeros(3).long(), **change}
     with pytest.raises(error, match=text):
         ops.linear_cross_entropy(**arguments)
+
+
+# --- gradients in the forward sweep -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.case_id)
+def test_the_sweep_is_no_worse_than_torch(
+    kernel_backend: Backend, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(_head._WHOLE_ROWS, kernel_backend.device.type, (7 * 30, 1))  # seven rows of thirty words
+    shapes = ((4, 9, 8), (30, 8), (30,), (3, 8), (30, 3))
+    inputs = [cases.random(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes)]
+    tokens, mask = cases.random_tokens(4, 9, vocabulary=30), cases.holes()
+
+    def on(backend: Backend) -> Any:
+        def op(h: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            return backend(
+                ops.linear_cross_entropy, h, w, tokens, bias, (a, b, 0.5), softcap=5.0, logit_scale=0.5, mask=mask
+            )
+
+        return op
+
+    upstream, plain = [torch.tensor(1.7)], on(Backend("reference"))
+    got, gradients = run(on(kernel_backend), inputs, upstream)
+    stock, stock_gradients = run(plain, inputs, upstream)
+    truth, true_gradients = run(plain, [x.double() for x in inputs], upstream)
+    assert [x.dtype for x in gradients] == [dtype] * 5
+    for x, y, z in zip(got + gradients, stock + stock_gradients, truth + true_gradients, strict=True):
+        assert_no_worse_than_torch(x, y, z)
+
+
+def test_a_large_vocabulary_is_computed_twice_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, tokens = [cases.random(9, 8), cases.random(30, 8, seed=1)], cases.random_tokens(9, vocabulary=30)
+    swept, gradients = run(lambda h, w: ops.linear_cross_entropy(h, w, tokens), inputs, [torch.ones(())])
+    monkeypatch.setitem(_head._WHOLE_ROWS, "cpu", (7 * 30, 64))
+    twice, others = run(lambda h, w: ops.linear_cross_entropy(h, w, tokens), inputs, [torch.ones(())])
+    for x, y in zip(swept + gradients, twice + others, strict=True):
+        assert_close(x, y, 1e-5)
+
+
+def test_a_graph_that_is_kept_gives_the_same_gradient_again() -> None:
+    hidden, weight = cases.random(9, 8), cases.random(30, 8, seed=1).requires_grad_()
+    loss = ops.linear_cross_entropy(hidden, weight, cases.random_tokens(9, vocabulary=30))
+    (once,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    (again,) = torch.autograd.grad(loss, weight)
+    assert torch.equal(once, again)
+
+
+def test_compiles_with_changing_shapes() -> None:
+    compiled = torch.compile(ops.linear_cross_entropy, fullgraph=True, dynamic=True, backend="aot_eager")
+    weight = cases.random(30, 8, seed=1).requires_grad_()
+    for n in (5, 9):
+        hidden, tokens = cases.random(n, 8), cases.random_tokens(n, vocabulary=30)
+        got, want = compiled(hidden, weight, tokens), ops.linear_cross_entropy(hidden, weight, tokens)
+        assert torch.equal(got, want)
+        assert torch.equal(torch.autograd.grad(got, weight)[0], torch.autograd.grad(want, weight)[0])
+
+
+def test_is_registered_as_torch_wants_it() -> None:
+    hidden, weight, bias = (cases.random(*shape).requires_grad_() for shape in ((3, 4, 8), (30, 8), (30,)))
+    mask, tokens = cases.random(3, 4, seed=1) > -0.5, cases.random_tokens(3, 4, vocabulary=30)
+    needs = [True, True, True, False, False]
+    arguments = (hidden, weight, bias, None, None, tokens, 0.0, 5.0, 0.5, mask, needs, False, "cpu")
+    torch.library.opcheck(torch.ops.rlhf_fast.linear_cross_entropy_forward.default, arguments)

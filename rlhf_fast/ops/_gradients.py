@@ -1,0 +1,36 @@
+"""The backward pass of a loss whose gradients the forward pass took: those, times the gradient of the loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.ops._library import Op
+from rlhf_fast.ops._rows import is_plain
+
+
+def scaled_gradient(upstream: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
+    """upstream * gradient in x's dtype. Knows x, so that autograd refuses to go on from it."""
+    return (gradient * upstream).to(x.dtype)
+
+
+def _fake(upstream: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
+    return torch.empty_like(gradient, dtype=x.dtype)
+
+
+_op = Op(scaled_gradient, _fake)
+
+
+def in_x(upstream: Tensor, gradient: Tensor, x: Tensor, inplace: bool = False) -> Tensor:
+    """The gradient in x. ``inplace``: written over ``gradient``, float32, where nothing can ask for that again."""
+    traced = torch.compiler.is_compiling() or not is_plain([upstream, gradient])
+    if traced or torch.is_grad_enabled() or not inplace or _may_run_again():
+        result: Tensor = _op(upstream, gradient, x)
+        return result
+    return gradient.mul_(upstream).to(x.dtype)
+
+
+def _may_run_again() -> bool:
+    """Whether this backward pass keeps its graph."""
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps is None or bool(keeps())

@@ -1,0 +1,39 @@
+"""The forward pass of a loss of an output layer that takes the gradients too: a block of whole rows at a time, logits,
+log-probabilities, the loss's gradient in those, the gradient in the logits over the logits, and its products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.ops._head import HeadGradients
+from rlhf_fast.ops._rows import matrix
+from rlhf_fast.ops.linear_token_logprobs import Problem
+
+Upstream = Callable[[slice, Tensor, Tensor], "tuple[Tensor, Tensor | None]"]
+
+
+def sweep(problem: Problem, needs: list[bool], upstream: Upstream) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """logprobs and entropy, both (rows,), and the gradients in hidden (..., H), weight, bias, a and b.
+
+    Args:
+        needs: for each of the five gradients, which are float32, and empty where not needed.
+        upstream: of a block of rows, and their logprobs and entropies: the loss's gradients in those, None for 0.
+    """
+    logprobs, entropy, *state = (torch.zeros(problem.rows, device=problem.device) for _ in range(4))
+    gradients = HeadGradients(problem.head, needs, torch.float32)
+    for block in problem.whole_rows(frozen=not needs[1]):
+        part, logits = problem.part(block.rows), matrix(block.logits)
+        results = [x[block.rows] for x in (logprobs, entropy, *state)]
+        problem.head.fill(block)
+        problem.kernels.forward(logits, *part, results)
+        problem.kernels.gradient(logits, *part, 0, results, *upstream(block.rows, *results[:2]), block.logits)
+        gradients.add(block)
+    in_hidden, *others = gradients.finish()
+    if in_hidden is not None:
+        in_hidden = problem.spread(in_hidden).view(problem.shape)
+    nothing = logprobs.new_empty(0)
+    return logprobs, entropy, tuple(nothing.clone() if x is None else x for x in (in_hidden, *others))
