@@ -159,7 +159,7 @@ def measure(cubin: Path, target: int, name_of: Any) -> Iterator[Static]:
 
 def cuda_name(mangled: str) -> tuple[str, str, str, str, int]:
     """From _ZN9rlhf_fast4cuda..._full_kl_cu_...15gradient_kernelI13__nv_bfloat16LNS0_4FormE1ELNS_10DivergenceE0E..."""
-    op = re.search(r"_(token_logprobs|full_kl|kl_estimate|gae|ppo_loss)_cu_", mangled)
+    op = re.search(r"_(token_logprobs|full_kl|kl_estimate|gae|ppo_loss|pair_loss)_cu_", mangled)
     kernel = re.search(r"\d+([a-z][a-z_]*?)_kernel", mangled)
     assert op is not None and kernel is not None, mangled
     dtype = re.search(r"_kernelI(f|13__nv_bfloat16|6__half)", mangled)
@@ -201,10 +201,10 @@ class Variant:
 
 
 NUMBERS = """scale softcap temperature gamma lam critic_lam number tokens_number clip_low clip_high dual_clip value_clip
-    value_coef entropy_coef kl_coef rollout_cap""".split()
+    value_coef entropy_coef kl_coef rollout_cap beta agree differ center_coef""".split()
 SIZES = re.compile(r"(length|columns|inner|stride|first_column|segments|states_per_row|rows|count|ranges)$")
 NARROW = """logits out p q out_p out_q logprobs ref_logprobs ref_out rewards values old_logprobs advantages old_values
-    returns entropy rollout_logprobs""".split()
+    returns entropy rollout_logprobs chosen rejected ref_chosen ref_rejected""".split()
 POINTERS = {
     "tokens": "*i64",
     "mask": "*i1",
@@ -254,6 +254,7 @@ def triton_variants() -> Iterator[Variant]:
         needs = {**options, "NEED": True, "NEED_REF": True}
         yield Variant("kl_estimate", "_gradient", f"{name}, k3", short, needs, four_warps, 8)
         yield from _of_tokens(name, short)
+        yield from _of_pairs(name, short)
     finish = {"HAS_MASK": False, "ROWS": token_logprobs.FINISH_ROWS, "STATES": 16}
     yield Variant("token_logprobs", "_finish", "16 segments", "fp32", {**finish, "SAVE": True}, four_warps, 16)
     finish = {**finish, "ROWS": full_kl.FINISH_ROWS, "STATES": 32, "STATE": full_kl.STATE}
@@ -285,6 +286,17 @@ def _of_tokens(name: str, short: str) -> Iterator[Variant]:
         yield Variant("ppo_loss", "_finish", "many ranges", short, flags, {"num_warps": ppo_loss.WARPS}, 16)
 
 
+def _of_pairs(name: str, short: str) -> Iterator[Variant]:
+    from rlhf_fast.kernels import pair_loss
+
+    flags: dict[str, Any] = {f"HAS_{x}": True for x in ("REFERENCE", "MARGINS", "WEIGHTS", "KL")}
+    flags = {**flags, "DENOMINATOR": 0, "NEED": True, "NEED_REJECTED": True, "BLOCK": pair_loss.BLOCK}
+    for kind in (0, 3):
+        label = f"{name}, {'kto' if kind else 'logistic'}"
+        options = {"num_warps": pair_loss.WARPS}
+        yield Variant("pair_loss", "_forward", label, short, {**flags, "KIND": kind}, options, 2)
+
+
 def _absent_from_gae(name: str, constants: dict[str, Any]) -> bool:
     flag = {"logprobs": "HAS_KL", "ref_logprobs": "HAS_KL", "cu_seqlens": "PACKED"}.get(name, f"HAS_{name.upper()}")
     return flag in constants and not constants[flag]
@@ -305,12 +317,8 @@ def compile_variant(job: tuple[Variant, int]) -> list[Static]:
     for name in function.arg_names:
         absent = (name == "mask" and not constants["HAS_MASK"]) or (name == "temperatures" and not constants["PER_ROW"])
         absent |= variant.op == "gae" and _absent_from_gae(name, constants)
-        absent |= name in (
-            "weights",
-            "log_ratios",
-            "there",
-            "tokens_there",
-        )  # ppo_loss divides by the tokens that count
+        absent |= variant.op == "ppo_loss" and name in ("weights", "log_ratios")
+        absent |= name in ("there", "tokens_there")  # what counts divides
         if name in constants or absent or name.endswith("column_stride"):
             constants.setdefault(name, None if absent else 1)  # Triton itself specialises on a stride of 1
             types[name] = "constexpr"
@@ -351,8 +359,8 @@ def faults(one: Static) -> list[str]:
     found = []
     if one.stack or one.spills:
         found.append(f"{one.spills} spills, {one.stack} bytes of stack")
-    if one.kernel.endswith("finish") or one.kernel == "count":
-        return found  # reads a few states a row, or a byte a token
+    if one.kernel.endswith("finish") or one.op == "pair_loss":
+        return found  # reads a few states a row, or some tens of pairs
     itemsize = 4 if "float32" in one.variant else 2
     rows = {"token_logprobs": 1, "ppo_loss": 8}.get(one.op, 2)
     needed = rows * one.elements * itemsize // 16

@@ -10,6 +10,7 @@
 #include "common/gae.h"
 #include "common/kl_estimate.h"
 #include "common/memory.h"
+#include "common/pair_loss.h"
 #include "common/ppo_loss.h"
 #include "common/token_logprobs.h"
 #include "cpu/isa.h"
@@ -189,6 +190,28 @@ void def_ppo_loss(py::module_& m, const PPOLossKernels& kernels) {
     });
 }
 
+using ThreeAddresses = std::tuple<Address, Address, Address>;
+using PairOptionsTuple = std::tuple<int, double, double, double, double>;
+
+void def_pair_loss(py::module_& m, const PairLossKernels& kernels) {
+    m.def("pair_loss_forward",
+          [kernels](const FourAddresses& tensors, int dtype, int64_t count, const ThreeAddresses& others,
+                    const PairOptionsTuple& options, const std::tuple<Address, double>& divisor,
+                    const ThreeAddresses& out, const RunTuple& where) {
+              const auto& [chosen, rejected, ref_chosen, ref_rejected] = tensors;
+              const auto& [margins, weights, kl] = others;
+              const PairInputs inputs = {at<void>(chosen),       at<void>(rejected),        at<void>(ref_chosen),
+                                         at<void>(ref_rejected), static_cast<DType>(dtype), count,
+                                         at<float>(margins),     at<float>(weights),        at<float>(kl)};
+              const auto& [kind, beta, agree, differ, center_coef] = options;
+              const auto& [stats, in_chosen, in_rejected] = out;
+              const auto& [there, number] = divisor;
+              py::gil_scoped_release release;
+              kernels.forward(inputs, {static_cast<PairLoss>(kind), beta, agree, differ, center_coef}, at<float>(there),
+                              number, {at<float>(stats), at<float>(in_chosen), at<float>(in_rejected)}, run(where));
+          });
+}
+
 py::list isa_list() {
     py::list names;
     for (Isa one : isa_available()) names.append(isa_name(one));
@@ -270,6 +293,7 @@ PYBIND11_MODULE(RLHF_FAST_MODULE, m) {
     def_kl_estimate(on_cpu, cpu::kl_estimate);
     def_gae(on_cpu, cpu::gae);
     def_ppo_loss(on_cpu, cpu::ppo_loss);
+    def_pair_loss(on_cpu, cpu::pair_loss);
 #endif
 #if defined(RLHF_FAST_CUDA)
     py::module_ on_cuda = m.def_submodule("cuda", "Kernels on memory of a CUDA device.");
@@ -281,5 +305,6 @@ PYBIND11_MODULE(RLHF_FAST_MODULE, m) {
     def_kl_estimate(on_cuda, cuda::kl_estimate);
     def_gae(on_cuda, cuda::gae);
     def_ppo_loss(on_cuda, cuda::ppo_loss);
+    def_pair_loss(on_cuda, cuda::pair_loss);
 #endif
 }

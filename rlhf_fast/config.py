@@ -102,6 +102,7 @@ class DPOConfig:
     epochs: int = 1  # passes over the comparisons
     batch_size: int = 16  # comparisons an optimiser step
     heldout: float = 0.125  # share of the prompts kept for measuring agreement
+    loss: Literal["sigmoid", "robust", "hinge"] = "sigmoid"  # ops.dpo_loss says what each is
     beta: float = 0.1  # strength of the pull towards the reference
     label_smoothing: float = 0.0  # share of comparisons presumed to be the wrong way round
     max_length: int = 1024  # tokens of prompt and response; longer ones are an error

@@ -14,7 +14,13 @@ from bench.harness import BOTH, FORWARD, Bench, Call, Case, Work
 from rlhf_fast import cli
 
 CPU = torch.device("cpu")
-LOSSES = ("linear_cross_entropy", "linear_ppo_loss", "ppo_loss")  # nobody wants them without gradients
+LOSSES = (
+    "dpo_loss",
+    "linear_cross_entropy",
+    "linear_ppo_loss",
+    "ppo_loss",
+    "reward_loss",
+)  # nobody wants them without gradients
 CASE = Case("tiny", (4, 8), torch.float32, FORWARD)
 
 
@@ -95,7 +101,10 @@ def test_the_command_writes_a_line_for_each_result(
     ("words", "message"),
     [
         (["bench", "training"], "bench: no suite 'training'; there is ops"),
-        (["bench", "ops", "--op", "gea"], "op: no benchmark of 'gea'; there are full_kl, gae, kl_estimate, linear_"),
+        (
+            ["bench", "ops", "--op", "gea"],
+            "op: no benchmark of 'gea'; there are dpo_loss, full_kl, gae, kl_estimate, linear_",
+        ),
         (["bench", "--suite", "../ops"], "bench: no suite '../ops'; there is ops"),
     ],
 )
@@ -118,6 +127,7 @@ def test_an_installed_package_says_that_a_checkout_is_needed(
 def test_every_op_of_the_suite_has_cases_for_both_devices() -> None:
     found: dict[str, Any] = {one.op: one for one in harness.benches("ops")}
     assert list(found) == [
+        "dpo_loss",
         "full_kl",
         "gae",
         "kl_estimate",
@@ -125,6 +135,7 @@ def test_every_op_of_the_suite_has_cases_for_both_devices() -> None:
         "linear_ppo_loss",
         "linear_token_logprobs",
         "ppo_loss",
+        "reward_loss",
         "token_logprobs",
     ]
     for one in found.values():

@@ -44,7 +44,8 @@ KEYS = {
         reward.optim.max_tokens_per_microbatch
     """,
     "dpo": """
-        data out model dpo.epochs dpo.batch_size dpo.heldout dpo.beta dpo.label_smoothing dpo.max_length dpo.seed
+        data out model dpo.epochs dpo.batch_size dpo.heldout dpo.loss dpo.beta dpo.label_smoothing dpo.max_length
+        dpo.seed
         dpo.lora.r dpo.lora.alpha dpo.optim.lr dpo.optim.schedule dpo.optim.warmup dpo.optim.weight_decay
         dpo.optim.adam_eps dpo.optim.max_grad_norm dpo.optim.max_tokens_per_microbatch
     """,

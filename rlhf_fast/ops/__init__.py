@@ -11,6 +11,7 @@ from rlhf_fast.ops.full_kl import full_kl
 from rlhf_fast.ops.gae import gae
 from rlhf_fast.ops.kl_estimate import kl_estimate
 from rlhf_fast.ops.linear_cross_entropy import linear_cross_entropy
+from rlhf_fast.ops.linear_dpo_loss import linear_dpo_loss
 from rlhf_fast.ops.linear_ppo_loss import linear_ppo_loss
 from rlhf_fast.ops.linear_token_logprobs import linear_token_logprobs
 from rlhf_fast.ops.ppo_loss import ppo_loss
@@ -26,6 +27,7 @@ __all__ = [
     "gae",
     "kl_estimate",
     "linear_cross_entropy",
+    "linear_dpo_loss",
     "linear_ppo_loss",
     "linear_token_logprobs",
     "ppo_loss",

@@ -195,13 +195,17 @@ def labels(
         vocabulary(tokens, size, counted if mask is None else counted & mask)
 
 
-def pairs(chosen: Tensor, **tensors: Tensor | None) -> None:
-    """All are float tensors of shape (P,)."""
+def pairs(chosen: Tensor, weights: Tensor | None = None, **tensors: Tensor | None) -> None:
+    """All are float tensors of shape (P,); no weight is negative."""
+    tensors = {**tensors, "weights": weights}
     floats(chosen=chosen, **tensors)
     devices(chosen=chosen, **tensors)
     if chosen.dim() != 1:
         raise ValueError(f"chosen: shape {tuple(chosen.shape)}, expected (P,)")
     shapes(chosen.shape, "chosen", **tensors)
+    if weights is not None and values_are_checked(weights) and bool((negative := weights < 0).any()):
+        at = int(negative.nonzero()[0, 0])
+        raise ValueError(f"weights: {float(weights[at])} at {at}, expected none below 0")
 
 
 def linear(

@@ -13,7 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops._rows import Denominator, GAEInputs, Matrix, PPOInputs, PPOOptions, Transform, flat
+from rlhf_fast.ops._rows import (
+    Denominator,
+    GAEInputs,
+    Matrix,
+    PairInputs,
+    PairOptions,
+    PPOInputs,
+    PPOOptions,
+    Transform,
+    flat,
+)
 
 try:
     _C: Any = importlib.import_module("rlhf_fast._C")
@@ -245,4 +255,24 @@ class PPOLoss:
             _addresses(x[:9]), _DTYPES[x.logprobs.dtype], x.logprobs.numel(), _addresses(x[9:]), options,
             (_address(of_terms.there), of_terms.number), (_address(of_tokens.there), of_tokens.number),
             _addresses((stats, *gradients, partials)), _run(stats.device),
+        )  # fmt: skip
+
+
+class PairLoss:
+    """The kernel of dpo_loss and reward_loss; csrc/common/pair_loss.h says what it does."""
+
+    def __init__(self, backend: str) -> None:
+        self.kernels = module(backend)
+
+    def forward(
+        self,
+        x: PairInputs,
+        options: PairOptions,
+        of_pairs: Denominator,
+        stats: Tensor,
+        gradients: Sequence[Tensor | None],
+    ) -> None:
+        self.kernels.pair_loss_forward(
+            _addresses(x[:4]), _DTYPES[x.chosen.dtype], x.chosen.numel(), _addresses(x[4:]), options,
+            (_address(of_pairs.there), of_pairs.number), _addresses((stats, *gradients)), _run(stats.device),
         )  # fmt: skip

@@ -124,9 +124,29 @@ class PPOOptions(NamedTuple):
     kl_slope: int  # the one whose gradient it gets
 
 
+class PairInputs(NamedTuple):
+    """What csrc/common/pair_loss.h has under this name; all tensors contiguous, the first four of one dtype."""
+
+    chosen: Tensor
+    rejected: Tensor
+    ref_chosen: Tensor | None
+    ref_rejected: Tensor | None
+    margins: Tensor | None  # float32, as those below
+    weights: Tensor | None
+    kl: Tensor | None
+
+
+class PairOptions(NamedTuple):
+    kind: int  # as csrc/common/pair_loss.h numbers them
+    beta: float
+    agree: float
+    differ: float
+    center_coef: float
+
+
 class Denominator(NamedTuple):
     there: Tensor | None  # a number on the device
-    number: float  # without it; 0: the tokens that count
+    number: float  # without it; 0: the tokens (or the weights of the pairs) that count
 
     @property
     def kind(self) -> int:

@@ -1,12 +1,14 @@
-"""dpo_loss: direct preference optimisation on pairs of summed log-probabilities."""
+"""dpo_loss: direct preference optimisation on pairs of summed log-probabilities, and its relatives."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from rlhf_fast.ops import _checks, _dispatch, reference
+from rlhf_fast.ops._pair_loss import BACKENDS, pair_loss
 
-BACKENDS = ("reference",)
+LOSSES = ("sigmoid", "robust", "hinge", "ipo", "kto")
 
 
 def dpo_loss(
@@ -17,35 +19,71 @@ def dpo_loss(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
     denominator: float | Tensor | None = None,
+    loss: str = "sigmoid",
+    weights: Tensor | None = None,
+    kl: float | Tensor = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """DPO (Rafailov et al., arXiv:2305.18290, equation 7), with the label smoothing of conservative DPO.
+    """DPO (Rafailov et al., arXiv:2305.18290, equation 7) and the losses that differ from it in one line.
 
-    With h = (chosen - ref_chosen) - (rejected - ref_rejected) and e the label smoothing, the mean over pairs of
+    With rewards c = beta (chosen - ref_chosen), r = beta (rejected - ref_rejected), x = c - r and e the label
+    smoothing, the mean over pairs of
 
-        -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h).
+        "sigmoid"   -(1 - e) log sigmoid(x) - e log sigmoid(-x); with e > 0 conservative DPO
+        "robust"    the same over 1 - 2e, its second term added: unbiased if labels are wrong with probability e
+                    (Chowdhury et al., arXiv:2403.00409)
+        "hinge"     max(0, 1 - x)    (SLiC-HF, arXiv:2305.10425, as a loss of log-ratios)
+        "ipo"       (x / beta - 1 / (2 beta))^2    (Azar et al., arXiv:2310.12036, equation 17; its log-probabilities
+                    are means over tokens there where lengths differ: divide :func:`sequence_sum` by them)
+        "kto"       (sigmoid(beta kl - c) + sigmoid(r - beta kl)) / 2    (Ethayarajh et al., arXiv:2402.01306, of pairs)
 
-    It is ln 2 when the policy is the reference, and then grows or falls with h alone.
+    "sigmoid" is ln 2 when the policy is the reference, and then grows or falls with x alone.
 
     Args:
         chosen, rejected: (P,), float32, bfloat16, float16 or float64: log pi(response | prompt) of each pair, *summed*
             over response tokens (:func:`sequence_sum`). Gradients flow to these two.
         ref_chosen, ref_rejected: (P,), the same under the reference model: constants.
         beta: > 0.
-        label_smoothing: in [0, 0.5]: the probability that a label is wrong.
-        denominator: what to divide by instead of P: a number > 0 or a tensor of shape (), so that micro-batches add
-            up to their batch. A tensor of 0 counts as 1.
+        label_smoothing: in [0, 0.5], for "robust" below 0.5; the probability that a label is wrong. 0 for the others.
+        denominator: what to divide by instead of the sum of the weights: a number > 0 or a tensor of shape (), so that
+            micro-batches add up to their batch. A tensor of 0 counts as 1.
+        loss: which of the five.
+        weights: (P,), >= 0, of each pair's loss and statistics, or None for 1: the annotators' confidence, say. A pair
+            of weight 0 gets gradient exactly 0 and may hold anything.
+        kl: for "kto", the KL to the reference in nats, what a reward is good or bad beside: a number or a tensor of
+            shape (), a constant. The paper's: mean log-ratios of mismatched prompts and responses, at least 0.
 
     Returns:
-        loss: a scalar, float32 (float64 if chosen or rejected is); 0 for no pair.
-        stats: detached scalars, divided like the loss: accuracy (share of h > 0, ties count half), margin (beta h),
-            chosen_reward (beta (chosen - ref_chosen)), rejected_reward.
+        loss: a scalar, float32 (float64 if an input is); 0 for no pair.
+        stats: detached scalars, divided like the loss: accuracy (share of x > 0, ties count half), margin (x),
+            chosen_reward (c), rejected_reward (r).
 
     Raises:
-        TypeError, ValueError: dtype, shape or device do not fit, or a number is out of range.
+        TypeError, ValueError: dtype, shape or device do not fit, a number is out of range, or a name is unknown.
     """
-    _checks.pairs(chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
+    given = {"rejected": rejected, "ref_chosen": ref_chosen, "ref_rejected": ref_rejected}
+    _checks.pairs(chosen, **given, weights=weights)
     _checks.number("beta", beta, above=0)
+    _checks.option("loss", loss, LOSSES)
     _checks.number("label_smoothing", label_smoothing, least=0, most=0.5)
+    if label_smoothing != 0 and (loss not in ("sigmoid", "robust") or (loss == "robust" and label_smoothing == 0.5)):
+        raise ValueError(f"label_smoothing: {label_smoothing}, expected less than 0.5 and loss 'sigmoid' or 'robust'")
+    if not isinstance(kl, Tensor):
+        _checks.number("kl", kl, least=0)
+    elif kl.shape != ():
+        raise ValueError(f"kl: shape {tuple(kl.shape)}, expected a number or a tensor of shape ()")
     _checks.denominators(denominator)
-    _dispatch.choose("dpo_loss", BACKENDS, chosen)
-    return reference.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing, denominator)
+    widest = next((x for x in (chosen, *given.values()) if x.dtype == torch.float64), chosen)
+    backend = _dispatch.choose("dpo_loss", BACKENDS, widest)
+    if backend == "reference":
+        return reference.dpo_loss(
+            chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing, denominator, loss, weights, kl
+        )
+    agree, differ = 1.0 - label_smoothing, label_smoothing
+    if loss == "robust":
+        agree, differ = agree / (1 - 2 * label_smoothing), -differ / (1 - 2 * label_smoothing)
+    kind = "logistic" if loss in ("sigmoid", "robust") else loss
+    apart = None if loss != "kto" else torch.as_tensor(kl, dtype=torch.float32, device=chosen.device)
+    return pair_loss(
+        chosen, rejected, ref_chosen, ref_rejected, None, weights, apart, kind, beta, agree, differ, 0.0, denominator,
+        backend,
+    )  # fmt: skip

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from rlhf_fast.ops import _checks, _dispatch, reference
-
-BACKENDS = ("reference",)
+from rlhf_fast.ops._pair_loss import BACKENDS, pair_loss
 
 
 def reward_loss(
@@ -16,6 +16,7 @@ def reward_loss(
     center_coef: float = 0.0,
     label_smoothing: float = 0.0,
     denominator: float | Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Bradley-Terry loss (Stiennon et al., arXiv:2009.01325), the mean over pairs of
 
@@ -29,8 +30,10 @@ def reward_loss(
         margin: (P,) tensor, a number, or None for 0: by how much chosen should win. A constant.
         center_coef: >= 0; pulls the scores of a pair towards a sum of 0.
         label_smoothing: in [0, 0.5]: the probability that a label is wrong.
-        denominator: what to divide by instead of P: a number > 0 or a tensor of shape (), so that micro-batches add
-            up to their batch. A tensor of 0 counts as 1.
+        denominator: what to divide by instead of the sum of the weights: a number > 0 or a tensor of shape (), so that
+            micro-batches add up to their batch. A tensor of 0 counts as 1.
+        weights: (P,), >= 0, of each pair's loss and statistics, or None for 1: the annotators' confidence, say. A pair
+            of weight 0 gets gradient exactly 0 and may hold anything.
 
     Returns:
         loss: a scalar, float32 (float64 if an input is); 0 for no pair.
@@ -40,11 +43,21 @@ def reward_loss(
     Raises:
         TypeError, ValueError: dtype, shape or device do not fit, or a number is out of range.
     """
-    _checks.pairs(chosen, rejected=rejected, margin=margin if isinstance(margin, Tensor) else None)
+    margins = margin if isinstance(margin, Tensor) else None
+    _checks.pairs(chosen, rejected=rejected, margin=margins, weights=weights)
     if margin is not None and not isinstance(margin, Tensor):
         _checks.number("margin", margin)
     _checks.number("center_coef", center_coef, least=0)
     _checks.number("label_smoothing", label_smoothing, least=0, most=0.5)
     _checks.denominators(denominator)
-    _dispatch.choose("reward_loss", BACKENDS, chosen)
-    return reference.reward_loss(chosen, rejected, margin, center_coef, label_smoothing, denominator)
+    given = [x for x in (chosen, rejected, margins) if x is not None]
+    backend = _dispatch.choose("reward_loss", BACKENDS, next((x for x in given if x.dtype == torch.float64), chosen))
+    if backend == "reference":
+        return reference.reward_loss(chosen, rejected, margin, center_coef, label_smoothing, denominator, weights)
+    if margins is None and margin:
+        margins = torch.full(chosen.shape, float(margin), device=chosen.device)
+    loss, stats = pair_loss(
+        chosen, rejected, None, None, margins, weights, None, "logistic", 1.0, 1.0 - label_smoothing, label_smoothing,
+        center_coef, denominator, backend,
+    )  # fmt: skip
+    return loss, {name: stats[name] for name in ("accuracy", "margin")}

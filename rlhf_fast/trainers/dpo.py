@@ -81,6 +81,7 @@ class DPOTrainer:
                 reference[pairs.rejected],
                 beta=self.config.beta,
                 label_smoothing=self.config.label_smoothing,
+                loss=self.config.loss,
                 denominator=total,
             )
             yield loss, stats
