@@ -8,10 +8,12 @@
 
 #include "common/full_kl.h"
 #include "common/gae.h"
+#include "common/group_advantages.h"
 #include "common/kl_estimate.h"
 #include "common/memory.h"
 #include "common/pair_loss.h"
 #include "common/ppo_loss.h"
+#include "common/sequence_sum.h"
 #include "common/token_logprobs.h"
 #include "cpu/isa.h"
 
@@ -212,6 +214,29 @@ void def_pair_loss(py::module_& m, const PairLossKernels& kernels) {
           });
 }
 
+void def_sequence_sum(py::module_& m, const SequenceSumKernels& kernels) {
+    m.def("sequence_sum_forward",
+          [kernels](const SequencesTuple& where, Address x, int dtype, Address flags, Address out, const RunTuple& on) {
+              py::gil_scoped_release release;
+              kernels.forward(sequences(where), at<void>(x), static_cast<DType>(dtype), at<bool>(flags), at<float>(out),
+                              run(on));
+          });
+}
+
+void def_group_advantages(py::module_& m, const GroupAdvantagesKernels& kernels) {
+    m.def("group_advantages_forward", [kernels](const SequencesTuple& where, Address rewards, int dtype, Address flags,
+                                                int kind, double eps, Address out, const RunTuple& on) {
+        const GroupInputs inputs = {sequences(where),
+                                    at<void>(rewards),
+                                    static_cast<DType>(dtype),
+                                    at<bool>(flags),
+                                    static_cast<GroupKind>(kind),
+                                    eps};
+        py::gil_scoped_release release;
+        kernels.forward(inputs, at<float>(out), run(on));
+    });
+}
+
 py::list isa_list() {
     py::list names;
     for (Isa one : isa_available()) names.append(isa_name(one));
@@ -294,6 +319,8 @@ PYBIND11_MODULE(RLHF_FAST_MODULE, m) {
     def_gae(on_cpu, cpu::gae);
     def_ppo_loss(on_cpu, cpu::ppo_loss);
     def_pair_loss(on_cpu, cpu::pair_loss);
+    def_sequence_sum(on_cpu, cpu::sequence_sum);
+    def_group_advantages(on_cpu, cpu::group_advantages);
 #endif
 #if defined(RLHF_FAST_CUDA)
     py::module_ on_cuda = m.def_submodule("cuda", "Kernels on memory of a CUDA device.");
@@ -306,5 +333,7 @@ PYBIND11_MODULE(RLHF_FAST_MODULE, m) {
     def_gae(on_cuda, cuda::gae);
     def_ppo_loss(on_cuda, cuda::ppo_loss);
     def_pair_loss(on_cuda, cuda::pair_loss);
+    def_sequence_sum(on_cuda, cuda::sequence_sum);
+    def_group_advantages(on_cuda, cuda::group_advantages);
 #endif
 }

@@ -9,6 +9,7 @@ from rlhf_fast.ops.cross_entropy import cross_entropy
 from rlhf_fast.ops.dpo_loss import dpo_loss
 from rlhf_fast.ops.full_kl import full_kl
 from rlhf_fast.ops.gae import gae
+from rlhf_fast.ops.group_advantages import group_advantages
 from rlhf_fast.ops.kl_estimate import kl_estimate
 from rlhf_fast.ops.linear_cross_entropy import linear_cross_entropy
 from rlhf_fast.ops.linear_dpo_loss import linear_dpo_loss
@@ -25,6 +26,7 @@ __all__ = [
     "dpo_loss",
     "full_kl",
     "gae",
+    "group_advantages",
     "kl_estimate",
     "linear_cross_entropy",
     "linear_dpo_loss",

@@ -235,22 +235,24 @@ def linear(
     number("lora scaling", scaling)
 
 
-def sequences(name: str, x: Tensor, cu_seqlens: Tensor | None) -> int:
+def sequences(
+    name: str, x: Tensor, cu_seqlens: Tensor | None, starts: str = "cu_seqlens", padded: str = "(B, T)"
+) -> int:
     """x is padded (B, T), or packed (N,) with cu_seqlens (B + 1,) from 0 to N, never falling. Returns B."""
     if cu_seqlens is None:
         if x.dim() != 2:
-            raise ValueError(f"{name}: shape {tuple(x.shape)}, expected (B, T), or (N,) with cu_seqlens")
+            raise ValueError(f"{name}: shape {tuple(x.shape)}, expected {padded}, or (N,) with {starts}")
         return x.shape[0]
-    integers(cu_seqlens=cu_seqlens)
+    integers(**{starts: cu_seqlens})
     if x.dim() != 1:
-        raise ValueError(f"{name}: shape {tuple(x.shape)}, expected (N,) because cu_seqlens is given")
+        raise ValueError(f"{name}: shape {tuple(x.shape)}, expected (N,) because {starts} is given")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
-        raise ValueError(f"cu_seqlens: shape {tuple(cu_seqlens.shape)}, expected (B + 1,)")
+        raise ValueError(f"{starts}: shape {tuple(cu_seqlens.shape)}, expected ({padded[1]} + 1,)")
     if values_are_checked(cu_seqlens):
         first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
         if first != 0 or last != x.shape[0]:
-            raise ValueError(f"cu_seqlens: runs from {first} to {last}, expected from 0 to {x.shape[0]} like {name}")
+            raise ValueError(f"{starts}: runs from {first} to {last}, expected from 0 to {x.shape[0]} like {name}")
         falls = cu_seqlens.diff() < 0
         if bool(falls.any()):
-            raise ValueError(f"cu_seqlens: falls after index {_first(falls)[1]}, expected it never to")
+            raise ValueError(f"{starts}: falls after index {_first(falls)[1]}, expected it never to")
     return cu_seqlens.numel() - 1

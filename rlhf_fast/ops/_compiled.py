@@ -21,6 +21,7 @@ from rlhf_fast.ops._rows import (
     PairOptions,
     PPOInputs,
     PPOOptions,
+    Sequences,
     Transform,
     flat,
 )
@@ -81,6 +82,11 @@ def _logits(m: Matrix) -> tuple[int, ...]:
 
 def _transform(t: Transform) -> tuple[float, float, float, int]:
     return *t[:3], _address(t.temperatures)
+
+
+def _sequences(where: Sequences) -> tuple[int, bool, int, int]:
+    is_int64 = where.cu_seqlens is not None and where.cu_seqlens.dtype == torch.int64
+    return _address(where.cu_seqlens), is_int64, where.number, where.length
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
@@ -275,4 +281,31 @@ class PairLoss:
         self.kernels.pair_loss_forward(
             _addresses(x[:4]), _DTYPES[x.chosen.dtype], x.chosen.numel(), _addresses(x[4:]), options,
             (_address(of_pairs.there), of_pairs.number), _addresses((stats, *gradients)), _run(stats.device),
+        )  # fmt: skip
+
+
+class SequenceSum:
+    """The kernel of sequence_sum; csrc/common/sequence_sum.h says what it does."""
+
+    def __init__(self, backend: str) -> None:
+        self.kernels = module(backend)
+
+    def forward(self, where: Sequences, x: Tensor, mask: Tensor | None, out: Tensor) -> None:
+        self.kernels.sequence_sum_forward(
+            _sequences(where), x.data_ptr(), _DTYPES[x.dtype], _address(mask), out.data_ptr(), _run(out.device)
+        )
+
+
+class GroupAdvantages:
+    """The kernel of group_advantages; csrc/common/group_advantages.h says what it does."""
+
+    def __init__(self, backend: str) -> None:
+        self.kernels = module(backend)
+
+    def forward(
+        self, where: Sequences, rewards: Tensor, mask: Tensor | None, kind: int, eps: float, out: Tensor
+    ) -> None:
+        self.kernels.group_advantages_forward(
+            _sequences(where), rewards.data_ptr(), _DTYPES[rewards.dtype], _address(mask), kind, eps, out.data_ptr(),
+            _run(out.device),
         )  # fmt: skip

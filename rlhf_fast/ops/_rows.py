@@ -73,6 +73,14 @@ def plain(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.to(dtype).contiguous()
 
 
+class Sequences(NamedTuple):
+    """Where the sequences of a batch lie."""
+
+    cu_seqlens: Tensor | None  # contiguous; None: padded
+    number: int
+    length: int  # of each, if padded
+
+
 class GAEInputs(NamedTuple):
     """What csrc/common/gae.h has under this name; all tensors contiguous."""
 

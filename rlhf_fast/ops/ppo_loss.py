@@ -14,6 +14,7 @@ from rlhf_fast.ops._gradients import in_x
 from rlhf_fast.ops._library import Op
 from rlhf_fast.ops._rows import Denominator, PPOInputs, PPOOptions, plain
 from rlhf_fast.ops.kl_estimate import ESTIMATES, KINDS
+from rlhf_fast.ops.sequence_sum import spread, sums_of
 
 # torch.library reads the annotations of registered functions and knows no other form of Optional.
 # ruff: noqa: UP045
@@ -146,7 +147,7 @@ def ppo_loss(
     weights, there, number = shares(logprobs, mask, cu_seqlens, aggregation, denominator)
     log_ratios = None
     if ratio == "sequence":
-        log_ratios = sequence_log_ratios(logprobs, old_logprobs, mask, cu_seqlens)
+        log_ratios = sequence_log_ratios(logprobs, old_logprobs, mask, cu_seqlens, backend)
     constants = [
         None if x is None else x.detach()
         for x in (old_logprobs, advantages, old_values, returns, ref_logprobs, rollout_logprobs)
@@ -195,7 +196,7 @@ def shares(
         there = (lengths > 0).sum()
     if aggregation == "sequence_sum_mean":
         return None, there, number
-    return spread_over_tokens(1.0 / lengths.clamp(min=1).float(), like, cu_seqlens), there, number
+    return spread(1.0 / lengths.clamp(min=1).float(), like, cu_seqlens), there, number
 
 
 def sequence_lengths(like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
@@ -209,25 +210,13 @@ def sequence_lengths(like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | Non
 
 
 def sequence_log_ratios(
-    logprobs: Tensor, old_logprobs: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+    logprobs: Tensor, old_logprobs: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, backend: str
 ) -> Tensor:
     """Each token's: the mean of logprobs - old_logprobs over its sequence's unmasked tokens, in float32."""
     log_ratios = logprobs.detach().float() - old_logprobs.detach().float()
-    if mask is not None:
-        log_ratios = torch.where(mask, log_ratios, 0)
-    if cu_seqlens is None:
-        totals = log_ratios.sum(1)  # (B,)
-    else:
-        totals = torch.segment_reduce(log_ratios, "sum", offsets=cu_seqlens.long(), initial=0, unsafe=True)
-    means = totals / sequence_lengths(logprobs, mask, cu_seqlens).clamp(min=1)
-    return spread_over_tokens(means, logprobs, cu_seqlens)
-
-
-def spread_over_tokens(x: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """(B,) as (B, T), or as (N,): each token's is that of its sequence."""
-    if cu_seqlens is None:
-        return x[:, None].expand(like.shape)
-    return x.repeat_interleave(cu_seqlens.diff(), output_size=like.shape[0])
+    lengths = sequence_lengths(logprobs, mask, cu_seqlens)  # (B,)
+    totals = sums_of(log_ratios, mask, cu_seqlens, lengths.shape[0], backend)
+    return spread(totals / lengths.clamp(min=1), logprobs, cu_seqlens)
 
 
 @functools.cache

@@ -275,6 +275,30 @@ def whiten(x: Tensor, mask: Tensor | None = None, shift_mean: bool = True, eps: 
     return whitened if shift_mean else keep(whitened + mean, mask)
 
 
+def group_advantages(
+    rewards: Tensor,
+    kind: str = "grpo",
+    mask: Tensor | None = None,
+    cu_groups: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """(r - mean) / (deviation + eps), r - mean, or r - mean of the others; 0 alone in a group."""
+    if cu_groups is not None:
+        inside = inside_sequences(cu_groups)
+        real = inside if mask is None else to_padded(mask, inside)
+        return group_advantages(to_padded(rewards, inside), kind, real, None, eps)[inside]  # (N,)
+    mask = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
+    rewards = keep(rewards, mask)  # (G, n)
+    n = mask.sum(1, keepdim=True).to(rewards.dtype)  # (G, 1)
+    total, others = rewards.sum(1, keepdim=True), (n - 1).clamp(min=1)
+    apart = keep(rewards - total / n.clamp(min=1), mask)
+    if kind == "grpo":
+        apart = apart / ((apart.square().sum(1, keepdim=True) / others).sqrt() + eps)
+    elif kind == "rloo":
+        apart = rewards - (total - rewards) / others
+    return keep(apart, mask & (n > 1))
+
+
 def sequence_sum(x: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
     """Sum over each sequence's unmasked tokens."""
     x = keep(x, mask)

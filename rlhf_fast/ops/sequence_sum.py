@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any, Optional
+
+import torch
 from torch import Tensor
 
-from rlhf_fast.ops import _checks, _dispatch, reference
+from rlhf_fast.ops import _checks, _compiled, _dispatch, reference
+from rlhf_fast.ops._library import Op
+from rlhf_fast.ops._rows import Sequences, plain
 
-BACKENDS = ("reference",)
+# torch.library reads the annotations of registered functions and knows no other form of Optional.
+# ruff: noqa: UP045
+
+BACKENDS = ("cpu", "cuda", "triton", "reference")
 
 
 def sequence_sum(x: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -18,7 +27,7 @@ def sequence_sum(x: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | Non
         cu_seqlens: (B + 1,), int32 or int64: sequence b is [cu_seqlens[b], cu_seqlens[b + 1]).
 
     Returns:
-        (B,), float32 (float64 for float64 x); 0 for a sequence without an unmasked token.
+        (B,), float32 (float64 for float64 x), added up in float64; 0 for a sequence without an unmasked token.
 
     Raises:
         TypeError, ValueError: dtype, shape or device do not fit, or cu_seqlens does not run from 0 to N without
@@ -26,7 +35,69 @@ def sequence_sum(x: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | Non
     """
     _checks.floats(x=x)
     _checks.devices(x=x, mask=mask, cu_seqlens=cu_seqlens)
-    _checks.sequences("x", x, cu_seqlens)
+    sequences = _checks.sequences("x", x, cu_seqlens)
     _checks.masks(x.shape, "x", mask)
-    _dispatch.choose("sequence_sum", BACKENDS, x)
-    return reference.sequence_sum(x, mask, cu_seqlens)
+    backend = _dispatch.choose("sequence_sum", BACKENDS, x)
+    if backend == "reference":
+        return reference.sequence_sum(x, mask, cu_seqlens)
+    return sums_of(x, mask, cu_seqlens, sequences, backend)
+
+
+def sums_of(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, sequences: int, backend: str) -> Tensor:
+    sums: Tensor = _op(x, mask, cu_seqlens, sequences, backend)
+    return sums
+
+
+@functools.cache
+def kernels(backend: str) -> Any:
+    """The kernel of a backend: forward (see csrc/common/sequence_sum.h)."""
+    if backend == "triton":
+        from rlhf_fast.kernels import sequence_sum
+
+        return sequence_sum
+    return _compiled.SequenceSum(backend)
+
+
+def spread(x: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """(B,) as (B, T), or as (N,): each token's is that of its sequence."""
+    if cu_seqlens is None:
+        return x[:, None].expand(like.shape)
+    return x.repeat_interleave(cu_seqlens.diff(), output_size=like.shape[0])
+
+
+def sequence_sum_forward(
+    x: Tensor, mask: Optional[Tensor], cu_seqlens: Optional[Tensor], sequences: int, backend: str
+) -> Tensor:
+    sums = x.new_empty(sequences, dtype=torch.float32)
+    if sequences:
+        where = Sequences(None if cu_seqlens is None else cu_seqlens.contiguous(), sequences, x.shape[-1])
+        kernels(backend).forward(where, x.contiguous(), plain(mask, torch.bool), sums)
+    return sums
+
+
+def sequence_sum_backward(upstream: Tensor, x: Tensor, mask: Optional[Tensor], cu_seqlens: Optional[Tensor]) -> Tensor:
+    """Each token's is that of its sequence. Knows x, so that autograd refuses to go on from it."""
+    gradient = spread(upstream, x, cu_seqlens).to(x.dtype)
+    return gradient.clone() if mask is None else torch.where(mask, gradient, 0)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    found = None if upstream is None else _backward_op(upstream, *ctx.saved_tensors)
+    return found, None, None, None, None
+
+
+def _fake_forward(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, sequences: int, backend: str) -> Tensor:
+    return x.new_empty(sequences, dtype=torch.float32)
+
+
+def _fake_backward(upstream: Tensor, x: Tensor, *others: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+_op = Op(sequence_sum_forward, _fake_forward, _setup_context, _backward)
+_backward_op = Op(sequence_sum_backward, _fake_backward)

@@ -8,9 +8,11 @@ from hypothesis import given
 from torch import Tensor
 
 from rlhf_fast import ops
+from rlhf_fast.ops import reference
 from tests.ops import cases
-from tests.ops.compare import assert_close, assert_leaves_inputs_alone
+from tests.ops.compare import assert_close, assert_leaves_inputs_alone, assert_no_worse_than_torch
 from tests.ops.compare import outputs_and_gradients as run
+from tests.ops.conftest import Backend
 
 
 @cases.property_test
@@ -70,3 +72,51 @@ def test_bad_input_is_named() -> None:
         ops.sequence_sum(torch.zeros(3), cu_seqlens=torch.tensor([0.0, 3.0]))
     with pytest.raises(ValueError, match="cu_seqlens: runs from 0 to 2, expected from 0 to 3 like x"):
         ops.sequence_sum(torch.zeros(3), cu_seqlens=torch.tensor([0, 2]))
+
+
+# --- the kernels ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.case_id)
+@pytest.mark.parametrize("lengths", [[5, 0, 9, 1], [2100, 3], [0]], ids=str)
+def test_kernels_are_no_worse_than_torch_packed_and_padded(
+    kernel_backend: Backend, lengths: list[int], dtype: torch.dtype
+) -> None:
+    width = max(lengths, default=3)
+    x, real = cases.random(len(lengths), width, dtype=dtype), cases.inside(lengths, width)
+    mask = real & (cases.random(len(lengths), width, seed=2) > -0.5)
+    upstream, cu_seqlens = [cases.random(len(lengths), seed=1)], cases.cu_seqlens_of(lengths)
+    garbage = cases.poison(x, mask, math.nan)
+    got, gradients = run(lambda x: kernel_backend(ops.sequence_sum, x, mask), [garbage], upstream)
+    stock, stock_gradients = run(lambda x: reference.sequence_sum(x, mask), [garbage], upstream)
+    truth, true_gradients = run(lambda x: reference.sequence_sum(x, mask), [garbage.double()], upstream)
+    assert [t.dtype for t in got + gradients] == [torch.float32, dtype]
+    for a, b, c in zip(got + gradients, stock + stock_gradients, truth + true_gradients, strict=True):
+        assert_no_worse_than_torch(a, b, c)
+    packed, packed_gradients = run(
+        lambda x: kernel_backend(ops.sequence_sum, x, cases.pack(mask, lengths), cu_seqlens),
+        [cases.pack(garbage, lengths)],
+        upstream,
+    )
+    assert torch.equal(packed[0], got[0])
+    assert torch.equal(packed_gradients[0], cases.pack(gradients[0], lengths))
+
+
+def test_kernels_sum_without_a_mask_and_give_the_same_bits(kernel_backend: Backend) -> None:
+    x, order = cases.random(5, 700), torch.tensor([3, 0, 4, 2, 1])
+    first = kernel_backend(ops.sequence_sum, x)
+    assert_close(first, x.double().sum(1), 1e-5)
+    assert torch.equal(kernel_backend(ops.sequence_sum, x), first)
+    assert torch.equal(kernel_backend(ops.sequence_sum, x[order]), first[order])
+    packed = kernel_backend(ops.sequence_sum, x.flatten(), cu_seqlens=torch.arange(0, 3501, 700, dtype=torch.int32))
+    assert torch.equal(packed, first)
+
+
+def test_compiles_and_is_registered_as_torch_wants_it() -> None:
+    x, mask = cases.random(3, 7).requires_grad_(), cases.random(3, 7, seed=1) > -0.5
+    compiled = torch.compile(ops.sequence_sum, fullgraph=True, dynamic=True, backend="aot_eager")
+    assert torch.equal(compiled(x, mask), ops.sequence_sum(x, mask))
+    op = torch.ops.rlhf_fast.sequence_sum_forward.default
+    torch.library.opcheck(op, (x, mask, None, 3, "cpu"))
+    flat = cases.random(9).requires_grad_()
+    torch.library.opcheck(op, (flat, None, torch.tensor([0, 4, 9]), 2, "cpu"))
