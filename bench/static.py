@@ -159,7 +159,9 @@ def measure(cubin: Path, target: int, name_of: Any) -> Iterator[Static]:
 
 def cuda_name(mangled: str) -> tuple[str, str, str, str, int]:
     """From _ZN9rlhf_fast4cuda..._full_kl_cu_...15gradient_kernelI13__nv_bfloat16LNS0_4FormE1ELNS_10DivergenceE0E..."""
-    op = re.search(r"_(token_logprobs|full_kl|kl_estimate|gae|ppo_loss|pair_loss)_cu_", mangled)
+    op = re.search(
+        r"_(token_logprobs|full_kl|kl_estimate|gae|ppo_loss|pair_loss|sequence_sum|group_advantages)_cu_", mangled
+    )
     kernel = re.search(r"\d+([a-z][a-z_]*?)_kernel", mangled)
     assert op is not None and kernel is not None, mangled
     dtype = re.search(r"_kernelI(f|13__nv_bfloat16|6__half)", mangled)
@@ -201,10 +203,10 @@ class Variant:
 
 
 NUMBERS = """scale softcap temperature gamma lam critic_lam number tokens_number clip_low clip_high dual_clip value_clip
-    value_coef entropy_coef kl_coef rollout_cap beta agree differ center_coef""".split()
+    value_coef entropy_coef kl_coef rollout_cap beta agree differ center_coef eps""".split()
 SIZES = re.compile(r"(length|columns|inner|stride|first_column|segments|states_per_row|rows|count|ranges)$")
 NARROW = """logits out p q out_p out_q logprobs ref_logprobs ref_out rewards values old_logprobs advantages old_values
-    returns entropy rollout_logprobs chosen rejected ref_chosen ref_rejected""".split()
+    returns entropy rollout_logprobs chosen rejected ref_chosen ref_rejected x""".split()
 POINTERS = {
     "tokens": "*i64",
     "mask": "*i1",
@@ -255,6 +257,7 @@ def triton_variants() -> Iterator[Variant]:
         yield Variant("kl_estimate", "_gradient", f"{name}, k3", short, needs, four_warps, 8)
         yield from _of_tokens(name, short)
         yield from _of_pairs(name, short)
+        yield from _of_sequences(name, short)
     finish = {"HAS_MASK": False, "ROWS": token_logprobs.FINISH_ROWS, "STATES": 16}
     yield Variant("token_logprobs", "_finish", "16 segments", "fp32", {**finish, "SAVE": True}, four_warps, 16)
     finish = {**finish, "ROWS": full_kl.FINISH_ROWS, "STATES": 32, "STATE": full_kl.STATE}
@@ -295,6 +298,16 @@ def _of_pairs(name: str, short: str) -> Iterator[Variant]:
         label = f"{name}, {'kto' if kind else 'logistic'}"
         options = {"num_warps": pair_loss.WARPS}
         yield Variant("pair_loss", "_forward", label, short, {**flags, "KIND": kind}, options, 2)
+
+
+def _of_sequences(name: str, short: str) -> Iterator[Variant]:
+    from rlhf_fast.kernels import group_advantages, sequence_sum
+
+    flags: dict[str, Any] = {"HAS_MASK": True, "PACKED": True}
+    options = {"num_warps": sequence_sum.WARPS}
+    yield Variant("sequence_sum", "_forward", name, short, {**flags, "BLOCK": sequence_sum.BLOCK}, options, 8)
+    flags, options = {**flags, "KIND": 0, "BLOCK": group_advantages.BLOCK}, {"num_warps": group_advantages.WARPS}
+    yield Variant("group_advantages", "_forward", name, short, flags, options, 2)
 
 
 def _absent_from_gae(name: str, constants: dict[str, Any]) -> bool:
@@ -359,8 +372,8 @@ def faults(one: Static) -> list[str]:
     found = []
     if one.stack or one.spills:
         found.append(f"{one.spills} spills, {one.stack} bytes of stack")
-    if one.kernel.endswith("finish") or one.op == "pair_loss":
-        return found  # reads a few states a row, or some tens of pairs
+    if one.kernel.endswith("finish") or one.op in ("pair_loss", "sequence_sum", "group_advantages"):
+        return found  # reads a few states a row, some tens of pairs, or sequences that start anywhere
     itemsize = 4 if "float32" in one.variant else 2
     rows = {"token_logprobs": 1, "ppo_loss": 8}.get(one.op, 2)
     needed = rows * one.elements * itemsize // 16

@@ -14,13 +14,9 @@ from bench.harness import BOTH, FORWARD, Bench, Call, Case, Work
 from rlhf_fast import cli
 
 CPU = torch.device("cpu")
-LOSSES = (
-    "dpo_loss",
-    "linear_cross_entropy",
-    "linear_ppo_loss",
-    "ppo_loss",
-    "reward_loss",
-)  # nobody wants them without gradients
+LOSSES = (  # timed with gradients alone
+    "dpo_loss", "linear_cross_entropy", "linear_ppo_loss", "ppo_loss", "reward_loss", "sequence_sum",
+)  # fmt: skip
 CASE = Case("tiny", (4, 8), torch.float32, FORWARD)
 
 
@@ -103,7 +99,7 @@ def test_the_command_writes_a_line_for_each_result(
         (["bench", "training"], "bench: no suite 'training'; there is ops"),
         (
             ["bench", "ops", "--op", "gea"],
-            "op: no benchmark of 'gea'; there are dpo_loss, full_kl, gae, kl_estimate, linear_",
+            "op: no benchmark of 'gea'; there are dpo_loss, full_kl, gae, group_advantages, kl_",
         ),
         (["bench", "--suite", "../ops"], "bench: no suite '../ops'; there is ops"),
     ],
@@ -130,14 +126,18 @@ def test_every_op_of_the_suite_has_cases_for_both_devices() -> None:
         "dpo_loss",
         "full_kl",
         "gae",
+        "group_advantages",
         "kl_estimate",
         "linear_cross_entropy",
         "linear_ppo_loss",
         "linear_token_logprobs",
         "ppo_loss",
         "reward_loss",
+        "sequence_sum",
         "token_logprobs",
     ]
     for one in found.values():
-        modes = {"gae": {FORWARD}}.get(one.op, {BOTH} if one.op in LOSSES else {FORWARD, BOTH})
+        modes = {"gae": {FORWARD}, "group_advantages": {FORWARD}}.get(
+            one.op, {BOTH} if one.op in LOSSES else {FORWARD, BOTH}
+        )
         assert {case.mode for case in one.cases} == {case.mode for case in one.gpu_cases} == modes
