@@ -240,7 +240,7 @@ def triton_variants() -> Iterator[Variant]:
             label = f"{name}, {FORMS[form]}" + (", masked, temperature a row" if masked else "")
             whole = {**flags, "SEGMENT": token_logprobs.segment}
             yield Variant("token_logprobs", "_update", label, short, whole, token_warps, 32)
-            both = {**whole, "HAS_LOGPROBS": True, "HAS_ENTROPY": True}
+            both = {**whole, "HAS_LOGPROBS": True, "HAS_ENTROPY": True, "HAS_LOG_SUM": masked, "HAS_EACH": masked}
             yield Variant("token_logprobs", "_gradient", label, short, both, token_warps, 32)
             parts = {**flags, "SEGMENT": full_kl.SEGMENT}
             states = {**parts, "STATE": full_kl.STATE}

@@ -82,15 +82,15 @@ void def_token_logprobs(py::module_& m, const TokenLogprobsKernels& kernels) {
         py::gil_scoped_release release;
         kernels.finish(at<void>(states), states_per_row, rows, mask(flags), token_logprobs_results(out), run(where));
     });
-    m.def("token_logprobs_gradient",
-          [kernels](const LogitsTuple& x, const TransformTuple& t, const TokensTuple& token, Address flags,
-                    int64_t first_column, const FourAddresses& results, Address grad_logprobs, Address grad_entropy,
-                    Address out, const RunTuple& where) {
-              py::gil_scoped_release release;
-              kernels.gradient(logits(x), transform(t), tokens(token), mask(flags), first_column,
-                               token_logprobs_results(results), at<float>(grad_logprobs), at<float>(grad_entropy),
-                               at<void>(out), run(where));
-          });
+    m.def("token_logprobs_gradient", [kernels](const LogitsTuple& x, const TransformTuple& t, const TokensTuple& token,
+                                               Address flags, int64_t first_column, const FourAddresses& results,
+                                               const FourAddresses& grads, Address out, const RunTuple& where) {
+        const auto& [of_logprobs, of_entropy, of_log_sum, of_each] = grads;
+        py::gil_scoped_release release;
+        kernels.gradient(logits(x), transform(t), tokens(token), mask(flags), first_column,
+                         token_logprobs_results(results), at<float>(of_logprobs), at<float>(of_entropy),
+                         at<float>(of_log_sum), at<float>(of_each), at<void>(out), run(where));
+    });
 }
 
 void def_full_kl(py::module_& m, const FullKLKernels& kernels) {

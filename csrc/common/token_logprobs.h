@@ -29,12 +29,12 @@ struct TokenLogprobsKernels {
     void (*finish)(const void* states, int64_t states_per_row, int64_t rows, const Mask&, const TokenLogprobs& out,
                    const Run&);
 
-    // The gradient of sum(grad_logprobs * logprobs + grad_entropy * entropy) in each logit of a block, written to out:
-    // contiguous (rows, columns) of the logits' dtype. It may be the logits' own memory. A null gradient counts as 0.
-    // Masked rows get 0.
+    // The gradient of sum(grad_logprobs * logprobs + grad_entropy * entropy + grad_log_sum * log sum exp(z) + grad_each
+    // * sum(z)) in each logit of a block, written to out: contiguous (rows, columns) of the logits' dtype. It may be
+    // the logits' own memory. A null gradient counts as 0. Masked rows get 0.
     void (*gradient)(const Logits&, const Transform&, const Tokens&, const Mask&, int64_t first_column,
-                     const TokenLogprobs& results, const float* grad_logprobs, const float* grad_entropy, void* out,
-                     const Run&);
+                     const TokenLogprobs& results, const float* grad_logprobs, const float* grad_entropy,
+                     const float* grad_log_sum, const float* grad_each, void* out, const Run&);
 };
 
 // A state is 4 numbers. A block begins and, unless it is the last, ends at a multiple of a segment.

@@ -131,19 +131,20 @@ void update_rows(const Logits& logits, const Transform& transform, const Tokens&
 }
 
 // d logprob / dz_v = [v = token] - p_v and d entropy / dz_v = -p_v (log p_v + entropy); together, with upstream
-// gradients, p_v (slope log p_v + intercept) and at the token the first of them besides.
+// gradients, p_v (slope log p_v + intercept) and at the token the first of them besides; d log sum / dz_v = p_v.
 template <class Z>
 struct RowGradient {
     const Z& z;
     f32x16 shift, inverse_sum, log_sum, slope, intercept;
 
-    RowGradient(const Z& form, const TokenLogprobs& results, int64_t r, float grad_logprob, float grad_entropy)
+    RowGradient(const Z& form, const TokenLogprobs& results, int64_t r, float grad_logprob, float grad_entropy,
+                float grad_log_sum)
         : z(form),
           shift(set1(results.shift[r])),
           inverse_sum(set1(1.0f / results.sum[r])),
           log_sum(set1(static_cast<float>(std::log(static_cast<double>(results.sum[r]))))),
           slope(set1(-grad_entropy)),
-          intercept(set1(-grad_logprob - grad_entropy * results.entropy[r])) {}
+          intercept(set1(grad_log_sum - grad_logprob - grad_entropy * results.entropy[r])) {}
 
     SIMD_INLINE f32x16 at(f32x16 x, f32x16 added) const {
         const f32x16 d = max(set1(kLeast), sub(z.z(x), shift));
@@ -155,9 +156,10 @@ struct RowGradient {
 template <class T, class Z>
 void gradient_rows(const Logits& logits, const Transform& transform, const Tokens& tokens, const Mask& mask,
                    int64_t first_column, const TokenLogprobs& results, const float* grad_logprobs,
-                   const float* grad_entropy, T* out, int64_t begin, int64_t end) {
+                   const float* grad_entropy, const float* grad_log_sum, const float* grad_each, T* out, int64_t begin,
+                   int64_t end) {
     T buffer[kTile];
-    const f32x16 zero = set1(0.0f);
+    const auto of = [](const float* grad, int64_t r) { return grad != nullptr ? grad[r] : 0.0f; };
     for (int64_t r = begin; r < end; ++r) {
         T* to = out + r * logits.columns;
         if (mask.hides(r)) {
@@ -166,18 +168,20 @@ void gradient_rows(const Logits& logits, const Transform& transform, const Token
         }
         const T* x = static_cast<const T*>(logits.data) + logits.row(r);
         const Z z(transform, r);
-        const float upstream = grad_logprobs != nullptr ? grad_logprobs[r] : 0.0f;
-        const RowGradient<Z> gradient(z, results, r, upstream, grad_entropy != nullptr ? grad_entropy[r] : 0.0f);
+        const float upstream = of(grad_logprobs, r);
+        const RowGradient<Z> gradient(z, results, r, upstream, of(grad_entropy, r), of(grad_log_sum, r));
+        const f32x16 each = set1(of(grad_each, r));
         const int64_t token = tokens[r] - first_column;
         const bool token_here = token >= 0 && token < logits.columns;
-        f32x16 at_token = zero;  // computed before the sweep, which may overwrite the logits
-        if (token_here) at_token = gradient.at(set1(to_float(x[token * logits.column_stride])), set1(upstream));
+        f32x16 at_token = each;  // computed before the sweep, which may overwrite the logits
+        if (token_here)
+            at_token = gradient.at(set1(to_float(x[token * logits.column_stride])), add(each, set1(upstream)));
         for (int64_t column = 0; column < logits.columns; column += kTile) {
             const int64_t n = logits.columns - column < kTile ? logits.columns - column : kTile;
             const T* from = contiguous(x + column * logits.column_stride, n, logits.column_stride, buffer);
             int64_t i = 0;
-            for (; i + kLanes <= n; i += kLanes) store16(to + column + i, gradient.at(load16(from + i), zero));
-            if (i < n) store_first(to + column + i, n - i, gradient.at(load_first(from + i, n - i, 0.0f), zero));
+            for (; i + kLanes <= n; i += kLanes) store16(to + column + i, gradient.at(load16(from + i), each));
+            if (i < n) store_first(to + column + i, n - i, gradient.at(load_first(from + i, n - i, 0.0f), each));
         }
         if (token_here) store_first(to + token, 1, at_token);
     }
@@ -208,11 +212,12 @@ void finish(const void* states, int64_t rows, const Mask& mask, const TokenLogpr
 
 void gradient(const Logits& logits, const Transform& transform, const Tokens& tokens, const Mask& mask,
               int64_t first_column, const TokenLogprobs& results, const float* grad_logprobs, const float* grad_entropy,
-              void* out, int64_t begin, int64_t end) {
+              const float* grad_log_sum, const float* grad_each, void* out, int64_t begin, int64_t end) {
     with_element_and_form(logits.dtype, transform, [&](auto element, auto form) {
         using T = typename decltype(element)::type;
         gradient_rows<T, typename decltype(form)::type>(logits, transform, tokens, mask, first_column, results,
-                                                        grad_logprobs, grad_entropy, static_cast<T*>(out), begin, end);
+                                                        grad_logprobs, grad_entropy, grad_log_sum, grad_each,
+                                                        static_cast<T*>(out), begin, end);
     });
 }
 
@@ -245,10 +250,11 @@ void finish(const void* states, int64_t, int64_t rows, const Mask& mask, const T
 
 void gradient(const Logits& logits, const Transform& transform, const Tokens& tokens, const Mask& mask,
               int64_t first_column, const TokenLogprobs& results, const float* grad_logprobs, const float* grad_entropy,
-              void* out, const Run& run) {
+              const float* grad_log_sum, const float* grad_each, void* out, const Run& run) {
     const auto kernel = SIMD_CHOOSE(gradient);
     parallel_rows(logits.rows, logits.columns, run.threads, [&](int64_t begin, int64_t end) {
-        kernel(logits, transform, tokens, mask, first_column, results, grad_logprobs, grad_entropy, out, begin, end);
+        kernel(logits, transform, tokens, mask, first_column, results, grad_logprobs, grad_entropy, grad_log_sum,
+               grad_each, out, begin, end);
     });
 }
 

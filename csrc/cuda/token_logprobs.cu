@@ -104,13 +104,13 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // d logprob / dz_v = [v = token] - p_v and d entropy / dz_v = -p_v (log p_v + entropy); together, with upstream
-// gradients, p_v (slope log p_v + intercept) and at the token the first of them besides. out may be the logits' own
-// memory: a thread reads each element before it writes it, and no other reads it.
+// gradients, p_v (slope log p_v + intercept) and at the token the first of them besides; d log sum / dz_v = p_v. out
+// may be the logits' own memory: a thread reads each element before it writes it, and no other reads it.
 template <class T, Form form>
 __global__ void __launch_bounds__(kThreads)
     gradient_kernel(Logits logits, Transform transform, Tokens tokens, Mask mask, int64_t first_column,
                     uint32_t segments, TokenLogprobs results, const float* grad_logprobs, const float* grad_entropy,
-                    T* out) {
+                    const float* grad_log_sum, const float* grad_each, T* out) {
     const uint32_t row = blockIdx.x / segments, part = blockIdx.x % segments;
     const int64_t begin = int64_t{part} * kSegment;
     float values[kLoads<T>][kVector<T>] = {};
@@ -121,7 +121,9 @@ __global__ void __launch_bounds__(kThreads)
         const float inverse = 1.0f / sum, log_sum = logf(sum);
         const float upstream = grad_logprobs != nullptr ? __ldg(grad_logprobs + row) : 0.0f;
         const float slope = grad_entropy != nullptr ? -__ldg(grad_entropy + row) : 0.0f;
-        const float intercept = slope * __ldg(results.entropy + row) - upstream;
+        const float of_log_sum = grad_log_sum != nullptr ? __ldg(grad_log_sum + row) : 0.0f;
+        const float each = grad_each != nullptr ? __ldg(grad_each + row) : 0.0f;
+        const float intercept = slope * __ldg(results.entropy + row) - upstream + of_log_sum;
         // Within the thread's part of the segment, if it is there.
         const int token = static_cast<int>(tokens[row] - first_column - column_of<T>(begin, 0));
 #pragma unroll
@@ -129,7 +131,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
             for (int j = 0; j < kVector<T>; ++j) {
                 const float raw = values[i][j], d = below(t.z(raw), shift), p = exp_of(d) * inverse;
-                float gradient = p * (slope * (d - log_sum) + intercept);
+                float gradient = p * (slope * (d - log_sum) + intercept) + each;
                 if (i * kThreads * kVector<T> + j == token) gradient += upstream;
                 values[i][j] = t.chain(gradient, raw);
             }
@@ -170,7 +172,7 @@ void forward(const Logits& logits, const Transform& transform, const Tokens& tok
 
 void gradient(const Logits& logits, const Transform& transform, const Tokens& tokens, const Mask& mask,
               int64_t first_column, const TokenLogprobs& results, const float* grad_logprobs, const float* grad_entropy,
-              void* out, const Run& run) {
+              const float* grad_log_sum, const float* grad_each, void* out, const Run& run) {
     const OnDevice guard(run);
     const int64_t segments = segments_of(logits);
     with_element(logits.dtype, [&](auto element) {
@@ -178,8 +180,8 @@ void gradient(const Logits& logits, const Transform& transform, const Tokens& to
             using T = decltype(element);
             RLHF_FAST_LAUNCH((gradient_kernel<T, decltype(form)::value>), grid(logits.rows * segments), kThreads,
                              stream_of(run), logits, transform, tokens, mask, first_column,
-                             static_cast<uint32_t>(segments), results, grad_logprobs, grad_entropy,
-                             static_cast<T*>(out));
+                             static_cast<uint32_t>(segments), results, grad_logprobs, grad_entropy, grad_log_sum,
+                             grad_each, static_cast<T*>(out));
         });
     });
     check(cudaGetLastError(), "token_logprobs: gradient");

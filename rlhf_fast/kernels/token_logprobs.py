@@ -111,9 +111,9 @@ def _finish(
 def _gradient(
     logits, columns, inner, outer_stride, inner_stride, column_stride,
     scale, softcap, temperature, temperatures, tokens, mask, first_column, segments,
-    entropy, shifts, totals, grad_logprobs, grad_entropy, out,
+    entropy, shifts, totals, grad_logprobs, grad_entropy, grad_log_sum, grad_each, out,
     FORM: tl.constexpr, PER_ROW: tl.constexpr, HAS_MASK: tl.constexpr, SEGMENT: tl.constexpr,
-    HAS_LOGPROBS: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+    HAS_LOGPROBS: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_LOG_SUM: tl.constexpr, HAS_EACH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) // segments
     column = (tl.program_id(0) % segments) * SEGMENT + tl.arange(0, SEGMENT)
@@ -132,8 +132,10 @@ def _gradient(
     if HAS_ENTROPY:
         slope = -tl.load(grad_entropy + row)
         intercept += slope * tl.load(entropy + row)
+    if HAS_LOG_SUM:
+        intercept += tl.load(grad_log_sum + row)
 
-    # d logprob / dz_v = [v = token] - p_v and d entropy / dz_v = -p_v (log p_v + entropy)
+    # d logprob / dz_v = [v = token] - p_v, d entropy / dz_v = -p_v (log p_v + entropy), d log sum / dz_v = p_v
     x, z = load_z(start, column, columns, column_stride, scale, softcap, t, FORM)
     d = below(z, tl.load(shifts + row))
     p = tl.exp2(d * LOG2E) * inverse
@@ -141,6 +143,8 @@ def _gradient(
     if HAS_ENTROPY:
         gradient = p * (intercept + slope * (d - log_total))
     token = (tl.load(tokens + row) - first_column).to(tl.int32)
+    if HAS_EACH:
+        gradient += tl.load(grad_each + row)
     gradient = tl.where(column == token, gradient + upstream, gradient)
     gradient = chain(gradient, x, scale, softcap, t, FORM)
     tl.store(to, gradient.to(out.dtype.element_ty), mask=column < columns)
@@ -183,11 +187,14 @@ def gradient(
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     out: Tensor,
+    grad_log_sum: Tensor | None = None,
+    grad_each: Tensor | None = None,
 ) -> None:
     segments = triton.cdiv(x.columns, segment)
     _gradient[(x.rows * segments,)](
         *matrix_arguments(x), *transform_arguments(t), tokens, mask, first_column, segments, *results[1:],
-        grad_logprobs, grad_entropy, out,
+        grad_logprobs, grad_entropy, grad_log_sum, grad_each, out,
         SEGMENT=segment, HAS_LOGPROBS=grad_logprobs is not None, HAS_ENTROPY=grad_entropy is not None,
+        HAS_LOG_SUM=grad_log_sum is not None, HAS_EACH=grad_each is not None,
         num_warps=WARPS, **flags(t, mask),
     )  # fmt: skip

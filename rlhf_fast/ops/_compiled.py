@@ -152,10 +152,12 @@ class TokenLogprobs:
         grad_logprobs: Tensor | None,
         grad_entropy: Tensor | None,
         out: Tensor,
+        grad_log_sum: Tensor | None = None,
+        grad_each: Tensor | None = None,
     ) -> None:
         self.kernels.token_logprobs_gradient(
             _logits(x), _transform(t), _tokens(tokens), _address(mask), first_column, _addresses(results),
-            _address(grad_logprobs), _address(grad_entropy), out.data_ptr(), _run(x.data.device),
+            _addresses((grad_logprobs, grad_entropy, grad_log_sum, grad_each)), out.data_ptr(), _run(x.data.device),
         )  # fmt: skip
 
 

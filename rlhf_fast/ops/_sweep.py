@@ -13,7 +13,9 @@ from rlhf_fast.ops._head import HeadGradients
 from rlhf_fast.ops._rows import matrix
 from rlhf_fast.ops.linear_token_logprobs import Problem
 
-Upstream = Callable[[slice, Tensor, Tensor], "tuple[Tensor, Tensor | None]"]
+# Of a block: its rows, what the kernel found of each (logprobs, entropies, largest z, sums below it), and its logits.
+# Returns the loss's gradients in logprobs, entropies, logs of the sums, and each z of a row; None for 0.
+Upstream = Callable[[slice, list[Tensor], Tensor], "tuple[Tensor | None, ...]"]
 
 
 def sweep(problem: Problem, needs: list[bool], upstream: Upstream) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
@@ -21,7 +23,7 @@ def sweep(problem: Problem, needs: list[bool], upstream: Upstream) -> tuple[Tens
 
     Args:
         needs: for each of the five gradients, which are float32, and empty where not needed.
-        upstream: of a block of rows, and their logprobs and entropies: the loss's gradients in those, None for 0.
+        upstream: as above.
     """
     logprobs, entropy, *state = (torch.zeros(problem.rows, device=problem.device) for _ in range(4))
     gradients = HeadGradients(problem.head, needs, torch.float32)
@@ -30,10 +32,13 @@ def sweep(problem: Problem, needs: list[bool], upstream: Upstream) -> tuple[Tens
         results = [x[block.rows] for x in (logprobs, entropy, *state)]
         problem.head.fill(block)
         problem.kernels.forward(logits, *part, results)
-        problem.kernels.gradient(logits, *part, 0, results, *upstream(block.rows, *results[:2]), block.logits)
+        in_logprobs, in_entropy, *others = upstream(block.rows, results, block.logits)
+        if not any(needs):
+            continue
+        problem.kernels.gradient(logits, *part, 0, results, in_logprobs, in_entropy, block.logits, *others)
         gradients.add(block)
-    in_hidden, *others = gradients.finish()
+    in_hidden, *of_head = gradients.finish()
     if in_hidden is not None:
         in_hidden = problem.spread(in_hidden).view(problem.shape)
     nothing = logprobs.new_empty(0)
-    return logprobs, entropy, tuple(nothing.clone() if x is None else x for x in (in_hidden, *others))
+    return logprobs, entropy, tuple(nothing.clone() if x is None else x for x in (in_hidden, *of_head))

@@ -7,11 +7,12 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import _checks, _dispatch
+from rlhf_fast.ops import _checks, _dispatch, reference
 from rlhf_fast.ops._gradients import in_x
 from rlhf_fast.ops._head import whole_rows_pay
 from rlhf_fast.ops._library import Op
 from rlhf_fast.ops._sweep import sweep
+from rlhf_fast.ops.cross_entropy import check_terms, smoothed_losses
 from rlhf_fast.ops.linear_token_logprobs import Problem, in_its_own_dtypes, linear_token_logprobs
 from rlhf_fast.ops.reference import divide
 from rlhf_fast.ops.token_logprobs import BACKENDS
@@ -31,8 +32,10 @@ def linear_cross_entropy(
     mask: Tensor | None = None,
     ignore_index: int = -100,
     denominator: float | Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Tensor:
-    """Mean of -log p[token] over the rows that count, in nats, straight from the hidden states.
+    """:func:`cross_entropy` straight from the hidden states.
 
     Equal to :func:`cross_entropy` of the logits hidden @ weight.T + bias after logit_scale and softcap (as in
     :func:`token_logprobs`), with the product in float32 at least (autocast does not change it). Differentiable in
@@ -48,7 +51,7 @@ def linear_cross_entropy(
         softcap: > 0, or None; logit_scale: > 0.
         mask: (...), bool, or None for all. A row counts when it is unmasked and its token is not ignore_index; any
             other row gets gradient exactly 0, adds nothing to those of weight and bias, and may hold anything.
-        ignore_index, denominator: as in :func:`cross_entropy`.
+        ignore_index, denominator, label_smoothing, z_loss: as in :func:`cross_entropy`.
 
     Returns:
         A scalar, float32 (float64 if hidden or weight is); 0, with a graph, when no row counts.
@@ -59,19 +62,23 @@ def linear_cross_entropy(
     _checks.linear(hidden, weight, bias, lora)
     _checks.devices(hidden=hidden, weight=weight, tokens=tokens, bias=bias, mask=mask)
     _checks.labels(hidden.shape[:-1], "hidden", weight.shape[0], tokens, mask, ignore_index)
-    if softcap is not None:
-        _checks.number("softcap", softcap, above=0)
-    _checks.number("logit_scale", logit_scale, above=0)
     _checks.denominators(denominator)
+    check_terms(softcap, logit_scale, label_smoothing, z_loss)
     counted = (tokens != ignore_index) if mask is None else mask & (tokens != ignore_index)
     backend = _dispatch.choose("linear_cross_entropy", BACKENDS, weight if weight.dtype == torch.float64 else hidden)
     a, b, scaling = lora or (None, None, 0.0)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias, a, b)]
     pays = backend != "reference" and whole_rows_pay(tokens.numel(), weight.shape[0], hidden.device)
-    if any(needs) and pays:
+    more = label_smoothing != 0 or z_loss != 0
+    if more and backend == "reference":
+        return reference.linear_cross_entropy(
+            hidden, weight, tokens, bias, lora, softcap, logit_scale, mask, ignore_index, denominator,
+            label_smoothing, z_loss,
+        )  # fmt: skip
+    if more or (any(needs) and pays):
         total, *_ = _op(
-            hidden, weight, bias, a, b, tokens, float(scaling), softcap, float(logit_scale), counted, needs, True,
-            backend,
+            hidden, weight, bias, a, b, tokens, float(scaling), softcap, float(logit_scale), counted,
+            float(label_smoothing), float(z_loss), needs, True, backend,
         )  # fmt: skip
     else:
         total = -linear_token_logprobs(hidden, weight, tokens, bias, lora, 1.0, softcap, logit_scale, counted)[0].sum()
@@ -90,21 +97,34 @@ def linear_cross_entropy_forward(
     softcap: Optional[float],
     logit_scale: float,
     mask: Tensor,
+    label_smoothing: float,
+    z_loss: float,
     needs: list[bool],
     inplace_backward: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The sum of -logprobs (), and its gradients in hidden, weight, bias, a and b: float32, empty if not needed.
+    """The sum of the rows' losses (), and its gradients in hidden, weight, bias, a and b: float32, empty if not needed.
 
     ``inplace_backward``: the backward pass may write over those gradients; the caller reads only the sum.
     """
     problem = Problem(hidden, weight, tokens, bias, a, b, scaling, None, 1.0, softcap, logit_scale, mask, backend)
 
-    def upstream(rows: slice, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
-        return torch.full_like(logprobs, -1.0), None
+    losses = torch.zeros(problem.rows, device=problem.device)
+    more, each = label_smoothing != 0 or z_loss != 0, -label_smoothing / problem.vocabulary
 
-    logprobs, _, (first, second, third, fourth, fifth) = sweep(problem, needs, upstream)
-    return -logprobs.sum(), first, second, third, fourth, fifth
+    def upstream(rows: slice, results: list[Tensor], logits: Tensor) -> tuple[Tensor | None, ...]:
+        logprobs = results[0]
+        if not more:
+            losses[rows] = -logprobs
+            return torch.full_like(logprobs, -1.0), None
+        left = None if problem.mask is None else problem.mask[rows]
+        numbers = softcap, logit_scale, label_smoothing, z_loss
+        losses[rows], in_log_sum = smoothed_losses(logits, tuple(results), left, *numbers)
+        in_each = torch.full_like(logprobs, each) if label_smoothing else None
+        return torch.full_like(logprobs, label_smoothing - 1), None, in_log_sum, in_each
+
+    _, _, (first, second, third, fourth, fifth) = sweep(problem, needs, upstream)
+    return losses.sum(), first, second, third, fourth, fifth
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -117,10 +137,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if upstream is None:
-        return (None,) * 13
+        return (None,) * 15
     own, gradients = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
     found = (None if x is None else in_x(upstream, g, x, ctx.inplace) for x, g in zip(own, gradients, strict=True))
-    return *found, *(None,) * 8
+    return *found, *(None,) * 10
 
 
 def _fake_forward(*args: Any) -> tuple[Tensor, ...]:

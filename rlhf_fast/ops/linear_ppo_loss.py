@@ -200,9 +200,9 @@ def linear_ppo_loss_forward(
     of_policy = {**per_token, "values": None, "old_values": None, "returns": None}
     entropy_counts = options[5] != 0
 
-    def upstream(rows: slice, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
+    def upstream(rows: slice, results: list[Tensor], _: Tensor) -> tuple[Tensor, Tensor | None]:
         needed = [True, False, entropy_counts]
-        _, _, _, in_logprobs, _, in_entropy = loss_of(rows, logprobs, entropy, of_policy, needed)
+        _, _, _, in_logprobs, _, in_entropy = loss_of(rows, results[0], results[1], of_policy, needed)
         return in_logprobs, in_entropy if entropy_counts else None
 
     logprobs, entropy, in_head = sweep(problem, needs[:5], upstream)

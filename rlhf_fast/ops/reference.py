@@ -141,11 +141,22 @@ def cross_entropy(
     denominator: float | Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Tensor:
-    """Mean of -log p[token] over the rows that are unmasked and whose token is not ignore_index."""
+    """Mean of -(1 - e) log p[token] - e mean log p + z_loss (log sum exp z)^2 over the rows that are unmasked and whose
+    token is not ignore_index."""
     counted = (tokens != ignore_index) if mask is None else mask & (tokens != ignore_index)
-    logprobs = pick(log_softmax(logits, 1.0, softcap, logit_scale, counted), tokens, counted)
-    return divide(-logprobs.sum(), counted.sum(), denominator)
+    z = keep(logits, counted[..., None]) * logit_scale  # (..., V)
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    losses = -(1 - label_smoothing) * pick(torch.log_softmax(z, -1), tokens, counted)
+    log_sum = torch.logsumexp(z, -1)
+    if label_smoothing != 0:
+        losses = losses + label_smoothing * keep(log_sum - z.mean(-1), counted)
+    if z_loss != 0:
+        losses = losses + z_loss * keep(log_sum.square(), counted)
+    return divide(losses.sum(), counted.sum(), denominator)
 
 
 def linear_cross_entropy(
@@ -159,11 +170,15 @@ def linear_cross_entropy(
     mask: Tensor | None = None,
     ignore_index: int = -100,
     denominator: float | Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """cross_entropy of logits = hidden @ weight.T + bias, with an adapter as in linear_token_logprobs."""
     counted = (tokens != ignore_index) if mask is None else mask & (tokens != ignore_index)
     logits = linear_logits(hidden, weight, bias, lora, counted)
-    return cross_entropy(logits, tokens, counted, ignore_index, denominator, softcap, logit_scale)
+    return cross_entropy(
+        logits, tokens, counted, ignore_index, denominator, softcap, logit_scale, label_smoothing, z_loss
+    )
 
 
 # --- divergences ------------------------------------------------------------------------------------------------

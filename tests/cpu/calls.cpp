@@ -58,7 +58,7 @@ int main() {
             const Tokens of_rows = {tokens.data(), true};
             cpu::token_logprobs.forward(logits(p), transform, of_rows, Mask{nullptr}, nullptr, 0, out, run);
             cpu::token_logprobs.gradient(logits(p), transform, of_rows, Mask{nullptr}, 0, out, grad.data(),
-                                         grad_2.data(), gradient_p.data(), run);
+                                         grad_2.data(), grad_2.data(), grad.data(), gradient_p.data(), run);
         } else if (call.op == 1) {
             const FullKL out = {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8)};
             const Divergence kind = static_cast<Divergence>(call.kind);

@@ -79,7 +79,7 @@ def answer(call: Call) -> list[Tensor]:
     if call.op == TOKEN_LOGPROBS:
         kernels = _compiled.TokenLogprobs("cpu")
         kernels.forward(x, t, tokens, None, results[:4])
-        kernels.gradient(x, t, tokens, None, 0, results[:4], grad, grad_2, in_p)
+        kernels.gradient(x, t, tokens, None, 0, results[:4], grad, grad_2, in_p, grad_2, grad)
     elif call.op == FULL_KL:
         divergences = _compiled.FullKL("cpu")
         divergences.forward(x, y, t, None, call.kind, results)
