@@ -292,7 +292,10 @@ def benches(suite: str, only: str = "") -> list[Bench]:
 
 
 def run_suite(suite: str, only: str, seconds: float, out: Path) -> list[Result]:
-    """Run a suite on the GPU, if there is one, else on the CPU; print a table and write the records to ``out``."""
+    """Run a suite on the GPU, if there is one, else on the CPU; print a table and write the records to ``out``.
+
+    Records that ``out`` holds of ops that were not run stay.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     work = [
         (bench, case)
@@ -315,14 +318,22 @@ def run_suite(suite: str, only: str, seconds: float, out: Path) -> list[Result]:
             tqdm.write(line)
         results += found
     records = [
-        json.dumps({**dataclasses.asdict(result), **about, "rates": dataclasses.asdict(measured)}) for result in results
-    ]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(out.name + ".new")
-    aside.write_text("\n".join(records) + "\n", encoding="utf-8")
-    aside.replace(out)
+        {**dataclasses.asdict(result), **about, "rates": dataclasses.asdict(measured)} for result in results
+    ]  # fmt: skip
+    write_records(records, out)
     print(f"\n{len(results)} results written to {out}")
     return results
+
+
+def write_records(records: Sequence[dict[str, Any]], out: Path) -> None:
+    """Put the records into a file, one JSON line each, in place of what it held of the same ops."""
+    ran = {record["op"] for record in records}
+    before = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] if out.exists() else []
+    merged = sorted([r for r in before if r["op"] not in ran] + list(records), key=lambda r: r["op"])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(out.name + ".new")
+    aside.write_text("".join(json.dumps(record) + "\n" for record in merged), encoding="utf-8")
+    aside.replace(out)
 
 
 def table(results: Sequence[Result]) -> Iterator[str]:

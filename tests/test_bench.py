@@ -142,3 +142,12 @@ def test_every_op_of_the_suite_has_cases_for_both_devices() -> None:
             one.op, {BOTH} if one.op in LOSSES else {FORWARD, BOTH}
         )
         assert {case.mode for case in one.cases} == {case.mode for case in one.gpu_cases} == modes
+
+
+def test_a_run_of_one_op_keeps_the_records_of_the_others(tmp_path: Path) -> None:
+    out = tmp_path / "ops.jsonl"
+    harness.write_records([{"op": "gae", "milliseconds": 1}, {"op": "full_kl", "milliseconds": 2}], out)
+    harness.write_records([{"op": "gae", "milliseconds": 3}, {"op": "gae", "milliseconds": 4}], out)
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(r["op"], r["milliseconds"]) for r in found] == [("full_kl", 2), ("gae", 3), ("gae", 4)]
+    assert [file.name for file in tmp_path.iterdir()] == ["ops.jsonl"]

@@ -178,6 +178,8 @@ DECAYS = [(1.0, 0.95), (0.99, 0.9), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)]
 def test_values_are_no_worse_than_torch(
     backend: Backend, shape: tuple[int, int], gamma: float, lam: float, dtype: torch.dtype
 ) -> None:
+    if INTERPRETED and shape == (4, 150) and dtype != torch.float32:
+        pytest.skip("a token takes a while there, and the narrow dtypes are loaded alike at (2, 64)")
     every = paid(*shape, sequences=shape[0], dtype=dtype)
     mask = cases.random(*shape, seed=9) > -0.5
     exact = {key: x.double() if isinstance(x, Tensor) else x for key, x in every.items()}

