@@ -2,17 +2,23 @@
 // no torch headers, so one build serves every torch. std::invalid_argument arrives in Python as ValueError. Nothing is
 // checked here: rlhf_fast/ops/_compiled.py calls with what the public functions have checked.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "common/full_kl.h"
 #include "common/gae.h"
 #include "common/group_advantages.h"
 #include "common/kl_estimate.h"
+#include "common/linear.h"
 #include "common/memory.h"
+#include "common/paged_attention.h"
 #include "common/pair_loss.h"
 #include "common/ppo_loss.h"
+#include "common/rms_norm.h"
+#include "common/sample.h"
 #include "common/sequence_sum.h"
 #include "common/token_logprobs.h"
 #include "cpu/isa.h"
@@ -214,6 +220,92 @@ void def_pair_loss(py::module_& m, const PairLossKernels& kernels) {
           });
 }
 
+// weight, weight_stride, rows, bias, low, up, rank, scale
+using LinearTuple = std::tuple<Address, int64_t, int64_t, Address, Address, Address, int64_t, float>;
+using PlaceTuple = std::tuple<Address, int64_t>;  // and the stride from row to row
+
+void def_linear(py::module_& m, const LinearKernels& kernels) {
+    m.def("linear_forward",
+          [kernels](const PlaceTuple& x, int dtype, int64_t rows, int64_t k, const std::vector<LinearTuple>& parts,
+                    const std::vector<PlaceTuple>& outs, const PlaceTuple& add, int gate, const RunTuple& where) {
+              LinearProblem problem{
+                  at<void>(std::get<0>(x)), std::get<1>(x), static_cast<DType>(dtype), rows, k, {}, 0, gate};
+              for (const LinearTuple& part : parts) {
+                  const auto& [weight, weight_stride, n, bias, low, up, rank, scale] = part;
+                  const auto& [out, out_stride] = outs[gate != 0 ? 0 : static_cast<std::size_t>(problem.count)];
+                  problem.parts[problem.count++] = {at<void>(weight),
+                                                    weight_stride,
+                                                    n,
+                                                    at<void>(bias),
+                                                    at<void>(low),
+                                                    at<void>(up),
+                                                    rank,
+                                                    scale,
+                                                    at<void>(std::get<0>(add)),
+                                                    std::get<1>(add),
+                                                    at<void>(out),
+                                                    out_stride};
+              }
+              kernels.forward(problem, run(where));
+          });
+}
+
+// keys, values, dtype, kv_heads, dim, width, block_size
+using CacheTuple = std::tuple<Address, Address, int, int64_t, int64_t, int64_t, int64_t>;
+
+PagedCache paged_cache(const CacheTuple& t) {
+    const auto& [keys, values, dtype, kv_heads, dim, width, block_size] = t;
+    return {at<void>(keys), at<void>(values), static_cast<DType>(dtype), kv_heads, dim, width, block_size};
+}
+
+void def_paged_attention(py::module_& m, const PagedAttentionKernels& kernels) {
+    using Strides = std::tuple<int64_t, int64_t>;  // from token to token, from head to head
+    using Where = std::tuple<Address, int64_t, Address, Address, Address, Address, int64_t>;
+    m.def("paged_attention_forward",
+          [kernels](const CacheTuple& cache, Address query, const Strides& strides, int64_t heads, const Where& t,
+                    float scale, float softcap, int64_t window, Address sinks, Address out, const RunTuple& where) {
+              const auto& [tables, table_stride, cu_queries, contexts, groups, shared, count] = t;
+              kernels.forward(paged_cache(cache),
+                              {at<void>(query), std::get<0>(strides), std::get<1>(strides), heads, at<int32_t>(tables),
+                               table_stride, at<int32_t>(cu_queries), at<int32_t>(contexts), at<int32_t>(groups),
+                               at<int32_t>(shared), count, scale, softcap, window, at<float>(sinks), at<void>(out)},
+                              run(where));
+          });
+    m.def("write_kv_forward", [kernels](const CacheTuple& cache, Address key, const Strides& key_strides, Address value,
+                                        const Strides& value_strides, Address slots, int64_t count, Address cos,
+                                        Address sin, Address query, const Strides& query_strides, int64_t heads,
+                                        const RunTuple& where) {
+        kernels.write(paged_cache(cache),
+                      {at<void>(key), at<void>(value), std::get<0>(key_strides), std::get<1>(key_strides),
+                       std::get<0>(value_strides), std::get<1>(value_strides), at<int64_t>(slots), count, at<void>(cos),
+                       at<void>(sin), at<void>(query), std::get<0>(query_strides), std::get<1>(query_strides), heads},
+                      run(where));
+    });
+    m.attr("paged_attention_most_keys") = kMostKeys;
+    m.attr("paged_attention_most_dim") = kMostDim;
+}
+
+void def_rms_norm(py::module_& m, const RMSNormKernels& kernels) {
+    m.def("rms_norm_forward", [kernels](Address x, int64_t stride, Address weight, Address out, int dtype, int64_t rows,
+                                        int64_t columns, float eps, float offset, const RunTuple& where) {
+        kernels.forward({at<void>(x), stride, at<void>(weight), at<void>(out), static_cast<DType>(dtype), rows, columns,
+                         eps, offset},
+                        run(where));
+    });
+}
+
+void def_sample(py::module_& m, const SampleKernels& kernels) {
+    using Options = std::tuple<Address, Address, Address, Address, Address>;
+    m.def("sample_forward", [kernels](Address logits, int dtype, int64_t rows, int64_t columns, int64_t stride,
+                                      const Options& options, const FourAddresses& results, const RunTuple& where) {
+        const auto& [temperature, top_k, top_p, min_p, uniform] = options;
+        const auto& [tokens, logprobs, kept, entropy] = results;
+        kernels.forward({at<void>(logits), static_cast<DType>(dtype), rows, columns, stride, at<float>(temperature),
+                         at<int32_t>(top_k), at<float>(top_p), at<float>(min_p), at<double>(uniform)},
+                        {at<int64_t>(tokens), at<float>(logprobs), at<float>(kept), at<float>(entropy)}, run(where));
+    });
+}
+
 void def_sequence_sum(py::module_& m, const SequenceSumKernels& kernels) {
     m.def("sequence_sum_forward",
           [kernels](const SequencesTuple& where, Address x, int dtype, Address flags, Address out, const RunTuple& on) {
@@ -316,6 +408,10 @@ PYBIND11_MODULE(RLHF_FAST_MODULE, m) {
     def_token_logprobs(on_cpu, cpu::token_logprobs);
     def_full_kl(on_cpu, cpu::full_kl);
     def_kl_estimate(on_cpu, cpu::kl_estimate);
+    def_linear(on_cpu, cpu::linear);
+    def_paged_attention(on_cpu, cpu::paged_attention);
+    def_rms_norm(on_cpu, cpu::rms_norm);
+    def_sample(on_cpu, cpu::sample);
     def_gae(on_cpu, cpu::gae);
     def_ppo_loss(on_cpu, cpu::ppo_loss);
     def_pair_loss(on_cpu, cpu::pair_loss);

@@ -80,6 +80,18 @@ SIMD_INLINE void store(f16* p, reg a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow);
 }
 
+// Lanes i and i + 8 of a added, beside those of b.
+SIMD_INLINE reg halves(reg a, reg b) { return add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee)); }
+// The sums of four registers, each as reduce_add has it.
+SIMD_INLINE void sums_of_four(reg a, reg b, reg c, reg d, float* out) {
+    const reg ab = halves(a, b), cd = halves(c, d);
+    reg s = add(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+    s = add(s, _mm512_permute_ps(s, 0x4e));
+    s = add(s, _mm512_permute_ps(s, 0xb1));
+    const __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+    _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, s)));
+}
+
 #elif defined(SIMD_AVX2)
 
 using reg = __m256;
@@ -142,6 +154,18 @@ SIMD_INLINE void store(f16* p, reg a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow);
 }
 
+SIMD_INLINE reg halves(reg a, reg b) {
+    return add(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+}
+SIMD_INLINE void sums_of_four(reg a, reg b, reg c, reg d, float* out) {
+    reg ab = halves(a, b), cd = halves(c, d);
+    ab = add(ab, _mm256_permute_ps(ab, 0x4e)), cd = add(cd, _mm256_permute_ps(cd, 0x4e));
+    ab = add(ab, _mm256_permute_ps(ab, 0xb1)), cd = add(cd, _mm256_permute_ps(cd, 0xb1));
+    float lanes[2 * kRegLanes];
+    store(lanes, ab), store(lanes + kRegLanes, cd);
+    for (int i = 0; i < 4; ++i) out[i] = lanes[4 * i];
+}
+
 #elif defined(SIMD_NEON)
 
 using reg = float32x4_t;
@@ -199,6 +223,14 @@ SIMD_INLINE void store(f16* p, reg a) {
     vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(a)));
 }
 
+SIMD_INLINE void sums_of_four(reg a, reg b, reg c, reg d, float* out) {
+    const reg all[4] = {a, b, c, d};
+    for (int i = 0; i < 4; ++i) {
+        const reg pairs = add(all[i], vextq_f32(all[i], all[i], 2));
+        out[i] = vgetq_lane_f32(pairs, 0) + vgetq_lane_f32(pairs, 1);
+    }
+}
+
 #else  // baseline: the compiler's own vectors of four, SSE2 on x86-64
 
 typedef float reg __attribute__((vector_size(16)));
@@ -242,6 +274,11 @@ SIMD_INLINE reg load(const T* p) {
 template <class T>
 SIMD_INLINE void store(T* p, reg a) {
     for (int i = 0; i < kRegLanes; ++i) p[i] = from_float<T>(a[i]);
+}
+
+SIMD_INLINE void sums_of_four(reg a, reg b, reg c, reg d, float* out) {
+    const reg all[4] = {a, b, c, d};
+    for (int i = 0; i < 4; ++i) out[i] = (all[i][0] + all[i][2]) + (all[i][1] + all[i][3]);
 }
 
 #endif
@@ -362,6 +399,21 @@ SIMD_INLINE float reduce_add(f32x16 a) {
     for (int half = kLanes / 2; half > 0; half /= 2)
         for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
     return lanes[0];
+}
+// Of up to four vectors at once, the same bits.
+template <int n>
+SIMD_INLINE void reduce_add(const f32x16 (&a)[n], float* out) {
+    reg all[4];
+    for (int i = 0; i < 4; ++i) {
+        f32x16 one = a[i < n ? i : 0];
+        for (int half = kRegs / 2; half > 0; half /= 2)
+            for (int j = 0; j < half; ++j) one.r[j] = add(one.r[j], one.r[j + half]);
+        all[i] = one.r[0];
+    }
+    if (n == 4) return sums_of_four(all[0], all[1], all[2], all[3], out);
+    float sums[4];
+    sums_of_four(all[0], all[1], all[2], all[3], sums);
+    for (int i = 0; i < n; ++i) out[i] = sums[i];
 }
 SIMD_INLINE float reduce_max(f32x16 a) {
     float lanes[kLanes];

@@ -311,3 +311,121 @@ class GroupAdvantages:
             _sequences(where), rewards.data_ptr(), _DTYPES[rewards.dtype], _address(mask), kind, eps, out.data_ptr(),
             _run(out.device),
         )  # fmt: skip
+
+
+class PagedAttention:
+    """The kernels of paged_attention and write_kv; csrc/common/paged_attention.h says what they do."""
+
+    def __init__(self, backend: str) -> None:
+        self.kernels = module(backend)
+
+    def forward(
+        self,
+        query: Tensor,
+        cache: Any,
+        batch: Any,
+        scale: float,
+        softcap: float,
+        window: int,
+        sinks: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        tables, cu_queries, contexts, groups, shared = batch
+        self.kernels.paged_attention_forward(
+            _cache(cache), query.data_ptr(), (query.stride(0), query.stride(1)), query.shape[1],
+            (tables.data_ptr(), tables.stride(0), *_addresses((cu_queries, contexts, groups, shared)), len(shared)),
+            scale, softcap, window, _address(sinks), out.data_ptr(), _run(query.device),
+        )  # fmt: skip
+
+    def write(
+        self,
+        cache: Any,
+        key: Tensor,
+        value: Tensor,
+        slots: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        query: Tensor | None,
+    ) -> None:
+        strides, heads = ((0, 0), 0) if query is None else (query.stride()[:2], query.shape[1])
+        self.kernels.write_kv_forward(
+            _cache(cache), key.data_ptr(), key.stride()[:2], value.data_ptr(), value.stride()[:2], slots.data_ptr(),
+            slots.numel(), _address(cos), _address(sin), _address(query), strides, heads, _run(key.device),
+        )  # fmt: skip
+
+
+def _cache(cache: Any) -> tuple[int, ...]:
+    keys, values, dim = cache
+    _, kv_heads, width, block_size = keys.shape
+    return keys.data_ptr(), values.data_ptr(), _DTYPES[keys.dtype], kv_heads, dim, width, block_size
+
+
+class Sample:
+    """The kernel of sample; csrc/common/sample.h says what it does."""
+
+    def __init__(self, backend: str) -> None:
+        self.kernels = module(backend)
+
+    def forward(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        uniform: Tensor,
+        results: Sequence[Tensor],
+    ) -> None:
+        self.kernels.sample_forward(
+            logits.data_ptr(), _DTYPES[logits.dtype], *logits.shape, logits.stride(0),
+            _addresses((temperature, top_k, top_p, min_p, uniform)), _addresses(results), _run(logits.device),
+        )  # fmt: skip
+
+
+class Linear:
+    """x (M, K) times some weights, on the CPU, prepared for many x; csrc/common/linear.h says what is computed.
+
+    The weights may change in place, and must stay where they are.
+    """
+
+    def __init__(self, weights: Sequence[Any], gate: int = 0) -> None:
+        self.gate, self.k, first = gate, weights[0].weight.shape[1], weights[0].weight
+        self.dtype, self.columns = _DTYPES[first.dtype], [one.weight.shape[0] for one in weights]
+        self.results = 1 if gate else len(weights)
+        self.parts = [
+            (one.weight.data_ptr(), one.weight.stride(0), one.weight.shape[0], _address(one.bias), 0, 0, 0, 1.0)
+            for one in weights
+        ]
+        adapters = [(i, *one.lora) for i, one in enumerate(weights) if one.lora is not None]
+        self.adapted = [i for i, *_ in adapters]
+        self.lows = [(a.data_ptr(), a.stride(0), a.shape[0], 0, 0, 0, 0, scaling) for _, a, _, scaling in adapters]
+        self.ups = [(b.data_ptr(), b.shape[1]) for _, _, b, _ in adapters]
+
+    def __call__(self, x: Tensor, add: Tensor | None = None) -> list[Tensor]:
+        """x (M, K), rows contiguous; `add` (M, n), to be added to the one result."""
+        rows, where = x.shape[0], _run(x.device)
+        place, parts = (x.data_ptr(), x.stride(0)), self.parts
+        if self.adapted:  # the first factors of all adapters in one launch
+            lows = [x.new_empty(rows, low[2]) for low in self.lows]
+            outs = [(low.data_ptr(), low.shape[1]) for low in lows]
+            cpu.linear_forward(place, self.dtype, rows, self.k, self.lows, outs, (0, 0), 0, where)
+            parts = list(parts)
+            for i, (low, _), (up, rank) in zip(self.adapted, outs, self.ups, strict=True):
+                parts[i] = (*parts[i][:4], low, up, rank, 1.0)
+        results = [x.new_empty(rows, n) for n in self.columns[: self.results]]
+        outs = [(out.data_ptr(), n) for out, n in zip(results, self.columns, strict=False)]
+        added = (0, 0) if add is None else (add.data_ptr(), add.stride(0))
+        cpu.linear_forward(place, self.dtype, rows, self.k, parts, outs, added, self.gate, where)
+        return results
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    """On the CPU; csrc/common/rms_norm.h says what is computed."""
+    rows = x.reshape(-1, x.shape[-1])
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype)
+    cpu.rms_norm_forward(
+        rows.data_ptr(), rows.stride(0), weight.data_ptr(), out.data_ptr(), _DTYPES[x.dtype], *rows.shape, eps, offset,
+        _run(x.device),
+    )  # fmt: skip
+    return out

@@ -13,7 +13,8 @@ Arguments are already checked by the public functions, whose docstrings give sha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -668,3 +669,112 @@ def reward_loss(
         "accuracy": mean((difference.detach().sign() + 1) / 2),
         "margin": mean(difference.detach()),
     }
+
+
+# --- rollouts ---------------------------------------------------------------------------------------------------
+
+
+def paged_attention(
+    query: Tensor, cache: Any, batch: Any, scale: float, softcap: float, window: int, sinks: Tensor | None
+) -> Tensor:
+    """One sequence at a time: its blocks side by side, then softmax over all that each query may see."""
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)  # (N, heads, dim)
+    block_size, dim = cache.block_size, cache.dim
+    repeats = query.shape[1] // cache.keys.shape[1]
+    for b, context in enumerate(batch.contexts.tolist()):
+        begin, end = batch.cu_queries[b : b + 2].tolist()
+        blocks = batch.tables[b, : -(-context // block_size)].long()
+        keys = cache.keys[blocks].permute(1, 0, 3, 2).flatten(1, 2)[:, :context, :dim]  # (kv heads, context, dim)
+        values = cache.values[blocks].permute(1, 0, 2, 3).flatten(1, 2)[:, :context, :dim]
+        keys, values = (widen(x).repeat_interleave(repeats, 0) for x in (keys, values))  # (heads, context, dim)
+        scores = scale * torch.einsum("qhd,hkd->hqk", widen(query[begin:end]), keys)
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        at = torch.arange(context - (end - begin), context, device=query.device)[:, None]  # positions of the queries
+        key = torch.arange(context, device=query.device)
+        seen = (key <= at) & ((key > at - window) if window else True)  # (queries, context)
+        scores = scores.masked_fill(~seen, -math.inf)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.to(scores)[:, None, None].expand(-1, end - begin, 1)], dim=-1)
+        weights = torch.softmax(scores, dim=-1)[..., :context]
+        out[begin:end] = torch.einsum("hqk,hkd->qhd", weights, values).to(query.dtype)
+    return out
+
+
+def write_kv(
+    cache: Any,
+    key: Tensor,
+    value: Tensor,
+    slots: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    query: Tensor | None = None,
+) -> None:
+    def rotated(x: Tensor) -> Tensor:
+        assert cos is not None and sin is not None
+        a, b = widen(x).chunk(2, dim=-1)
+        return (widen(x) * widen(cos)[:, None] + torch.cat([-b, a], dim=-1) * widen(sin)[:, None]).to(x.dtype)
+
+    if cos is not None:
+        key = rotated(key)
+        if query is not None:
+            query.copy_(rotated(query))
+    block, at = slots // cache.block_size, slots % cache.block_size
+    cache.keys[block, :, : cache.dim, at] = key
+    cache.values[block, :, at, : cache.dim] = value
+
+
+def sample(
+    logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Likeliest first (a stable sort), cut, back in the order of the vocabulary, and the cumulative sum inverted."""
+    logits = widen(logits)  # (B, V)
+    columns = logits.shape[1]
+    greedy = temperature == 0
+    logprobs = torch.log_softmax(logits / torch.where(greedy, 1, temperature)[:, None].to(logits.dtype), dim=-1)
+    probabilities = logprobs.double().exp()
+    ordered, index = probabilities.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(columns, device=logits.device)
+    most = torch.where(greedy, 1, torch.where(top_k > 0, top_k, columns))[:, None]
+    ordered = torch.where(rank < most, ordered, 0)
+    mass = ordered.sum(-1, keepdim=True)
+    cut_mass = (top_p < 1)[:, None]
+    stays = ~cut_mass | (ordered.cumsum(-1) - ordered < top_p[:, None].double() * mass)
+    stays &= ordered >= min_p[:, None] * ordered[:, :1]
+    stays[:, 0] = True
+    ordered = torch.where(stays, ordered, 0)
+    kept = torch.zeros_like(probabilities).scatter(-1, index, ordered)  # (B, V)
+    cumulative = kept.cumsum(-1)
+    target = (uniform * cumulative[:, -1]).unsqueeze(-1)
+    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)  # (B,)
+    last = columns - 1 - (kept > 0).flip(-1).int().argmax(-1)
+    tokens = torch.where(greedy, index[:, 0], torch.minimum(tokens, last))
+    broken = ~torch.isfinite(logits.amax(-1)) | logits.isnan().any(-1)
+    found = logprobs.gather(-1, tokens.clamp(0, columns - 1)[:, None]).squeeze(-1)
+    entropy = -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logits.dtype).min)).sum(-1)
+    nan = torch.full_like(found, math.nan, dtype=torch.float32)
+    return (
+        torch.where(broken, -1, tokens),
+        torch.where(broken, nan, found.float()),
+        torch.where(broken, nan, cumulative[:, -1].float()),
+        torch.where(broken, nan, entropy.float()),
+    )
+
+
+def linear(x: Tensor, weights: Sequence[Any], gate: str) -> list[Tensor]:
+    found = []
+    for weight, bias, lora in weights:
+        y = F.linear(x, weight, bias)
+        if lora is not None:
+            a, b, scaling = lora
+            y = y + scaling * F.linear(F.linear(x, a), b)
+        found.append(y)
+    if gate == "none":
+        return found
+    gated = F.silu(found[0]) if gate == "silu" else F.gelu(found[0], approximate="tanh")
+    return [gated * found[1]]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    wide = widen(x)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * (offset + widen(weight))).to(x.dtype)

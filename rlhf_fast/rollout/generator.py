@@ -1,203 +1,251 @@
-"""Sampling responses: a prompt batch is prefilled, then decoded token by token over transformers' own cache."""
+"""Generator: responses to prompts, from the weights that a trainer holds."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import warnings
+from collections import abc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
-import torch
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from rlhf_fast.data.chat import Message, decode_response, encode_prompt
+from rlhf_fast.data.chat import decode_response
 from rlhf_fast.models.adapters import Model
-from rlhf_fast.models.forward import output_head, unwrapped
+from rlhf_fast.rollout.engine import Engine, Statistics
+from rlhf_fast.rollout.memory import Budget
+from rlhf_fast.rollout.requests import Prompts, sequences_for
 from rlhf_fast.rollout.rollouts import Rollouts
-from rlhf_fast.rollout.sampling import SamplingParams, sample_tokens, uniforms
+from rlhf_fast.rollout.runner import ModelRunner
+from rlhf_fast.rollout.sampling import SamplingParams
+from rlhf_fast.rollout.scheduler import Scheduler
+from rlhf_fast.rollout.sequence import Sequence
 
-Prompts = Sequence[str | list[Message] | Sequence[int]]
+Progress = Callable[[int, int], None]
 
 
-@dataclass
-class _Request:
-    """One response being sampled."""
+@dataclass(frozen=True)
+class Until:
+    """When to stop before all is finished, whichever comes first; what is not finished can be resumed."""
+
+    tokens: int | None = None  # sampled, over all sequences
+    seconds: float | None = None
+    share: float | None = None  # of the sequences that are finished, from 0 to 1
+
+    def __post_init__(self) -> None:
+        if self.tokens is None and self.seconds is None and self.share is None:
+            raise ValueError("until: nothing is given; expected tokens, seconds or share")
+        if self.share is not None and not 0.0 < self.share <= 1.0:
+            raise ValueError(f"until.share: {self.share}; expected more than 0.0 and at most 1.0")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One token of a stream."""
 
     prompt_index: int
-    prompt: tuple[int, ...]
-    uniforms: torch.Tensor  # (max_new_tokens,) float64
-    response: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish_reason: str = "length"
+    sample: int
+    token: int
+    text: str  # the response so far, without special tokens
+    logprob: float
+    finish_reason: str  # empty while it goes on
 
 
 class Generator:
-    """Samples responses from a model, whose weights it shares and leaves as they are.
+    """Samples responses from a model by continuous batching over paged keys and values.
+
+    The model's weights are shared, not copied, and the model is left as it was found; between generations it may be
+    trained, have adapters switched, or move, and what was kept of it is then forgotten. It must not be used elsewhere
+    while it generates.
 
     Args:
-        model: a causal language model, or one wrapped by peft (its adapter is used).
+        model: a causal language model of transformers, or one wrapped by peft (its adapter is used).
         tokenizer: may be None when prompts are token ids and `stop_token_ids` says where responses end.
-        batch_size: sequences decoded together.
+        max_batch_tokens: tokens computed in a step, prompts' and responses' together.
+        max_sequences: sequences in a step at most.
+        block_size: positions in a block of keys and values: a multiple of 16, at most 128.
+        kv_bytes: memory for keys and values; by default as much as the requests need, up to half of what is free.
+        share_prefixes: compute a prompt, or the beginning that prompts have in common, once.
+        fast: use this project's kernels for the model's own layers where they serve (float32 on a CPU).
+
+    Raises:
+        ValueError: the model cannot be served; says why.
     """
 
-    def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase | None = None, batch_size: int = 128) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size: {batch_size}; expected at least 1")
-        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        max_batch_tokens: int = 2048,
+        max_sequences: int = 256,
+        block_size: int = 32,
+        kv_bytes: int | None = None,
+        share_prefixes: bool = True,
+        fast: bool = True,
+    ) -> None:
+        for name, value in (("max_batch_tokens", max_batch_tokens), ("max_sequences", max_sequences)):
+            if value < 1:
+                raise ValueError(f"{name}: {value}; expected at least 1")
+        if block_size % 16 or not 16 <= block_size <= 128:
+            raise ValueError(f"block_size: {block_size}; expected a multiple of 16 up to 128")
+        self.model, self.tokenizer = model, tokenizer
+        self.max_batch_tokens, self.max_sequences = max_batch_tokens, max_sequences
+        self.share_prefixes = share_prefixes
+        self.runner = ModelRunner(model, fast)
+        self.statistics = Statistics()
+        self.weight_version = 0
+        self._budget = Budget(self.runner, block_size, kv_bytes)
+        self._weights: object = None
+        self._engine: Engine | None = None
+
+    # Asking -----------------------------------------------------------------------------------------------------------
 
     def generate(
         self,
         prompts: Prompts,
-        params: SamplingParams | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        params: SamplingParams | abc.Sequence[SamplingParams] | None = None,
+        progress: Progress | None = None,
+        until: Until | None = None,
+        on_finish: Callable[[Sequence], None] | None = None,
     ) -> Rollouts:
         """Sample `params.n` responses for each prompt (text, message lists or token ids).
 
-        `progress(done, total)` is called as sequences end.
+        Args:
+            params: for all prompts, or one for each.
+            progress: `progress(done, total)` is called as sequences end.
+            until: stop early; `resume` goes on.
+            on_finish: called with each sequence as it ends.
 
         Raises:
-            ValueError: an empty prompt, one that leaves no room for an answer in the model's context, or token ids
-                outside the model's vocabulary.
+            ValueError: an empty prompt, one that leaves no room for an answer in the model's context or in `kv_bytes`,
+                or token ids outside the model's vocabulary.
             TypeError: `prompts` is one prompt instead of a list of them.
         """
-        params = params or SamplingParams()
-        requests = self._requests(prompts, params)
-        # Prompts of like length are prefilled together; the result is in the order asked for all the same.
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
-        started = time.monotonic()
-        with _evaluating(self.model):
-            for start in range(0, len(order), self.batch_size):
-                self._decode([requests[i] for i in order[start : start + self.batch_size]], params)
-                if progress:
-                    progress(min(start + self.batch_size, len(order)), len(order))
-        self.tokens_per_second = sum(len(r.response) for r in requests) / max(time.monotonic() - started, 1e-9)
-        return self._rollouts(requests)
+        sequences = sequences_for(self.model, self.tokenizer, prompts, params)
+        return self._finish(sequences, progress, until, on_finish)
 
-    def _requests(self, prompts: Prompts, params: SamplingParams) -> list[_Request]:
-        if isinstance(prompts, str):
-            raise TypeError("prompts: got one string; expected a list of prompts")
-        if not prompts:
-            raise ValueError("prompts: the list is empty")
-        if self.tokenizer is None and not params.stop_token_ids and not params.ignore_eos:
-            raise ValueError("stop_token_ids: without a tokenizer, say which tokens end a response, or set ignore_eos")
-        limit = getattr(unwrapped(self.model).config, "max_position_embeddings", None)
-        vocabulary = unwrapped(self.model).get_input_embeddings().weight.shape[0]
-        requests = []
-        for index, prompt in enumerate(prompts):
-            ids = self._encode(prompt, index)
-            if not 0 <= min(ids) <= max(ids) < vocabulary:
-                raise ValueError(f"prompts: prompt {index} has token ids outside the vocabulary of {vocabulary}")
-            if limit and len(ids) + params.max_new_tokens > limit:
-                raise ValueError(
-                    f"prompts: prompt {index} has {len(ids)} tokens, which with max_new_tokens = "
-                    f"{params.max_new_tokens} exceeds the model's context of {limit}; shorten one of them"
-                )
-            for sample in range(params.n):
-                numbers = torch.from_numpy(uniforms(params.seed, index, sample, params.max_new_tokens))
-                requests.append(_Request(index, ids, numbers))
-        return requests
+    def resume(
+        self,
+        rollouts: Rollouts,
+        progress: Progress | None = None,
+        until: Until | None = None,
+        on_finish: Callable[[Sequence], None] | None = None,
+    ) -> Rollouts:
+        """Go on with the unfinished sequences of `rollouts`; returns all of them, the finished ones as they were."""
+        return self._finish(list(rollouts.sequences), progress, until, on_finish)
 
-    def _encode(self, prompt: str | Sequence[Message] | Sequence[int], index: int) -> tuple[int, ...]:
-        if isinstance(prompt, dict):
-            raise TypeError(f"prompts: prompt {index} is one message; expected a list of messages")
-        if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
-            ids = tuple(prompt)
-        elif self.tokenizer is None:
-            raise ValueError(f"prompts: prompt {index} is text, which needs a tokenizer; give one, or token ids")
-        elif not prompt or (isinstance(prompt, str) and not prompt.strip()):
-            ids = ()
-        else:
-            ids = encode_prompt(self.tokenizer, prompt)  # type: ignore[arg-type]
-        if not ids:
-            raise ValueError(f"prompts: prompt {index} is empty")
-        return ids  # type: ignore[return-value]
+    def stream(
+        self, prompts: Prompts, params: SamplingParams | abc.Sequence[SamplingParams] | None = None
+    ) -> Iterator[Piece]:
+        """Yield each token as it comes. Closing the iterator early ends the generation."""
+        sequences = sequences_for(self.model, self.tokenizer, prompts, params)
+        with self._engine_for(sequences) as engine:
+            for step in engine.steps():
+                for sequence in step:
+                    if sequence.response:
+                        last = sequence.response[-1], self.text(sequence), sequence.logprobs[-1]
+                        yield Piece(sequence.prompt_index, sequence.sample, *last, sequence.finish_reason)
 
-    @torch.no_grad()
-    def _decode(self, requests: list[_Request], params: SamplingParams) -> None:
-        """Sample all of `requests` to their ends, which are written into them."""
-        inner, head = unwrapped(self.model), output_head(self.model)
-        device = head.weight.device
-        stops = set(params.stop_token_ids)
-        if self.tokenizer is not None and not params.ignore_eos:
-            stops.add(self.tokenizer.eos_token_id)
-        active = list(requests)
-        numbers = torch.stack([request.uniforms for request in active]).to(device)  # (B, max_new_tokens)
-        prompts = list(dict.fromkeys(request.prompt for request in active))  # samples of one prompt read it once
-        ids, attention = _left_padded(prompts, device)  # (U, T)
-        positions = (attention.cumsum(-1) - 1).clamp(min=0)
-        rows = torch.tensor([prompts.index(request.prompt) for request in active], device=device)  # (B,)
-        cache = DynamicCache(config=inner.config)
-        for step in range(params.max_new_tokens):
-            hidden = inner.base_model(
-                input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=cache, use_cache=True
-            ).last_hidden_state[:, -1]  # (U, H) at first, then (B, H)
-            if step == 0 and len(prompts) < len(active):
-                cache.batch_select_indices(rows)
-                hidden, attention, positions = hidden[rows], attention[rows], positions[rows]
-            tokens, logprobs = sample_tokens(head.logits(hidden), numbers[:, step], params)  # (B,), (B,)
-            going = _record(active, tokens.tolist(), logprobs.tolist(), stops)  # ends are decided on the host
-            if not going:
-                return
-            # Finished rows cost as much as the others, but taking rows out copies the cache: do it when it pays.
-            if len(going) <= 0.75 * len(active):
-                keep = torch.tensor(going, device=device)
-                cache.batch_select_indices(keep)
-                active = [active[row] for row in going]
-                tokens, attention, positions, numbers = (x[keep] for x in (tokens, attention, positions, numbers))
-            ids = tokens.unsqueeze(-1)
-            attention = torch.cat([attention, attention.new_ones(len(active), 1)], dim=-1)
-            positions = positions[:, -1:] + 1
+    def abort(self, prompt_index: int, sample: int | None = None) -> None:
+        """End the running responses to a prompt, or one of them; for use from callbacks and between streamed tokens."""
+        engine = self._engine
+        if engine is None:
+            return
+        for sequence in [s for s in self._sequences if s.prompt_index == prompt_index]:
+            if sample is None or sequence.sample == sample:
+                engine.scheduler.finish(sequence, "abort")
 
-    def _rollouts(self, requests: list[_Request]) -> Rollouts:
-        lengths = [len(request.prompt) + len(request.response) for request in requests]
-        device = output_head(self.model).weight.device
-        return Rollouts(
-            input_ids=torch.tensor([i for r in requests for i in (*r.prompt, *r.response)], device=device),
-            response_mask=torch.tensor(
-                [m for r in requests for m in [False] * len(r.prompt) + [True] * len(r.response)], device=device
-            ),
-            logprobs=torch.tensor([x for r in requests for x in [0.0] * len(r.prompt) + r.logprobs], device=device),
-            cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device),
-            prompt_index=torch.tensor([request.prompt_index for request in requests], device=device),
-            texts=[decode_response(self.tokenizer, r.response) if self.tokenizer else "" for r in requests],
-            finish_reasons=[request.finish_reason for request in requests],
+    def text(self, sequence: Sequence) -> str:
+        """The response so far, up to a stop text."""
+        return decode_response(self.tokenizer, sequence.response)[: sequence.text_end] if self.tokenizer else ""
+
+    # Memory -----------------------------------------------------------------------------------------------------------
+
+    def release_memory(self) -> None:
+        """Give the memory of keys and values back, for training; the next generation takes it again."""
+        self._budget.release()
+
+    def restore_memory(self) -> None:
+        """Take the memory that was released again, now rather than at the next generation."""
+        self._budget.restore()
+
+    # Doing ------------------------------------------------------------------------------------------------------------
+
+    def _finish(
+        self,
+        sequences: list[Sequence],
+        progress: Progress | None,
+        until: Until | None,
+        on_finish: Callable[[Sequence], None] | None,
+    ) -> Rollouts:
+        total, done, started = len(sequences), 0, time.monotonic()
+        with self._engine_for(sequences) as engine:
+            for step in engine.steps():
+                for sequence in step:
+                    if sequence.is_finished and on_finish:
+                        on_finish(sequence)
+                finished = sum(s.is_finished for s in sequences)
+                if progress and finished > done:
+                    progress(finished, total)
+                done = finished
+                if until and _reached(until, engine.statistics, finished / total, time.monotonic() - started):
+                    break
+        return Rollouts.of(sequences, [self.text(s) for s in sequences], self.runner.device)
+
+    @contextlib.contextmanager
+    def _engine_for(self, sequences: list[Sequence]) -> Iterator[Engine]:
+        """An engine with these sequences in it; at the end, however it comes, no block is in use."""
+        if self._engine is not None:
+            raise RuntimeError("this generator is in use: finish or close the stream first")
+        going = [s for s in sequences if not s.is_finished]
+        pool = self._budget.pool_for(going, self.max_sequences)
+        weights = self.runner.weight_version()
+        if weights != self._weights:
+            pool.forget_prefixes()
+            self._weights, self.weight_version = weights, self.weight_version + 1
+        scheduler = Scheduler(pool, self.max_batch_tokens, self.max_sequences, self.share_prefixes)
+        engine = self._engine = Engine(self.runner, scheduler, self._stop_text)
+        engine.weight_version = self.weight_version
+        self.statistics, self._sequences = engine.statistics, going
+        for sequence in going:
+            sequence.waiting_siblings = []
+            scheduler.add(sequence)
+        try:
+            with self.runner.ready():
+                yield engine
+        except BaseException:
+            pool.forget_prefixes()  # blocks were promised that may not have been computed
+            raise
+        finally:
+            self._engine = None
+            for sequence in going:
+                pool.release(sequence)
+            _warn_of_errors(going)
+
+    def _stop_text(self, sequence: Sequence) -> int | None:
+        """Where the first stop text of a response begins, if it is there."""
+        assert self.tokenizer is not None
+        text = decode_response(self.tokenizer, sequence.response)
+        return min((at for stop in sequence.params.stop if (at := text.find(stop)) >= 0), default=None)
+
+
+def _reached(until: Until, statistics: Statistics, share: float, seconds: float) -> bool:
+    return (
+        (until.tokens is not None and statistics.sampled_tokens >= until.tokens)
+        or (until.seconds is not None and seconds >= until.seconds)
+        or (until.share is not None and share >= until.share)
+    )
+
+
+def _warn_of_errors(sequences: list[Sequence]) -> None:
+    failed = [s for s in sequences if s.finish_reason == "error"]
+    if failed:
+        first = failed[0]
+        warnings.warn(
+            f"{len(failed)} of {len(sequences)} responses ended in logits that are not finite, the first to prompt "
+            f"{first.prompt_index} (sample {first.sample}) at token {len(first.response)} of the response; "
+            "their finish reason is 'error'",
+            RuntimeWarning,
+            stacklevel=4,
         )
-
-
-def _left_padded(prompts: list[tuple[int, ...]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask (U, T), padded on the left so that every row's next token comes at one place."""
-    width = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), width, dtype=torch.int64)
-    attention = torch.zeros(len(prompts), width, dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        attention[row, width - len(prompt) :] = 1
-    return ids.to(device), attention.to(device)
-
-
-@contextlib.contextmanager
-def _evaluating(model: Model) -> Iterator[None]:
-    """Without dropout; afterwards every module is in its own mode again."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _record(active: list[_Request], tokens: list[int], logprobs: list[float], stops: set[int]) -> list[int]:
-    """Append one token to every unfinished request; return the rows that go on."""
-    going = []
-    for row, (request, token, logprob) in enumerate(zip(active, tokens, logprobs, strict=True)):
-        if request.finish_reason == "stop":
-            continue
-        request.response.append(token)
-        request.logprobs.append(logprob)
-        if token in stops:
-            request.finish_reason = "stop"
-        else:
-            going.append(row)
-    return going

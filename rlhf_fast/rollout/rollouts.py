@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from collections import abc
+from dataclasses import dataclass, field
 
 import torch
 
 from rlhf_fast.data.batches import Example
+from rlhf_fast.rollout.sequence import Sequence
 
 
 @dataclass(frozen=True)
@@ -16,21 +18,55 @@ class Rollouts:
 
     input_ids: torch.Tensor  # (N,) int64
     response_mask: torch.Tensor  # (N,) bool: true on response tokens, the end token included
-    logprobs: torch.Tensor  # (N,) float32: of each response token when it was sampled; 0 on the prompt
+    logprobs: torch.Tensor  # (N,) float32: of response tokens under softmax(logits / temperature), as training has it
+    sampled_logprobs: torch.Tensor  # (N,) float32: of the same under what was sampled from: penalties, top_k, top_p
+    entropy: torch.Tensor  # (N,) float32: of the distribution that each response token was drawn from, before cuts
     cu_seqlens: torch.Tensor  # (B + 1,) int32: where each sequence starts
     prompt_index: torch.Tensor  # (B,) int64: which prompt each sequence answers
     texts: list[str]  # the responses, without special tokens
-    finish_reasons: list[str]  # "stop" (ended by itself) or "length" (cut by max_new_tokens)
+    # "stop" (ended by itself), "length" (cut by max_new_tokens), "unfinished" (see until=), "abort", or "error" (logits
+    # that were not finite)
+    finish_reasons: list[str]
+    sequences: tuple[Sequence, ...] = field(default=(), repr=False)  # what Generator.resume goes on from
 
     def __len__(self) -> int:
         return len(self.texts)
 
+    @staticmethod
+    def of(sequences: abc.Sequence[Sequence], texts: list[str], device: torch.device) -> Rollouts:
+        def packed(name: str) -> torch.Tensor:
+            rows = [[0.0] * len(s.prompt) + getattr(s, name) for s in sequences]
+            return torch.tensor([x for row in rows for x in row], dtype=torch.float32, device=device)
+
+        lengths = [len(s) for s in sequences]
+        return Rollouts(
+            input_ids=torch.tensor([i for s in sequences for i in s.tokens(0, len(s))], device=device),
+            response_mask=torch.tensor(
+                [m for s in sequences for m in [False] * len(s.prompt) + [True] * len(s.response)], device=device
+            ),
+            logprobs=packed("logprobs"),
+            sampled_logprobs=packed("sampled_logprobs"),
+            entropy=packed("entropies"),
+            cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device),
+            prompt_index=torch.tensor([s.prompt_index for s in sequences], device=device),
+            texts=texts,
+            finish_reasons=[s.finish_reason or "unfinished" for s in sequences],
+            sequences=tuple(sequences),
+        )
+
     def examples(self) -> list[Example]:
-        """The sequences as examples for training."""
+        """The sequences as examples for training.
+
+        Raises:
+            ValueError: a sequence has no response (it failed, or was ended before its first token).
+        """
         ids, masks = self.input_ids.tolist(), self.response_mask.tolist()
-        bounds = self.cu_seqlens.tolist()
         examples = []
-        for start, end in itertools.pairwise(bounds):
+        for i, (start, end) in enumerate(itertools.pairwise(self.cu_seqlens.tolist())):
+            if not any(masks[start:end]):
+                raise ValueError(
+                    f"rollouts: sequence {i} has no response (finish reason {self.finish_reasons[i]!r}); leave it out"
+                )
             split = start + masks[start:end].index(True)
             examples.append(Example(tuple(ids[start:split]), tuple(ids[split:end])))
         return examples

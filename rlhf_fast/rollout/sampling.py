@@ -1,27 +1,39 @@
-"""How a response is sampled, and the sampling itself."""
+"""How a response is sampled: the settings of a request, and its random numbers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
-import torch
-
-from rlhf_fast import ops
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """What to sample. Same seed, same prompt at the same place, same samples: whatever else is in the batch.
 
+    Logits are changed by penalties, `logit_bias`, `bad_words` and `min_new_tokens` first, then divided by the
+    temperature, then cut by top_k, by top_p of what that leaves, and by min_p.
+
     Args:
         n: responses for each prompt.
         temperature: divides the logits; 0.0 takes the likeliest token.
         top_k: keep only the k likeliest tokens; 0 keeps all.
-        top_p: keep the likeliest tokens that together reach this probability; 1.0 keeps all.
+        top_p: keep the likeliest tokens that together reach this share of the probability; 1.0 keeps all.
+        min_p: keep only tokens at least this many times as likely as the likeliest; 0.0 keeps all.
+        repetition_penalty: logits of tokens in the prompt or the response so far are divided by it where positive and
+            multiplied where negative (Keskar et al. 2019, arXiv 1909.05858); 1.0 for none.
+        presence_penalty: taken from the logits of tokens in the response so far.
+        frequency_penalty: taken from them once for each time they are there.
+        logit_bias: token id -> added to its logit.
+        bad_words: texts or token-id sequences that must not be completed.
         max_new_tokens: a response that has not ended by then is cut, with finish reason "length".
+        min_new_tokens: no end token before that many tokens.
         stop_token_ids: tokens that end a response, besides the tokenizer's end token.
-        ignore_eos: go on to `max_new_tokens` whatever is sampled.
+        stop: texts that end a response; the text stops before them, the tokens are kept as they were sampled.
+        ignore_eos: the tokenizer's end token does not end a response.
         seed: of the random numbers.
     """
 
@@ -29,8 +41,16 @@ class SamplingParams:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    bad_words: tuple[str | tuple[int, ...], ...] = ()
     max_new_tokens: int = 128
+    min_new_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     seed: int = 0
 
@@ -39,58 +59,75 @@ class SamplingParams:
             raise ValueError(f"n: {self.n} responses were asked for; expected at least 1")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: {self.max_new_tokens}; expected at least 1")
-        if not 0.0 <= self.temperature < float("inf"):
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens: {self.min_new_tokens}; expected 0 to max_new_tokens = {self.max_new_tokens}"
+            )
+        if not 0.0 <= self.temperature < math.inf:
             raise ValueError(f"temperature: {self.temperature}; expected 0.0 (greedy) or a positive number")
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p: {self.top_p}; expected more than 0.0 and at most 1.0")
+        if not 0.0 <= self.min_p < 1.0:
+            raise ValueError(f"min_p: {self.min_p}; expected at least 0.0 and less than 1.0")
         if self.seed < 0:
             raise ValueError(f"seed: {self.seed}; expected 0 or a positive number")
         if self.top_k < 0:
             raise ValueError(f"top_k: {self.top_k}; expected 0 (all tokens) or a positive number")
+        if not 0.0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty: {self.repetition_penalty}; expected a positive number, 1.0 for none")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}: {getattr(self, name)}; expected a finite number, 0.0 for none")
+        if any(math.isnan(x) or x == math.inf for x in self.logit_bias.values()):
+            raise ValueError("logit_bias: expected finite numbers, or -inf to ban a token")
+        for name in ("stop", "bad_words"):
+            if isinstance(getattr(self, name), str):
+                raise TypeError(f"{name}: got one string; expected a tuple of them")
+            if not all(len(one) for one in getattr(self, name)):
+                raise ValueError(f"{name}: an empty text is among them")
+        if self.temperature == 0.0 and self.n > 1:
+            raise ValueError(f"n: {self.n} responses at temperature 0.0 would all be the same; expected 1")
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether the logits of some step are changed before they are sampled from."""
+        return bool(
+            self.repetition_penalty != 1.0
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.logit_bias
+            or self.bad_words
+            or self.min_new_tokens
+        )
 
 
-def uniforms(seed: int, prompt: int, sample: int, count: int) -> np.ndarray:
-    """`count` numbers in [0, 1), one for each position of one response: a counter-based stream (Philox).
+_CHUNK = 64  # numbers made at a time
 
-    Every response has a key of its own, so its numbers do not depend on the batch that it is sampled in.
+
+def uniforms(seed: int, prompt: int, sample: int, count: int, start: int = 0) -> np.ndarray:
+    """Numbers `start` to `start + count` in [0, 1), one for each position of one response.
+
+    A counter-based stream (Philox; Salmon et al. 2011): every response has a key of its own, so its numbers do not
+    depend on the batch that it is sampled in, and any of them can be had without those before it. `start` is a
+    multiple of 4, the numbers of one count.
     """
-    key = np.random.SeedSequence(entropy=(seed, prompt, sample)).generate_state(2, np.uint64)
-    return np.random.Generator(np.random.Philox(key=key)).random(count)
+    bits = np.random.Philox(key=_key(seed, prompt, sample))
+    return np.random.Generator(bits.advance(start // 4)).random(count)
 
 
-def sample_tokens(
-    logits: torch.Tensor, uniform: torch.Tensor, params: SamplingParams
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw a token for each row by inverting the cumulative distribution.
-
-    Args:
-        logits: (B, V), any float dtype.
-        uniform: (B,) float64 in [0, 1).
-
-    Returns:
-        tokens (B,) int64, and logprobs (B,) float32: under softmax(logits / temperature) over the whole vocabulary,
-        that is, before top_k and top_p (and at temperature 1 when greedy), as training computes them.
-    """
-    if params.temperature == 0.0:
-        tokens = logits.argmax(dim=-1)
-    else:
-        probabilities = _filtered(torch.softmax(logits.float() / params.temperature, dim=-1), params)  # (B, V)
-        cumulative = probabilities.double().cumsum(dim=-1)  # in float64: 50,000 small terms lose bits in float32
-        threshold = (uniform * cumulative[:, -1]).unsqueeze(-1)
-        tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
-        tokens = tokens.clamp(max=logits.shape[-1] - 1)
-    logprobs, _ = ops.token_logprobs(logits, tokens, temperature=params.temperature or 1.0)
-    return tokens, logprobs.float()
+@functools.lru_cache(maxsize=4096)
+def _key(seed: int, prompt: int, sample: int) -> np.ndarray:
+    return np.random.SeedSequence(entropy=(seed, prompt, sample)).generate_state(2, np.uint64)
 
 
-def _filtered(probabilities: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """The probabilities (B, V) with what top_k and top_p cut set to zero, not renormalised."""
-    if params.top_k == 0 and params.top_p == 1.0:
-        return probabilities
-    ordered, index = probabilities.sort(dim=-1, descending=True)
-    before = ordered.cumsum(dim=-1) - ordered  # probability of all likelier tokens
-    keep = before < params.top_p
-    if params.top_k:
-        keep[:, params.top_k :] = False
-    keep[:, 0] = True
-    return torch.zeros_like(probabilities).scatter(-1, index, torch.where(keep, ordered, 0.0))
+class Uniforms:
+    """The random numbers of one response, made as they are needed."""
+
+    def __init__(self, seed: int, prompt: int, sample: int) -> None:
+        self._whose = (seed, prompt, sample)
+        self._made: list[float] = []
+
+    def __getitem__(self, position: int) -> float:
+        while position >= len(self._made):
+            self._made += uniforms(*self._whose, _CHUNK, len(self._made)).tolist()
+        return self._made[position]

@@ -84,14 +84,19 @@ class Backend:
 
     def _to(self, x: Any) -> Any:
         if isinstance(x, tuple):
-            return tuple(self._to(y) for y in x)
+            moved = [self._to(y) for y in x]
+            return type(x)(*moved) if hasattr(x, "_fields") else tuple(moved)
+        if isinstance(x, list):
+            return [self._to(y) for y in x]
         return x.to(self.device) if isinstance(x, Tensor) else x
 
 
 def _to_cpu(x: Any) -> Any:
     if isinstance(x, dict):
         return {key: _to_cpu(y) for key, y in x.items()}
-    return x.cpu() if isinstance(x, Tensor) else tuple(_to_cpu(y) for y in x)
+    if x is None or isinstance(x, Tensor):
+        return None if x is None else x.cpu()
+    return tuple(_to_cpu(y) for y in x)
 
 
 @pytest.fixture
@@ -117,6 +122,16 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 def kernel_backend(request: pytest.FixtureRequest) -> Backend:
     """The backends that have kernels of their own."""
     return _make(request)
+
+
+def only(*names: str) -> Any:
+    """A fixture of some of the backends, for ops that do not have all."""
+
+    @pytest.fixture(params=[_param(name) for name in names])
+    def some(request: pytest.FixtureRequest) -> Backend:
+        return _make(request)
+
+    return some
 
 
 @pytest.fixture(autouse=True)

@@ -55,10 +55,23 @@ def test_a_response_is_the_same_alone_and_in_any_batch(lively: tuple[Any, Any]) 
     whole = Generator(*lively).generate(PROMPTS, params)
     lengths = [len(response) for response in responses(whole)]
     assert min(lengths) < 8 and max(lengths) == 16, "rows must end at different times, so that batches are compacted"
-    for batch_size in (1, 3, 4):
-        again = Generator(*lively, batch_size=batch_size).generate(PROMPTS, params)
+    settings: list[dict[str, Any]] = [
+        {"max_sequences": 1},
+        {"max_sequences": 4},
+        {"max_batch_tokens": 1},
+        {"max_batch_tokens": 7},
+        {"share_prefixes": False},
+        {"kv_bytes": 4 * 32 * 2 * 2 * 2 * 16 * 4},  # four blocks
+    ]
+    for one in settings:
+        again = Generator(*lively, **one).generate(PROMPTS, params)
         assert responses(again) == responses(whole)
         assert (again.texts, again.finish_reasons) == (whole.texts, whole.finish_reasons)
+        assert torch.equal(again.logprobs, whole.logprobs), "not a bit"
+        assert torch.equal(again.entropy, whole.entropy)
+    for one in ({"block_size": 16}, {"fast": False}):  # sums in another order
+        again = Generator(*lively, **one).generate(PROMPTS, params)
+        assert responses(again) == responses(whole)
         torch.testing.assert_close(again.logprobs, whole.logprobs, rtol=0, atol=1e-5)
     alone = Generator(*lively).generate(PROMPTS[:1], params)
     assert responses(alone) == responses(whole)[:3]
@@ -194,9 +207,10 @@ def test_a_bad_prompt_is_an_error_before_anything_is_computed(
     def compute(*arguments: Any, **options: Any) -> None:
         raise AssertionError("the model was run")
 
+    generator = Generator(*tiny)
     monkeypatch.setattr(tiny[0].model, "forward", compute)
     with pytest.raises(error, match=message):
-        Generator(*tiny).generate(prompts, SamplingParams(max_new_tokens=4))
+        generator.generate(prompts, SamplingParams(max_new_tokens=4))
 
 
 def test_a_response_may_fill_the_context_to_its_end(family_config: Callable[..., Any]) -> None:
@@ -208,15 +222,33 @@ def test_a_response_may_fill_the_context_to_its_end(family_config: Callable[...,
             generator.generate([[5] * 121], params)
 
 
-def test_batch_size_is_at_least_one(tiny: tuple[Any, Any]) -> None:
-    with pytest.raises(ValueError, match="batch_size: 0; expected at least 1"):
-        Generator(*tiny, batch_size=0)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_sequences": 0}, "max_sequences: 0; expected at least 1"),
+        ({"max_batch_tokens": 0}, "max_batch_tokens: 0; expected at least 1"),
+        ({"block_size": 20}, "block_size: 20; expected a multiple of 16 up to 128"),
+        ({"block_size": 256}, "block_size: 256; expected a multiple of 16 up to 128"),
+        ({"kv_bytes": 100}, "kv_bytes: 100; expected at least one block, "),
+    ],
+)
+def test_a_setting_out_of_range_is_named(tiny: tuple[Any, Any], options: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Generator(*tiny, **options)
+
+
+def test_too_little_memory_for_one_sequence_says_how_much_is_needed(tiny: tuple[Any, Any]) -> None:
+    block = 32 * Generator(*tiny).runner.served.bytes_per_token
+    generator = Generator(*tiny, kv_bytes=3 * block)
+    assert len(generator.generate([[5] * 80], SamplingParams(max_new_tokens=16, ignore_eos=True)).input_ids) == 96
+    with pytest.raises(ValueError, match=f"needs {4 * block:,} bytes of keys and values, and there are {3 * block:,}"):
+        generator.generate([[5] * 81], SamplingParams(max_new_tokens=16))
 
 
 def test_progress_counts_to_the_end(tiny: tuple[Any, Any]) -> None:
     seen: list[tuple[int, int]] = []
     params = SamplingParams(n=2, max_new_tokens=2)
-    Generator(*tiny, batch_size=4).generate(PROMPTS, params, lambda done, total: seen.append((done, total)))
+    Generator(*tiny, max_sequences=4).generate(PROMPTS, params, lambda done, total: seen.append((done, total)))
     assert seen[-1] == (10, 10)
     assert seen == sorted(seen)
 
@@ -235,7 +267,8 @@ def test_the_model_is_left_as_it_was(
 
     def state() -> Any:
         return (
-            [module.training for module in model.modules()],
+            [(module.training, sorted(vars(module))) for module in model.modules()],
+            model.config._attn_implementation,
             [parameter.requires_grad for parameter in model.parameters()],
             model.config.to_dict(),
             model.generation_config.to_dict(),
@@ -244,7 +277,7 @@ def test_the_model_is_left_as_it_was(
 
     before, weights = state(), {name: value.clone() for name, value in model.state_dict().items()}
     if fails:
-        monkeypatch.setattr("rlhf_fast.rollout.generator.sample_tokens", lambda *a: (_ for _ in ()).throw(KeyError()))
+        monkeypatch.setattr("rlhf_fast.ops.sample", lambda *a: (_ for _ in ()).throw(KeyError()))
         with pytest.raises(KeyError):
             Generator(model, tokenizer).generate(PROMPTS, params)
     else:

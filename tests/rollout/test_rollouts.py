@@ -16,6 +16,8 @@ def packed(examples: list[Example]) -> Rollouts:
         input_ids=torch.tensor(ids, dtype=torch.int64),
         response_mask=torch.tensor(mask, dtype=torch.bool),
         logprobs=-torch.arange(len(ids), dtype=torch.float32) * torch.tensor(mask, dtype=torch.float32),
+        sampled_logprobs=torch.zeros(len(ids)),
+        entropy=torch.zeros(len(ids)),
         cu_seqlens=lengths.cumsum(0).to(torch.int32),
         prompt_index=torch.arange(len(examples)),
         texts=["text"] * len(examples),

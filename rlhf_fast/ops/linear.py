@@ -1,0 +1,77 @@
+"""linear and rms_norm for inference: the products of a few rows with wide weights, where libraries are far from the
+limit. A row's bits do not depend on the other rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.ops import _checks, _compiled, _dispatch, reference
+
+BACKENDS = ("cpu", "reference")
+GATES = ("none", "silu", "gelu_tanh")
+
+
+class Weight(NamedTuple):
+    """What a linear layer multiplies by: x @ weight.T + bias + scaling * (x @ a.T) @ b.T."""
+
+    weight: Tensor  # (n, K)
+    bias: Tensor | None = None  # (n,)
+    lora: tuple[Tensor, Tensor, float] | None = None  # (r, K), (n, r), scaling
+
+
+def linear(x: Tensor, weights: Sequence[Weight], gate: str = "none") -> list[Tensor]:
+    """x times up to three weights that read the same rows, in one launch. Inference only: no gradients.
+
+    Args:
+        x: (M, K), float32, bfloat16 or float16.
+        weights: one to three, in x's dtype, each with its bias and low-rank adapter if it has them.
+        gate: "silu" or "gelu_tanh": two weights give f(x @ w0.T) * (x @ w1.T), and that is the only result.
+
+    Returns:
+        (M, n) for each weight, or the one that is gated; sums are float32, in one fixed order for each element.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices do not fit.
+    """
+    _checks.floats(x=x)
+    _checks.option("gate", gate, GATES)
+    if x.dim() != 2:
+        raise ValueError(f"x: shape {tuple(x.shape)}, expected (M, K)")
+    if not 1 <= len(weights) <= 3 or (gate != "none" and len(weights) != 2):
+        raise ValueError(f"weights: {len(weights)}, expected {'2 with a gate' if gate != 'none' else '1 to 3'}")
+    for one in weights:
+        if one.weight.dim() != 2 or one.weight.shape[1] != x.shape[1] or one.weight.dtype != x.dtype:
+            raise ValueError(
+                f"weights: shape {tuple(one.weight.shape)} of {one.weight.dtype}, "
+                f"expected (n, {x.shape[1]}) of {x.dtype} like x"
+            )
+    backend = _dispatch.choose("linear", BACKENDS, x)
+    if backend == "reference":
+        return reference.linear(x, weights, gate)
+    return _compiled.Linear(weights, GATES.index(gate))(x if x.stride(1) == 1 else x.contiguous())
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * (offset + weight) along the last dimension. Inference only: no gradients.
+
+    Args:
+        x: (..., H), float32, bfloat16 or float16.
+        weight: (H,), in x's dtype.
+
+    Source: Zhang & Sennrich 2019, arXiv 1910.07467.
+    """
+    _checks.floats(x=x)
+    _checks.shapes(x.shape[-1:], "the last dimension of x", weight=weight)
+    backend = _dispatch.choose("rms_norm", BACKENDS, x)
+    if backend == "reference" or weight.dtype != x.dtype:
+        return reference.rms_norm(x, weight, eps, offset)
+    return _compiled.rms_norm(x, weight, eps, offset)
+
+
+def usable(x: Tensor) -> bool:
+    """Whether tensors like x can be multiplied by the compiled kernels, in the dtype that those are made for."""
+    return _compiled.cpu is not None and x.device.type == "cpu" and x.dtype == torch.float32

@@ -1,0 +1,153 @@
+"""paged_attention and write_kv: causal attention of packed tokens over keys and values that lie in blocks. Inference
+only: no gradients."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.ops import _checks, _compiled, _dispatch, reference
+
+BACKENDS = ("cpu", "reference")
+MOST_DIM = 256  # of a head, on kernels
+BLOCK_SIZES = range(16, 129, 16)
+
+
+class KVCache(NamedTuple):
+    """The keys and values of one layer, in blocks; what lies beyond a head's dimension is zero.
+
+    The last but one size of `keys`, and the last of `values`, is the width: `dim` rounded up to a multiple of 16.
+    """
+
+    keys: Tensor  # (blocks, kv_heads, width, block_size)
+    values: Tensor  # (blocks, kv_heads, block_size, width)
+    dim: int
+
+    @property
+    def block_size(self) -> int:
+        return self.keys.shape[3]
+
+    @staticmethod
+    def new(blocks: int, kv_heads: int, dim: int, block_size: int, like: Tensor) -> KVCache:
+        """Zeros, in the dtype and on the device of `like`."""
+        width = -(-dim // 16) * 16
+        return KVCache(
+            like.new_zeros(blocks, kv_heads, width, block_size),
+            like.new_zeros(blocks, kv_heads, block_size, width),
+            dim,
+        )
+
+
+class PagedBatch(NamedTuple):
+    """Where the packed queries of a step stand. All int32, contiguous, and on the device of the queries.
+
+    Sequence b has queries `cu_queries[b] : cu_queries[b + 1]`, which are the last ones of its `contexts[b]` positions.
+    Consecutive sequences form groups, `groups[g] : groups[g + 1]`, whose first `shared[g]` blocks are the same and
+    lie before their queries: those are read once for the group. No result depends on how sequences are grouped.
+    """
+
+    tables: Tensor  # (B, most blocks): the blocks of each sequence in order
+    cu_queries: Tensor  # (B + 1,)
+    contexts: Tensor  # (B,)
+    groups: Tensor  # (G + 1,)
+    shared: Tensor  # (G,)
+
+    @staticmethod
+    def of(tables: Tensor, cu_queries: Tensor, contexts: Tensor) -> PagedBatch:
+        """Every sequence a group of its own."""
+        count = contexts.shape[0]
+        groups = torch.arange(count + 1, dtype=torch.int32, device=contexts.device)
+        return PagedBatch(tables, cu_queries, contexts, groups, torch.zeros_like(groups[:count]))
+
+
+def paged_attention(
+    query: Tensor,
+    cache: KVCache,
+    batch: PagedBatch,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    window: int = 0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """softmax(softcap(scale * q . k)) v over the keys of each query's own sequence, up to its own position.
+
+    Online softmax over blocks in the order of positions. A token's result depends on its own sequence alone: the same
+    bits alone and in any batch, in any chunks, with shared blocks or without.
+
+    Args:
+        query: (N, heads, dim), packed as `batch` says; float32, bfloat16 or float16 like the cache. Query head h
+            reads key head h // (heads // kv_heads).
+        cache: keys and values, those of the queries' own positions included (see `write_kv`).
+        scale: of the scores; dim ** -0.5 if None.
+        softcap: scores become softcap * tanh(score / softcap); 0 for none.
+        window: a query sees this many keys, its own included; 0 for all.
+        sinks: (heads,) float32: a logit per head that takes part in the softmax and has no value.
+
+    Returns:
+        (N, heads, dim), in the dtype of `query`.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices do not fit.
+
+    Source: Kwon et al. 2023, arXiv 2309.06180 (paged keys); Milakov & Gimelshein 2018, arXiv 1805.02867
+        (online softmax).
+    """
+    _checks.floats(query=query)
+    _checks.devices(query=query, keys=cache.keys, tables=batch.tables)
+    n, heads, dim = query.shape
+    kv_heads = cache.keys.shape[1]
+    if dim != cache.dim or heads % kv_heads:
+        raise ValueError(
+            f"query: shape {tuple(query.shape)}, expected (N, a multiple of {kv_heads}, {cache.dim}) like the cache"
+        )
+    scale = dim**-0.5 if scale is None else scale
+    backend = _dispatch.choose("paged_attention", BACKENDS, query)
+    if backend == "reference" or dim > MOST_DIM or cache.block_size not in BLOCK_SIZES:
+        return reference.paged_attention(query, cache, batch, scale, softcap, window, sinks)
+    out = torch.empty(n, heads, dim, dtype=query.dtype, device=query.device)
+    if query.stride(2) != 1:
+        query = query.contiguous()
+    kernels(backend).forward(query, cache, batch, scale, softcap, window, sinks, out)
+    return out
+
+
+def write_kv(
+    cache: KVCache,
+    key: Tensor,
+    value: Tensor,
+    slots: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    query: Tensor | None = None,
+) -> None:
+    """Write the keys and values of new tokens into their places, in one launch with their rotation if asked for.
+
+    Args:
+        cache: written to.
+        key, value: (N, kv_heads, dim), in the cache's dtype.
+        slots: (N,) int64: block * block_size + position in the block.
+        cos, sin: (N, dim): the keys, and `query` (N, heads, dim) in place, become x * cos + rotate_half(x) * sin
+            first (RoPE, Su et al. 2021, arXiv 2104.09864).
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices do not fit.
+    """
+    _checks.integers(slots=slots)
+    _checks.devices(keys=cache.keys, key=key, value=value, slots=slots)
+    expected = (slots.shape[0], cache.keys.shape[1], cache.dim)
+    _checks.shapes(expected, "the cache", key=key, value=value)
+    if key.dtype != cache.keys.dtype:
+        raise TypeError(f"key: {key.dtype}, expected {cache.keys.dtype} like the cache")
+    backend = _dispatch.choose("write_kv", BACKENDS, key)
+    if backend == "reference" or cache.dim > MOST_DIM:
+        return reference.write_kv(cache, key, value, slots, cos, sin, query)
+    if key.stride(2) != 1 or value.stride(2) != 1:
+        key, value = key.contiguous(), value.contiguous()
+    kernels(backend).write(cache, key, value, slots, cos, sin, query)
+
+
+def kernels(backend: str) -> Any:
+    """The kernels of a backend: forward and write (see csrc/common/paged_attention.h)."""
+    return _compiled.PagedAttention(backend)

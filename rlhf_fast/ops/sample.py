@@ -1,0 +1,75 @@
+"""sample: a token for each row of logits, and what is known of the distribution that it was drawn from."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.ops import _checks, _compiled, _dispatch, reference
+
+BACKENDS = ("cpu", "reference")
+
+
+class Samples(NamedTuple):
+    tokens: Tensor  # (B,) int64
+    logprobs: Tensor  # (B,) float32: under softmax(logits / temperature), nothing cut
+    kept: Tensor  # (B,) float32: the probability of all that top_k, top_p and min_p left; 1 for all
+    entropy: Tensor  # (B,) float32: of softmax(logits / temperature), in nats
+
+
+def sample(
+    logits: Tensor,
+    uniform: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+) -> Samples:
+    """Draw a token for each row by inverting the cumulative distribution. No row depends on another.
+
+    Of softmax(logits / temperature) the `top_k` likeliest tokens stay; of those, the likeliest that together reach
+    `top_p` of their probability; and those at least `min_p` times as likely as the likeliest. Equally likely tokens
+    rank by their number. The log-probability under what was sampled from is `logprobs - log(kept)`.
+
+    Args:
+        logits: (B, V), float32, bfloat16, float16 or float64. -inf bans a token.
+        uniform: (B,) float64 in [0, 1).
+        temperature: (B,) float32; 0 takes the likeliest token (of equals the first), of softmax(logits).
+        top_k: (B,) int32; 0 for all.
+        top_p: (B,) float32 in (0, 1].
+        min_p: (B,) float32 in [0, 1).
+
+    Returns:
+        `Samples`. Where a row is no distribution (nan, inf, or nothing but -inf) the token is -1 and the rest nan.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices do not fit.
+    """
+    _checks.floats(logits=logits)
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits: shape {tuple(logits.shape)}, expected (B, V)")
+    options = {"uniform": uniform, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    _checks.devices(logits=logits, **options)
+    _checks.shapes(logits.shape[:1], "the rows of logits", **options)
+    backend = _dispatch.choose("sample", BACKENDS, logits)
+    if backend == "reference":
+        return Samples(*reference.sample(logits, uniform, temperature, top_k, top_p, min_p))
+    rows = logits.shape[0]
+    results = Samples(
+        torch.empty(rows, dtype=torch.int64, device=logits.device),
+        *(torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(3)),
+    )
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    kernels(backend).forward(
+        logits, temperature.float().contiguous(), top_k.int().contiguous(), top_p.float().contiguous(),
+        min_p.float().contiguous(), uniform.double().contiguous(), results,
+    )  # fmt: skip
+    return results
+
+
+def kernels(backend: str) -> Any:
+    """The kernel of a backend: forward (see csrc/common/sample.h)."""
+    return _compiled.Sample(backend)

@@ -1,0 +1,151 @@
+"""schedule -> run -> sample -> postprocess: one step of generation, over and over."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import abc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from rlhf_fast import ops
+from rlhf_fast.ops.sample import Samples
+from rlhf_fast.rollout.processors import process
+from rlhf_fast.rollout.runner import ModelRunner
+from rlhf_fast.rollout.scheduler import Scheduler, Work
+from rlhf_fast.rollout.sequence import Sequence
+
+
+@dataclass
+class Statistics:
+    """What has been done since these were made."""
+
+    steps: int = 0
+    computed_tokens: int = 0  # that went through the model
+    sampled_tokens: int = 0
+    seconds: float = 0.0  # inside steps
+    sequences: int = 0  # that ran, summed over steps
+    kv_reads: int = 0  # positions that attention read, summed over sequences and steps
+    reused_tokens: int = 0  # whose keys and values were there already
+    preemptions: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.sampled_tokens / max(self.seconds, 1e-9)
+
+    @property
+    def occupancy(self) -> float:
+        """Sequences in a step, on average."""
+        return self.sequences / max(self.steps, 1)
+
+
+class Engine:
+    """Steps of a model over all the sequences that were added."""
+
+    def __init__(self, runner: ModelRunner, scheduler: Scheduler, stop_text: Callable[[Sequence], int | None]) -> None:
+        self.runner, self.scheduler, self._stop_text = runner, scheduler, stop_text
+        self.statistics = Statistics()
+        self.weight_version = 0
+
+    def step(self) -> list[Sequence]:
+        """Compute one step; returns the sequences that got a token, or failed."""
+        started = time.monotonic()
+        work = self.scheduler.schedule()
+        logits = self.runner.run(work)  # (S, V)
+        self._count(work)
+        asking = self._postprocess(work)
+        if asking:
+            rows = torch.tensor([row for row, _ in asking], device=logits.device)
+            self._sample(logits if len(rows) == len(logits) else logits[rows], [sequence for _, sequence in asking])
+        self.statistics.seconds += time.monotonic() - started
+        return [sequence for _, sequence in asking]
+
+    def steps(self) -> Iterator[list[Sequence]]:
+        """Until nothing waits or runs."""
+        while not self.scheduler.is_empty():
+            yield self.step()
+
+    def _postprocess(self, work: list[Work]) -> list[tuple[int, Sequence]]:
+        """Note what was computed; returns who samples, each with its row of logits: siblings share their prompt's."""
+        asking: list[tuple[int, Sequence]] = []
+        moves: list[tuple[int, int]] = []
+        sampling = [w.samples for w in work]
+        rows = iter(range(len(work)))
+        for one, samples in zip(work, sampling, strict=True):
+            one.sequence.computed += one.count
+            if samples:
+                row = next(rows)
+                asking.append((row, one.sequence))
+                for sibling, move in self.scheduler.fork(one.sequence):
+                    asking.append((row, sibling))
+                    moves += [] if move is None else [move]
+        self.runner.copy(moves)
+        return asking
+
+    def _sample(self, logits: torch.Tensor, sequences: abc.Sequence[Sequence]) -> None:
+        """Draw a token for each sequence and give it to it."""
+        changed = [row for row, sequence in enumerate(sequences) if sequence.params.changes_logits]
+        raw = logits[changed] if changed else logits
+        if changed:
+            logits = logits.clone()  # siblings may share a row's memory, and the raw ones are needed
+            for row in changed:
+                process(logits[row], sequences[row])
+        found = self._draw(logits, sequences)
+        logprobs = found.logprobs
+        if changed:  # as training computes them: nothing penalised
+            whose = torch.tensor(changed, device=logits.device)
+            ours, _ = ops.token_logprobs(
+                raw, found.tokens[whose].clamp(min=0), temperature=self._column(sequences, changed)
+            )
+            logprobs = logprobs.index_copy(0, whose, ours.float())
+        sampled = found.logprobs - found.kept.log()
+        columns = (found.tokens, logprobs, sampled, found.entropy)
+        for sequence, *drawn in zip(sequences, *(column.tolist() for column in columns), strict=True):  # one wait
+            self._take(sequence, *drawn)
+
+    def _draw(self, logits: torch.Tensor, sequences: abc.Sequence[Sequence]) -> Samples:
+        params, device = [s.params for s in sequences], logits.device
+
+        def column(values: list[float], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        return ops.sample(
+            logits,
+            column([s.uniforms[len(s.response)] for s in sequences], torch.float64),
+            column([p.temperature for p in params]),
+            column([p.top_k for p in params], torch.int32),
+            column([p.top_p for p in params]),
+            column([p.min_p for p in params]),
+        )
+
+    def _column(self, sequences: abc.Sequence[Sequence], rows: list[int]) -> torch.Tensor:
+        temperatures = [sequences[row].params.temperature or 1.0 for row in rows]
+        return torch.tensor(temperatures, device=self.runner.device)
+
+    def _take(self, sequence: Sequence, token: int, logprob: float, sampled: float, entropy: float) -> None:
+        if token < 0 or math.isnan(logprob):
+            self.scheduler.finish(sequence, "error")
+            return
+        sequence.response.append(token)
+        sequence.logprobs.append(logprob)
+        sequence.sampled_logprobs.append(sampled)
+        sequence.entropies.append(entropy)
+        sequence.weight_versions.append(self.weight_version)
+        self.statistics.sampled_tokens += 1
+        if token in sequence.stop_token_ids:
+            self.scheduler.finish(sequence, "stop")
+        elif sequence.params.stop and (end := self._stop_text(sequence)) is not None:
+            sequence.text_end = end
+            self.scheduler.finish(sequence, "stop")
+        elif len(sequence.response) >= sequence.params.max_new_tokens:
+            self.scheduler.finish(sequence, "length")
+
+    def _count(self, work: list[Work]) -> None:
+        statistics = self.statistics
+        statistics.steps += 1
+        statistics.sequences += len(work)
+        statistics.computed_tokens += sum(w.count for w in work)
+        statistics.kv_reads += sum(w.sequence.computed + w.count for w in work)
+        statistics.reused_tokens, statistics.preemptions = self.scheduler.pool.hits, self.scheduler.preemptions

@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rlhf_fast import ops
+from rlhf_fast.ops.paged_attention import KVCache, PagedBatch
+from tests.ops import cases
+from tests.ops.compare import assert_no_worse_than_torch
+from tests.ops.conftest import Backend, only
+
+kernel_backend = only("cpu")
+
+
+class Problem(NamedTuple):
+    """Sequences whose keys and values are in blocks, and whose last tokens ask."""
+
+    query: Tensor  # (N, heads, dim)
+    cache: KVCache
+    batch: PagedBatch
+    keys: list[Tensor]  # of each sequence, (context, kv heads, dim)
+    values: list[Tensor]
+
+    def order(self, order: Sequence[int]) -> Problem:
+        """The same sequences in another order."""
+        parts = self.query.split(self.batch.cu_queries.diff().tolist())
+        counts = self.batch.cu_queries.diff()[list(order)]
+        batch = PagedBatch.of(
+            self.batch.tables[list(order)],
+            torch.tensor([0, *counts.tolist()]).cumsum(0).int(),
+            self.batch.contexts[list(order)],
+        )
+        pick = [self.keys[i] for i in order], [self.values[i] for i in order]
+        return Problem(torch.cat([parts[i] for i in order]), self.cache, batch, *pick)
+
+
+def problem(
+    contexts: Sequence[int],
+    counts: Sequence[int],
+    heads: int = 4,
+    kv_heads: int = 2,
+    dim: int = 16,
+    block_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    shared: int = 0,
+    seed: int = 0,
+) -> Problem:
+    """All sequences begin with the same `shared` blocks. What no sequence holds is nan."""
+    generator = torch.Generator().manual_seed(seed)
+    needs = [-(-context // block_size) for context in contexts]
+    free = iter((torch.randperm(sum(needs) + 3, generator=generator)).tolist())
+    first = [next(free) for _ in range(shared)]
+    tables = torch.full((len(contexts), max(needs)), 0, dtype=torch.int32)
+    cache = KVCache.new(sum(needs) + 3, kv_heads, dim, block_size, torch.empty(0, dtype=dtype))
+    cache.keys[:, :, :dim], cache.values[..., :dim] = math.nan, math.nan
+    everywhere = torch.randn(2, shared * block_size, kv_heads, dim, generator=generator).to(dtype)
+    keys, values = [], []
+    for b, (context, need) in enumerate(zip(contexts, needs, strict=True)):
+        tables[b, :need] = torch.tensor([*first, *(next(free) for _ in range(need - shared))], dtype=torch.int32)
+        own = torch.randn(2, context, kv_heads, dim, generator=generator).to(dtype)
+        own[:, : shared * block_size] = everywhere
+        at = torch.arange(context)
+        slots = tables[b, at // block_size].long() * block_size + at % block_size
+        ops.write_kv(cache, own[0], own[1], slots)
+        keys.append(own[0])
+        values.append(own[1])
+    cu_queries = torch.tensor([0, *counts]).cumsum(0).int()
+    query = torch.randn(sum(counts), heads, dim, generator=generator).to(dtype)
+    batch = PagedBatch.of(tables, cu_queries, torch.tensor(contexts, dtype=torch.int32))
+    return Problem(query, cache, batch, keys, values)
+
+
+def by_definition(p: Problem, options: dict[str, Any]) -> Tensor:
+    """One query and one head at a time, in float64."""
+    scale, softcap = options.get("scale") or p.cache.dim**-0.5, options.get("softcap", 0.0)
+    window, sinks = options.get("window", 0), options.get("sinks")
+    out = torch.empty(p.query.shape, dtype=torch.float64)
+    heads, kv_heads = p.query.shape[1], p.cache.keys.shape[1]
+    for b, context in enumerate(p.batch.contexts.tolist()):
+        begin, end = p.batch.cu_queries[b : b + 2].tolist()
+        for n, h in itertools.product(range(begin, end), range(heads)):
+            last = context - end + n
+            first = max(0, last + 1 - window) if window else 0
+            seen = slice(first, last + 1)
+            key, value = (x[b][seen, h * kv_heads // heads].double() for x in (p.keys, p.values))
+            scores = scale * key @ p.query[n, h].double()
+            if softcap:
+                scores = softcap * torch.tanh(scores / softcap)
+            if sinks is not None:
+                scores = torch.cat([scores, sinks[h : h + 1].double()])
+            out[n, h] = torch.softmax(scores, 0)[: len(value)] @ value
+    return out
+
+
+SHAPES: list[dict[str, Any]] = [
+    {},
+    {"heads": 9, "kv_heads": 3, "dim": 64, "block_size": 32},
+    {"heads": 6, "kv_heads": 1, "dim": 80},
+    {"heads": 3, "kv_heads": 3, "dim": 8, "block_size": 48},
+    {"heads": 2, "kv_heads": 1, "dim": 256, "block_size": 128},
+    {"heads": 5, "kv_heads": 5, "dim": 20},
+]
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"window": 5},
+    {"window": 17, "softcap": 3.0},
+    {"scale": 0.3, "sinks": torch.linspace(-1.0, 3.0, 9)},
+]
+
+
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.case_id)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: " ".join(o) or "defaults")
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s.values())) or "defaults")
+def test_values_are_no_worse_than_torch(
+    kernel_backend: Backend, shape: dict[str, Any], options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    size = shape.get("block_size", 16)
+    contexts = [1, size - 1, size, size + 1, 2 * size + 3, 3 * size]
+    p = problem(contexts, [1, 1, size, 3, 1, 2 * size + 1], **shape, dtype=dtype)
+    options = {**options, "sinks": options["sinks"][: p.query.shape[1]]} if "sinks" in options else options
+    got = kernel_backend(ops.paged_attention, p.query, p.cache, p.batch, **options)
+    assert got.dtype == dtype
+    stock = Backend("reference")(ops.paged_attention, p.query, p.cache, p.batch, **options)
+    assert_no_worse_than_torch(got, stock, by_definition(p, options).to(torch.float64))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: " ".join(o) or "defaults")
+def test_a_sequence_has_the_same_bits_in_any_batch_and_in_any_chunks(
+    kernel_backend: Backend, options: dict[str, Any]
+) -> None:
+    options = {**options, "sinks": options["sinks"][:4]} if "sinks" in options else options
+    p = problem([5, 40, 33, 70], [5, 40, 33, 70])
+
+    def run(p: Problem) -> list[Tensor]:
+        out = kernel_backend(ops.paged_attention, p.query, p.cache, p.batch, **options)
+        return list(out.split(p.batch.cu_queries.diff().tolist()))
+
+    whole = run(p)
+    order = [2, 0, 3, 1]
+    for got, i in zip(run(p.order(order)), order, strict=True):
+        assert torch.equal(got, whole[i])
+    for i in range(4):
+        assert torch.equal(run(p.order([i]))[0], whole[i])
+    # Token by token, as decoding asks, and in chunks of 7.
+    for step in (1, 7):
+        for i in range(4):
+            for begin in range(0, len(whole[i]), step):
+                end = min(begin + step, len(whole[i]))
+                place = PagedBatch.of(
+                    p.batch.tables[[i]], torch.tensor([0, end - begin]).int(), torch.tensor([end]).int()
+                )
+                start = int(p.batch.cu_queries[i])
+                query = p.query[start + begin : start + end]
+                got = kernel_backend(ops.paged_attention, query, p.cache, place, **options)
+                assert torch.equal(got, whole[i][begin:end])
+
+
+@pytest.mark.parametrize("counts", [[1] * 7, [1, 5, 2, 1, 9, 1, 3]])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: " ".join(o) or "defaults")
+def test_reading_shared_blocks_once_changes_no_bit(
+    kernel_backend: Backend, options: dict[str, Any], counts: list[int]
+) -> None:
+    options = {**options, "sinks": options["sinks"][:4]} if "sinks" in options else options
+    p = problem([50, 60, 49, 75, 90, 48 + 1, 64], counts, shared=3, seed=4)
+    alone = kernel_backend(ops.paged_attention, p.query, p.cache, p.batch, **options)
+    for groups, shared in (([0, 7], [2]), ([0, 3, 7], [2, 1]), ([0, 1, 5, 7], [0, 2, 2])):
+        batch = p.batch._replace(
+            groups=torch.tensor(groups, dtype=torch.int32), shared=torch.tensor(shared, dtype=torch.int32)
+        )
+        assert torch.equal(kernel_backend(ops.paged_attention, p.query, p.cache, batch, **options), alone)
+
+
+def test_layout_and_threads_change_no_bit(kernel_backend: Backend) -> None:
+    p = problem([50, 60, 49], [50, 3, 1])
+    want = kernel_backend(ops.paged_attention, p.query, p.cache, p.batch)
+    turned = p.query.transpose(0, 1).contiguous().transpose(0, 1)  # heads first in memory
+    spread = torch.stack([p.query, p.query], dim=-1)[..., 0]
+    before = torch.get_num_threads()
+    try:
+        for query in (turned, spread):
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                assert torch.equal(kernel_backend(ops.paged_attention, query, p.cache, p.batch), want)
+    finally:
+        torch.set_num_threads(before)
+
+
+@cases.property_test
+@given(
+    st.lists(st.tuples(st.integers(1, 70), st.integers(1, 20)), min_size=1, max_size=5), st.sampled_from([0, 1, 3, 40])
+)
+def test_any_batch_is_what_the_definition_says(sequences: list[tuple[int, int]], window: int) -> None:
+    contexts = [max(pair) for pair in sequences]
+    p = problem(contexts, [min(pair) for pair in sequences], dim=8)
+    got = ops.paged_attention(p.query, p.cache, p.batch, window=window)
+    torch.testing.assert_close(got.double(), by_definition(p, {"window": window}), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.case_id)
+@pytest.mark.parametrize(("dim", "block_size"), [(64, 32), (80, 16), (10, 16)])
+def test_writing_with_rotation_is_rotating_and_writing(
+    kernel_backend: Backend, dim: int, block_size: int, dtype: torch.dtype
+) -> None:
+    tokens, kv_heads = 23, 2
+    key, value, query = (cases.random(tokens, n, dim, seed=n, dtype=dtype) for n in (2, 3, 6))
+    value = value[:, :kv_heads]  # not contiguous
+    angle = cases.random(tokens, dim // 2, seed=9)
+    cos, sin = (torch.cat([f(angle)] * 2, dim=-1).to(dtype) for f in (torch.cos, torch.sin))
+    slots = torch.randperm(5 * block_size, generator=torch.Generator().manual_seed(0))[:tokens]
+    found = []
+    for backend in (kernel_backend, Backend("reference")):
+        cache, mine = KVCache.new(5, kv_heads, dim, block_size, key), query.clone()
+        backend(ops.write_kv, cache, key, value, slots, cos, sin, mine)
+        found.append((cache.keys, cache.values, mine))
+    assert torch.equal(found[0][1], found[1][1])
+    exact = [x.double() for x in found[1]]
+    for got, want in zip(found[0], exact, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
+    plain = KVCache.new(5, kv_heads, dim, block_size, key)
+    kernel_backend(ops.write_kv, plain, key, value, slots)
+    block, at = slots // block_size, slots % block_size
+    assert torch.equal(plain.keys[block, :, :dim, at], key) and torch.equal(plain.values[block, :, at, :dim], value)
+    assert int((plain.keys != 0).sum()) == key.numel()
+
+
+def test_bad_arguments_are_named() -> None:
+    p = problem([5], [2])
+    with pytest.raises(ValueError, match=r"query: shape \(2, 3, 16\), expected \(N, a multiple of 2, 16\)"):
+        ops.paged_attention(p.query[:, :3], p.cache, p.batch)
+    with pytest.raises(ValueError, match=r"key: shape \(2, 4, 16\), expected \(2, 2, 16\) like the cache"):
+        ops.write_kv(p.cache, p.query, p.query, torch.tensor([0, 1]))
+    with pytest.raises(TypeError, match=r"key: torch.float64, expected torch.float32"):
+        ops.write_kv(p.cache, p.query[:, :2].double(), p.query[:, :2].double(), torch.tensor([0, 1]))

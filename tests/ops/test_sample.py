@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+from torch import Tensor
+
+from rlhf_fast import ops
+from rlhf_fast.ops.sample import Samples
+from tests.ops.conftest import Backend, only
+
+backend = only("cpu", "reference")
+kernel_backend = only("cpu")
+
+LOGITS = [2.0, -1.0, 0.5, 0.4, -math.inf, 1.9, -3.0, 0.0, 0.7, -0.2]
+JUST_BELOW_ONE = np.nextafter(1.0, 0.0)
+Cuts = tuple[float, int, float, float]  # temperature, top_k, top_p, min_p
+CUTS: list[Cuts] = [
+    (1.0, 0, 1.0, 0.0),
+    (0.7, 0, 1.0, 0.0),
+    (3.0, 0, 1.0, 0.0),
+    (1.0, 3, 1.0, 0.0),
+    (1.0, 1, 1.0, 0.0),
+    (1.0, 99, 1.0, 0.0),
+    (1.0, 0, 0.6, 0.0),
+    (1.0, 0, 0.01, 0.0),
+    (1.3, 5, 0.7, 0.0),
+    (1.0, 2, 0.99, 0.0),
+    (1.0, 0, 1.0, 0.3),
+    (2.0, 6, 0.8, 0.4),
+]
+
+
+def draw(backend: Backend, logits: Tensor, uniform: Tensor, cuts: Cuts) -> Samples:
+    """With the same settings for every row."""
+    rows = len(logits)
+    temperature, top_k, top_p, min_p = cuts
+    return Samples(
+        *backend(
+            ops.sample, logits, uniform, torch.full((rows,), temperature),
+            torch.full((rows,), top_k, dtype=torch.int32), torch.full((rows,), top_p), torch.full((rows,), min_p),
+        )
+    )  # fmt: skip
+
+
+def definition(logits: list[float], cuts: Cuts) -> np.ndarray:
+    """The probabilities to sample from, one token at a time, likeliest first."""
+    temperature, top_k, top_p, min_p = cuts
+    scaled = np.array(logits) / temperature
+    probabilities = np.exp(scaled - scaled.max())
+    probabilities /= probabilities.sum()
+    ranked = np.argsort(-probabilities, kind="stable")
+    if top_k:
+        probabilities[ranked[top_k:]] = 0.0
+    probabilities /= probabilities.sum()
+    kept = np.zeros_like(probabilities)
+    before = 0.0
+    for rank, token in enumerate(ranked):
+        if (rank == 0 or before < top_p) and probabilities[token] >= min_p * probabilities[ranked[0]]:
+            kept[token] = probabilities[token]
+        before += probabilities[token]
+    return kept / kept.sum()
+
+
+@pytest.mark.parametrize("cuts", CUTS, ids=str)
+def test_tokens_come_as_often_as_they_should(backend: Backend, cuts: Cuts) -> None:
+    count = 20_000
+    numbers = torch.from_numpy(np.random.default_rng(0).random(count))
+    tokens = draw(backend, torch.tensor(LOGITS).expand(count, -1), numbers, cuts).tokens
+    seen = np.bincount(tokens.numpy(), minlength=len(LOGITS))
+    expected = definition(LOGITS, cuts)
+    possible = expected > 0
+    assert seen[~possible].sum() == 0
+    if possible.sum() > 1:
+        assert chisquare(seen[possible], expected[possible] * count).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("cuts", CUTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_known_of_the_distribution_is_right(backend: Backend, dtype: torch.dtype, cuts: Cuts) -> None:
+    logits = (3 * torch.randn(64, 700, generator=torch.Generator().manual_seed(0))).to(dtype)
+    logits[:, 5] = -math.inf
+    numbers = torch.from_numpy(np.random.default_rng(0).random(64))
+    found = draw(backend, logits, numbers, cuts)
+    exact = torch.log_softmax(logits.double() / cuts[0], dim=-1)
+    kept = np.stack([definition(row.tolist(), cuts) for row in logits.double()]) > 0
+    whole = exact.exp()
+    torch.testing.assert_close(
+        found.logprobs.double(), exact.gather(-1, found.tokens[:, None]).squeeze(-1), rtol=1e-6, atol=2e-6
+    )
+    torch.testing.assert_close(found.kept.double(), (whole * torch.from_numpy(kept)).sum(-1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.entropy.double(), -(whole * exact.clamp(min=-1e9)).sum(-1), rtol=1e-6, atol=2e-6)
+    assert all(kept[row, token] for row, token in enumerate(found.tokens.tolist()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_temperature_zero_takes_the_likeliest_token(backend: Backend, dtype: torch.dtype) -> None:
+    logits = torch.tensor([LOGITS, LOGITS[::-1], [0.0, 1.0, 1.0] + 7 * [0.5]], dtype=dtype)
+    found = draw(backend, logits, torch.tensor([0.99, 0.5, 0.99]).double(), (0.0, 0, 1.0, 0.0))
+    assert found.tokens.tolist() == [0, 9, 1], "of equals the first"
+    torch.testing.assert_close(found.logprobs, torch.log_softmax(logits.float(), -1).amax(-1))
+    torch.testing.assert_close(found.kept, found.logprobs.exp())
+
+
+def test_a_row_that_is_no_distribution_is_told_and_harms_no_other(backend: Backend) -> None:
+    logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
+    want = draw(backend, logits, torch.full((6,), 0.3).double(), CUTS[0])
+    logits[1, 7], logits[2, 7], logits[3] = math.nan, math.inf, -math.inf
+    found = draw(backend, logits, torch.full((6,), 0.3).double(), CUTS[0])
+    assert found.tokens.tolist() == [*want.tokens.tolist()[:1], -1, -1, -1, *want.tokens.tolist()[4:]]
+    assert found.logprobs.isnan().tolist() == [False, True, True, True, False, False]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=st.lists(
+        st.lists(st.sampled_from([-math.inf, -80.0, -1.0, 0.0, 0.1, 3.0, 80.0]), min_size=1, max_size=12).filter(
+            lambda row: max(row) > -math.inf
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    uniform=st.sampled_from([0.0, 5e-324, 0.5, JUST_BELOW_ONE]) | st.floats(0, JUST_BELOW_ONE),
+    temperature=st.sampled_from([0.0, 0.01, 1.0, 50.0]),
+    top_k=st.integers(0, 14),
+    top_p=st.sampled_from([1e-9, 0.3, 0.999, 1.0]),
+    min_p=st.sampled_from([0.0, 0.5]),
+)
+def test_whatever_the_random_number_the_token_is_a_possible_one(
+    rows: list[list[float]], uniform: float, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    width = max(map(len, rows))
+    logits = torch.tensor([row + [-math.inf] * (width - len(row)) for row in rows])
+    before = logits.clone()
+    numbers = torch.full((len(rows),), uniform, dtype=torch.float64)
+    tokens, logprobs, kept, entropy = draw(Backend("cpu"), logits, numbers, (temperature, top_k, top_p, min_p))
+    assert torch.equal(logits, before)
+    assert ((tokens >= 0) & (tokens < width)).all()
+    assert logprobs.isfinite().all()
+    assert (logprobs <= 0).all() and (entropy > -1e-5).all() and (kept > 0).all() and (kept < 1 + 1e-6).all()
+    ranks = (logits > logits.gather(-1, tokens[:, None])).sum(-1)
+    if top_k:
+        assert (ranks < top_k).all()
+    if top_p == 1e-9 or temperature == 0.0:
+        assert (ranks == 0).all()
+
+
+def test_the_whole_range_of_random_numbers_reaches_first_and_last_token(backend: Backend) -> None:
+    ends = torch.tensor([0.0, JUST_BELOW_ONE], dtype=torch.float64)
+    assert draw(backend, torch.zeros(2, 50_000), ends, CUTS[0]).tokens.tolist() == [0, 49_999]
+
+
+@pytest.mark.parametrize("cuts", [CUTS[0], (1.0, 20, 0.8, 0.01)], ids=str)
+def test_a_row_is_sampled_alike_in_any_batch(kernel_backend: Backend, cuts: Cuts) -> None:
+    logits = torch.randn(40, 300, generator=torch.Generator().manual_seed(0))
+    numbers = torch.from_numpy(np.random.default_rng(0).random(40))
+    together = draw(kernel_backend, logits, numbers, cuts)
+    for i in range(40):
+        alone = draw(kernel_backend, logits[i : i + 1], numbers[i : i + 1], cuts)
+        assert all(torch.equal(a, b[i : i + 1]) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"logits": torch.zeros(2, 0)}, ValueError, r"logits: shape \(2, 0\), expected \(B, V\)"),
+        ({"top_p": torch.ones(3)}, ValueError, r"top_p: shape \(3,\), expected \(2,\)"),
+        ({"logits": torch.zeros(2, 5, dtype=torch.int64)}, TypeError, "logits: int64, expected float32"),
+    ],
+)
+def test_bad_arguments_are_named(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    given: dict[str, Any] = {
+        "logits": torch.zeros(2, 5), "uniform": torch.zeros(2).double(), "temperature": torch.ones(2),
+        "top_k": torch.zeros(2, dtype=torch.int32), "top_p": torch.ones(2), "min_p": torch.zeros(2),
+    }  # fmt: skip
+    with pytest.raises(error, match=message):
+        ops.sample(**given | change)

@@ -1,0 +1,154 @@
+"""Greedy tokens are those of transformers' own generate, and log-probabilities those of a plain forward pass, for each
+family of models and under everything that the engine does to them; what cannot be served is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from rlhf_fast import Generator, SamplingParams, models
+from rlhf_fast.data.batches import pad
+from rlhf_fast.rollout.rollouts import Rollouts
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2, "pad_token_id": 0,
+    "bos_token_id": 2, "eos_token_id": 1,
+}  # fmt: skip
+GPT: dict[str, Any] = {"vocab_size": 300, "eos_token_id": 1, "bos_token_id": 2, "initializer_range": 0.2}
+SERVED: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "llama tied, biased": ("LlamaConfig", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "llama of one key head": ("LlamaConfig", {"num_key_value_heads": 1, "head_dim": 20}),
+    "llama with scaled positions": (
+        "LlamaConfig",
+        {"rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }},
+    ),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen2 with windows in the upper layers": (
+        "Qwen2Config", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    ),
+    "qwen3": ("Qwen3Config", {"head_dim": 16}),
+    "mistral": ("MistralConfig", {"sliding_window": 9}),
+    "gemma": ("GemmaConfig", {"head_dim": 16}),
+    "gemma2": ("Gemma2Config", {"head_dim": 8, "sliding_window": 9, "query_pre_attn_scalar": 16,
+                                "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 8, "sliding_window": 9, "num_hidden_layers": 7}),
+    "phi3": ("Phi3Config", {"sliding_window": 30, "partial_rotary_factor": 0.5}),
+    "phi": ("PhiConfig", {"num_key_value_heads": 4, "partial_rotary_factor": 0.5}),
+    "olmo2": ("Olmo2Config", {}),
+    "olmo": ("OlmoConfig", {}),
+    "granite": ("GraniteConfig", {"logits_scaling": 4.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2}),
+    "cohere": ("CohereConfig", {"logit_scale": 0.25}),
+    "glm": ("GlmConfig", {"head_dim": 8}),
+    "starcoder2": ("Starcoder2Config", {"sliding_window": 9}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4}),
+    "qwen3 moe": ("Qwen3MoeConfig", {"head_dim": 8, "num_experts": 4, "moe_intermediate_size": 16,
+                                    "num_experts_per_tok": 2}),
+    "gpt-oss": ("GptOssConfig", {"head_dim": 8, "num_local_experts": 4, "sliding_window": 9}),
+    "gpt-neox": ("GPTNeoXConfig", {}),
+    "gpt2": ("GPT2Config", {**GPT, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256}),
+    "opt": ("OPTConfig", {"ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.2}),
+    "gptj": ("GPTJConfig", {**GPT, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256, "rotary_dim": 4}),
+}  # fmt: skip
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "falcon": ("FalconConfig", {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2,
+                                "num_attention_heads": 4}),
+    "bloom": ("BloomConfig", {"vocab_size": 300, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "mamba": ("MambaConfig", {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
+    "deepseek": ("DeepseekV3Config", {
+        **SMALL, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4, "v_head_dim": 12, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1,
+    }),
+}  # fmt: skip
+LENGTHS = (1, 2, 7, 15, 16, 17, 31, 33, 47)  # one token, and the edges of blocks of 16 and 32
+
+
+def built(kind: str, options: dict[str, Any]) -> Any:
+    config = getattr(transformers, kind)(**(options if "n_embd" in options else {**SMALL, **options}))
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module", params=SERVED)
+def model(request: pytest.FixtureRequest) -> Any:
+    return built(*SERVED[request.param])
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    drawn = [torch.randint(3, 300, (n,), generator=generator).tolist() for n in LENGTHS]
+    return [*drawn, [*drawn[-1][:40], 9, 8]]  # the last begins like another
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "as it comes": {},
+    "chunks of 7, blocks of 16": {"max_batch_tokens": 7, "block_size": 16},
+    "little memory": {"blocks": 8, "block_size": 16},
+    "without our layers": {"fast": False},
+}
+
+
+def generator(model: Any, blocks: int = 0, **options: Any) -> Generator:
+    made = Generator(model, **options)
+    if blocks:
+        made = Generator(model, kv_bytes=blocks * options["block_size"] * made.runner.served.bytes_per_token, **options)
+    return made
+
+
+def responses(rollouts: Rollouts) -> list[tuple[int, ...]]:
+    return [example.response for example in rollouts.examples()]
+
+
+@pytest.fixture(scope="module")
+def expected(model: Any, prompts: list[list[int]]) -> list[tuple[int, ...]]:
+    """What transformers generates for each prompt alone."""
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        whole = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20, eos_token_id=1, pad_token_id=0
+        )
+        found.append(tuple(whole[0, len(prompt) :].tolist()))
+    return found
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_greedy_tokens_and_logprobs(
+    model: Any, prompts: list[list[int]], expected: list[tuple[int, ...]], settings: str
+) -> None:
+    made = generator(model, **SETTINGS[settings])
+    greedy = made.generate(prompts, SamplingParams(temperature=0.0, max_new_tokens=20, stop_token_ids=(1,)))
+    assert responses(greedy) == expected
+    if settings == "little memory":
+        assert made.statistics.preemptions > 0
+    if settings == "as it comes":
+        assert made.statistics.reused_tokens >= 32, "two prompts begin alike"
+    again = made.generate(prompts, SamplingParams(n=3, temperature=0.9, max_new_tokens=12, stop_token_ids=(1,), seed=2))
+    for rollouts, temperature in ((greedy, 1.0), (again, 0.9)):
+        with torch.no_grad():
+            truth, entropy = models.response_logprobs(model, pad(rollouts.examples()), temperature=temperature)
+        for name, want in (("logprobs", truth), ("entropy", entropy)):
+            off = (getattr(rollouts, name)[rollouts.response_mask] - want).abs()
+            assert off.max() < 1e-4 and off.mean() < 1e-5, f"{name}: {off.max():.1e}, {off.mean():.1e} on average"
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_served_is_refused_by_name(name: str) -> None:
+    refused = built(*REFUSED[name])
+    with pytest.raises(ValueError, match=f"model: {type(refused).__name__} "):
+        Generator(refused)
+
+
+def test_an_encoder_decoder_is_refused_by_name() -> None:
+    config = transformers.T5Config(vocab_size=300, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    with pytest.raises(ValueError, match="model: T5ForConditionalGeneration is an encoder-decoder"):
+        Generator(transformers.T5ForConditionalGeneration(config))
