@@ -218,8 +218,24 @@ POINTERS = {
 }
 
 
+# Arguments of single ops, by the type that they have there.
+OF_OP: dict[str, dict[str, str]] = {
+    "paged_attention": {
+        "*i32": "tables starts firsts shared positions",
+        "i32": "units heads kv_heads window number_of_parts key_token key_head value_token value_head query_token "
+        "query_head",
+        "*i64": "slots",
+        "narrow": "query key value keys cos sin",
+    },
+    "sample": {"*i32": "top_ks", "*fp64": "uniforms"},
+}
+
+
 def _type(op: str, name: str, dtype: str) -> str:
     """Of a kernel's argument, as its launch function would pass it."""
+    for kind, names in OF_OP.get(op, {}).items():
+        if name in names.split():
+            return f"*{dtype}" if kind == "narrow" else kind
     if name in NUMBERS:
         return "fp32"
     if op == "gae" and name in ("advantages", "returns"):
@@ -258,6 +274,7 @@ def triton_variants() -> Iterator[Variant]:
         yield from _of_tokens(name, short)
         yield from _of_pairs(name, short)
         yield from _of_sequences(name, short)
+        yield from _of_rollouts(name, short)
     finish = {"HAS_MASK": False, "ROWS": token_logprobs.FINISH_ROWS, "STATES": 16}
     yield Variant("token_logprobs", "_finish", "16 segments", "fp32", {**finish, "SAVE": True}, four_warps, 16)
     finish = {**finish, "ROWS": full_kl.FINISH_ROWS, "STATES": 32, "STATE": full_kl.STATE}
@@ -310,9 +327,34 @@ def _of_sequences(name: str, short: str) -> Iterator[Variant]:
     yield Variant("group_advantages", "_forward", name, short, flags, options, 2)
 
 
+def _of_rollouts(name: str, short: str) -> Iterator[Variant]:
+    """Heads of 128, four to a key head, as 8B models have them."""
+    from rlhf_fast.kernels import paged_attention, sample
+
+    block = 32
+    sizes = {"DIM": 128, "WIDE": 128, "HAS_SINKS": False}
+    flags: dict[str, Any] = {
+        **sizes, "REP": 4, "REPS": 4, "TOKENS": 4, "WIDTH": 128, "BLOCK": block, "KEYS": block, "HAS_CAP": False,
+        "BLOCKS": paged_attention.PART // block, "OF_GROUPS": False, "WIDEN": False,
+    }  # fmt: skip
+    for split in (False, True):
+        label = f"{name}, {'a part' if split else 'all parts'}"
+        yield Variant("paged_attention", "_forward", label, short, {**flags, "SPLIT": split}, {"num_warps": 4}, 16)
+    finish = {**sizes, "PER_PART": paged_attention.PART}
+    yield Variant("paged_attention", "_finish", f"{name}", short, finish, {"num_warps": 1}, 4)
+    write = {"DIM": 128, "HALF": 64, "WIDTH": 128, "BLOCK": block, "SIZE": 128, "ROTATED": True, "HAS_QUERY": True}
+    yield Variant("paged_attention", "_write", name, short, write, {"num_warps": 1}, 4)
+    options = {"num_warps": sample.WARPS}
+    yield Variant("sample", "_forward", name, short, {"BLOCK": sample.BLOCK}, options, sample.BLOCK // 256)
+
+
 def _absent_from_gae(name: str, constants: dict[str, Any]) -> bool:
     flag = {"logprobs": "HAS_KL", "ref_logprobs": "HAS_KL", "cu_seqlens": "PACKED"}.get(name, f"HAS_{name.upper()}")
     return flag in constants and not constants[flag]
+
+
+def _absent_from_attention(name: str, constants: dict[str, Any]) -> bool:
+    return name in ("parts", "part_stats") and constants.get("SPLIT") is False
 
 
 def compile_variant(job: tuple[Variant, int]) -> list[Static]:
@@ -328,9 +370,12 @@ def compile_variant(job: tuple[Variant, int]) -> list[Static]:
     constants = dict(variant.constants)
     types = {}
     for name in function.arg_names:
-        absent = (name == "mask" and not constants["HAS_MASK"]) or (name == "temperatures" and not constants["PER_ROW"])
+        absent = (name == "mask" and not constants["HAS_MASK"]) or (
+            name == "temperatures" and not constants.get("PER_ROW", True)
+        )
         absent |= variant.op == "gae" and _absent_from_gae(name, constants)
         absent |= variant.op == "ppo_loss" and name in ("weights", "log_ratios")
+        absent |= name == "sinks" or (variant.op == "paged_attention" and _absent_from_attention(name, constants))
         absent |= name in ("there", "tokens_there")  # what counts divides
         if name in constants or absent or name.endswith("column_stride"):
             constants.setdefault(name, None if absent else 1)  # Triton itself specialises on a stride of 1
@@ -370,10 +415,12 @@ def triton_kernels(jobs: int | None = None) -> Iterator[Static]:
 def faults(one: Static) -> list[str]:
     """What no kernel may have: spills, and element-wise accesses to a row where 16 bytes at a time are possible."""
     found = []
-    if one.stack or one.spills:
+    if one.spills:  # a frame that nothing reads or writes, 8 bytes of sample on sm_90, costs nothing
         found.append(f"{one.spills} spills, {one.stack} bytes of stack")
     if one.kernel.endswith("finish") or one.op in ("pair_loss", "sequence_sum", "group_advantages"):
         return found  # reads a few states a row, some tens of pairs, or sequences that start anywhere
+    if one.op in ("paged_attention", "sample"):
+        return found  # blocks come through shared memory; sweeps of a row that is in the cache
     itemsize = 4 if "float32" in one.variant else 2
     rows = {"token_logprobs": 1, "ppo_loss": 8}.get(one.op, 2)
     needed = rows * one.elements * itemsize // 16

@@ -58,17 +58,23 @@ class PPOCommand:
 
 @dataclass(frozen=True)
 class GenerateCommand:
-    """Sample answers to the prompts of a file, or to one prompt."""
+    """Sample answers to the prompts of a file, to one prompt, or to what is typed."""
 
     prompts: str = ""  # {"prompt"} a line
-    prompt: str = ""  # one prompt, in place of a file
+    prompt: str = ""  # one prompt, in place of a file; with neither, prompts are read from the terminal
     out: str = ""  # JSON Lines; empty: standard output
     model: str = "smollm2-135m"  # folder, run, hub name or smollm2-135m
     n: int = 1  # answers to each prompt
     temperature: float = 1.0  # 0.0 takes the likeliest token
     top_k: int = 0  # only the k likeliest tokens; 0: all
     top_p: float = 1.0  # only the likeliest tokens that together reach this probability; 1.0: all
+    min_p: float = 0.0  # only tokens at least this many times as likely as the likeliest; 0.0: all
+    repetition_penalty: float = 1.0  # logits of tokens that were there are divided by it; 1.0: none
+    presence_penalty: float = 0.0  # taken from the logits of tokens in the answer so far
+    frequency_penalty: float = 0.0  # the same, for each time that they are there
     max_new_tokens: int = 128  # tokens; an answer that has not ended by then is cut off
+    min_new_tokens: int = 0  # tokens; no end before
+    stop: str = ""  # a text that ends an answer
     seed: int = 0
 
 
@@ -86,10 +92,10 @@ class EvaluateCommand:
 
 @dataclass(frozen=True)
 class BenchCommand:
-    """Time the ops beside their peers and beside what this machine allows: `rlhf-fast bench ops`; needs a checkout."""
+    """Time `ops` or `rollout` beside their peers and beside what this machine allows; needs a checkout."""
 
-    suite: str = "ops"  # what to time: the folder of that name under bench/
-    op: str = ""  # only this op; empty: all
+    suite: str = "ops"  # what to time: ops, or rollout
+    op: str = ""  # only this op, or this case of rollouts; empty: all
     seconds: float = 10.0  # of timing each case, in rounds of all peers; 5 to 100 rounds
     out: str = ""  # JSON Lines, one a result; empty: bench/results/SUITE-DEVICE.jsonl
 
@@ -135,14 +141,19 @@ def _generate(command: GenerateCommand) -> None:
     from rlhf_fast.rollout.sampling import SamplingParams
     from rlhf_fast.run_folder import bar_updater, progress_bar
 
-    if bool(command.prompts) == bool(command.prompt):
+    if command.prompts and command.prompt:
         raise ConfigError("give either --prompts FILE or --prompt TEXT")
-    records = read_prompts(command.prompts or [{"prompt": command.prompt}])
     options = {item.name: getattr(command, item.name) for item in fields(command)}
+    options["stop"] = (command.stop,) if command.stop else ()
     params = SamplingParams(**{key: options[key] for key in SamplingParams.__dataclass_fields__ if key in options})
+    asks = not (command.prompts or command.prompt)
+    records = [] if asks else read_prompts(command.prompts or [{"prompt": command.prompt}])
     model, tokenizer = models.load(command.model, merged=True)
+    generator = Generator(model, tokenizer)
+    if asks:
+        return _talk(generator, params)
     with progress_bar(len(records) * params.n, "generate", "reply") as bar:
-        rollouts = Generator(model, tokenizer).generate([r.prompt for r in records], params, bar_updater(bar))
+        rollouts = generator.generate([r.prompt for r in records], params, bar_updater(bar))
     rows = [
         {"prompt": records[i].prompt, "completion": text, "finish_reason": reason}
         for i, text, reason in zip(rollouts.prompt_index.tolist(), rollouts.texts, rollouts.finish_reasons, strict=True)
@@ -152,6 +163,33 @@ def _generate(command: GenerateCommand) -> None:
     else:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False))
+
+
+def _talk(generator: Any, params: Any) -> None:
+    """Answer what is typed, each line a prompt of its own, until the end of the input."""
+    if sys.stdin.isatty():
+        print("A prompt a line; Ctrl-D ends.", file=sys.stderr)
+    while True:
+        try:
+            prompt = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if not prompt.strip():
+            continue
+        shown: dict[int, str] = {}
+        for piece in generator.stream([prompt], params):
+            before = shown.get(piece.sample, "")
+            if params.n == 1 and piece.text.startswith(before) and not piece.text.endswith("\ufffd"):
+                print(_printable(piece.text[len(before) :]), end="", flush=True)
+                shown[0] = piece.text
+            elif params.n > 1 and piece.finish_reason:
+                print(f"[{piece.sample + 1}] {_printable(piece.text)}")
+        print()
+
+
+def _printable(text: str) -> str:
+    """Without what a terminal would obey."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def _evaluate(command: EvaluateCommand) -> None:
@@ -179,6 +217,10 @@ def _bench(command: BenchCommand) -> None:
     from bench import harness
 
     out = Path(command.out) if command.out else harness.default_out(command.suite)
+    if command.suite == "rollout":
+        from bench.rollout import run
+
+        return run.main(command.op, out)
     harness.run_suite(command.suite, command.op, command.seconds, out)
 
 
@@ -283,6 +325,7 @@ def _help() -> str:
         "",
         "A first look, in under a minute and without a model:  rlhf-fast demo --tiny --out runs/tiny",
         "The whole loop on a real model, about 15 minutes:     rlhf-fast demo --out runs/demo",
+        "A talk with a model:                                  rlhf-fast generate --model smollm2-135m",
         "What the kernels reach on this machine:               rlhf-fast bench ops",
         "All settings of a verb:                               rlhf-fast ppo --help",
     ]

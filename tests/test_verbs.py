@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def rows(path: Path, items: list[dict]) -> str:
 
 
 def test_the_verbs_make_a_policy_together(
-    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     demonstrations = rows(tmp_path / "sft.jsonl", [{"prompt": f"q{i}", "completion": f"a{i}."} for i in range(6)])
     comparisons = rows(
@@ -36,6 +37,9 @@ def test_the_verbs_make_a_policy_together(
     replies = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [reply["prompt"] for reply in replies] == [f"q{i}" for i in range(4) for _ in range(2)]
     assert {reply["finish_reason"] for reply in replies} <= {"stop", "length"}
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\nAnd you?\n"))
+    assert main(["generate", "--model", runs["ppo"], "--max_new_tokens", "4"]) == 0
+    assert capsys.readouterr().out.count("\n") >= 2
     evaluate = ["evaluate", "--a", runs["ppo"], "--b", runs["dpo"], "--prompts", prompts, "--out", runs["evaluation"]]
     assert main([*evaluate, "--evaluation.max_new_tokens", "6"]) == 0
     figures = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_fast.ops import _checks, _compiled, _dispatch, reference
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "triton", "reference")
 MOST_DIM = 256  # of a head, on kernels
 BLOCK_SIZES = range(16, 129, 16)
 
@@ -150,4 +150,8 @@ def write_kv(
 
 def kernels(backend: str) -> Any:
     """The kernels of a backend: forward and write (see csrc/common/paged_attention.h)."""
+    if backend == "triton":
+        from rlhf_fast.kernels import paged_attention as in_triton
+
+        return in_triton
     return _compiled.PagedAttention(backend)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf_fast.ops import _checks, _compiled, _dispatch, reference
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "triton", "reference")
 
 
 class Samples(NamedTuple):
@@ -72,4 +72,8 @@ def sample(
 
 def kernels(backend: str) -> Any:
     """The kernel of a backend: forward (see csrc/common/sample.h)."""
+    if backend == "triton":
+        from rlhf_fast.kernels import sample as in_triton
+
+        return in_triton
     return _compiled.Sample(backend)

@@ -23,6 +23,7 @@ from rlhf_fast.rollout.scheduler import Scheduler
 from rlhf_fast.rollout.sequence import Sequence
 
 Progress = Callable[[int, int], None]
+Params = SamplingParams | abc.Sequence[SamplingParams] | None
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Generator:
     def generate(
         self,
         prompts: Prompts,
-        params: SamplingParams | abc.Sequence[SamplingParams] | None = None,
+        params: Params = None,
         progress: Progress | None = None,
         until: Until | None = None,
         on_finish: Callable[[Sequence], None] | None = None,
@@ -135,9 +136,7 @@ class Generator:
         """Go on with the unfinished sequences of `rollouts`; returns all of them, the finished ones as they were."""
         return self._finish(list(rollouts.sequences), progress, until, on_finish)
 
-    def stream(
-        self, prompts: Prompts, params: SamplingParams | abc.Sequence[SamplingParams] | None = None
-    ) -> Iterator[Piece]:
+    def stream(self, prompts: Prompts, params: Params = None) -> Iterator[Piece]:
         """Yield each token as it comes. Closing the iterator early ends the generation."""
         sequences = sequences_for(self.model, self.tokenizer, prompts, params)
         with self._engine_for(sequences) as engine:

@@ -25,10 +25,10 @@ def isas() -> list[str]:
     return _compiled._C.isa_available() if _compiled._C is not None else []
 
 
-def digests(isa: str) -> list[str]:
+def digests(isa: str, program: str = "tests.cpu.calls") -> list[str]:
     """Of all calls, in a process that may use no more than this."""
     environment = {**os.environ, "RLHF_FAST_ISA": isa}
-    command = [sys.executable, "-m", "tests.cpu.calls"]
+    command = [sys.executable, "-m", program]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     forced, *lines = done.stdout.split()
     assert forced == isa
@@ -46,6 +46,15 @@ def test_same_bits_on_every_isa(own: list[str]) -> None:
         pytest.skip("this CPU has nothing but the baseline")
     for isa in fused:
         assert digests(isa) == own, isa
+
+
+def test_rollouts_have_the_same_bits_on_every_isa() -> None:
+    fused = [isa for isa in isas() if isa != "baseline"]
+    if len(fused) < 2:
+        pytest.skip("this CPU has one instruction set beside the baseline")
+    first, *others = (digests(isa, "tests.cpu.rollouts") for isa in fused)
+    assert len(first) > 50
+    assert all(other == first for other in others)
 
 
 SUMS = (calls.GAE, calls.PPO_LOSS)  # they add up what may cancel

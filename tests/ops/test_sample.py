@@ -15,8 +15,8 @@ from rlhf_fast import ops
 from rlhf_fast.ops.sample import Samples
 from tests.ops.conftest import Backend, only
 
-backend = only("cpu", "reference")
-kernel_backend = only("cpu")
+backend = only("cpu", "triton", "reference")
+kernel_backend = only("cpu", "triton")
 
 LOGITS = [2.0, -1.0, 0.5, 0.4, -math.inf, 1.9, -3.0, 0.0, 0.7, -0.2]
 JUST_BELOW_ONE = np.nextafter(1.0, 0.0)
@@ -70,9 +70,13 @@ def definition(logits: list[float], cuts: Cuts) -> np.ndarray:
 
 @pytest.mark.parametrize("cuts", CUTS, ids=str)
 def test_tokens_come_as_often_as_they_should(backend: Backend, cuts: Cuts) -> None:
-    count = 20_000
+    count = 5 if backend.slow else 20_000
     numbers = torch.from_numpy(np.random.default_rng(0).random(count))
     tokens = draw(backend, torch.tensor(LOGITS).expand(count, -1), numbers, cuts).tokens
+    if backend.slow:  # too few to count
+        wanted = definition(LOGITS, cuts).cumsum()
+        assert tokens.tolist() == [int(np.searchsorted(wanted, u, side="right")) for u in numbers.numpy()]
+        return
     seen = np.bincount(tokens.numpy(), minlength=len(LOGITS))
     expected = definition(LOGITS, cuts)
     possible = expected > 0
@@ -84,9 +88,12 @@ def test_tokens_come_as_often_as_they_should(backend: Backend, cuts: Cuts) -> No
 @pytest.mark.parametrize("cuts", CUTS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_is_known_of_the_distribution_is_right(backend: Backend, dtype: torch.dtype, cuts: Cuts) -> None:
-    logits = (3 * torch.randn(64, 700, generator=torch.Generator().manual_seed(0))).to(dtype)
+    if backend.slow and dtype != torch.float32 and cuts != CUTS[0]:
+        pytest.skip("a row takes a while there, and the narrow dtypes are loaded alike with nothing cut")
+    rows = 3 if backend.slow else 64
+    logits = (3 * torch.randn(rows, 700, generator=torch.Generator().manual_seed(0))).to(dtype)
     logits[:, 5] = -math.inf
-    numbers = torch.from_numpy(np.random.default_rng(0).random(64))
+    numbers = torch.from_numpy(np.random.default_rng(0).random(rows))
     found = draw(backend, logits, numbers, cuts)
     exact = torch.log_softmax(logits.double() / cuts[0], dim=-1)
     kept = np.stack([definition(row.tolist(), cuts) for row in logits.double()]) > 0
@@ -158,10 +165,11 @@ def test_the_whole_range_of_random_numbers_reaches_first_and_last_token(backend:
 
 @pytest.mark.parametrize("cuts", [CUTS[0], (1.0, 20, 0.8, 0.01)], ids=str)
 def test_a_row_is_sampled_alike_in_any_batch(kernel_backend: Backend, cuts: Cuts) -> None:
-    logits = torch.randn(40, 300, generator=torch.Generator().manual_seed(0))
-    numbers = torch.from_numpy(np.random.default_rng(0).random(40))
+    rows = 3 if kernel_backend.slow else 40
+    logits = torch.randn(rows, 300, generator=torch.Generator().manual_seed(0))
+    numbers = torch.from_numpy(np.random.default_rng(0).random(rows))
     together = draw(kernel_backend, logits, numbers, cuts)
-    for i in range(40):
+    for i in range(rows):
         alone = draw(kernel_backend, logits[i : i + 1], numbers[i : i + 1], cuts)
         assert all(torch.equal(a, b[i : i + 1]) for a, b in zip(alone, together, strict=True))
 
