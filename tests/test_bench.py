@@ -30,6 +30,9 @@ def fails() -> list[torch.Tensor]:
     raise RuntimeError("no such kernel\nand more")
 
 
+NO_GRADIENTS = ("gae", "group_advantages", "linear", "paged_attention", "sample")
+
+
 def test_peers_that_are_wrong_or_fail_are_told_of_and_not_timed(capsys: pytest.CaptureFixture[str]) -> None:
     peers = bench(wrong=lambda: [torch.ones(4, 8)], nan=lambda: [torch.full((4, 8), torch.nan)], broken=fails)
     results = harness.run_case(peers, CASE, CPU, harness.Rates(1e9, 1e9, 1e9), seconds=0.0)
@@ -129,18 +132,19 @@ def test_every_op_of_the_suite_has_cases_for_both_devices() -> None:
         "gae",
         "group_advantages",
         "kl_estimate",
+        "linear",
         "linear_cross_entropy",
         "linear_ppo_loss",
         "linear_token_logprobs",
+        "paged_attention",
         "ppo_loss",
         "reward_loss",
+        "sample",
         "sequence_sum",
         "token_logprobs",
     ]
     for one in found.values():
-        modes = {"gae": {FORWARD}, "group_advantages": {FORWARD}}.get(
-            one.op, {BOTH} if one.op in LOSSES else {FORWARD, BOTH}
-        )
+        modes = {FORWARD} if one.op in NO_GRADIENTS else {BOTH} if one.op in LOSSES else {FORWARD, BOTH}
         assert {case.mode for case in one.cases} == {case.mode for case in one.gpu_cases} == modes
 
 
