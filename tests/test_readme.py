@@ -15,8 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+def blocks(language: str, document: str = "README.md") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL)
 
 
 def test_the_two_commands_at_the_top_work_as_written(tmp_path: Path) -> None:
@@ -43,6 +43,14 @@ def test_the_first_python_example_works_as_written(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("'stop'") + done.stdout.count("'length'") == 4
+
+
+def test_the_example_of_rollouts_works_with_a_tiny_model(tiny_folder: Path, tmp_path: Path) -> None:
+    (code,) = blocks("python", "docs/rollout.md")
+    assert '"smollm2-135m"' in code and "Until(seconds=5)" in code
+    code = code.replace('"smollm2-135m"', repr(str(tiny_folder))).replace("Until(seconds=5)", "Until(tokens=50)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_the_trainers_example_works_with_a_tiny_model(tiny_folder: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from rlhf_fast.kernels._math import tanh
 
 PART = 256  # positions, or the multiple of the block size that comes first
 ROWS = 16  # heads of tokens in a program: what tl.dot needs
+STAGES = 2  # of loading blocks ahead; with 3, float32 spills on sm_120
 MOST_SPLIT = 256 << 20  # bytes of parts in memory
 
 
@@ -236,7 +237,8 @@ def forward(
             positions, sinks, out, parts, stats, query.stride(0), query.stride(1), heads, kv_heads, scale, softcap,
             window, number_of_parts, REP=rep, REPS=reps, TOKENS=tokens, DIM=dim, WIDTH=width, WIDE=wide, BLOCK=block,
             KEYS=triton.next_power_of_2(block), BLOCKS=blocks, HAS_CAP=softcap > 0, HAS_SINKS=sinks is not None,
-            SPLIT=split, OF_GROUPS=of_groups, WIDEN=query.device.type == "cpu",  # no bfloat16 products there
+            SPLIT=split, OF_GROUPS=of_groups, num_stages=STAGES,
+            WIDEN=query.device.type == "cpu",  # the interpreter has no bfloat16 products
         )  # fmt: skip
     if split:
         _finish[(n, heads)](

@@ -675,9 +675,16 @@ def reward_loss(
 
 
 def paged_attention(
-    query: Tensor, cache: Any, batch: Any, scale: float, softcap: float, window: int, sinks: Tensor | None
+    query: Tensor,
+    cache: Any,
+    batch: Any,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    window: int = 0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """One sequence at a time: its blocks side by side, then softmax over all that each query may see."""
+    scale = query.shape[2] ** -0.5 if scale is None else scale
     out = torch.empty_like(query, memory_format=torch.contiguous_format)  # (N, heads, dim)
     block_size, dim = cache.block_size, cache.dim
     repeats = query.shape[1] // cache.keys.shape[1]
@@ -761,7 +768,7 @@ def sample(
     )
 
 
-def linear(x: Tensor, weights: Sequence[Any], gate: str) -> list[Tensor]:
+def linear(x: Tensor, weights: Sequence[Any], gate: str = "none") -> list[Tensor]:
     found = []
     for weight, bias, lora in weights:
         y = F.linear(x, weight, bias)
@@ -775,6 +782,6 @@ def linear(x: Tensor, weights: Sequence[Any], gate: str) -> list[Tensor]:
     return [gated * found[1]]
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     wide = widen(x)
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * (offset + widen(weight))).to(x.dtype)

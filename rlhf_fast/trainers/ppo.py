@@ -124,6 +124,7 @@ class PPOTrainer:
             seed=config.seed + step,
         )
         rollouts = self.generator.generate([record.prompt for record in records], params)
+        self.generator.release_memory()
         examples = rollouts.examples()
         sampled = time.monotonic()
 
