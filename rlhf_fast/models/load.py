@@ -32,6 +32,7 @@ from rlhf_fast.models.adapters import (
 from rlhf_fast.models.byte_tokenizer import VOCAB_SIZE, byte_tokenizer
 from rlhf_fast.models.checkpoint import reading_errors, resolve
 from rlhf_fast.models.forward import check_head
+from rlhf_fast.ops._compiled import in_huge_pages
 
 
 def load(
@@ -62,7 +63,7 @@ def load(
         if is_adapter(folder) and adapter_config(folder).get("task_type") == "SEQ_CLS":
             raise ValueError(f"model: {name} is a reward model, not a language model")
         model = with_saved_adapter(_pretrained(AutoModelForCausalLM, folder, dtype), folder, merged)
-    model = model.to(device or default_device()).eval()
+    model = _placed(model, device)
     check_head(model)
     return model, tokenizer
 
@@ -84,7 +85,7 @@ def load_reward(
     missing_ok = ("score.",) if adapter else ()  # an adapter brings the head with it
     model = _pretrained(AutoModelForSequenceClassification, folder, dtype, missing_ok, num_labels=1)
     model = with_saved_adapter(model, folder, merged)
-    return model.to(device or default_device()).eval(), _tokenizer(folder)
+    return _placed(model, device), _tokenizer(folder)
 
 
 def reward_from(
@@ -115,7 +116,17 @@ def reward_from(
     model.requires_grad_(lora.r == 0)
     if isinstance(model, PeftModel):
         unfreeze_adapter(model)
-    return model.to(default_device()).eval(), tokenizer
+    return _placed(model, None), tokenizer
+
+
+def _placed(model: Model, device: str | torch.device | None) -> Model:
+    """On its device, in evaluation mode; on a CPU the weights move out of the mapped file into huge pages, from which a
+    step of generation reads them a fifth faster."""
+    model = model.to(device or default_device()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = in_huge_pages(parameter.data)
+    return model
 
 
 def default_device() -> torch.device:

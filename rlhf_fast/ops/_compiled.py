@@ -52,6 +52,13 @@ def new_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.frombuffer(_Memory(size), dtype=dtype).resize_(x.shape)
 
 
+def in_huge_pages(x: Tensor, least: int = 1 << 20) -> Tensor:
+    """A copy of x in memory of its own with huge pages, if x is large enough; else x."""
+    if x.device.type != "cpu" or x.nbytes < least or _Memory is None:
+        return x
+    return torch.frombuffer(_Memory(x.nbytes), dtype=x.dtype).resize_(x.shape).copy_(x)
+
+
 def release_memory() -> None:
     """Give the large blocks that are kept for the next results back to the system."""
     if _Memory is not None:
@@ -412,11 +419,19 @@ class Linear:
             parts = list(parts)
             for i, (low, _), (up, rank) in zip(self.adapted, outs, self.ups, strict=True):
                 parts[i] = (*parts[i][:4], low, up, rank, 1.0)
-        results = [x.new_empty(rows, n) for n in self.columns[: self.results]]
+        results = [_new(x, rows, n) for n in self.columns[: self.results]]
         outs = [(out.data_ptr(), n) for out, n in zip(results, self.columns, strict=False)]
         added = (0, 0) if add is None else (add.data_ptr(), add.stride(0))
         cpu.linear_forward(place, self.dtype, rows, self.k, parts, outs, added, self.gate, where)
         return results
+
+
+def _new(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Uninitialised (rows, columns) in x's dtype; large, like logits, in memory that is kept from step to step."""
+    size = rows * columns * x.itemsize
+    if size < _LARGE or _Memory is None:
+        return x.new_empty(rows, columns)
+    return torch.frombuffer(_Memory(size), dtype=x.dtype).resize_(rows, columns)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
