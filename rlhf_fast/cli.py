@@ -324,7 +324,7 @@ def _help() -> str:
     lines += [
         "",
         "A first look, in under a minute and without a model:  rlhf-fast demo --tiny --out runs/tiny",
-        "The whole loop on a real model, about 15 minutes:     rlhf-fast demo --out runs/demo",
+        "The whole loop on a real model, about 10 minutes:     rlhf-fast demo --out runs/demo",
         "A talk with a model:                                  rlhf-fast generate --model smollm2-135m",
         "What the kernels reach on this machine:               rlhf-fast bench ops",
         "All settings of a verb:                               rlhf-fast ppo --help",

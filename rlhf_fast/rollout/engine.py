@@ -49,6 +49,7 @@ class Engine:
         self.statistics = Statistics()
         self.weight_version = 0
 
+    @torch.no_grad()  # here and not around all steps: between streamed tokens the caller's own mode holds
     def step(self) -> list[Sequence]:
         """Compute one step; returns the sequences that got a token, or failed."""
         started = time.monotonic()

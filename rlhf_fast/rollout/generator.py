@@ -57,8 +57,8 @@ class Generator:
     """Samples responses from a model by continuous batching over paged keys and values.
 
     The model's weights are shared, not copied, and the model is left as it was found; between generations it may be
-    trained, have adapters switched, or move, and what was kept of it is then forgotten. It must not be used elsewhere
-    while it generates.
+    trained or have adapters switched, and what was kept of it is then forgotten. It must not be used elsewhere while it
+    generates.
 
     Args:
         model: a causal language model of transformers, or one wrapped by peft (its adapter is used).

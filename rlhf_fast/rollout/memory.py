@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import abc
+from pathlib import Path
 
 import torch
 
@@ -69,6 +71,14 @@ class Budget:
 
 
 def _free_memory(device: torch.device) -> int:
+    """Bytes; on a CPU what can be had without swapping, files that are cached included."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", _read(Path("/proc/meminfo")), re.MULTILINE)
+    if found is not None:
+        return 1024 * int(found[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # not Linux: half of all there is
+
+
+def _read(file: Path) -> str:
+    return file.read_text() if file.exists() else ""

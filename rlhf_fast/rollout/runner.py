@@ -47,7 +47,7 @@ class ModelRunner:
     def ready(self) -> Iterator[None]:
         """Inside, the model generates; afterwards it is as it was."""
         served = self.served
-        with torch.no_grad(), attention.paged(self.inner), layers.replaced(self.inner, served.faster, served.options):
+        with attention.paged(self.inner), layers.replaced(self.inner, served.faster, served.options):
             self._head = layers.head(self.model) if served.faster else output_head(self.model).logits
             yield
 

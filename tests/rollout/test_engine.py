@@ -236,6 +236,7 @@ def test_a_stream_gives_the_tokens_of_generate_and_may_be_closed(tiny: tuple[Any
     want = generator.generate(PROMPTS[:3], params)
     got: dict[tuple[int, int], list[int]] = {}
     for piece in generator.stream(PROMPTS[:3], params):
+        assert torch.is_grad_enabled()
         got.setdefault((piece.prompt_index, piece.sample), []).append(piece.token)
         assert piece.finish_reason == ("length" if len(got[piece.prompt_index, piece.sample]) == 10 else "")
     assert [tuple(got[key]) for key in sorted(got)] == responses(want)
