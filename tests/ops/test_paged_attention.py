@@ -122,7 +122,7 @@ OPTIONS: list[dict[str, Any]] = [
 def test_values_are_no_worse_than_torch(
     kernel_backend: Backend, shape: dict[str, Any], options: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    if kernel_backend.slow and shape.get("dim", 16) > 64 and (dtype != torch.float32 or options):
+    if kernel_backend.slow and shape.get("dim", 16) > 16 and (dtype != torch.float32 or options):
         pytest.skip("an element takes a while there, and all the rest is tried in smaller shapes")
     size = shape.get("block_size", 16)
     contexts = [1, size - 1, size, size + 1, 2 * size + 3, 3 * size]
