@@ -179,7 +179,8 @@ def _talk(generator: Any, params: Any) -> None:
         shown: dict[int, str] = {}
         for piece in generator.stream([prompt], params):
             before = shown.get(piece.sample, "")
-            if params.n == 1 and piece.text.startswith(before) and not piece.text.endswith("\ufffd"):
+            whole = piece.finish_reason or not piece.text.endswith("\ufffd")  # the last character may be half there
+            if params.n == 1 and piece.text.startswith(before) and whole:
                 print(_printable(piece.text[len(before) :]), end="", flush=True)
                 shown[0] = piece.text
             elif params.n > 1 and piece.finish_reason:

@@ -2,7 +2,8 @@
 
 All have the same float32 weights and the same prompts and draw from the whole distribution; each of several rounds
 begins with another one. Beside them stands what this machine allows: the bytes of weights, keys and values that must
-be read, and the products that must be done, at rates measured in the same run.
+be read, and the products that must be done, at rates measured in the same run. One more run of ours says where its time
+goes, kernel by kernel.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from bench import harness
 from rlhf_fast import Generator, SamplingParams, models
+from rlhf_fast.ops import _compiled
 
 ROUNDS, ENOUGH = 5, 90.0  # no further round after so many seconds
 Run = Callable[[], int]  # generates; returns the number of new tokens
@@ -121,6 +123,36 @@ def limit(case: Case, model: Any, rates: harness.Rates) -> float:
     return seconds
 
 
+def profile(run: Run) -> dict[str, float]:
+    """Milliseconds of a run in each compiled kernel, products by their first dimension (rows), and in all the rest."""
+    spent: dict[str, float] = {}
+    kernels = _compiled.cpu
+
+    class Timed:
+        def __getattr__(self, name: str) -> Callable[..., Any]:
+            kernel = getattr(kernels, name)
+
+            def timed(*arguments: Any) -> Any:
+                started = time.perf_counter()
+                found = kernel(*arguments)
+                label = name.removesuffix("_forward")
+                if label == "linear":
+                    label = f"linear, {arguments[2]} rows"
+                spent[label] = spent.get(label, 0.0) + 1e3 * (time.perf_counter() - started)
+                return found
+
+            return timed
+
+    started = time.perf_counter()
+    try:
+        _compiled.cpu = Timed()
+        run()
+    finally:
+        _compiled.cpu = kernels
+    spent["all else"] = 1e3 * (time.perf_counter() - started) - sum(spent.values())
+    return spent
+
+
 def main(only: str, out: Path) -> None:
     warnings.simplefilter("ignore")
     model, _ = models.load("smollm2-135m")
@@ -140,7 +172,7 @@ def main(only: str, out: Path) -> None:
             runs["rlhf-fast without sharing"] = ours(case, model, share_prefixes=False)
         least = limit(case, model, rates)
         times = _interleaved(runs)
-        records = []
+        records: list[dict[str, Any]] = []
         tqdm.write(f"\n{case.name}: {case.tokens()} new tokens, limit {case.tokens() / least:.0f} tokens/s")
         for name, took in times.items():
             middle = statistics.median(took)
@@ -154,6 +186,11 @@ def main(only: str, out: Path) -> None:
                  "seconds": middle, "rounds": len(took), "limit_seconds": least, "speedup": ratio, **about,
                  "rates": dataclasses.asdict(rates)}
             )  # fmt: skip
+        if _compiled.cpu is not None:
+            spent = profile(runs["rlhf-fast"])
+            largest = sorted(spent.items(), key=lambda item: -item[1])[:7]
+            tqdm.write("  our ms: " + ", ".join(f"{name} {ms:.0f}" for name, ms in largest))
+            records[0]["profile_ms"] = spent
         harness.write_records(records, out)  # case by case: what is done stays, whatever comes
     print(f"\nwritten to {out}")
 

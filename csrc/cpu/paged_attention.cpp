@@ -72,7 +72,7 @@ SIMD_INLINE void scores(const Rows& rows, int64_t row, const T* keys, int64_t di
         for (int k = 0; k < K; ++k) store16(out[r] + at + k * kLanes, sums[r][k]);
 }
 
-// Scores of R rows become weights; the sums so far are scaled to the new largest score.
+// A row's scores become weights; its sums so far are scaled to the new largest score.
 SIMD_INLINE void weigh(Rows& rows, int64_t row, int64_t dim, int64_t start, int64_t keys, float softcap, float* s) {
     const int64_t first = rows.first[row] - start, last = rows.last[row] - start;
     f32x16 high = set1(-INFINITY);

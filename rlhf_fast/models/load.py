@@ -32,7 +32,7 @@ from rlhf_fast.models.adapters import (
 from rlhf_fast.models.byte_tokenizer import VOCAB_SIZE, byte_tokenizer
 from rlhf_fast.models.checkpoint import reading_errors, resolve
 from rlhf_fast.models.forward import check_head
-from rlhf_fast.ops._compiled import in_huge_pages
+from rlhf_fast.ops import _compiled
 
 
 def load(
@@ -125,8 +125,8 @@ def _placed(model: Model, device: str | torch.device | None) -> Model:
     model = model.to(device or default_device()).eval()
     for parameter in model.parameters():
         if parameter.device.type == "cpu":
-            found = in_huge_pages(parameter.data)
-            parameter.data = parameter.data.clone() if found is parameter.data else found
+            weight = parameter.data
+            parameter.data = _compiled.new(weight.shape, weight.dtype, weight.device, large=1 << 20).copy_(weight)
     return model
 
 

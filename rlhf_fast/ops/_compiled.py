@@ -7,6 +7,7 @@ or without CUDA in it, ``cpu`` or ``cuda`` is None.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,18 +46,15 @@ def module(backend: str) -> Any:
 
 def new_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Uninitialised memory of x's shape and dtype (or this one), contiguous; large and on the CPU, as memory.h says."""
-    dtype = dtype or x.dtype
-    size = x.numel() * dtype.itemsize
-    if x.device.type != "cpu" or size < _LARGE or _Memory is None:
-        return torch.empty(x.shape, dtype=dtype, device=x.device)
-    return torch.frombuffer(_Memory(size), dtype=dtype).resize_(x.shape)
+    return new(x.shape, dtype or x.dtype, x.device)
 
 
-def in_huge_pages(x: Tensor, least: int = 1 << 20) -> Tensor:
-    """A copy of x in memory of its own with huge pages, if x is large enough; else x."""
-    if x.device.type != "cpu" or x.nbytes < least or _Memory is None:
-        return x
-    return torch.frombuffer(_Memory(x.nbytes), dtype=x.dtype).resize_(x.shape).copy_(x)
+def new(shape: Sequence[int], dtype: torch.dtype, device: torch.device, large: int = _LARGE) -> Tensor:
+    """The same of any shape, and with another idea of how many bytes are large."""
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size < large or _Memory is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.frombuffer(_Memory(size), dtype=dtype).resize_(shape)
 
 
 def release_memory() -> None:
@@ -419,19 +417,11 @@ class Linear:
             parts = list(parts)
             for i, (low, _), (up, rank) in zip(self.adapted, outs, self.ups, strict=True):
                 parts[i] = (*parts[i][:4], low, up, rank, 1.0)
-        results = [_new(x, rows, n) for n in self.columns[: self.results]]
+        results = [new((rows, n), x.dtype, x.device) for n in self.columns[: self.results]]
         outs = [(out.data_ptr(), n) for out, n in zip(results, self.columns, strict=False)]
         added = (0, 0) if add is None else (add.data_ptr(), add.stride(0))
         cpu.linear_forward(place, self.dtype, rows, self.k, parts, outs, added, self.gate, where)
         return results
-
-
-def _new(x: Tensor, rows: int, columns: int) -> Tensor:
-    """Uninitialised (rows, columns) in x's dtype; large, like logits, in memory that is kept from step to step."""
-    size = rows * columns * x.itemsize
-    if size < _LARGE or _Memory is None:
-        return x.new_empty(rows, columns)
-    return torch.frombuffer(_Memory(size), dtype=x.dtype).resize_(rows, columns)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:

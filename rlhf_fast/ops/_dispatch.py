@@ -64,13 +64,16 @@ def _scope(name: str) -> Iterator[None]:
         _chosen_for_tracing = before
 
 
+def asked() -> str:
+    """The backend that was asked for, by `use_backend` or else the environment; empty if none was."""
+    scoped = _chosen_for_tracing if torch.compiler.is_compiling() else _chosen.get()
+    return scoped or os.environ.get("RLHF_FAST_BACKEND") or ""
+
+
 def choose(op: str, backends: tuple[str, ...], x: Tensor) -> str:
     """The backend that this call of ``op``, which has ``backends``, runs on; ``x`` is its leading tensor."""
-    asked = (_chosen_for_tracing if torch.compiler.is_compiling() else _chosen.get()) or os.environ.get(
-        "RLHF_FAST_BACKEND"
-    )
-    if asked:
-        return _asked_for(asked, op, backends, x)
+    if name := asked():
+        return _asked_for(name, op, backends, x)
     for name in BEST.get(x.device.type, ()):
         if name in backends and name not in MISSING and (name == "reference" or x.dtype in KERNEL_DTYPES):
             return name

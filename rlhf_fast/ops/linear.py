@@ -73,5 +73,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
 
 
 def usable(x: Tensor) -> bool:
-    """Whether tensors like x can be multiplied by the compiled kernels, in the dtype that those are made for."""
-    return _compiled.cpu is not None and x.device.type == "cpu" and x.dtype == torch.float32
+    """Whether tensors like x are to be multiplied by the compiled kernels, in the dtype that those are made for."""
+    here = "cpu" not in _dispatch.MISSING and x.device.type == "cpu" and x.dtype == torch.float32
+    return here and _dispatch.asked() in ("", "cpu")

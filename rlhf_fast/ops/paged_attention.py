@@ -102,9 +102,12 @@ def paged_attention(
         raise ValueError(
             f"query: shape {tuple(query.shape)}, expected (N, a multiple of {kv_heads}, {cache.dim}) like the cache"
         )
+    if query.dtype != cache.keys.dtype:
+        raise TypeError(f"query: {query.dtype}, expected {cache.keys.dtype} like the cache")
+    _check_places(batch, cache, n)
     scale = dim**-0.5 if scale is None else scale
-    backend = _dispatch.choose("paged_attention", BACKENDS, query)
-    if backend == "reference" or dim > MOST_DIM or cache.block_size not in BLOCK_SIZES:
+    backend = _dispatch.choose("paged_attention", _backends(cache), query)
+    if backend == "reference":
         return reference.paged_attention(query, cache, batch, scale, softcap, window, sinks)
     out = torch.empty(n, heads, dim, dtype=query.dtype, device=query.device)
     if query.stride(2) != 1:
@@ -140,12 +143,52 @@ def write_kv(
     _checks.shapes(expected, "the cache", key=key, value=value)
     if key.dtype != cache.keys.dtype:
         raise TypeError(f"key: {key.dtype}, expected {cache.keys.dtype} like the cache")
-    backend = _dispatch.choose("write_kv", BACKENDS, key)
-    if backend == "reference" or cache.dim > MOST_DIM:
+    _checks.shapes((slots.shape[0], cache.dim), "the cache", cos=cos, sin=sin)
+    if (cos is None) != (sin is None) or (query is not None and cos is None):
+        raise ValueError("cos, sin: expected both or neither, and both with a query, which is there to be rotated")
+    if query is not None and (query.shape[::2] != (slots.shape[0], cache.dim) or query.stride(2) != 1):
+        raise ValueError(
+            f"query: shape {tuple(query.shape)}, expected ({slots.shape[0]}, heads, {cache.dim}), the last contiguous"
+        )
+    if _checks.values_are_checked(slots) and slots.numel():
+        _check_range("slots", slots, cache.keys.shape[0] * cache.block_size)
+    backend = _dispatch.choose("write_kv", _backends(cache), key)
+    if backend == "reference":
         return reference.write_kv(cache, key, value, slots, cos, sin, query)
     if key.stride(2) != 1 or value.stride(2) != 1:
         key, value = key.contiguous(), value.contiguous()
-    kernels(backend).write(cache, key, value, slots, cos, sin, query)
+    if cos is not None and sin is not None:
+        cos, sin = cos.contiguous(), sin.contiguous()
+    kernels(backend).write(cache, key, value, slots.long().contiguous(), cos, sin, query)
+
+
+def _backends(cache: KVCache) -> tuple[str, ...]:
+    """Those that serve heads and blocks of these sizes."""
+    return BACKENDS if cache.dim <= MOST_DIM and cache.block_size in BLOCK_SIZES else ("reference",)
+
+
+def _check_places(batch: PagedBatch, cache: KVCache, n: int) -> None:
+    for name, x in batch._asdict().items():
+        if x.dtype != torch.int32 or not x.is_contiguous():
+            raise TypeError(f"batch.{name}: {x.dtype} with strides {x.stride()}, expected int32 and contiguous")
+    if not _checks.values_are_checked(batch.tables) or not batch.contexts.numel():
+        return
+    counts = batch.cu_queries.diff()
+    if int(batch.cu_queries[0]) != 0 or int(batch.cu_queries[-1]) != n or bool((counts < 0).any()):
+        raise ValueError(f"batch.cu_queries: expected to rise from 0 to the {n} queries")
+    _check_range("batch.tables", batch.tables, cache.keys.shape[0])
+    room = batch.tables.shape[1] * cache.block_size
+    if int(batch.contexts.max()) > room or bool((batch.contexts < counts).any()):
+        raise ValueError(
+            f"batch.contexts: up to {int(batch.contexts.max())}, expected at least each one's queries and at most the "
+            f"{room} positions of its table"
+        )
+
+
+def _check_range(name: str, x: Tensor, end: int) -> None:
+    low, high = (int(value) for value in x.aminmax())
+    if low < 0 or high >= end:
+        raise ValueError(f"{name}: from {low} to {high}, expected from 0 to {end - 1}")
 
 
 def kernels(backend: str) -> Any:

@@ -72,16 +72,16 @@ class Engine:
         """Note what was computed; returns who samples, each with its row of logits: siblings share their prompt's."""
         asking: list[tuple[int, Sequence]] = []
         moves: list[tuple[int, int]] = []
-        sampling = [w.samples for w in work]
-        rows = iter(range(len(work)))
-        for one, samples in zip(work, sampling, strict=True):
+        row = 0
+        for one in work:
+            samples = one.samples
             one.sequence.computed += one.count
             if samples:
-                row = next(rows)
                 asking.append((row, one.sequence))
                 for sibling, move in self.scheduler.fork(one.sequence):
                     asking.append((row, sibling))
                     moves += [] if move is None else [move]
+                row += 1
         self.runner.copy(moves)
         return asking
 

@@ -225,6 +225,11 @@ class Generator:
     def _stop_text(self, sequence: Sequence) -> int | None:
         """Where the first stop text of a response begins, if it is there."""
         assert self.tokenizer is not None
+        # Looked for in the last tokens first: one that ends here has at most four to a character, as bytes have.
+        window = 4 * max(map(len, sequence.params.stop)) + 4
+        end = decode_response(self.tokenizer, sequence.response[-window:])
+        if not any(stop in end for stop in sequence.params.stop):
+            return None
         text = decode_response(self.tokenizer, sequence.response)
         return min((at for stop in sequence.params.stop if (at := text.find(stop)) >= 0), default=None)
 

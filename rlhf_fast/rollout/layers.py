@@ -20,6 +20,7 @@ from rlhf_fast.models.adapters import Model
 from rlhf_fast.models.forward import output_head
 from rlhf_fast.ops._compiled import Linear, PagedAttention
 from rlhf_fast.ops.linear import Weight, rms_norm, usable
+from rlhf_fast.ops.paged_attention import MOST_DIM
 from rlhf_fast.rollout import attention
 
 KINDS = ("linear", "norm", "mlp", "attention", "layer")
@@ -31,14 +32,16 @@ Options = dict[int, attention.Options]  # those that the attention of each layer
 def replaced(model: nn.Module, kinds: tuple[str, ...], options: Options) -> Iterator[None]:
     """Replace the layers of these kinds."""
     done: list[nn.Module] = []
+    inside: set[nn.Module] = set()  # of layers that are replaced as a whole, and call none of these
     try:
-        for module in model.modules():
-            if "forward" in vars(module):  # somebody else has replaced it
+        for module in model.modules():  # a layer comes before what is in it
+            if module in inside or "forward" in vars(module):  # or somebody else has replaced it
                 continue
             found = next((f for kind in kinds if (f := _FASTER[kind](module, options)) is not None), None)
             if found is not None:
                 module.forward = found
                 done.append(module)
+                inside |= {one for one in module.modules() if not _is_norm(one)}
         yield
     finally:
         for module in done:
@@ -104,18 +107,29 @@ def _linear(module: nn.Module, options: Options) -> Forward | None:
     return lambda x, *_, **__: product(_rows(x))[0].view(*x.shape[:-1], columns)
 
 
+def _is_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("RMSNorm")
+
+
+_offsets: dict[type, float | None] = {}  # what a class adds to its weight; None for another kind of norm
+
+
 def _norm(module: Any, options: Options) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    if not type(module).__name__.endswith("RMSNorm"):
+    if not _is_norm(module):
         return None
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or not isinstance(eps, float) or not usable(weight):
         return None
-    x = torch.linspace(-2.0, 3.0, 2 * weight.shape[0]).view(2, -1)
-    with torch.no_grad():
-        want = type(module).forward(module, x)
-        offsets = [o for o in (0.0, 1.0) if torch.allclose(rms_norm(x, weight, eps, o), want, rtol=1e-5, atol=1e-6)]
-    return (lambda x: rms_norm(x, weight, eps, offsets[0])) if offsets else None
+    kind = type(module)
+    if kind not in _offsets:
+        x = torch.linspace(-2.0, 3.0, 2 * weight.shape[0]).view(2, -1)
+        with torch.no_grad():
+            want = kind.forward(module, x)
+            same = [o for o in (0.0, 1.0) if torch.allclose(rms_norm(x, weight, eps, o), want, rtol=1e-5, atol=1e-6)]
+        _offsets[kind] = same[0] if same else None
+    offset = _offsets[kind]
+    return None if offset is None else lambda x: rms_norm(x, weight, eps, offset)
 
 
 def _mlp_products(module: Any) -> tuple[Linear, Linear] | None:
@@ -142,7 +156,7 @@ def _attend(module: Any, options: Options) -> Attend | None:
     """(states (N, H), (cos, sin), what is to be added) -> (N, H)."""
     layer, dim = getattr(module, "layer_idx", None), getattr(module, "head_dim", None)
     weights = _weights(module, "q_proj", "k_proj", "v_proj", "o_proj")
-    if weights is None or layer not in options or not isinstance(dim, int):
+    if weights is None or layer not in options or not isinstance(dim, int) or dim > MOST_DIM:
         return None
     norms = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
     if any(norm is not None and getattr(norm, "weight", None) is None for norm in norms):
@@ -162,7 +176,7 @@ def _attend(module: Any, options: Options) -> Attend | None:
         query, key, value = inputs(states)
         queries, keys = normed(query, norms[0], heads), normed(key, norms[1], kv_heads)  # (N, heads, dim)
         cache = step.cache(layer, kv_heads, dim, keys)
-        cos, sin = (x[0] for x in rotation)  # (N, dim)
+        cos, sin = (x[0].contiguous() for x in rotation)  # (N, dim)
         if cos.shape != (len(states), dim):
             raise ValueError(f"rotation of {cos.shape[-1]} of {dim} dimensions")
         kernels.write(cache, keys, value.view(keys.shape), step.slots, cos, sin, queries)

@@ -53,21 +53,16 @@ class Scheduler:
 
     def schedule(self) -> list[Work]:
         """Work for one step, at most `max_batch_tokens` tokens; blocks are given to it."""
-        budget, work = self.max_batch_tokens, []
-        for sequence in list(self.running):
-            if budget == 0:
-                break
-            if sequence not in self.running:  # put off a moment ago
-                continue
+        budget = self.max_batch_tokens
+        work: list[Work] = []
+        while budget and len(work) < len(self.running):  # whoever is put off is the last one, and has no work yet
+            sequence = self.running[len(work)]
             count = min(len(sequence) - sequence.computed, budget)
-            while not self.pool.grow(sequence, sequence.computed + count):
-                last = self.running[-1]
-                self._put_off(last)
-                if last is sequence:
-                    break
-            else:
+            if self.pool.grow(sequence, sequence.computed + count):
                 work.append(self._given(sequence, count))
                 budget -= count
+            else:
+                self._put_off(self.running[-1])
         while self.waiting and budget and len(self.running) < self.max_sequences:
             sequence = self.waiting[0]
             if self.share_prefixes:
@@ -96,6 +91,7 @@ class Scheduler:
         return sum(self.pool.blocks_for(n) > len(s.blocks) for n, s in zip(final, self.running, strict=True))
 
     def _put_off(self, sequence: Sequence) -> None:
+        """It waits, and will be computed again."""
         self.preemptions += 1
         self.pool.release(sequence)
         self.running.remove(sequence)

@@ -20,10 +20,8 @@ def answers() -> Iterator[list[Tensor]]:
         for k in (5, 64, 583):
             x, a = cases.random(13, k, seed=1, dtype=dtype), cases.random(6, k, seed=5, dtype=dtype)
             weights = [Weight(cases.random(n, k, seed=n, dtype=dtype)) for n in (9, 7)]
-            adapted = weights[0]._replace(bias=x[0, :1].expand(9).contiguous(), lora=(a, weights[0].weight[:, :6], 0.5))
-            if k > 5:
-                adapted = adapted._replace(lora=(a, weights[0].weight[:, :6].contiguous(), 0.5))
-                yield ops.linear(x, [adapted, *weights])
+            up, bias = cases.random(9, 6, seed=6, dtype=dtype), cases.random(9, seed=7, dtype=dtype)
+            yield ops.linear(x, [weights[0]._replace(bias=bias, lora=(a, up, 0.5)), *weights])
             for gate in ("silu", "gelu_tanh"):
                 yield ops.linear(x, [weights[0], weights[0]], gate)
             yield [ops.rms_norm(x, a[0], 1e-5, 1.0)]

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 
 from rlhf_fast import Generator, SamplingParams, models
+from rlhf_fast.data.batches import pad
 from rlhf_fast.models import smollm2
 
 needs_package = pytest.mark.skipif(
@@ -80,6 +82,27 @@ def test_weights_are_those_of_the_gguf_file(folder: Path) -> None:
     with safe_open(folder / "model.safetensors", "np") as file:
         for name, weight in expected.items():
             np.testing.assert_array_equal(file.get_tensor(name), weight, err_msg=name)
+
+
+@needs_package
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"max_batch_tokens": 13, "block_size": 16}], ids=str)
+def test_greedy_tokens_and_logprobs_are_those_of_transformers(
+    loaded: tuple[Any, Any], settings: dict[str, int]
+) -> None:
+    model, _ = loaded
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(100, 49000, (n,), generator=generator).tolist() for n in (1, 15, 16, 17, 33)]
+    params = SamplingParams(temperature=0.0, max_new_tokens=24, stop_token_ids=(2,))
+    rollouts = Generator(model, **settings).generate(prompts, params)
+    for prompt, example in zip(prompts, rollouts.examples(), strict=True):
+        ids = torch.tensor([prompt])
+        whole = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24)
+        assert example.response == tuple(whole[0, len(prompt) :].tolist())
+    with torch.no_grad():
+        truth, _ = models.response_logprobs(model, pad(rollouts.examples()))
+    off = (rollouts.logprobs[rollouts.response_mask] - truth).abs()
+    assert off.max() < 1e-4 and off.mean() < 1e-5
 
 
 @needs_package

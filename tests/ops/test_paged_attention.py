@@ -261,5 +261,30 @@ def test_bad_arguments_are_named() -> None:
         ops.paged_attention(p.query[:, :3], p.cache, p.batch)
     with pytest.raises(ValueError, match=r"key: shape \(2, 4, 16\), expected \(2, 2, 16\) like the cache"):
         ops.write_kv(p.cache, p.query, p.query, torch.tensor([0, 1]))
+    key, slots = p.query[:, :2], torch.tensor([0, 1])
     with pytest.raises(TypeError, match=r"key: torch.float64, expected torch.float32"):
-        ops.write_kv(p.cache, p.query[:, :2].double(), p.query[:, :2].double(), torch.tensor([0, 1]))
+        ops.write_kv(p.cache, key.double(), key.double(), slots)
+    with pytest.raises(ValueError, match=r"slots: from 0 to 64, expected from 0 to 63"):
+        ops.write_kv(p.cache, key, key, torch.tensor([0, 64]))
+    with pytest.raises(ValueError, match="cos, sin: expected both or neither"):
+        ops.write_kv(p.cache, key, key, slots, cos=key[:, 0])
+    with pytest.raises(TypeError, match=r"query: torch.float64, expected torch.float32 like the cache"):
+        ops.paged_attention(p.query.double(), p.cache, p.batch)
+    changes: list[tuple[dict[str, Tensor], type[Exception], str]] = [
+        ({"tables": p.batch.tables.long()}, TypeError, "batch.tables: torch.int64 .* expected int32"),
+        ({"tables": p.batch.tables + 99}, ValueError, "batch.tables: from .* expected from 0 to 3"),
+        ({"contexts": p.batch.contexts + 99}, ValueError, "batch.contexts: up to 104, .* at most the 16 positions"),
+        ({"contexts": p.batch.contexts - 4}, ValueError, "batch.contexts: up to 1, expected at least each one's"),
+        ({"cu_queries": p.batch.cu_queries + 1}, ValueError, "batch.cu_queries: expected to rise from 0 to the 2"),
+    ]
+    for change, error, message in changes:
+        with pytest.raises(error, match=message):
+            ops.paged_attention(p.query, p.cache, p.batch._replace(**change))
+
+
+def test_heads_too_wide_for_the_kernels_are_for_the_reference() -> None:
+    p = problem([20, 5], [3, 1], dim=272)
+    got = ops.paged_attention(p.query, p.cache, p.batch)
+    torch.testing.assert_close(got.double(), by_definition(p, {}), rtol=1e-5, atol=1e-5)
+    with ops.use_backend("cpu"), pytest.raises(RuntimeError, match="paged_attention: has no 'cpu' backend"):
+        ops.paged_attention(p.query, p.cache, p.batch)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_fast import Generator, SamplingParams
+from rlhf_fast import Generator, SamplingParams, models
 from rlhf_fast.rollout.blocks import BlockPool
 from rlhf_fast.rollout.generator import Until
 from rlhf_fast.rollout.rollouts import Rollouts
@@ -299,19 +299,18 @@ def test_settings_may_differ_between_prompts(tiny: tuple[Any, Any]) -> None:
         Generator(*tiny).generate(PROMPTS, every[:2])
 
 
-def test_logits_that_are_not_finite_end_that_response_and_are_told(tiny: tuple[Any, Any]) -> None:
-    model, tokenizer = tiny
+def test_logits_that_are_not_finite_end_that_response_and_are_told(family_config: Callable[..., Any]) -> None:
+    model, tokenizer = models.load(family_config("llama"))  # an output layer of its own: nan stays with that token
     generator = Generator(model, tokenizer)
     want = responses(generator.generate(PROMPTS, FREE))
     with torch.no_grad():
         model.get_input_embeddings().weight[72] = math.nan
     sound = [i for i, r in enumerate(want) if 72 not in (*PROMPTS[i], *r)]
-    tied = model.config.tie_word_embeddings
+    assert len(sound) >= 3
     with pytest.warns(RuntimeWarning, match=r"responses ended in logits that are not finite, the first to prompt \d"):
         found = generator.generate(PROMPTS, FREE)
     assert found.finish_reasons[4] == "error" and responses(found)[4] == ()
-    if not tied:
-        assert sound and all(responses(found)[i] == want[i] for i in sound)
+    assert all(responses(found)[i] == want[i] for i in sound)
     with pytest.raises(ValueError, match=r"sequence \d has no response \(finish reason 'error'\)"):
         found.examples()
     assert_all_free(generator)

@@ -9,8 +9,9 @@ import pytest
 import torch
 import transformers
 
-from rlhf_fast import Generator, SamplingParams, models
+from rlhf_fast import Generator, SamplingParams, models, ops
 from rlhf_fast.data.batches import pad
+from rlhf_fast.ops import _compiled
 from rlhf_fast.rollout.rollouts import Rollouts
 
 SMALL: dict[str, Any] = {
@@ -23,6 +24,7 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
     "llama tied, biased": ("LlamaConfig", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
     "llama of one key head": ("LlamaConfig", {"num_key_value_heads": 1, "head_dim": 20}),
+    "llama of heads wider than the kernels take": ("LlamaConfig", {"head_dim": 272}),
     "llama with scaled positions": (
         "LlamaConfig",
         {"rope_parameters": {
@@ -139,6 +141,40 @@ def test_greedy_tokens_and_logprobs(
         for name, want in (("logprobs", truth), ("entropy", entropy)):
             off = (getattr(rollouts, name)[rollouts.response_mask] - want).abs()
             assert off.max() < 1e-4 and off.mean() < 1e-5, f"{name}: {off.max():.1e}, {off.mean():.1e} on average"
+
+
+@pytest.mark.skipif(_compiled.cpu is None, reason="rlhf_fast._C was not built")
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("llama", "LlamaDecoderLayer LlamaRMSNorm"),
+        ("llama tied, biased", "LlamaDecoderLayer LlamaRMSNorm"),
+        ("qwen2", "Qwen2DecoderLayer Qwen2RMSNorm"),
+        ("qwen3", "Qwen3DecoderLayer Qwen3RMSNorm"),
+        ("mistral", "MistralDecoderLayer MistralRMSNorm"),
+        ("gemma2", "Gemma2Attention Gemma2MLP Gemma2RMSNorm"),  # its layers have two norms more
+        ("llama of heads wider than the kernels take", "LlamaMLP LlamaRMSNorm Linear"),
+        ("cohere", "CohereMLP Linear"),  # rotates pairs, not halves
+        ("gpt-neox", "Linear"),
+    ],
+)
+def test_the_layers_of_ours_that_serve_are_used_and_taken_away_again(name: str, expected: str) -> None:
+    model = built(*SERVED[name])
+
+    def replaced() -> set[str]:
+        inside = model.base_model.modules()  # the output layer is called through its weight
+        return {type(module).__name__ for module in inside if "forward" in vars(module)}
+
+    with Generator(model).runner.ready():
+        assert replaced() == set(expected.split())
+    assert replaced() == set()
+
+
+def test_a_backend_that_was_asked_for_is_the_one_that_generates(prompts: list[list[int]]) -> None:
+    model = built(*SERVED["llama"])
+    generator = Generator(model)
+    with ops.use_backend("reference"), generator.runner.ready():
+        assert not any("forward" in vars(module) for module in model.modules())
 
 
 @pytest.mark.parametrize("name", REFUSED)
