@@ -159,15 +159,19 @@ def measure(cubin: Path, target: int, name_of: Any) -> Iterator[Static]:
 
 def cuda_name(mangled: str) -> tuple[str, str, str, str, int]:
     """From _ZN9rlhf_fast4cuda..._full_kl_cu_...15gradient_kernelI13__nv_bfloat16LNS0_4FormE1ELNS_10DivergenceE0E..."""
-    op = re.search(
-        r"_(token_logprobs|full_kl|kl_estimate|gae|ppo_loss|pair_loss|sequence_sum|group_advantages)_cu_", mangled
+    ops = (
+        "token_logprobs|full_kl|kl_estimate|gae|ppo_loss|pair_loss|sequence_sum|group_advantages|paged_attention|sample"
     )
+    op = re.search(rf"_({ops})_cu_", mangled)
     kernel = re.search(r"\d+([a-z][a-z_]*?)_kernel", mangled)
     assert op is not None and kernel is not None, mangled
     dtype = re.search(r"_kernelI(f|13__nv_bfloat16|6__half)", mangled)
     form, divergence = re.search(r"FormE(\d)", mangled), re.search(r"DivergenceE(\d)", mangled)
     name = {"f": "float32", "13__nv_bfloat16": "bfloat16", "6__half": "float16"}[dtype[1]] if dtype else ""
     parts = [name, FORMS[int(form[1])] if form else "", ("kl", "js")[int(divergence[1])] if divergence else ""]
+    sizes = re.search(r"_kernelI\w*?((?:Li\d+E)+)E", mangled)  # of paged_attention: rows, and vectors of a head
+    if sizes:
+        parts.append(" x ".join(re.findall(r"Li(\d+)E", sizes[1])))
     elements = ELEMENTS.get(op[1], 4 if name == "float32" else 8)
     return op[1], kernel[1], "cuda", ", ".join(part for part in parts if part), elements
 
@@ -422,7 +426,7 @@ def faults(one: Static) -> list[str]:
     if one.kernel.endswith("finish") or one.op in ("pair_loss", "sequence_sum", "group_advantages"):
         return found  # reads a few states a row, some tens of pairs, or sequences that start anywhere
     if one.op in ("paged_attention", "sample"):
-        return found  # blocks come through shared memory; sweeps of a row that is in the cache
+        return found  # a key or a value a lane, blocks through shared memory; sweeps of a row that is in the cache
     itemsize = 4 if "float32" in one.variant else 2
     rows = {"token_logprobs": 1, "ppo_loss": 8}.get(one.op, 2)
     needed = rows * one.elements * itemsize // 16

@@ -261,14 +261,34 @@ PagedCache paged_cache(const CacheTuple& t) {
 void def_paged_attention(py::module_& m, const PagedAttentionKernels& kernels) {
     using Strides = std::tuple<int64_t, int64_t>;  // from token to token, from head to head
     using Where = std::tuple<Address, int64_t, Address, Address, Address, Address, int64_t>;
+    using Sizes = std::tuple<int64_t, int64_t, int64_t>;  // tokens, sequences, parts of keys
     m.def("paged_attention_forward",
           [kernels](const CacheTuple& cache, Address query, const Strides& strides, int64_t heads, const Where& t,
-                    float scale, float softcap, int64_t window, Address sinks, Address out, const RunTuple& where) {
+                    float scale, float softcap, int64_t window, Address sinks, Address out, const Sizes& sizes,
+                    Address parts, const RunTuple& where) {
               const auto& [tables, table_stride, cu_queries, contexts, groups, shared, count] = t;
+              const auto& [tokens, sequences, number_of_parts] = sizes;
               kernels.forward(paged_cache(cache),
-                              {at<void>(query), std::get<0>(strides), std::get<1>(strides), heads, at<int32_t>(tables),
-                               table_stride, at<int32_t>(cu_queries), at<int32_t>(contexts), at<int32_t>(groups),
-                               at<int32_t>(shared), count, scale, softcap, window, at<float>(sinks), at<void>(out)},
+                              {at<void>(query),
+                               std::get<0>(strides),
+                               std::get<1>(strides),
+                               heads,
+                               at<int32_t>(tables),
+                               table_stride,
+                               at<int32_t>(cu_queries),
+                               at<int32_t>(contexts),
+                               at<int32_t>(groups),
+                               at<int32_t>(shared),
+                               count,
+                               scale,
+                               softcap,
+                               window,
+                               at<float>(sinks),
+                               at<void>(out),
+                               tokens,
+                               sequences,
+                               at<float>(parts),
+                               number_of_parts},
                               run(where));
           });
     m.def("write_kv_forward", [kernels](const CacheTuple& cache, Address key, const Strides& key_strides, Address value,
@@ -283,6 +303,7 @@ void def_paged_attention(py::module_& m, const PagedAttentionKernels& kernels) {
     });
     m.attr("paged_attention_most_keys") = kMostKeys;
     m.attr("paged_attention_most_dim") = kMostDim;
+    m.attr("paged_attention_part") = kPartOfKeys;
 }
 
 void def_rms_norm(py::module_& m, const RMSNormKernels& kernels) {
@@ -426,6 +447,8 @@ PYBIND11_MODULE(RLHF_FAST_MODULE, m) {
     def_token_logprobs(on_cuda, cuda::token_logprobs);
     def_full_kl(on_cuda, cuda::full_kl);
     def_kl_estimate(on_cuda, cuda::kl_estimate);
+    def_paged_attention(on_cuda, cuda::paged_attention);
+    def_sample(on_cuda, cuda::sample);
     def_gae(on_cuda, cuda::gae);
     def_ppo_loss(on_cuda, cuda::ppo_loss);
     def_pair_loss(on_cuda, cuda::pair_loss);

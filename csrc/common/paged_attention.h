@@ -20,6 +20,7 @@ struct PagedCache {
 
 constexpr int64_t kMostKeys = 128;
 constexpr int64_t kMostDim = 256;
+constexpr int kPartOfKeys = 256;
 
 // Sequence b has queries cu_queries[b] .. cu_queries[b + 1], the last ones of contexts[b] positions. Consecutive
 // sequences form groups (groups[g] .. groups[g + 1]) whose first shared[g] blocks are the same and end before their
@@ -38,6 +39,10 @@ struct PagedQueries {
     int64_t window;             // keys that a query sees, itself included; 0 for all
     const float* sinks;         // (heads,): one more logit beside the scores, or null
     void* out;                  // (N, heads, dim), contiguous
+    int64_t tokens, sequences;  // N, B
+    // On a GPU, for warps side by side over the keys: (N, heads, number_of_parts, width + 2), or null.
+    float* parts;
+    int64_t number_of_parts;  // enough for the longest context, each of kPartOfKeys positions
 };
 
 // Token n goes to position slots[n] % block_size of block slots[n] / block_size. With cos and sin (N, dim), the halves
@@ -58,6 +63,9 @@ struct PagedAttentionKernels {
 };
 
 namespace cpu {
+extern const PagedAttentionKernels paged_attention;
+}
+namespace cuda {
 extern const PagedAttentionKernels paged_attention;
 }
 

@@ -35,5 +35,8 @@ struct SampleKernels {
 namespace cpu {
 extern const SampleKernels sample;
 }
+namespace cuda {
+extern const SampleKernels sample;
+}
 
 }  // namespace rlhf_fast

@@ -131,6 +131,7 @@ inline void row(const SampleInputs& in, const Samples& out, int64_t r, float* we
     int64_t found = -1, from = 0, equals = kept.equals;
     if (all)
         while (from + kRun < n && sum + runs[from / kRun] <= target) sum += runs[from / kRun], from += kRun;
+    while (greedy && to_float(z[from]) != top) ++from;  // its weight alone does not tell: 1 may also be one rounded up
     for (int64_t j = from; j < n; ++j) {
         const uint32_t bits = bits_of(weights[j]);
         if (bits == 0 || bits < kept.bits || (bits == kept.bits && equals-- <= 0)) continue;

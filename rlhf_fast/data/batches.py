@@ -1,15 +1,19 @@
-"""Token sequences with a prompt and a response, and the padded batches that models take. Knows no text."""
+"""Token sequences with a prompt and a response, and the batches that models take. Knows no text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
 import torch
 
 Item = TypeVar("Item")
+
+# Tokens of a row that several responses share: attention with a mask looks at all pairs of them, and beyond this that
+# costs more than reading the prompt again.
+LONGEST_ROW = 1024
 
 
 @dataclass(frozen=True)
@@ -25,31 +29,90 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples padded on the right. R is the number of response tokens of all rows together."""
+    """B examples in rows padded on the right. Examples of one prompt may share a row, in which the prompt stands once:
 
-    input_ids: torch.Tensor  # (B, T) int64
-    lengths: torch.Tensor  # (B,) int64: real tokens of each row
-    response_mask: torch.Tensor  # (B, T) bool
+        prompt | response | response | ... | padding
+
+    R is the number of response tokens of all examples together.
+    """
+
+    input_ids: torch.Tensor  # (rows, T) int64
+    before: torch.Tensor  # (R,) int64: the place, row * T + column, of the token that each response token comes after
+    last: torch.Tensor  # (B,) int64: the place of each example's last token
     response_tokens: torch.Tensor  # (R,) int64
-    cu_seqlens: torch.Tensor  # (B + 1,) int32: where each row's response starts among the R
+    cu_seqlens: torch.Tensor  # (B + 1,) int32: where each example's response starts among the R
+    positions: torch.Tensor | None = None  # (rows, T) int64: in its own sequence; None if each row is one
+    mask: torch.Tensor | None = None  # (rows, 1, T, T) bool: who sees whom; None if all that stands before
 
 
-def pad(examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:
-    """Pad examples to the longest. The padding is id 0; no real token ever sees it."""
-    width = max(len(example) for example in examples)
-    input_ids = torch.zeros(len(examples), width, dtype=torch.int64)
-    response_mask = torch.zeros(len(examples), width, dtype=torch.bool)
-    for row, example in enumerate(examples):
-        input_ids[row, : len(example)] = torch.tensor(example.prompt + example.response)
-        response_mask[row, len(example.prompt) : len(example)] = True
+def pad(examples: Sequence[Example], device: torch.device | str = "cpu", shared: int = 0) -> Batch:
+    """Examples as a batch, in their order. The padding is id 0; no real token ever sees it.
+
+    Neighbours of one prompt share a row if they are at most `shared` tokens long.
+
+    Raises:
+        ValueError: an empty prompt, after which no first response token could be predicted.
+    """
+    if (empty := next((i for i, example in enumerate(examples) if not example.prompt), None)) is not None:
+        raise ValueError(f"example {empty} has an empty prompt; expected at least one token, such as the start token")
+    rows = _rows(examples, shared)
+    width = max(_width(examples, row) for row in rows)
+    ids, parts = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.int64)  # part 0: the prompt
+    positions = np.tile(np.arange(width), (len(rows), 1))
+    before: list[int] = []
+    last: list[int] = []
+    for r, row in enumerate(rows):
+        prompt = examples[row[0]].prompt
+        start = len(prompt)
+        ids[r, :start] = prompt
+        for part, i in enumerate(row, start=1):
+            response = examples[i].response
+            end = start + len(response)
+            ids[r, start:end], parts[r, start:] = response, part
+            positions[r, start:end] = np.arange(len(prompt), len(prompt) + len(response))
+            before += [r * width + len(prompt) - 1, *range(r * width + start, r * width + end - 1)][: len(response)]
+            last.append(r * width + end - 1)
+            start = end
     counts = torch.tensor([0] + [len(example.response) for example in examples])
-    return Batch(
-        input_ids=input_ids.to(device),
-        lengths=torch.tensor([len(example) for example in examples], device=device),
-        response_mask=response_mask.to(device),
-        response_tokens=input_ids[response_mask].to(device),
+    spoken = [token for example in examples for token in example.response]
+    batch = Batch(
+        input_ids=torch.from_numpy(ids).to(device),
+        before=torch.tensor(before, dtype=torch.int64, device=device),
+        last=torch.tensor(last, device=device),
+        response_tokens=torch.tensor(spoken, dtype=torch.int64, device=device),
         cu_seqlens=counts.cumsum(0).to(torch.int32).to(device),
     )
+    if len(rows) == len(examples):
+        return batch
+    which = torch.from_numpy(parts).to(device)  # (rows, T)
+    sees = (which.unsqueeze(1) == 0) | (which.unsqueeze(1) == which.unsqueeze(2))  # (rows, T, T)
+    return replace(batch, positions=torch.from_numpy(positions).to(device), mask=sees.tril().unsqueeze(1))
+
+
+def _rows(examples: Sequence[Example], shared: int) -> list[list[int]]:
+    """Which neighbours share a row."""
+    rows: list[list[int]] = []
+    width = 0
+    for i, example in enumerate(examples):
+        first = examples[rows[-1][0]] if rows else example
+        alike = bool(rows) and example.prompt == first.prompt and max(len(example), len(first)) <= shared
+        if alike and width + len(example.response) <= LONGEST_ROW:
+            rows[-1].append(i)
+            width += len(example.response)
+        else:
+            rows.append([i])
+            width = len(example)
+    return rows
+
+
+def _width(examples: Sequence[Example], row: Sequence[int]) -> int:
+    return len(examples[row[0]].prompt) + sum(len(examples[i].response) for i in row)
+
+
+def shape(examples: Sequence[Example], shared: int) -> tuple[int, int]:
+    """(rows, T) of the batch that `pad` makes of these."""
+    rows = _rows(examples, shared)
+    return len(rows), max(_width(examples, row) for row in rows)
 
 
 def shuffled(items: Sequence[Item], seed: int) -> list[Item]:
@@ -69,3 +132,17 @@ def microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
         else:
             groups.append([row])
     return groups
+
+
+def microbatches_of_examples(examples: Sequence[Example], max_tokens: int, shared: int = 0) -> list[list[int]]:
+    """Group example numbers so that the batch of each group stays within `max_tokens` (a longer row goes alone).
+
+    Examples of one prompt become neighbours, for `pad` to let them share a row.
+    """
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for i, example in enumerate(examples):
+        by_prompt.setdefault(example.prompt, []).append(i)
+    order = [i for members in by_prompt.values() for i in members]
+    rows = [[order[i] for i in row] for row in _rows([examples[i] for i in order], shared)]
+    groups = microbatches([_width(examples, row) for row in rows], max_tokens)
+    return [[i for row in group for i in rows[row]] for group in groups]

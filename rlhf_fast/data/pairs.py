@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_fast.data.batches import Example, shuffled
+from rlhf_fast.data.batches import Example, shape, shuffled
 from rlhf_fast.data.chat import encode
 from rlhf_fast.data.records import Comparison
 
@@ -90,16 +90,19 @@ def epoch_batches_by_pairs(groups: Sequence[PairGroup], size: int, epochs: int, 
     return [batch for epoch in range(epochs) for batch in batches_by_pairs(shuffled(groups, seed + epoch), size)]
 
 
-def microbatches_of_groups(groups: Sequence[PairGroup], max_tokens: int) -> list[list[PairGroup]]:
-    """Groups that fit into `max_tokens` padded tokens together; none is cut, since its pairs need both sides."""
+def microbatches_of_groups(groups: Sequence[PairGroup], max_tokens: int, shared: int = 0) -> list[list[PairGroup]]:
+    """Groups that fit into `max_tokens` padded tokens together; none is cut, since its pairs need both sides.
+
+    `shared` as in `pad`.
+    """
     result: list[list[PairGroup]] = []
-    for group in sorted(groups, key=lambda g: max(len(e) for e in g.examples), reverse=True):
-        rows = len(group.examples)
-        if result:
-            together = sum(len(g.examples) for g in result[-1]) + rows
-            longest = max(len(e) for e in result[-1][0].examples)
-            if together * longest <= max_tokens:
-                result[-1].append(group)
-                continue
-        result.append([group])
+    rows = longest = 0  # of the last
+    shapes = [(shape(group.examples, shared), group) for group in groups]
+    for (more, width), group in sorted(shapes, key=lambda item: item[0][1], reverse=True):
+        if result and (rows + more) * longest <= max_tokens:
+            result[-1].append(group)
+            rows += more
+        else:
+            result.append([group])
+            rows, longest = more, width
     return result

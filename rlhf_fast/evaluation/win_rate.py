@@ -124,7 +124,11 @@ def _mean_kl(model: Model, reference: Model, rollouts: Rollouts, temperature: fl
 
     def logprobs(of: Model) -> torch.Tensor:
         (parts,) = per_example(
-            examples, lambda batch: [models.response_logprobs(of, batch, temperature)[0]], MAX_TOKENS, device
+            examples,
+            lambda batch: [models.response_logprobs(of, batch, temperature)[0]],
+            MAX_TOKENS,
+            device,
+            models.longest_shared(of),
         )
         return torch.cat(parts)  # (R,)
 

@@ -136,10 +136,11 @@ def _forward(
     before = tl.zeros((), tl.float64)
     ranked = tl.zeros((), tl.int64)
     for first in range(0, columns, BLOCK):
-        e, _, column = _weights(start, first, columns, top, scale, BLOCK)
+        e, y, column = _weights(start, first, columns, top, scale, BLOCK)
         same = (column < columns) & (e.to(tl.int32, bitcast=True) == bits)
         rank = tl.cumsum(same.to(tl.int64), 0) + ranked
         w = tl.where(same & (rank > equals), 0.0, _kept(e, column, columns, bits))
+        w = tl.where(greedy, ((column < columns) & (y == 0.0)).to(tl.float64), w)  # 1 may also be one rounded up
         reach = tl.cumsum(w, 0) + before
         found = tl.minimum(found, tl.min(tl.where((w > 0.0) & (reach > target), column, columns), 0))
         last = tl.maximum(last, tl.max(tl.where(w > 0.0, column, 0), 0))

@@ -2,7 +2,15 @@
 
 from rlhf_fast.models.adapters import frozen_copy, trainable
 from rlhf_fast.models.checkpoint import resolve, save
-from rlhf_fast.models.forward import Head, hidden_states, output_head, response_logprobs, response_states, score_last
+from rlhf_fast.models.forward import (
+    Head,
+    hidden_states,
+    longest_shared,
+    output_head,
+    response_logprobs,
+    response_states,
+    score_last,
+)
 from rlhf_fast.models.load import load, load_reward, reward_from
 
 __all__ = [
@@ -11,6 +19,7 @@ __all__ = [
     "hidden_states",
     "load",
     "load_reward",
+    "longest_shared",
     "output_head",
     "resolve",
     "response_logprobs",

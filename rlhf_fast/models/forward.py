@@ -1,11 +1,14 @@
 """The forward passes that training needs: states before response tokens, log-probabilities, last-token scores.
 
-Batches are padded on the right and passed without an attention mask: causal attention never looks ahead, so a real
-token cannot see the padding and gets the same state whatever else is in its batch.
+Rows are padded on the right. A batch whose rows are single sequences is passed without an attention mask: causal
+attention never looks ahead, so a real token cannot see the padding and gets the same state whatever else is in its
+batch. Responses that share a prompt are told apart by a mask and by their positions.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from rlhf_fast import ops
-from rlhf_fast.data.batches import Batch
+from rlhf_fast.data.batches import LONGEST_ROW, Batch, Example, pad
 
 
 @dataclass(frozen=True)
@@ -70,16 +73,30 @@ def _adapter(layer: Any) -> tuple[torch.Tensor, torch.Tensor, float] | None:
     return layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight, float(layer.scaling[names[0]])
 
 
-def hidden_states(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """Last hidden states of right-padded `input_ids` (B, T) as (B, T, H)."""
-    states: torch.Tensor = unwrapped(model).base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+def hidden_states(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    positions: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Last hidden states (rows, T, H) of right-padded `input_ids` (rows, T); `positions` and `mask` as in Batch."""
+    inner = unwrapped(model)
+    where: dict[str, torch.Tensor] = {}
+    if mask is not None and positions is not None:  # added to the scores: all that every implementation understands
+        scores = torch.zeros(mask.shape, dtype=inner.dtype, device=mask.device)
+        scores.masked_fill_(~mask, torch.finfo(inner.dtype).min)
+        where = {"position_ids": positions, "attention_mask": scores}
+    states: torch.Tensor = inner.base_model(input_ids=input_ids, use_cache=False, **where).last_hidden_state
     return states
 
 
 def response_states(model: nn.Module, batch: Batch) -> torch.Tensor:
     """The state from which each response token is predicted, packed: (R, H)."""
-    hidden = hidden_states(model, batch.input_ids)  # (B, T, H)
-    return hidden[:, :-1][batch.response_mask[:, 1:]]  # (R, H)
+    return _states(model, batch)[batch.before]  # (R, H)
+
+
+def _states(model: nn.Module, batch: Batch) -> torch.Tensor:
+    return hidden_states(model, batch.input_ids, batch.positions, batch.mask).flatten(0, 1)  # (rows * T, H)
 
 
 def response_logprobs(
@@ -100,11 +117,47 @@ def response_logprobs(
 
 def score_last(model: nn.Module, batch: Batch) -> torch.Tensor:
     """A reward model's score at the last real token of each sequence: (B,), float32."""
-    hidden = hidden_states(model, batch.input_ids)  # (B, T, H)
-    rows = torch.arange(len(batch.lengths), device=hidden.device)
-    last = hidden[rows, batch.lengths - 1]  # (B, H)
-    scores: torch.Tensor = unwrapped(model).score(last)  # (B, 1)
+    scores: torch.Tensor = unwrapped(model).score(_states(model, batch)[batch.last])  # (B, 1)
     return scores.squeeze(-1).float()
+
+
+@torch.no_grad()
+def longest_shared(model: nn.Module) -> int:
+    """How long sequences may be that share their prompt in a row of a batch (see data/batches.py); 0: none may.
+
+    Found by trying: there are models that heed neither a mask nor positions. A window narrower than a sequence would
+    be lost, since the mask stands for it.
+    """
+    inner = unwrapped(model)
+    vocabulary = inner.get_input_embeddings().weight.shape[0]
+    prompt, *responses = (tuple(i % vocabulary for i in ids) for ids in ((5, 6, 7), (8, 9, 10), (11, 12), (13, 14, 15)))
+    examples = [Example(prompt, response) for response in responses]
+    device = next(model.parameters()).device
+    with evaluating(model):
+        apart = _states(model, batch := pad(examples, device))[batch.before].float()
+        try:
+            together = _states(model, batch := pad(examples, device, shared=8))[batch.before].float()
+        except (ValueError, TypeError, AttributeError, RuntimeError, IndexError):
+            return 0
+    loose = 1e-4 if inner.dtype == torch.float32 else 0.1
+    if not torch.allclose(apart, together, rtol=0, atol=loose * float(apart.abs().max())):
+        return 0
+    config = inner.config.get_text_config()
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min([window for window in windows if window], default=LONGEST_ROW)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout; afterwards every module is in its own mode again."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @torch.no_grad()

@@ -37,6 +37,7 @@ cuda: Any = getattr(_C, "cuda", None)
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _Memory: Any = getattr(_C, "Memory", None)  # on Linux
+_MOST_PARTS = 256 << 20  # bytes
 _LARGE = 1 << 22  # bytes from which page faults cost more than a block of memory of our own
 
 
@@ -323,6 +324,7 @@ class PagedAttention:
 
     def __init__(self, backend: str) -> None:
         self.kernels = module(backend)
+        self.splits = backend == "cuda"  # keys over warps, where their results fit into memory
 
     def forward(
         self,
@@ -336,10 +338,19 @@ class PagedAttention:
         out: Tensor,
     ) -> None:
         tables, cu_queries, contexts, groups, shared = batch
+        (tokens, heads, _), width, number = query.shape, cache.keys.shape[2], 1
+        parts = None
+        if self.splits:
+            positions = tables.shape[1] * cache.keys.shape[3]
+            number = -(-positions // self.kernels.paged_attention_part)
+            size = tokens * heads * number * (width + 2)
+            if number > 1 and 4 * size <= _MOST_PARTS:
+                parts = torch.empty(size, dtype=torch.float32, device=query.device)
         self.kernels.paged_attention_forward(
             _cache(cache), query.data_ptr(), (query.stride(0), query.stride(1)), query.shape[1],
             (tables.data_ptr(), tables.stride(0), *_addresses((cu_queries, contexts, groups, shared)), len(shared)),
-            scale, softcap, window, _address(sinks), out.data_ptr(), _run(query.device),
+            scale, softcap, window, _address(sinks), out.data_ptr(), (tokens, len(contexts), number), _address(parts),
+            _run(query.device),
         )  # fmt: skip
 
     def write(

@@ -20,8 +20,9 @@ from rlhf_fast.ops import _compiled
 KNOWN = ("reference", "cpu", "triton", "cuda")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of all backends but the reference, which takes any
 
-# Device type -> backends, best first. The first one runs that the op has, that is here, and that takes the dtype.
-BEST: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+# Device type -> backends for it. Of those that an op has, best first, the first one of these runs that is here and
+# takes the dtype.
+SERVE: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 # Backend -> the device types whose tensors it takes; the reference takes all.
 RUNS_ON: dict[str, tuple[str, ...]] = {
@@ -74,8 +75,9 @@ def choose(op: str, backends: tuple[str, ...], x: Tensor) -> str:
     """The backend that this call of ``op``, which has ``backends``, runs on; ``x`` is its leading tensor."""
     if name := asked():
         return _asked_for(name, op, backends, x)
-    for name in BEST.get(x.device.type, ()):
-        if name in backends and name not in MISSING and (name == "reference" or x.dtype in KERNEL_DTYPES):
+    here = SERVE.get(x.device.type, ())
+    for name in backends:
+        if name in here and name not in MISSING and (name == "reference" or x.dtype in KERNEL_DTYPES):
             return name
     return "reference"
 

@@ -755,7 +755,7 @@ def sample(
     target = (uniform * cumulative[:, -1]).unsqueeze(-1)
     tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)  # (B,)
     last = columns - 1 - (kept > 0).flip(-1).int().argmax(-1)
-    tokens = torch.where(greedy, index[:, 0], torch.minimum(tokens, last))
+    tokens = torch.where(greedy, logits.argmax(-1), torch.minimum(tokens, last))
     broken = ~torch.isfinite(logits.amax(-1)) | logits.isnan().any(-1)
     found = logprobs.gather(-1, tokens.clamp(0, columns - 1)[:, None]).squeeze(-1)
     entropy = -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logits.dtype).min)).sum(-1)

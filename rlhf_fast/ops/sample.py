@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf_fast.ops import _checks, _compiled, _dispatch, reference
 
-BACKENDS = ("cpu", "triton", "reference")
+BACKENDS = ("cpu", "cuda", "triton", "reference")
 
 
 class Samples(NamedTuple):

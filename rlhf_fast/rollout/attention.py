@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
+from rlhf_fast.models.forward import evaluating
 from rlhf_fast.ops.paged_attention import KVCache, PagedBatch, paged_attention, write_kv
 
 NAME = "rlhf_fast_paged"
@@ -104,16 +105,3 @@ def paged(model: nn.Module) -> Iterator[None]:
     finally:
         for config, name in before:
             config._attn_implementation_internal = name
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout; afterwards every module is in its own mode again."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlhf_fast.models.forward import evaluating
 from rlhf_fast.ops import _compiled
 from rlhf_fast.ops.paged_attention import KVCache, PagedBatch
 from rlhf_fast.rollout import attention, layers
@@ -82,7 +83,7 @@ def _same(got: torch.Tensor, want: torch.Tensor) -> bool:
 
 @torch.no_grad()
 def _plain(inner: Any, ids: torch.Tensor) -> torch.Tensor:
-    with attention.evaluating(inner):
+    with evaluating(inner):
         states = [
             inner.base_model(input_ids=part.unsqueeze(0), use_cache=False).last_hidden_state[0]
             for part in ids.split(PROMPTS)

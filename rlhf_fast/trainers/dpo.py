@@ -39,6 +39,7 @@ class DPOTrainer:
         loaded, self.tokenizer = models.load(model)
         self.model = models.trainable(loaded, config.lora, config.seed)
         self.device = models.output_head(self.model).weight.device
+        self.shared = models.longest_shared(self.model)
         groups = group_pairs(comparisons, self.tokenizer, config.max_length)
         self.training, self.heldout = split_heldout(groups, config.heldout, config.seed)
         self.out = Path(out)
@@ -60,7 +61,7 @@ class DPOTrainer:
         """The reference is the policy before its first step, so its log-probabilities are computed once, here."""
         examples = [example for group in self.training + self.heldout for example in group.examples]
         max_tokens = self.config.optim.max_tokens_per_microbatch
-        (parts,) = per_example(examples, lambda batch: [self._logprobs(batch)], max_tokens, self.device)
+        (parts,) = per_example(examples, lambda batch: [self._logprobs(batch)], max_tokens, self.device, self.shared)
         self.reference = {example: float(part) for example, part in zip(examples, parts, strict=True)}
 
     def _logprobs(self, batch: Batch) -> torch.Tensor:
@@ -70,9 +71,9 @@ class DPOTrainer:
 
     def _losses(self, groups: list[PairGroup]) -> Iterator[tuple[torch.Tensor, Stats]]:
         total = sum(group.pairs for group in groups)
-        for part in microbatches_of_groups(groups, self.config.optim.max_tokens_per_microbatch):
+        for part in microbatches_of_groups(groups, self.config.optim.max_tokens_per_microbatch, self.shared):
             pairs = join(part, self.device)
-            logprobs = self._logprobs(pad(pairs.examples, self.device))  # (B,)
+            logprobs = self._logprobs(pad(pairs.examples, self.device, self.shared))  # (B,)
             reference = torch.tensor([self.reference[example] for example in pairs.examples], device=self.device)
             loss, stats = ops.dpo_loss(
                 logprobs[pairs.chosen],

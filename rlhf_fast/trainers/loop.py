@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rlhf_fast.config import OptimConfig
-from rlhf_fast.data.batches import Batch, Example, microbatches, pad, shuffled
+from rlhf_fast.data.batches import Batch, Example, microbatches_of_examples, pad, shuffled
 from rlhf_fast.run_folder import RunFolder, progress_bar
 
 Item = TypeVar("Item")
@@ -111,15 +111,16 @@ def per_example(
     function: Callable[[Batch], Sequence[torch.Tensor]],
     max_tokens: int,
     device: torch.device | str,
+    shared: int = 0,
 ) -> list[list[torch.Tensor]]:
-    """Run `function` on micro-batches of `examples` without gradients.
+    """Run `function` on micro-batches of `examples` without gradients; `shared` as in `pad`.
 
     `function` returns tensors packed over response tokens (R,) or one value a sequence (B,). The result has for each
     of them a list with each example's part, in the order of `examples`.
     """
     parts: list[list[torch.Tensor]] = []
-    for group in microbatches([len(example) for example in examples], max_tokens):
-        batch = pad([examples[i] for i in group], device)
+    for group in microbatches_of_examples(examples, max_tokens, shared):
+        batch = pad([examples[i] for i in group], device, shared)
         outputs = function(batch)
         counts = batch.cu_seqlens.diff().tolist()
         if not parts:

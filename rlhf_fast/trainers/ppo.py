@@ -19,7 +19,7 @@ from torch import nn
 
 from rlhf_fast import models, ops, settings
 from rlhf_fast.config import PPOConfig
-from rlhf_fast.data.batches import Batch, Example, microbatches, pad, shuffled
+from rlhf_fast.data.batches import Batch, Example, microbatches_of_examples, pad, shuffled
 from rlhf_fast.data.chat import encode_prompt, prompt_text
 from rlhf_fast.data.records import PromptRecord, Source, read_prompts
 from rlhf_fast.rollout.generator import Generator
@@ -77,6 +77,7 @@ class PPOTrainer:
         self.reference = models.frozen_copy(self.model)
         self.head = models.output_head(self.model)
         self.device = self.head.weight.device
+        self.shared = models.longest_shared(self.model)
         # Starts at zero: its first values are no worse than none, and the trunk gets no gradient from a random head.
         self.value_head = nn.Linear(self.head.weight.shape[1], 1, device=self.device)
         nn.init.zeros_(self.value_head.weight)
@@ -134,8 +135,10 @@ class PPOTrainer:
         paid = [s if done else s - config.missing_eos_penalty for s, done in zip(scores, finished, strict=True)]
         max_tokens = config.optim.max_tokens_per_microbatch
         # Log-probabilities from the training forward, not the sampler's, so that the first ratio is exactly one.
-        old_logprobs, entropies, old_values = per_example(examples, self._policy_outputs, max_tokens, self.device)
-        (ref_logprobs,) = per_example(examples, self._reference_logprobs, max_tokens, self.device)
+        old_logprobs, entropies, old_values = per_example(
+            examples, self._policy_outputs, max_tokens, self.device, self.shared
+        )
+        (ref_logprobs,) = per_example(examples, self._reference_logprobs, max_tokens, self.device, self.shared)
 
         lengths = [len(example.response) for example in examples]
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(self.device)
@@ -202,11 +205,10 @@ class PPOTrainer:
         explained_variance = self._explained_variance(experience)  # of the values at sampling time: one for the step
         for epoch in range(self.config.epochs):
             rng = np.random.default_rng((self.config.seed, step, epoch))
-            order = rng.permutation(len(experience.examples))
-            for rows in np.array_split(order, self.config.minibatches):
+            for rows in minibatches(experience.examples, self.config.minibatches, rng):
                 stats: dict[str, float] = {}
                 worst_ratio = 0.0
-                for loss, part in self._losses(experience, rows.tolist()):
+                for loss, part in self._losses(experience, rows):
                     loss.backward()
                     worst_ratio = max(worst_ratio, float(part.pop("ratio_max")))
                     add_stats(stats, part)
@@ -225,9 +227,10 @@ class PPOTrainer:
         config = self.config
         examples = experience.examples
         tokens = sum(len(examples[row].response) for row in rows)
-        for group in microbatches([len(examples[row]) for row in rows], config.optim.max_tokens_per_microbatch):
+        chosen, max_tokens = [examples[row] for row in rows], config.optim.max_tokens_per_microbatch
+        for group in microbatches_of_examples(chosen, max_tokens, self.shared):
             part = [rows[i] for i in group]
-            batch = pad([examples[row] for row in part], self.device)
+            batch = pad([examples[row] for row in part], self.device, self.shared)
             head = models.output_head(self.model)
             states = models.response_states(self.model, batch)  # (R, H)
             loss, stats = ops.linear_ppo_loss(
@@ -280,6 +283,21 @@ class PPOTrainer:
             run.sample(
                 {"step": step, "prompt": prompt_text(prompts[i]), "text": texts[i], "score": scores[i], "kl": kl[i]}
             )
+
+
+def minibatches(examples: Sequence[Example], count: int, rng: np.random.Generator) -> list[list[int]]:
+    """Example numbers in random order, cut into `count` parts.
+
+    The samples of a prompt stay together, so that it is read once for all of them, unless there are too few prompts.
+    """
+    by_prompt: dict[object, list[int]] = {}
+    for i, example in enumerate(examples):
+        by_prompt.setdefault(example.prompt, []).append(i)
+    units = list(by_prompt.values())
+    if len(units) < count:
+        units = [[i] for i in range(len(examples))]
+    parts = np.array_split(rng.permutation(len(units)), count)
+    return [[i for unit in part for i in units[unit]] for part in parts]
 
 
 def _check_start(kl: torch.Tensor) -> None:

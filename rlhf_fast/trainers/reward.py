@@ -44,6 +44,7 @@ class RewardTrainer:
         groups = group_pairs(comparisons, self.tokenizer, config.max_length)
         self.training, self.heldout = split_heldout(groups, config.heldout, config.seed, least=2)
         self.device = next(self.model.parameters()).device
+        self.shared = models.longest_shared(self.model)
         self.out = Path(out)
         self.config_yaml = settings.run_yaml("reward", config, model=model, data=data, out=out)
         self.agreement = Interval(0.5, 0.0, 1.0)
@@ -72,9 +73,9 @@ class RewardTrainer:
 
     def _losses(self, groups: list[PairGroup]) -> Iterator[tuple[torch.Tensor, Stats]]:
         total = sum(group.pairs for group in groups)
-        for part in microbatches_of_groups(groups, self.config.optim.max_tokens_per_microbatch):
+        for part in microbatches_of_groups(groups, self.config.optim.max_tokens_per_microbatch, self.shared):
             pairs = join(part, self.device)
-            scores = models.score_last(self.model, pad(pairs.examples, self.device))  # (B,)
+            scores = models.score_last(self.model, pad(pairs.examples, self.device, self.shared))  # (B,)
             loss, stats = ops.reward_loss(
                 scores[pairs.chosen],
                 scores[pairs.rejected],
@@ -105,5 +106,6 @@ class RewardTrainer:
             lambda batch: [models.score_last(self.model, batch)],
             self.config.optim.max_tokens_per_microbatch,
             self.device,
+            self.shared,
         )
         return torch.cat(parts)  # (B,)

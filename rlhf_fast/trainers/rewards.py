@@ -30,6 +30,7 @@ class RewardModel:
         self.agreement: dict[str, float] | None = extra.get("heldout_agreement")
         self.mean, self.std = extra.get("score_mean", 0.0), extra.get("score_std", 1.0)
         self.max_tokens, self.max_length = max_tokens, max_length
+        self.shared = models.longest_shared(self.model)
 
     def __call__(self, prompts: list[Prompt], responses: list[str]) -> list[float]:
         # The text is read with the reward model's own tokenizer and an end token, just as in its training.
@@ -38,7 +39,11 @@ class RewardModel:
             for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
         ]
         (scores,) = per_example(
-            examples, lambda batch: [models.score_last(self.model, batch)], self.max_tokens, self.device
+            examples,
+            lambda batch: [models.score_last(self.model, batch)],
+            self.max_tokens,
+            self.device,
+            self.shared,
         )
         return [(float(score) - self.mean) / self.std for score in scores]
 

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig
+from transformers import BertConfig, BloomConfig
 
 from rlhf_fast import models
 from rlhf_fast.config import LoRAConfig
-from rlhf_fast.data.batches import Example, pad
+from rlhf_fast.data.batches import LONGEST_ROW, Example, pad
 from rlhf_fast.models.forward import check_head
 
 EXAMPLES = [
@@ -107,6 +107,48 @@ def test_logprobs_values_and_scores_do_not_depend_on_padding_company_or_order(
                 torch.testing.assert_close(mine, other, rtol=0, atol=1e-5)
 
 
+ONE_PROMPT = [
+    Example((5, 6, 7, 8), (9, 10, 1)),
+    Example((5, 6, 7, 8), (30,)),
+    Example((5,), (7, 0, 9, 9, 8, 1)),
+    Example((5, 6, 7, 8), (14, 15, 0, 3)),
+]
+
+
+def test_a_prompt_that_is_read_once_gives_the_same_as_one_for_each_response(family: Any) -> None:
+    """Values and gradients, in every family; a window is as wide as what may share."""
+    model, _ = models.load(family)
+    examples = [ONE_PROMPT[i] for i in (0, 1, 3, 2)]
+    longest = models.longest_shared(model)
+    assert longest == (family.sliding_window if family.model_type == "gemma2" else LONGEST_ROW)
+
+    def outputs(shared: int) -> tuple[torch.Tensor, ...]:
+        batch = pad(examples, shared=shared)
+        assert len(batch.input_ids) == (2 if shared else 4)
+        logprobs, entropy = models.response_logprobs(model, batch)
+        model.zero_grad()
+        (logprobs * torch.arange(len(logprobs))).sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        return logprobs, entropy, gradient / gradient.abs().max()
+
+    for one, all_of_them in zip(outputs(longest), outputs(0), strict=True):
+        torch.testing.assert_close(one, all_of_them, rtol=0, atol=1e-5)
+
+
+def test_a_model_that_heeds_no_positions_shares_nothing() -> None:
+    model, _ = models.load(BloomConfig(vocab_size=260, hidden_size=32, n_layer=1, n_head=2))
+    assert models.longest_shared(model) == 0
+
+
+def test_scores_of_responses_that_share_a_prompt_are_their_own(tiny_folder: Any) -> None:
+    reward, _ = models.reward_from(tiny_folder, LoRAConfig(r=0))
+    with torch.no_grad():
+        alone = torch.cat([models.score_last(reward, pad([example])) for example in ONE_PROMPT])
+        together = models.score_last(reward, pad(ONE_PROMPT, shared=models.longest_shared(reward)))
+    assert alone.std() > 1e-3
+    torch.testing.assert_close(alone, together, rtol=0, atol=1e-5)
+
+
 def test_the_first_response_token_is_predicted_from_the_last_prompt_token(tiny: tuple[Any, Any]) -> None:
     model, _ = tiny
     example = Example((5, 6, 7), (8, 9))
@@ -118,7 +160,7 @@ def test_the_first_response_token_is_predicted_from_the_last_prompt_token(tiny: 
 
 def test_the_end_token_is_a_response_token_and_padding_is_not() -> None:
     batch = pad([Example((5, 6), (7, 1)), Example((5,), (1,))])
-    assert batch.response_mask.tolist() == [[False, False, True, True], [False, True, False, False]]
+    assert batch.before.tolist() == [1, 2, 4] and batch.last.tolist() == [3, 5]
     assert batch.response_tokens.tolist() == [7, 1, 1]
     assert batch.cu_seqlens.tolist() == [0, 2, 3]
 
@@ -135,7 +177,7 @@ def test_an_adapter_on_the_output_layer_is_part_of_it(family_config: Callable[..
     check_head(adapted)
     batch = pad(EXAMPLES)
     logprobs, _ = models.response_logprobs(adapted, batch)
-    logits = adapted(input_ids=batch.input_ids).logits[:, :-1][batch.response_mask[:, 1:]]
+    logits = adapted(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.before]
     exact = torch.log_softmax(logits.double(), -1).gather(-1, batch.response_tokens[:, None])[:, 0]
     torch.testing.assert_close(logprobs, exact.float(), rtol=0, atol=1e-4)
     logprobs.sum().backward()

@@ -12,12 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlhf_fast import ops
+from rlhf_fast.ops import _compiled
 from rlhf_fast.ops.paged_attention import KVCache, PagedBatch
 from tests.ops import cases
 from tests.ops.compare import assert_no_worse_than_torch
-from tests.ops.conftest import INTERPRETED, Backend, only
-
-kernel_backend = only("cpu", "triton")
+from tests.ops.conftest import INTERPRETED, Backend
 
 
 class Problem(NamedTuple):
@@ -200,6 +199,22 @@ def test_long_contexts_in_parts_of_their_own_change_no_bit_in_triton(monkeypatch
                 found.append(backend(ops.paged_attention, one.query, one.cache, batch, **options))
             assert torch.equal(*found)
             torch.testing.assert_close(found[0].double(), by_definition(one, options), rtol=1e-5, atol=1e-5)
+
+
+def test_long_contexts_in_parts_of_their_own_change_no_bit_in_cuda(
+    kernel_backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernel_backend.name != "cuda":
+        pytest.skip("of the CUDA kernels")
+    for heads, kv_heads in ((4, 2), (10, 1)):
+        p = problem([300, 257, 600, 40], [2, 1, 3, 1], heads, kv_heads, dim=8)
+        for options in ({}, {"window": 270, "softcap": 3.0}):
+            found = []
+            for most in (0, 1 << 30):
+                monkeypatch.setattr(_compiled, "_MOST_PARTS", most)
+                found.append(kernel_backend(ops.paged_attention, p.query, p.cache, p.batch, **options))
+            assert torch.equal(*found)
+            torch.testing.assert_close(found[0].double(), by_definition(p, options), rtol=1e-5, atol=1e-5)
 
 
 def test_layout_and_threads_change_no_bit(kernel_backend: Backend) -> None:

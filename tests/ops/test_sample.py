@@ -13,10 +13,7 @@ from torch import Tensor
 
 from rlhf_fast import ops
 from rlhf_fast.ops.sample import Samples
-from tests.ops.conftest import Backend, only
-
-backend = only("cpu", "triton", "reference")
-kernel_backend = only("cpu", "triton")
+from tests.ops.conftest import Backend
 
 LOGITS = [2.0, -1.0, 0.5, 0.4, -math.inf, 1.9, -3.0, 0.0, 0.7, -0.2]
 JUST_BELOW_ONE = np.nextafter(1.0, 0.0)
@@ -113,6 +110,11 @@ def test_temperature_zero_takes_the_likeliest_token(backend: Backend, dtype: tor
     assert found.tokens.tolist() == [0, 9, 1], "of equals the first"
     torch.testing.assert_close(found.logprobs, torch.log_softmax(logits.float(), -1).amax(-1))
     torch.testing.assert_close(found.kept, found.logprobs.exp())
+
+
+def test_temperature_zero_tells_the_likeliest_from_one_whose_weight_rounds_to_the_same(backend: Backend) -> None:
+    logits = torch.tensor([[0.0, 1e-9, -1.0], [-1e-9, -1.0, 0.0]])
+    assert draw(backend, logits, torch.tensor([0.5, 0.5]).double(), (0.0, 0, 1.0, 0.0)).tokens.tolist() == [1, 2]
 
 
 def test_a_row_that_is_no_distribution_is_told_and_harms_no_other(backend: Backend) -> None:

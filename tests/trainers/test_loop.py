@@ -107,9 +107,10 @@ def gradients(losses: Any, parameters: list[torch.nn.Parameter]) -> torch.Tensor
 @pytest.mark.parametrize("method", ["sft", "reward", "dpo", "ppo"])
 @pytest.mark.parametrize("r", [0, 4])
 def test_the_micro_batch_does_not_change_the_gradient(method: str, r: int, tiny_folder: Path, tmp_path: Path) -> None:
-    """One sequence at a time or all at once, padded to the longest: the same gradient to float32 rounding."""
+    """One sequence at a time or all at once, padded to the longest, and with each prompt read once or for every
+    response: the same gradient to float32 rounding."""
     found = []
-    for max_tokens in (1, 200, 100_000):
+    for max_tokens, sharing in ((1, True), (200, True), (100_000, True), (100_000, False)):
         optim = OptimConfig(max_tokens_per_microbatch=max_tokens)
         lora = LoRAConfig(r=r)
         trainer: Any
@@ -118,9 +119,11 @@ def test_the_micro_batch_does_not_change_the_gradient(method: str, r: int, tiny_
             losses = trainer._losses(trainer.training)
         elif method == "reward":
             trainer = RewardTrainer(tiny_folder, COMPARISONS, tmp_path, RewardConfig(lora=lora, optim=optim))
+            trainer.shared *= sharing
             losses = trainer._losses(trainer.training)
         elif method == "dpo":
             trainer = DPOTrainer(tiny_folder, COMPARISONS, tmp_path, DPOConfig(lora=lora, optim=optim))
+            trainer.shared *= sharing
             trainer._remember_reference()
             losses = trainer._losses(trainer.training)
         else:
@@ -131,6 +134,7 @@ def test_the_micro_batch_does_not_change_the_gradient(method: str, r: int, tiny_
                 tmp_path,
                 PPOConfig(prompts_per_step=4, samples_per_prompt=2, max_new_tokens=12, lora=lora, optim=optim),
             )
+            trainer.shared *= sharing
             experience = trainer._collect(RunFolder(tmp_path, "ppo", ""), 1)
             losses = trainer._losses(experience, list(range(8)))
         parameters = [p for p in trainer.model.parameters() if p.requires_grad]
