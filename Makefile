@@ -16,7 +16,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -q
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench gpu clean
+.PHONY: help install demo test lint bench gpu rehearsal clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -40,16 +40,14 @@ lint: $(STAMP) ## ruff, mypy and clang-format
 bench: $(STAMP) ## time the ops beside their peers (bench/results)
 	$(BIN)/rlhf-fast bench ops
 
-# Where there is a GPU: the tests that need one, the kernels under NVIDIA's checkers if they are installed, and the timings.
-gpu: $(STAMP) ## tests, checks and timings on a GPU
+# Eight minutes at most. bench.gpu itself needs no more than a Python with torch; it says which steps it had to skip.
+gpu: $(STAMP) ## tests, checks, timings and tuning on a GPU
 	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else \
 	  'make gpu: torch sees no CUDA device; torch ' + torch.__version__ + ' is installed, see TORCH in the Makefile')"
-	$(BIN)/python -m pytest -q -m gpu
-	@if command -v compute-sanitizer; then for tool in memcheck racecheck initcheck; do \
-	  compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest -q -x -m gpu tests/ops -k 'values and cuda' \
-	  || exit 1; done; else echo "compute-sanitizer was not found: races and invalid accesses were not looked for"; fi
-	$(BIN)/python -m bench.static
-	$(BIN)/rlhf-fast bench ops
+	$(BIN)/python -m bench.gpu
+
+rehearsal: $(STAMP) ## the same without a GPU: tiny shapes, on the CPU
+	$(BIN)/python -m bench.gpu --rehearse --out build/rehearsal
 
 clean: ## remove what was built (keeps the virtual environment and the runs)
 	rm -rf build dist *.egg-info rlhf_fast/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis $(STAMP)

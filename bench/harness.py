@@ -27,9 +27,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from rlhf_fast.ops import _compiled, _dispatch
+
+try:
+    from tqdm import tqdm
+except ImportError:  # what runs on a GPU needs torch and no more
+    tqdm = None
 
 ROOT = Path(__file__).resolve().parents[1]
 FORWARD, BOTH = "forward", "forward+backward"
@@ -170,7 +174,7 @@ def check(bench: Bench, case: Case, providers: dict[str, Call]) -> list[str]:
         try:
             found = call()
         except Exception as error:
-            tqdm.write(f"  {name}: left out, {type(error).__name__}: {str(error).splitlines()[0][:150]}", sys.stderr)
+            _tell(f"  {name}: left out, {type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}")
             continue
         wrong = [
             f"result {i} is {float(off):.1e} off"
@@ -179,19 +183,26 @@ def check(bench: Bench, case: Case, providers: dict[str, Call]) -> list[str]:
             or mine.isnan().any()
         ]
         if wrong:
-            tqdm.write(f"  {name}: left out, {'; '.join(wrong)}", sys.stderr)
+            _tell(f"  {name}: left out, {'; '.join(wrong)}")
         else:
             right.append(name)
     return right
 
 
+def _tell(text: str) -> None:
+    if tqdm is None:
+        print(text, file=sys.stderr, flush=True)
+    else:
+        tqdm.write(text, sys.stderr)  # above the bar
+
+
 def interleaved(
-    providers: dict[str, Call], device: torch.device, seconds: float, short: bool
+    providers: dict[str, Call], device: torch.device, seconds: float, short: bool, least: int = 5
 ) -> dict[str, list[float]]:
-    """Times of each, in rounds that each begin with another one; as many rounds as fit, between 5 and 100."""
+    """Times of each, in rounds that each begin with another one; as many rounds as fit, between `least` and 100."""
     names = list(providers)
     warm = {name: min(seconds_of(providers[name], device, short) for _ in range(2)) for name in names}
-    rounds = min(max(int(seconds / max(sum(warm.values()), 1e-9)), 5), 100)
+    rounds = min(max(int(seconds / max(sum(warm.values()), 1e-9)), least), 100)
     times: dict[str, list[float]] = {name: [] for name in names}
     for i in range(rounds):
         for j in range(len(names)):
@@ -251,7 +262,9 @@ def _processor() -> str:
     return found[1] if found else platform.processor()
 
 
-def run_case(bench: Bench, case: Case, device: torch.device, measured: Rates, seconds: float) -> list[Result]:
+def run_case(
+    bench: Bench, case: Case, device: torch.device, measured: Rates, seconds: float, least: int = 5
+) -> list[Result]:
     torch._dynamo.reset()  # else compiled peers would fall back to eager after a few shapes
     providers = bench.providers(case, device)
     ours = next(iter(providers))
@@ -261,7 +274,7 @@ def run_case(bench: Bench, case: Case, device: torch.device, measured: Rates, se
     chosen = {name: providers[name] for name in names}
     work = bench.work(case)
     short = work.read + work.copied < 64 << 20 and work.operations < 1 << 30
-    times = interleaved(chosen, device, seconds, short)
+    times = interleaved(chosen, device, seconds, short, least)
     peaks = {name: peak_bytes(call, device) for name, call in chosen.items()}
     results = []
     for name in names:

@@ -361,15 +361,12 @@ def _absent_from_attention(name: str, constants: dict[str, Any]) -> bool:
     return name in ("parts", "part_stats") and constants.get("SPLIT") is False
 
 
-def compile_variant(job: tuple[Variant, int]) -> list[Static]:
-    """Ahead of time, with the facts that a launch on aligned, contiguous rows would find out."""
+def source_of(variant: Variant) -> Any:
+    """What Triton compiles, with the facts that a launch on aligned, contiguous rows would find out."""
     import importlib
 
-    import triton
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    variant, target = job
     function = getattr(importlib.import_module(f"rlhf_fast.kernels.{variant.op}"), variant.kernel)
     constants = dict(variant.constants)
     types = {}
@@ -392,8 +389,16 @@ def compile_variant(job: tuple[Variant, int]) -> list[Static]:
         if (kind.startswith("*") or (kind == "i32" and name not in not_specialised)) and name != "rows"
     ]  # fmt: skip
     attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
-    source = ASTSource(function, types, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=variant.options)
+    return ASTSource(function, types, constants, attributes)
+
+
+def compile_variant(job: tuple[Variant, int]) -> list[Static]:
+    """Ahead of time, and measured."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    variant, target = job
+    compiled = triton.compile(source_of(variant), target=GPUTarget("cuda", target, 32), options=variant.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

@@ -92,9 +92,12 @@ class EvaluateCommand:
 
 @dataclass(frozen=True)
 class BenchCommand:
-    """Time `ops` or `rollout` beside their peers and beside what this machine allows; needs a checkout."""
+    """Time `ops` or `rollout` beside their peers and beside what this machine allows; needs a checkout.
 
-    suite: str = "ops"  # what to time: ops, or rollout
+    `report` times nothing: it puts the results of `make gpu` into docs/performance.md.
+    """
+
+    suite: str = "ops"  # what to time: ops, or rollout; or report
     op: str = ""  # only this op, or this case of rollouts; empty: all
     seconds: float = 10.0  # of timing each case, in rounds of all peers; 5 to 100 rounds
     out: str = ""  # JSON Lines, one a result; empty: bench/results/SUITE-DEVICE.jsonl
@@ -222,6 +225,13 @@ def _bench(command: BenchCommand) -> None:
         from bench.rollout import run
 
         return run.main(command.op, out)
+    if command.suite == "report":
+        from bench.gpu import report
+
+        page = checkout / "docs" / "performance.md"
+        found = report.merge(checkout / "bench" / "results", page)
+        print(f"{len(found)} runs on GPUs put into {page}")
+        return None
     harness.run_suite(command.suite, command.op, command.seconds, out)
 
 

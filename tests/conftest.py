@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+
+if importlib.util.find_spec("hypothesis") is None:
+    from tests import no_hypothesis
+
+    sys.modules["hypothesis"], sys.modules["hypothesis.strategies"] = no_hypothesis, no_hypothesis.strategies  # type: ignore[assignment]
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, which no test module has done yet
 

@@ -41,6 +41,8 @@ def test_the_verbs_make_a_policy_together(
     assert main(["generate", "--model", runs["ppo"], "--max_new_tokens", "4"]) == 0
     assert capsys.readouterr().out.count("\n") >= 2
     evaluate = ["evaluate", "--a", runs["ppo"], "--b", runs["dpo"], "--prompts", prompts, "--out", runs["evaluation"]]
+    greedy = "--evaluation.temperature 0 --evaluation.samples_per_prompt 1 --evaluation.max_new_tokens 6".split()
+    assert main([*evaluate[:-1], str(tmp_path / "greedy"), *greedy]) == 0
     assert main([*evaluate, "--evaluation.max_new_tokens", "6"]) == 0
     figures = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
     assert figures["prompts"] == 4 and "simulated" in figures["judge"]

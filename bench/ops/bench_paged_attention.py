@@ -17,7 +17,7 @@ BLOCK = 32
 
 
 def shared_blocks(case: Case) -> int:
-    return 12 if "shared" in case.profile else 0
+    return max(case.shape[1] - 64, 0) // BLOCK if "shared" in case.profile else 0
 
 
 def providers(case: Case, device: torch.device) -> dict[str, Call]:

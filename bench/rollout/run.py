@@ -112,13 +112,14 @@ def limit(case: Case, model: Any, rates: harness.Rates) -> float:
     kv_heads = config.num_key_value_heads * getattr(
         config, "head_dim", config.hidden_size // config.num_attention_heads
     )
-    per_token = 2 * kv_heads * config.num_hidden_layers * 4
+    size = model.dtype.itemsize
+    per_token = 2 * kv_heads * config.num_hidden_layers * size
     prompt = sum(map(len, case.prompts))
     operations = 2.0 * (trunk * prompt + head * len(case.prompts))
-    seconds = max(operations / rates.product, 4.0 * (trunk + head) / rates.read)
+    seconds = max(operations / rates.product, size * (trunk + head) / rates.read)
     for step in range(1, max(case.new_tokens)):
         going = [len(p) + step for p, count in zip(case.prompts, case.new_tokens, strict=True) if count > step]
-        read = 4.0 * (trunk + head) + per_token * sum(size + (case.n - 1) * step for size in going)
+        read = size * (trunk + head) + per_token * sum(length + (case.n - 1) * step for length in going)
         seconds += max(2.0 * (trunk + head) * len(going) * case.n / rates.product, read / rates.read)
     return seconds
 
@@ -171,21 +172,7 @@ def main(only: str, out: Path) -> None:
         if case.n > 1:
             runs["rlhf-fast without sharing"] = ours(case, model, share_prefixes=False)
         least = limit(case, model, rates)
-        times = _interleaved(runs)
-        records: list[dict[str, Any]] = []
-        tqdm.write(f"\n{case.name}: {case.tokens()} new tokens, limit {case.tokens() / least:.0f} tokens/s")
-        for name, took in times.items():
-            middle = statistics.median(took)
-            ratio = statistics.median(t / o for t, o in zip(took, times["rlhf-fast"], strict=True))
-            tqdm.write(
-                f"  {name:28} {case.tokens() / middle:8.1f} tokens/s   {100 * least / middle:4.0f} % of the limit"
-                f"   {ratio:6.2f} x our time"
-            )
-            records.append(
-                {"op": f"rollout: {case.name}", "case": case.name, "provider": name, "tokens": case.tokens(),
-                 "seconds": middle, "rounds": len(took), "limit_seconds": least, "speedup": ratio, **about,
-                 "rates": dataclasses.asdict(rates)}
-            )  # fmt: skip
+        records = timed(case, runs, least, about, rates)
         if _compiled.cpu is not None:
             spent = profile(runs["rlhf-fast"])
             largest = sorted(spent.items(), key=lambda item: -item[1])[:7]
@@ -195,12 +182,34 @@ def main(only: str, out: Path) -> None:
     print(f"\nwritten to {out}")
 
 
-def _interleaved(runs: dict[str, Run]) -> dict[str, list[float]]:
+def timed(
+    case: Case, runs: dict[str, Run], least: float, about: dict[str, Any], rates: harness.Rates, rounds: int = ROUNDS
+) -> list[dict[str, Any]]:
+    """Time everybody, ours first; prints a line for each and returns their records."""
+    times = _interleaved(runs, rounds)
+    records: list[dict[str, Any]] = []
+    tqdm.write(f"\n{case.name}: {case.tokens()} new tokens, limit {case.tokens() / least:.0f} tokens/s")
+    for name, took in times.items():
+        middle = statistics.median(took)
+        ratio = statistics.median(t / o for t, o in zip(took, times["rlhf-fast"], strict=True))
+        tqdm.write(
+            f"  {name:28} {case.tokens() / middle:8.1f} tokens/s   {100 * least / middle:4.0f} % of the limit"
+            f"   {ratio:6.2f} x our time"
+        )
+        records.append(
+            {"op": f"rollout: {case.name}", "case": case.name, "provider": name, "tokens": case.tokens(),
+             "seconds": middle, "rounds": len(took), "limit_seconds": least, "speedup": ratio, **about,
+             "rates": dataclasses.asdict(rates)}
+        )  # fmt: skip
+    return records
+
+
+def _interleaved(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
     """Seconds of each, in rounds that each begin with another one; one that fails is told of and left out."""
     names = list(runs)
     times: dict[str, list[float]] = {name: [] for name in names}
     begun = time.monotonic()
-    for i in range(ROUNDS):
+    for i in range(rounds):
         if time.monotonic() - begun > ENOUGH:
             break
         for j in range(len(names)):

@@ -118,9 +118,11 @@ def _sample(
 
 
 def _mean_kl(model: Model, reference: Model, rollouts: Rollouts, temperature: float) -> float:
-    """KL(model || reference) in nats a sequence, estimated on the model's own samples."""
+    """KL(model || reference) in nats a sequence, estimated on the model's own samples; as sampled, at temperature 0 as
+    at 1."""
     examples = rollouts.examples()
     device = rollouts.input_ids.device
+    temperature = temperature or 1.0
 
     def logprobs(of: Model) -> torch.Tensor:
         (parts,) = per_example(
@@ -132,7 +134,10 @@ def _mean_kl(model: Model, reference: Model, rollouts: Rollouts, temperature: fl
         )
         return torch.cat(parts)  # (R,)
 
-    return float(ops.kl_estimate(logprobs(model), logprobs(reference), kind="k1").sum()) / len(examples)
+    # In float32 the sampler's own log-probabilities are those of a forward pass, to rounding.
+    is_exact = models.output_head(model).weight.dtype == torch.float32
+    own = rollouts.logprobs[rollouts.response_mask] if is_exact else logprobs(model)
+    return float(ops.kl_estimate(own, logprobs(reference), kind="k1").sum()) / len(examples)
 
 
 def _metrics(side: Side, kl: float) -> dict[str, float]:

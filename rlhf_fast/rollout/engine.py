@@ -28,6 +28,8 @@ class Statistics:
     seconds: float = 0.0  # inside steps
     sequences: int = 0  # that ran, summed over steps
     kv_reads: int = 0  # positions that attention read, summed over sequences and steps
+    bytes_read: int = 0  # of all weights in each step, and of the keys and values of those positions
+    operations: int = 0  # of the products with weights: 2 for each weight and token
     reused_tokens: int = 0  # whose keys and values were there already
     preemptions: int = 0
 
@@ -39,6 +41,12 @@ class Statistics:
     def occupancy(self) -> float:
         """Sequences in a step, on average."""
         return self.sequences / max(self.steps, 1)
+
+    def roofline(self, bytes_per_second: float, operations_per_second: float) -> float:
+        """The time that a machine of these rates needs for the bytes or the products, whichever is longer, as a share
+        of the time that it took."""
+        least = max(self.bytes_read / bytes_per_second, self.operations / operations_per_second)
+        return least / max(self.seconds, 1e-9)
 
 
 class Engine:
@@ -54,12 +62,14 @@ class Engine:
         """Compute one step; returns the sequences that got a token, or failed."""
         started = time.monotonic()
         work = self.scheduler.schedule()
-        logits = self.runner.run(work)  # (S, V)
+        logits, values = self.runner.run(work)  # (S, V), (S,)
         self._count(work)
         asking = self._postprocess(work)
         if asking:
             rows = torch.tensor([row for row, _ in asking], device=logits.device)
-            self._sample(logits if len(rows) == len(logits) else logits[rows], [sequence for _, sequence in asking])
+            if len(rows) != len(logits):  # siblings share a row
+                logits, values = logits[rows], None if values is None else values[rows]
+            self._sample(logits, values, [sequence for _, sequence in asking])
         self.statistics.seconds += time.monotonic() - started
         return [sequence for _, sequence in asking]
 
@@ -85,7 +95,7 @@ class Engine:
         self.runner.copy(moves)
         return asking
 
-    def _sample(self, logits: torch.Tensor, sequences: abc.Sequence[Sequence]) -> None:
+    def _sample(self, logits: torch.Tensor, values: torch.Tensor | None, sequences: abc.Sequence[Sequence]) -> None:
         """Draw a token for each sequence and give it to it."""
         changed = [row for row, sequence in enumerate(sequences) if sequence.params.changes_logits]
         raw = logits[changed] if changed else logits
@@ -102,7 +112,7 @@ class Engine:
             )
             logprobs = logprobs.index_copy(0, whose, ours.float())
         sampled = found.logprobs - found.kept.log()
-        columns = (found.tokens, logprobs, sampled, found.entropy)
+        columns = (found.tokens, logprobs, sampled, found.entropy, *(() if values is None else (values,)))
         for sequence, *drawn in zip(sequences, *(column.tolist() for column in columns), strict=True):  # one wait
             self._take(sequence, *drawn)
 
@@ -125,7 +135,9 @@ class Engine:
         temperatures = [sequences[row].params.temperature or 1.0 for row in rows]
         return torch.tensor(temperatures, device=self.runner.device)
 
-    def _take(self, sequence: Sequence, token: int, logprob: float, sampled: float, entropy: float) -> None:
+    def _take(
+        self, sequence: Sequence, token: int, logprob: float, sampled: float, entropy: float, value: float | None = None
+    ) -> None:
         if token < 0 or math.isnan(logprob):
             self.scheduler.finish(sequence, "error")
             return
@@ -133,6 +145,8 @@ class Engine:
         sequence.logprobs.append(logprob)
         sequence.sampled_logprobs.append(sampled)
         sequence.entropies.append(entropy)
+        if value is not None:
+            sequence.values.append(value)
         sequence.weight_versions.append(self.weight_version)
         self.statistics.sampled_tokens += 1
         if token in sequence.stop_token_ids:
@@ -147,6 +161,11 @@ class Engine:
         statistics = self.statistics
         statistics.steps += 1
         statistics.sequences += len(work)
-        statistics.computed_tokens += sum(w.count for w in work)
-        statistics.kv_reads += sum(w.sequence.computed + w.count for w in work)
+        tokens, reads = sum(w.count for w in work), sum(w.sequence.computed + w.count for w in work)
+        statistics.computed_tokens += tokens
+        statistics.kv_reads += reads
+        runner = self.runner
+        statistics.bytes_read += runner.weight_bytes + reads * runner.served.bytes_per_token
+        rows = sum(w.samples for w in work)
+        statistics.operations += 2 * (runner.trunk_weights * tokens + runner.head_weights * rows)
         statistics.reused_tokens, statistics.preemptions = self.scheduler.pool.hits, self.scheduler.preemptions

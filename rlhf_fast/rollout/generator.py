@@ -9,6 +9,7 @@ from collections import abc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_fast.data.chat import decode_response
@@ -69,6 +70,7 @@ class Generator:
         kv_bytes: memory for keys and values; by default as much as the requests need, up to half of what is free.
         share_prefixes: compute a prompt, or the beginning that prompts have in common, once.
         fast: use this project's kernels for the model's own layers where they serve (float32 on a CPU).
+        value_head: from states (S, H) in float32 to values (S, 1); the rollouts then have each token's value.
 
     Raises:
         ValueError: the model cannot be served; says why.
@@ -84,6 +86,7 @@ class Generator:
         kv_bytes: int | None = None,
         share_prefixes: bool = True,
         fast: bool = True,
+        value_head: nn.Module | None = None,
     ) -> None:
         for name, value in (("max_batch_tokens", max_batch_tokens), ("max_sequences", max_sequences)):
             if value < 1:
@@ -93,7 +96,7 @@ class Generator:
         self.model, self.tokenizer = model, tokenizer
         self.max_batch_tokens, self.max_sequences = max_batch_tokens, max_sequences
         self.share_prefixes = share_prefixes
-        self.runner = ModelRunner(model, fast)
+        self.runner = ModelRunner(model, fast, value_head)
         self.statistics = Statistics()
         self.weight_version = 0
         self._budget = Budget(self.runner, block_size, kv_bytes)

@@ -27,6 +27,8 @@ class Rollouts:
     # "stop" (ended by itself), "length" (cut by max_new_tokens), "unfinished" (see until=), "abort", or "error" (logits
     # that were not finite)
     finish_reasons: list[str]
+    # (N,) float32: of a generator with a value head, at the state that each response token was drawn from
+    values: torch.Tensor | None = None
     sequences: tuple[Sequence, ...] = field(default=(), repr=False)  # what Generator.resume goes on from
 
     def __len__(self) -> int:
@@ -51,6 +53,7 @@ class Rollouts:
             prompt_index=torch.tensor([s.prompt_index for s in sequences], device=device),
             texts=texts,
             finish_reasons=[s.finish_reason or "unfinished" for s in sequences],
+            values=packed("values") if all(len(s.values) == len(s.response) for s in sequences) else None,
             sequences=tuple(sequences),
         )
 

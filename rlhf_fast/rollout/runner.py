@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
+from torch import nn
 
 from rlhf_fast.models.adapters import Model
 from rlhf_fast.models.forward import output_head, unwrapped
@@ -24,12 +25,17 @@ from rlhf_fast.rollout.sequence import Sequence
 class ModelRunner:
     """A model, and the keys and values of all its layers."""
 
-    def __init__(self, model: Model, fast: bool = True) -> None:
-        self.model, self.inner = model, unwrapped(model)
+    def __init__(self, model: Model, fast: bool = True, value_head: nn.Module | None = None) -> None:
+        self.model, self.inner, self.value_head = model, unwrapped(model), value_head
         self.device = output_head(model).weight.device
         self.served = probe(self.inner, self.device, fast)
         self.caches: dict[int, KVCache] = {}
         self.blocks = self.block_size = 0
+        head, embedding = output_head(model).weight, self.inner.get_input_embeddings().weight
+        used = {id(p): p for p in self.inner.parameters() if p is not embedding or p is head}  # looked up, not read
+        self.weight_bytes = sum(p.nbytes for p in used.values())
+        self.head_weights = head.numel()
+        self.trunk_weights = sum(p.numel() for p in used.values()) - self.head_weights
 
     def allocate(self, blocks: int, block_size: int) -> None:
         """Room for keys and values, a layer's when it first asks for it."""
@@ -51,14 +57,17 @@ class ModelRunner:
             self._head = layers.head(self.model) if served.faster else output_head(self.model).logits
             yield
 
-    def run(self, work: list[Work]) -> torch.Tensor:
-        """Compute a step; returns the logits (S, V) after the last token of each that samples, in order."""
+    def run(self, work: list[Work]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Compute a step; returns the logits (S, V) after the last token of each that samples, in order, and with a
+        value head the values there (S,)."""
         order, batch = self._batch([(w.sequence, w.count) for w in work])
         hidden = self._forward(*batch)  # (N, H)
         ends = np.cumsum([work[i].count for i in order]) - 1
         row_of = {i: int(end) for i, end in zip(order, ends, strict=True)}
-        rows = torch.tensor([row_of[i] for i, w in enumerate(work) if w.samples], device=self.device)
-        return self._head(hidden[rows]) if len(rows) else hidden.new_empty(0, 0)
+        rows = torch.tensor([row_of[i] for i, w in enumerate(work) if w.samples], dtype=torch.int64, device=self.device)
+        states = hidden[rows]  # (S, H)
+        values = None if self.value_head is None else self.value_head(states.float()).squeeze(-1)
+        return self._head(states) if len(rows) else hidden.new_empty(0, 0), values
 
     def copy(self, moves: list[tuple[int, int]]) -> None:
         """Copy whole blocks, (from, to), in every layer."""

@@ -23,6 +23,7 @@ from rlhf_fast.data.batches import Batch, Example, microbatches_of_examples, pad
 from rlhf_fast.data.chat import encode_prompt, prompt_text
 from rlhf_fast.data.records import PromptRecord, Source, read_prompts
 from rlhf_fast.rollout.generator import Generator
+from rlhf_fast.rollout.rollouts import Rollouts
 from rlhf_fast.rollout.sampling import SamplingParams
 from rlhf_fast.run_folder import RunFolder, progress_bar
 from rlhf_fast.trainers.kl_controller import KLController
@@ -83,7 +84,7 @@ class PPOTrainer:
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.kl_controller = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
-        self.generator = Generator(self.model, self.tokenizer)
+        self.generator = Generator(self.model, self.tokenizer, value_head=self.value_head)
         self.optimizer = Optimizer(
             [self.model, self.value_head], config.optim, config.steps * config.epochs * config.minibatches
         )
@@ -134,10 +135,7 @@ class PPOTrainer:
         finished = [reason == "stop" for reason in rollouts.finish_reasons]
         paid = [s if done else s - config.missing_eos_penalty for s, done in zip(scores, finished, strict=True)]
         max_tokens = config.optim.max_tokens_per_microbatch
-        # Log-probabilities from the training forward, not the sampler's, so that the first ratio is exactly one.
-        old_logprobs, entropies, old_values = per_example(
-            examples, self._policy_outputs, max_tokens, self.device, self.shared
-        )
+        old_logprobs, entropies, old_values = self._policy_outputs(rollouts, examples)
         (ref_logprobs,) = per_example(examples, self._reference_logprobs, max_tokens, self.device, self.shared)
 
         lengths = [len(example.response) for example in examples]
@@ -187,11 +185,23 @@ class PPOTrainer:
         two_passes = [p for lap in (skipped, skipped + 1) for p in shuffled(self.prompts, self.config.seed + lap)]
         return two_passes[start : start + per_step]
 
-    def _policy_outputs(self, batch: Batch) -> list[torch.Tensor]:
-        """Log-probability and entropy (R,), and value (R,), of each response token."""
-        states = models.response_states(self.model, batch)  # (R, H)
-        logprobs, entropy = models.response_logprobs(self.model, batch, self.config.temperature, states)
-        return [logprobs, entropy, self.value_head(states.float()).squeeze(-1)]
+    def _policy_outputs(self, rollouts: Rollouts, examples: list[Example]) -> list[list[torch.Tensor]]:
+        """Log-probability, entropy and value of each response token, as training has them, so that ratios begin at 1.
+
+        In float32 the sampler's are the same to rounding; in narrower dtypes it rounds elsewhere than training does,
+        and they are computed again.
+        """
+        if self.head.weight.dtype == torch.float32 and rollouts.values is not None:
+            lengths = [len(example.response) for example in examples]
+            found = (rollouts.logprobs, rollouts.entropy, rollouts.values)
+            return [list(x[rollouts.response_mask].split(lengths)) for x in found]
+
+        def outputs(batch: Batch) -> list[torch.Tensor]:
+            states = models.response_states(self.model, batch)  # (R, H)
+            logprobs, entropy = models.response_logprobs(self.model, batch, self.config.temperature, states)
+            return [logprobs, entropy, self.value_head(states.float()).squeeze(-1)]
+
+        return per_example(examples, outputs, self.config.optim.max_tokens_per_microbatch, self.device, self.shared)
 
     def _reference_logprobs(self, batch: Batch) -> list[torch.Tensor]:
         return [models.response_logprobs(self.reference, batch, self.config.temperature)[0]]

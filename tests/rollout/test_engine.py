@@ -325,3 +325,20 @@ def test_statistics_count_what_was_done(tiny: tuple[Any, Any]) -> None:
     assert seen.occupancy == (1 + 4 * 4) / 5
     assert seen.kv_reads == 3 + 4 * (4 + 5 + 6 + 7)
     assert seen.tokens_per_second > 0
+
+
+def test_the_share_of_the_roofline_is_that_of_the_bytes_or_of_the_products(tiny: tuple[Any, Any]) -> None:
+    model, _ = tiny
+    generator = Generator(model, max_batch_tokens=4)
+    generator.generate([[5, 6, 7, 8, 9]], SamplingParams(n=2, max_new_tokens=3, ignore_eos=True))
+    statistics, config = generator.statistics, model.config
+    # Chunks of 4 and 1, then two steps of two sequences; the siblings share what the prompt's last token gave.
+    assert (statistics.steps, statistics.computed_tokens, statistics.kv_reads) == (4, 9, 4 + 5 + 2 * 6 + 2 * 7)
+    weights = sum(p.numel() for p in model.parameters())  # the output layer is the embedding
+    head = config.vocab_size * config.hidden_size
+    kv = 2 * config.num_key_value_heads * 16 * 4 * config.num_hidden_layers
+    assert statistics.bytes_read == 4 * 4 * weights + 35 * kv
+    assert statistics.operations == 2 * ((weights - head) * 9 + head * 5)
+    seconds = statistics.seconds
+    assert statistics.roofline(1e9, 1e30) == pytest.approx(statistics.bytes_read / 1e9 / seconds)
+    assert statistics.roofline(1e30, 1e9) == pytest.approx(statistics.operations / 1e9 / seconds)

@@ -114,6 +114,22 @@ def test_packed_rollouts_are_consistent(lively: tuple[Any, Any]) -> None:
     assert torch.equal(padded["logprobs"].flatten()[batch.before + 1], rollouts.logprobs[rollouts.response_mask])
 
 
+def test_values_are_those_of_the_states_that_tokens_were_drawn_from(lively: tuple[Any, Any]) -> None:
+    """Also where siblings share their prompt, chunks cut it and a sequence starts over; without a head there are
+    none."""
+    model, tokenizer = lively
+    torch.manual_seed(3)
+    head = torch.nn.Linear(model.config.hidden_size, 1)
+    params = SamplingParams(n=3, max_new_tokens=40)
+    for options in ({}, {"max_batch_tokens": 7, "block_size": 16, "kv_bytes": 1 << 16}):
+        rollouts = Generator(model, tokenizer, value_head=head, **options).generate(PROMPTS, params)
+        with torch.no_grad():
+            expected = head(models.response_states(model, pad(rollouts.examples()))).squeeze(-1)
+        assert rollouts.values is not None and expected.std() > 1e-3
+        torch.testing.assert_close(rollouts.values[rollouts.response_mask], expected, rtol=0, atol=1e-5)
+    assert Generator(model, tokenizer).generate(PROMPTS, params).values is None
+
+
 def test_a_response_ends_at_a_stop_token_or_at_the_limit(lively: tuple[Any, Any]) -> None:
     params = SamplingParams(n=8, max_new_tokens=10, stop_token_ids=MANY_STOPS)
     rollouts = Generator(*lively).generate(PROMPTS, params)

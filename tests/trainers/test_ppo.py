@@ -7,18 +7,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from rlhf_fast import models, ops
 from rlhf_fast.config import LoRAConfig, OptimConfig, PPOConfig
+from rlhf_fast.data.batches import Example, pad
 from rlhf_fast.data.chat import Prompt
 from rlhf_fast.ops import reference
+from rlhf_fast.rollout.sampling import SamplingParams
 from rlhf_fast.run_folder import RunFolder
 from rlhf_fast.trainers import ppo as ppo_module
 from rlhf_fast.trainers.kl_controller import KLController
-from rlhf_fast.trainers.ppo import PPOTrainer
+from rlhf_fast.trainers.ppo import PPOTrainer, minibatches
 
 PROMPTS = [{"prompt": f"question {i}"} for i in range(12)]
 
@@ -319,3 +324,35 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tiny_folder: Pat
     with pytest.raises(ValueError, match=r"row 0: with max_new_tokens = 12 it comes to \d+ tokens, more than"):
         make(tiny_folder, out, max_length=20)
     assert not out.exists()
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=20), st.integers(1, 8), st.integers(0, 99))
+def test_minibatches_hold_each_sample_once_and_a_prompts_together(prompts: list[int], count: int, seed: int) -> None:
+    examples = [Example((prompt + 1,), (i + 1,)) for i, prompt in enumerate(prompts)]
+    parts = minibatches(examples, count, np.random.default_rng(seed))
+    assert len(parts) == count
+    assert sorted(i for part in parts for i in part) == list(range(len(examples)))
+    if len(set(prompts)) >= count:
+        assert all(parts)
+        of = [{prompts[i] for i in part} for part in parts]
+        assert sum(map(len, of)) == len(set(prompts))
+    assert parts == minibatches(examples, count, np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_in_float32_the_samplers_log_probabilities_are_taken_for_trainings(
+    dtype: torch.dtype, tiny_folder: Path, tmp_path: Path
+) -> None:
+    trainer = make(tiny_folder, tmp_path)
+    trainer.model.to(dtype)
+    trainer.head = models.output_head(trainer.model)
+    rollouts = trainer.generator.generate(["a", "b"], SamplingParams(max_new_tokens=8))
+    examples = rollouts.examples()
+    logprobs, entropies, values = (torch.cat(x) for x in trainer._policy_outputs(rollouts, examples))
+    batch = pad(examples)
+    with torch.no_grad():
+        states = models.response_states(trainer.model, batch)
+        expected, entropy = models.response_logprobs(trainer.model, batch, 1.0, states)
+    for got, want in ((logprobs, expected), (entropies, entropy), (values, trainer.value_head(states.float())[:, 0])):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    assert torch.equal(logprobs, rollouts.logprobs[rollouts.response_mask]) == (dtype == torch.float32)

@@ -1,0 +1,139 @@
+"""Generation and PPO on random weights of shapes that people use; in a rehearsal, on a model of 0.1 million."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen2Config, Qwen3Config
+
+from bench import harness
+from bench.gpu.steps import Context
+from bench.rollout import run as rollout
+from rlhf_fast import LoRAConfig, PPOConfig, PPOTrainer, models
+
+QWEN3 = Qwen3Config(
+    vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+    num_key_value_heads=8, head_dim=128, max_position_embeddings=4096, tie_word_embeddings=True,
+)  # fmt: skip
+QWEN2_0_5B = Qwen2Config(
+    vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+    num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True,
+)  # fmt: skip
+QWEN2_1_5B = Qwen2Config(
+    vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+    num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True,
+)  # fmt: skip
+QWEN3_8B = Qwen3Config(
+    vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+    num_key_value_heads=8, head_dim=128, max_position_embeddings=4096, tie_word_embeddings=False,
+)  # fmt: skip
+TINY = Qwen2Config(
+    vocab_size=260, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
+)  # fmt: skip
+
+
+def rollouts(context: Context) -> None:
+    shapes = {"Qwen3-0.6B": QWEN3, "Qwen2.5-1.5B": QWEN2_1_5B, "Qwen3-8B": QWEN3_8B}
+    if context.rehearse:
+        shapes = {"tiny": TINY}
+    about, rates = harness.environment(context.device), _rates(context)
+    for name, config in shapes.items():
+        dtype = torch.float32 if context.rehearse else torch.bfloat16
+        model, _ = models.load(config, dtype=dtype, device=context.device)
+        for case in _cases(config.vocab_size, context):
+            runs = {"rlhf-fast": rollout.ours(case, model)}
+            if case.n == 1 and name in ("tiny", "Qwen3-0.6B") and len(set(case.new_tokens)) == 1:
+                runs["generate_batch"] = rollout.generate_batch(case, model)
+            records = rollout.timed(case, runs, rollout.limit(case, model, rates), about, rates, rounds=1)
+            for record in records:
+                context.record(**{**record, "op": f"rollout: {name}, {case.name}"})
+        del model
+        if context.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _cases(vocabulary: int, context: Context) -> list[rollout.Case]:
+    generator = torch.Generator().manual_seed(0)
+    count, least, most = (4, 4, 12) if context.rehearse else (256, 100, 1024)
+
+    def sizes(number: int) -> list[int]:
+        found: list[int] = torch.randint(least, most + 1, (number,), generator=generator).tolist()
+        return found
+
+    def prompts(lengths: list[int]) -> list[list[int]]:
+        return [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in lengths]
+
+    flat = rollout.Case(
+        f"{count} prompts of {most // 2}, {most // 4} new", prompts([most // 2] * count), [most // 4] * count
+    )
+    ragged = rollout.Case(f"{count} prompts, {least} to {most} new", prompts(sizes(count)), sizes(count))
+    groups = rollout.Case(
+        f"{count // 4} prompts of {most // 2} x 8", prompts([most // 2] * (count // 4)), [most // 4] * (count // 4), n=8
+    )
+    return [flat, ragged, groups]
+
+
+def _rates(context: Context) -> harness.Rates:
+    """Of reading, and of products in the dtype that models have here."""
+    rates = harness.rates(context.device)
+    if context.rehearse:
+        return rates
+    a = torch.randn(8192, 8192, device=context.device).to(torch.bfloat16)
+    seconds = sorted(harness.seconds_of(lambda: a @ a, context.device) for _ in range(9))[4]
+    return dataclasses.replace(rates, product=2 * 8192**3 / seconds)
+
+
+def ppo(context: Context) -> None:
+    shapes = {"tiny": TINY} if context.rehearse else {"Qwen2.5-0.5B": QWEN2_0_5B, "Qwen2.5-1.5B": QWEN2_1_5B}
+    about = harness.environment(context.device)
+    for name, shape in shapes.items():
+        with tempfile.TemporaryDirectory() as folder:
+            models.save(Path(folder) / "base", *models.load(shape))
+            for record in _steps(context, name, Path(folder)):
+                context.record(**record, **about)
+
+
+def _steps(context: Context, name: str, folder: Path) -> list[dict[str, Any]]:
+    small = context.rehearse
+    config = PPOConfig(
+        steps=3, prompts_per_step=2 if small else 32, samples_per_prompt=2 if small else 8, minibatches=2,
+        max_new_tokens=8 if small else 256, epochs=1, lora=LoRAConfig(r=16), min_reward_agreement=0.0,
+    )  # fmt: skip
+    prompts = [
+        {"prompt": f"{i}: " + "a question of some length. " * (1 if small else 8)}
+        for i in range(config.prompts_per_step)
+    ]
+
+    def by_length(prompts: list[Any], responses: list[str]) -> list[float]:
+        return [float(len(text)) for text in responses]
+
+    trainer = PPOTrainer(folder / "base", by_length, prompts, folder / "ppo", config)
+    found: list[dict[str, Any]] = []
+    if context.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    started = time.monotonic()
+    trainer.train()
+    rows = [json.loads(line) for line in (folder / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    sequences = config.prompts_per_step * config.samples_per_prompt
+    weights = sum(p.numel() for p in trainer.model.parameters())
+    for row in rows[1:]:  # the first warms up
+        tokens = sequences * row["response_tokens"]
+        parts = {part: row[f"seconds_{part}"] for part in ("rollout", "scoring", "training")}
+        found.append(
+            {
+                "op": f"ppo: {name}", "case": f"{sequences} samples, step {len(found) + 2}", "provider": "rlhf-fast",
+                "seconds": sum(parts.values()), "parts": parts, "tokens": tokens,
+                # Forward and backward over frozen weights with adapters: 4 operations a weight and token.
+                "training_operations_per_second": 4 * weights * tokens / parts["training"],
+                "peak_mib": torch.cuda.max_memory_allocated() / 2**20 if context.device.type == "cuda" else None,
+            }
+        )  # fmt: skip
+    print(f"{name}: {config.steps} steps in {time.monotonic() - started:.1f} s")
+    return found
