@@ -1,13 +1,14 @@
 """A run's folder: config.yaml, metrics.jsonl, samples.jsonl, checkpoints/step-N and, once it is finished, result.json.
 
-`result.json` is written last and at once, so a folder is finished exactly when it is there. An unfinished run starts
-over: what it had written is cleared.
+`result.json` is written last and at once, so a folder is finished exactly when it is there. An unfinished run goes on
+from its state/, if a trainer has kept one there, and otherwise starts over: what it had written is cleared.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import shutil
 import sys
@@ -16,9 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
 from tqdm import tqdm
 
+from rlhf_fast import settings
 from rlhf_fast.files import append_line, write_atomic
+
+GROWING = ("metrics.jsonl", "samples.jsonl")
 
 
 class RunFolder:
@@ -31,14 +36,53 @@ class RunFolder:
         earlier = [self.path / name for name in ("metrics.jsonl", "samples.jsonl", "checkpoints")]
         if not (self.path / "config.yaml").exists() and (strange := [file for file in earlier if file.exists()]):
             raise FileExistsError(f"{strange[0]} is there without a config.yaml of a run; choose another --out")
-        for file in earlier:
-            _remove(file)
+        self.state, kept = self.path / "state", self.path / ".state.old"
+        if not self.state.exists() and kept.exists():  # a kill came between the two renames that replace it
+            os.replace(kept, self.state)
+        self.resumes = (self.state / "state.json").exists()
+        if self.resumes:
+            self._require_same(config_yaml)
+        else:
+            for file in (*earlier, self.state):
+                _remove(file)
         write_atomic(self.path / "config.yaml", config_yaml)
         self.started = time.monotonic()
 
+    def _require_same(self, config_yaml: str) -> None:
+        before, now = (
+            settings.flatten(yaml.safe_load(text) or {})
+            for text in ((self.path / "config.yaml").read_text(encoding="utf-8"), config_yaml)
+        )
+        changed = [
+            f"{key}: {before.get(key)} -> {now.get(key)}"
+            for key in {**before, **now}
+            if before.get(key) != now.get(key)
+        ]
+        if changed:
+            raise ValueError(
+                f"{self.path} holds a run that was interrupted with other settings ({', '.join(changed)}); "
+                "go on with the same ones, or choose another --out"
+            )
+
+    def seconds(self) -> float:
+        """Since the run began, without the time in which it was interrupted."""
+        return time.monotonic() - self.started
+
+    def sizes(self) -> dict[str, int]:
+        """How long the growing files are."""
+        files = [self.path / name for name in GROWING]
+        return {file.name: file.stat().st_size for file in files if file.exists()}
+
+    def rewind(self, sizes: dict[str, int], seconds: float) -> None:
+        """Cut the growing files back to these sizes, and go on counting from so many seconds."""
+        for name in GROWING:
+            if (self.path / name).exists():
+                os.truncate(self.path / name, sizes.get(name, 0))
+        self.started = time.monotonic() - seconds
+
     def log(self, row: dict[str, Any]) -> None:
         """One line of metrics.jsonl, with the seconds since the start."""
-        elapsed = round(time.monotonic() - self.started, 3)
+        elapsed = round(self.seconds(), 3)
         append_line(self.path / "metrics.jsonl", {**_finite(row), "seconds": elapsed})
 
     def sample(self, row: dict[str, Any]) -> None:
@@ -53,11 +97,12 @@ class RunFolder:
         """Mark the run as finished and say what it cost."""
         result = {
             "phase": self.phase,
-            "seconds": round(time.monotonic() - self.started, 1),
+            "seconds": round(self.seconds(), 1),
             "peak_rss_gb": round(peak_rss_gb(), 3),
             "summary": _finite(summary),
         }
         write_atomic(self.path / "result.json", json.dumps(result, indent=2) + "\n")
+        _remove(self.state)
         return result
 
 
@@ -71,10 +116,12 @@ def read_result(path: Path) -> dict[str, Any]:
     return result
 
 
-def progress_bar(total: int, what: str, unit: str) -> tqdm[Any]:
+def progress_bar(total: int, what: str, unit: str, done: int = 0) -> tqdm[Any]:
     """A progress line with rate and time left on stderr; in a log file it is renewed every 30 seconds only."""
     seconds = 0.5 if sys.stderr.isatty() else 30.0
-    return tqdm(total=total, desc=what, unit=unit, mininterval=seconds, maxinterval=seconds, dynamic_ncols=True)
+    return tqdm(
+        total=total, initial=done, desc=what, unit=unit, mininterval=seconds, maxinterval=seconds, dynamic_ncols=True
+    )
 
 
 def bar_updater(bar: tqdm[Any]) -> Callable[[int, int], None]:

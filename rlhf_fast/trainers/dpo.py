@@ -15,7 +15,9 @@ from rlhf_fast.data.batches import Batch, Example, pad
 from rlhf_fast.data.pairs import PairGroup, epoch_batches_by_pairs, group_pairs, join, microbatches_of_groups
 from rlhf_fast.data.records import Comparison, Source, read_comparisons
 from rlhf_fast.run_folder import RunFolder
-from rlhf_fast.trainers.loop import Optimizer, Stats, add_stats, fit, per_example, split_heldout
+from rlhf_fast.trainers.loop import Stats, add_stats, fit, per_example, split_heldout
+from rlhf_fast.trainers.optimizer import Optimizer
+from rlhf_fast.trainers.state import digest, fingerprint
 
 
 class DPOTrainer:
@@ -53,7 +55,9 @@ class DPOTrainer:
         optimizer = Optimizer([self.model], config.optim, len(batches))
         run = RunFolder(self.out, "dpo", self.config_yaml)
         self._remember_reference()
-        evaluated = fit(run, batches, self._losses, optimizer, self.evaluate, math.ceil(len(batches) / config.epochs))
+        identity = {"data": digest(self.training + self.heldout), "model": fingerprint(self.model)}
+        every = math.ceil(len(batches) / config.epochs)
+        evaluated = fit(run, batches, self._losses, optimizer, self.evaluate, every, identity)
         models.save(run.checkpoint(len(batches)), self.model, self.tokenizer)
         return run.finish({"comparisons": sum(group.pairs for group in self.training), **evaluated})
 

@@ -1,69 +1,19 @@
-"""What all trainers share: the optimiser with its schedule, passes over the data, and scoring without gradients."""
+"""What all trainers share: passes over the data, and scoring without gradients."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
-from torch import nn
 
-from rlhf_fast.config import OptimConfig
 from rlhf_fast.data.batches import Batch, Example, microbatches_of_examples, pad, shuffled
 from rlhf_fast.run_folder import RunFolder, progress_bar
+from rlhf_fast.trainers.optimizer import Optimizer
+from rlhf_fast.trainers.state import TrainState
 
 Item = TypeVar("Item")
 Stats = dict[str, torch.Tensor]
-
-
-class Optimizer:
-    """AdamW over the trainable parameters of some modules, with clipping and a schedule over `total_steps`."""
-
-    def __init__(self, modules: Sequence[nn.Module], config: OptimConfig, total_steps: int) -> None:
-        self.parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-        if not self.parameters:
-            raise ValueError("the model has no trainable parameter; pass it through models.trainable first")
-        self.config = config
-        self.adam = torch.optim.AdamW(
-            self.parameters, lr=config.lr, eps=config.adam_eps, weight_decay=config.weight_decay
-        )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adam, learning_rate_factor(config, total_steps))
-
-    @property
-    def lr(self) -> float:
-        return float(self.schedule.get_last_lr()[0])
-
-    def step(self) -> float:
-        """Apply the accumulated gradients; returns their norm before clipping.
-
-        Raises:
-            FloatingPointError: the gradient is not finite. The weights are as before.
-        """
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient is {norm}; lower optim.lr, or look at the data of this step")
-        self.adam.step()
-        self.schedule.step()
-        self.adam.zero_grad(set_to_none=True)
-        return norm
-
-
-def learning_rate_factor(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
-    """Factor on the learning rate at each step: linear warm-up, then constant, linear or cosine to zero."""
-    warmup = math.ceil(config.warmup * total_steps)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        done = (step - warmup) / max(1, total_steps - warmup)
-        if config.schedule == "constant":
-            return 1.0
-        if config.schedule == "linear":
-            return max(0.0, 1.0 - done)
-        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
-
-    return factor
 
 
 def fit(
@@ -73,16 +23,21 @@ def fit(
     optimizer: Optimizer,
     evaluate: Callable[[], dict[str, float]],
     evaluate_every: int,
+    identity: dict[str, str],
 ) -> dict[str, float]:
-    """One optimiser step for each batch; evaluate before the first, every so often, and after the last.
+    """One optimiser step for each batch; evaluate before the first, every so often, and after the last. An interrupted
+    run goes on where it was (state.py).
 
     `losses(batch)` yields (loss, stats) of each micro-batch, divided by the whole batch's denominator, so that their
     sums are the batch's and micro-batching changes nothing.
     """
-    evaluated = evaluate()
-    run.log({"step": 0, **evaluated})
-    with progress_bar(len(batches), run.phase, "step") as bar:
-        for step, batch in enumerate(batches, start=1):
+    with TrainState(run, optimizer, identity) as state:
+        done = state.load()
+        evaluated = evaluate()
+        if done == 0:
+            run.log({"step": 0, **evaluated})
+        bar = progress_bar(len(batches), run.phase, "step", done)
+        for step, batch in enumerate(batches[done:], start=done + 1):
             totals: dict[str, float] = {}
             for loss, stats in losses(batch):
                 loss.backward()
@@ -95,6 +50,8 @@ def fit(
             if step % evaluate_every == 0 or step == len(batches):
                 evaluated = evaluate()
                 run.log({"step": step, **evaluated})
+            state.after(step)
+        bar.close()
     return evaluated
 
 

@@ -27,8 +27,10 @@ from rlhf_fast.rollout.rollouts import Rollouts
 from rlhf_fast.rollout.sampling import SamplingParams
 from rlhf_fast.run_folder import RunFolder, progress_bar
 from rlhf_fast.trainers.kl_controller import KLController
-from rlhf_fast.trainers.loop import Optimizer, Stats, add_stats, concatenated, per_example
+from rlhf_fast.trainers.loop import Stats, add_stats, concatenated, per_example
+from rlhf_fast.trainers.optimizer import Optimizer
 from rlhf_fast.trainers.rewards import Reward, checked_scores, resolve_reward
+from rlhf_fast.trainers.state import TrainState, digest, fingerprint
 
 # How far the first update may be from exact in float32, where micro-batches differ only in the order of sums.
 FIRST_UPDATE_TOLERANCE = 1e-3
@@ -95,9 +97,13 @@ class PPOTrainer:
         """Run all steps, save the checkpoint, and return the run's result."""
         config = self.config
         run = RunFolder(self.out, "ppo", self.config_yaml)
-        row: dict[str, float] = {}
-        with progress_bar(config.steps, "ppo", "step") as bar:
-            for step in range(1, config.steps + 1):
+        identity = {"prompts": digest(self.prompts), "policy": fingerprint(self.model)}
+        with TrainState(run, self.optimizer, identity) as state:
+            done = state.load()
+            row: dict[str, float] = state.extra.get("row", {})
+            self.kl_controller.load_state_dict(state.extra.get("kl_controller", {}))
+            bar = progress_bar(config.steps, "ppo", "step", done)
+            for step in range(done + 1, config.steps + 1):
                 experience = self._collect(run, step)
                 started = time.monotonic()
                 row = {**experience.metrics, **self._update(experience, step)}
@@ -107,6 +113,9 @@ class PPOTrainer:
                 run.log({"step": step, **row})
                 bar.set_postfix({"score": f"{row['score']:.3f}", "kl": f"{row['kl']:.2f}"}, refresh=False)
                 bar.update()
+                state.extra = {"row": row, "kl_controller": self.kl_controller.state_dict()}
+                state.after(step)
+            bar.close()
         extra = {"step": config.steps, "kl_controller": self.kl_controller.state_dict()}
         models.save(run.checkpoint(config.steps), self.model, self.tokenizer, extra, heads=self.value_head)
         return run.finish({name: row[name] for name in ("score", "reward", "kl", "kl_coef", "entropy", "finished")})

@@ -16,7 +16,9 @@ from rlhf_fast.data.pairs import PairGroup, Pairs, epoch_batches_by_pairs, group
 from rlhf_fast.data.records import Comparison, Source, read_comparisons
 from rlhf_fast.intervals import Interval, clustered_bootstrap
 from rlhf_fast.run_folder import RunFolder
-from rlhf_fast.trainers.loop import Optimizer, Stats, fit, per_example, split_heldout
+from rlhf_fast.trainers.loop import Stats, fit, per_example, split_heldout
+from rlhf_fast.trainers.optimizer import Optimizer
+from rlhf_fast.trainers.state import digest, fingerprint
 
 AIM = 0.7  # held-out agreement worth having; people agree with each other on 63 to 77 % of such comparisons
 
@@ -56,7 +58,8 @@ class RewardTrainer:
         batches = epoch_batches_by_pairs(self.training, config.batch_size, config.epochs, config.seed)
         optimizer = Optimizer([self.model], config.optim, len(batches))
         run = RunFolder(self.out, "reward", self.config_yaml)
-        fit(run, batches, self._losses, optimizer, self.evaluate, math.ceil(len(batches) / config.epochs))
+        identity = {"data": digest(self.training + self.heldout), "model": fingerprint(self.model)}
+        fit(run, batches, self._losses, optimizer, self.evaluate, math.ceil(len(batches) / config.epochs), identity)
         mean, std = self.scale
         extra = {"score_mean": mean, "score_std": std, "heldout_agreement": self.agreement.as_dict()}
         models.save(run.checkpoint(len(batches)), self.model, self.tokenizer, extra)

@@ -15,7 +15,9 @@ from rlhf_fast.data.batches import Batch, Example, microbatches, pad
 from rlhf_fast.data.chat import encode
 from rlhf_fast.data.records import Source, read_demonstrations
 from rlhf_fast.run_folder import RunFolder
-from rlhf_fast.trainers.loop import Optimizer, Stats, epoch_batches, fit, split_heldout
+from rlhf_fast.trainers.loop import Stats, epoch_batches, fit, split_heldout
+from rlhf_fast.trainers.optimizer import Optimizer
+from rlhf_fast.trainers.state import digest, fingerprint
 
 
 class SFTTrainer:
@@ -50,7 +52,8 @@ class SFTTrainer:
         optimizer = Optimizer([self.model], config.optim, len(batches))
         run = RunFolder(self.out, "sft", self.config_yaml)
         per_epoch = math.ceil(len(batches) / config.epochs)
-        evaluated = fit(run, batches, self._losses, optimizer, self.evaluate, per_epoch)
+        identity = {"data": digest(self.training + self.heldout), "model": fingerprint(self.model)}
+        evaluated = fit(run, batches, self._losses, optimizer, self.evaluate, per_epoch, identity)
         models.save(run.checkpoint(len(batches)), self.model, self.tokenizer)
         return run.finish({"demonstrations": len(self.training), "heldout": len(self.heldout), **evaluated})
 

@@ -18,7 +18,8 @@ from rlhf_fast.config import DPOConfig, LoRAConfig, OptimConfig, PPOConfig, Rewa
 from rlhf_fast.data.batches import Example
 from rlhf_fast.run_folder import RunFolder
 from rlhf_fast.trainers.dpo import DPOTrainer
-from rlhf_fast.trainers.loop import Optimizer, epoch_batches, learning_rate_factor, per_example, split_heldout
+from rlhf_fast.trainers.loop import epoch_batches, per_example, split_heldout
+from rlhf_fast.trainers.optimizer import Optimizer, learning_rate_factor
 from rlhf_fast.trainers.ppo import PPOTrainer
 from rlhf_fast.trainers.reward import RewardTrainer
 from rlhf_fast.trainers.sft import SFTTrainer

@@ -1,0 +1,159 @@
+"""What an interrupted run goes on from: weights, optimiser, schedule and step, kept now and then, whole or not at all.
+
+All that is random in a trainer is drawn anew from (seed, step), and no response depends on what was sampled before it.
+So these alone decide how a run goes on: to the bit as if it had not been interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from rlhf_fast.files import write_folder_atomic
+from rlhf_fast.run_folder import RunFolder
+from rlhf_fast.trainers.optimizer import Optimizer
+
+EVERY = 60.0  # seconds from one time to the next, at least
+MOST = 0.05  # share of the time that keeping may take
+
+
+class TrainState:
+    """Keeps the state of a run while it is the context, and brings it back. SIGTERM then ends the run after its step.
+
+    Args:
+        identity: what must be the same for a run to go on, by name: hashes of its data and its first weights.
+
+    `extra` is anything else that must come back, as JSON.
+    """
+
+    def __init__(self, run: RunFolder, optimizer: Optimizer, identity: dict[str, str]) -> None:
+        self.run, self.optimizer, self.identity = run, optimizer, identity
+        self.extra: dict[str, Any] = {}
+        self._kept, self._cost = time.monotonic(), 0.0
+        self._ending = False
+
+    def load(self) -> int:
+        """The step that the run goes on after; 0 at its beginning.
+
+        Raises:
+            ValueError: something that must be the same has changed; names it.
+        """
+        if not self.run.resumes:
+            return 0
+        kept = json.loads((self.run.state / "state.json").read_text(encoding="utf-8"))
+        changed = [name for name, value in kept["identity"].items() if value != self.identity.get(name)]
+        if changed:
+            raise ValueError(
+                f"{self.run.path}: the {' and the '.join(changed)} changed since this run was interrupted; "
+                "put back what it was to go on, or choose another --out"
+            )
+        self._set(load_file(self.run.state / "state.safetensors", device="cpu"))
+        self.optimizer.schedule.load_state_dict(kept["schedule"])
+        for group, lr in zip(self.optimizer.adam.param_groups, kept["lr"], strict=True):
+            group["lr"] = lr
+        self.extra = kept["extra"]
+        self.run.rewind(kept["files"], kept["seconds"])
+        return int(kept["step"])
+
+    def after(self, step: int) -> None:
+        """Keep the state, if that is due or the run is to end here."""
+        since = time.monotonic() - self._kept
+        if self._ending or since >= max(EVERY, self._cost / MOST):
+            started = time.monotonic()
+            self._keep(step)
+            self._kept = time.monotonic()
+            self._cost = self._kept - started
+        if self._ending:
+            print(
+                f"{self.run.path}: ended after step {step} by SIGTERM; the same command goes on from there",
+                file=sys.stderr,
+            )
+            raise SystemExit(0)
+
+    def _keep(self, step: int) -> None:
+        state = {
+            "step": step,
+            "identity": self.identity,
+            "schedule": self.optimizer.schedule.state_dict(),
+            "lr": [group["lr"] for group in self.optimizer.adam.param_groups],
+            "extra": self.extra,
+            "files": self.run.sizes(),
+            "seconds": self.run.seconds(),
+        }
+
+        def fill(folder: Path) -> None:
+            save_file(self._tensors(), folder / "state.safetensors")
+            (folder / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
+
+        write_folder_atomic(self.run.state, fill)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        for i, parameter in enumerate(self.optimizer.parameters):
+            found[f"{i}.weight"] = parameter.detach().contiguous()
+            for name, value in self.optimizer.adam.state.get(parameter, {}).items():
+                found[f"{i}.{name}"] = value.contiguous()
+        return found
+
+    @torch.no_grad()
+    def _set(self, tensors: dict[str, torch.Tensor]) -> None:
+        for i, parameter in enumerate(self.optimizer.parameters):
+            mine = {
+                name: value for key, value in tensors.items() for at, _, name in [key.partition(".")] if at == str(i)
+            }
+            weight = mine.pop("weight", None)
+            if weight is None or weight.shape != parameter.shape:
+                raise ValueError(f"{self.run.state}: holds the state of another model; choose another --out")
+            parameter.copy_(weight)
+            # Adam counts its steps on the CPU whatever device the weights are on.
+            self.optimizer.adam.state[parameter] = {
+                name: value if name == "step" else value.to(parameter.device) for name, value in mine.items()
+            }
+
+    def __enter__(self) -> TrainState:
+        self._before: Any = None
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._end)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._before is not None:
+            with contextlib.suppress(TypeError):
+                signal.signal(signal.SIGTERM, self._before)
+
+    def _end(self, *_: Any) -> None:
+        self._ending = True
+
+
+def digest(items: Iterable[Any]) -> str:
+    """Of data: frozen records whose repr says all of them."""
+    state = hashlib.blake2b(digest_size=16)
+    for item in items:
+        state.update(repr(item).encode())
+    return state.hexdigest()
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> str:
+    """Of a model's weights: sums of their bits, and every thousandth of them. Tells models apart, not forgers."""
+    state = hashlib.blake2b(digest_size=16)
+    for name, parameter in model.named_parameters():
+        bits = parameter.detach().reshape(-1).view(torch.int32 if parameter.itemsize == 4 else torch.int16)
+        state.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {int(bits.sum())}".encode())
+        state.update(bits[::997].cpu().numpy().tobytes())
+    return state.hexdigest()

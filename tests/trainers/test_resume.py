@@ -1,0 +1,214 @@
+"""A run that was killed goes on to the bit as if it had not been: weights, metrics, samples."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_fast import models
+from rlhf_fast.config import LoRAConfig, SFTConfig
+from rlhf_fast.run_folder import RunFolder
+from rlhf_fast.trainers import state as state_module
+from rlhf_fast.trainers.optimizer import Optimizer
+from rlhf_fast.trainers.sft import SFTTrainer
+from rlhf_fast.trainers.state import TrainState, fingerprint
+
+# Trains NAME from FOLDER into OUT, keeping the state after every step, at a pace at which it can be hit.
+SCRIPT = """
+import sys, time
+from rlhf_fast.config import DPOConfig, LoRAConfig, OptimConfig, PPOConfig, RewardConfig, SFTConfig
+from rlhf_fast.trainers import state
+from rlhf_fast.trainers.dpo import DPOTrainer
+from rlhf_fast.trainers.ppo import PPOTrainer
+from rlhf_fast.trainers.reward import RewardTrainer
+from rlhf_fast.trainers.sft import SFTTrainer
+
+name, folder, out, pause = sys.argv[1], sys.argv[2], sys.argv[3], float(sys.argv[4])
+state.EVERY, state.MOST = 0.0, 1e9
+after = state.TrainState.after
+def slowly(self, step):
+    after(self, step)
+    time.sleep(pause)
+state.TrainState.after = slowly
+words = dict(lora=LoRAConfig(r=4), optim=OptimConfig(lr=1e-3))
+pairs = [{"prompt": f"q{i % 5}", "chosen": f"yes {i}", "rejected": "no"} for i in range(12)]
+if name == "sft":
+    data = [{"prompt": f"q{i}", "completion": f"answer {i}"} for i in range(12)]
+    trainer = SFTTrainer(folder, data, out, SFTConfig(batch_size=2, **words))
+elif name == "reward":
+    trainer = RewardTrainer(folder, pairs, out, RewardConfig(batch_size=2, epochs=3, heldout=0.4, **words))
+elif name == "dpo":
+    trainer = DPOTrainer(folder, pairs, out, DPOConfig(batch_size=2, epochs=3, heldout=0.4, **words))
+else:
+    config = PPOConfig(
+        steps=6, prompts_per_step=3, samples_per_prompt=2, minibatches=2, max_new_tokens=8, kl_target=0.5, **words
+    )
+    prompts = [{"prompt": f"q{i}"} for i in range(5)]
+    trainer = PPOTrainer(folder, lambda prompts, texts: [float(len(text)) for text in texts], prompts, out, config)
+trainer.train()
+"""
+
+
+def start(name: str, folder: Path, out: Path, pause: float = 0.0) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, name, str(folder), str(out), str(pause)], text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def outcome(out: Path) -> dict[str, Any]:
+    """All that a run has left, without its times."""
+    found: dict[str, Any] = {
+        str(file.relative_to(out)): file.read_bytes()
+        for file in (out / "checkpoints").rglob("*")
+        if file.is_file() and file.suffix == ".safetensors"
+    }
+    assert found
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        rows = [json.loads(line) for line in (out / name).read_text().splitlines()] if (out / name).exists() else []
+        found[name] = [{key: x for key, x in row.items() if not key.startswith("seconds")} for row in rows]
+    found["result"] = json.loads((out / "result.json").read_text())["summary"]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo", "ppo"])
+def test_a_killed_run_ends_as_the_unbroken_one(name: str, tiny_folder: Path, tmp_path: Path) -> None:
+    unbroken = start(name, tiny_folder, tmp_path / "unbroken")
+    out, draw = tmp_path / "run", random.Random(name)
+    resumed = []
+    for lines in (draw.randint(2, 3), draw.randint(4, 5)):  # of metrics, that are there when it is killed
+        process = start(name, tiny_folder, out, pause=0.05)
+        deadline = time.monotonic() + 60
+        metrics = out / "metrics.jsonl"
+        while not metrics.exists() or metrics.read_text().count("\n") < lines:
+            assert process.poll() is None and time.monotonic() < deadline, process.stderr and process.stderr.read()
+            time.sleep(0.002)
+        time.sleep(draw.random() * 0.08)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kept = out / "state" / "state.json"
+        resumed.append(json.loads(kept.read_text())["step"] if kept.exists() else 0)
+    last = start(name, tiny_folder, out)
+    assert last.wait(timeout=120) == 0, last.stderr and last.stderr.read()
+    assert unbroken.wait(timeout=120) == 0, unbroken.stderr and unbroken.stderr.read()
+    assert max(resumed) > 0 and not (out / "state").exists()
+    there, expected = outcome(out), outcome(tmp_path / "unbroken")
+    assert there.keys() == expected.keys()
+    for key, value in expected.items():
+        assert there[key] == value, key
+    for process in (unbroken, last):
+        process.communicate()
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_run_after_its_step_and_says_how_to_go_on(tiny_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = start("sft", tiny_folder, out, pause=0.2)
+    deadline = time.monotonic() + 60
+    while not (out / "state" / "state.json").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0 and "by SIGTERM; the same command goes on from there" in said
+    assert not (out / "result.json").exists()
+    step = json.loads((out / "state" / "state.json").read_text())["step"]
+    assert f"ended after step {step}" in said
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert max(row["step"] for row in rows) == step
+
+
+DATA = [{"prompt": f"q{i}", "completion": f"answer {i}"} for i in range(12)]
+
+
+def interrupted(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of SFT that ended after its second step."""
+    monkeypatch.setattr(state_module, "EVERY", 0.0)
+    after = TrainState.after
+
+    def stop(self: TrainState, step: int) -> None:
+        after(self, step)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainState, "after", stop)
+        with pytest.raises(KeyboardInterrupt):
+            sft(folder, out).train()
+
+
+def sft(folder: Path, out: Path, data: Any = DATA, **options: Any) -> SFTTrainer:
+    return SFTTrainer(folder, data, out, SFTConfig(**{"batch_size": 2, "lora": LoRAConfig(r=4), **options}))
+
+
+def test_other_settings_data_or_weights_are_refused_and_nothing_is_lost(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    interrupted(tiny_folder, out, monkeypatch)
+    before = (out / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match=r"interrupted with other settings \(sft\.batch_size: 2 -> 3\); go on with"):
+        sft(tiny_folder, out, batch_size=3).train()
+    with pytest.raises(ValueError, match=r"the data changed since this run was interrupted; put back"):
+        sft(tiny_folder, out, data=[*DATA[:-1], {"prompt": "q", "completion": "another"}]).train()
+    model, tokenizer = models.load(tiny_folder)
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 1e-6
+    models.save(tiny_folder.parent / "moved", model, tokenizer)
+    other = sft(tiny_folder, out)
+    monkeypatch.setattr(other, "model", models.trainable(model, LoRAConfig(r=4), 0))
+    with pytest.raises(ValueError, match=r"the model changed since this run was interrupted"):
+        other.train()
+    assert (out / "metrics.jsonl").read_text() == before
+    sft(tiny_folder, out).train()
+    assert (out / "result.json").exists() and not (out / "state").exists()
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(tiny_folder, tmp_path, monkeypatch)
+    (tmp_path / "state").rename(tmp_path / ".state.old")
+    assert RunFolder(tmp_path, "sft", (tmp_path / "config.yaml").read_text()).resumes
+
+
+def test_the_state_is_kept_no_more_often_than_it_is_worth(
+    tiny: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(state_module.time, "monotonic", lambda: now[0])
+    model = models.trainable(tiny[0], LoRAConfig(r=2))
+    state = TrainState(RunFolder(tmp_path, "sft", ""), Optimizer([model], SFTConfig().optim, 10), {})
+    kept: list[int] = []
+
+    def keep(step: int) -> None:
+        now[0] += 6.0  # a slow disk
+        kept.append(step)
+
+    monkeypatch.setattr(state, "_keep", keep)
+    for step in range(1, 41):
+        now[0] += 10.0
+        state.after(step)
+    # After a minute for the first time; then it has cost 6 seconds, a twentieth of two minutes.
+    assert kept == [6, 18, 30]
+
+
+def test_a_fingerprint_tells_weights_apart(tiny: tuple[Any, Any]) -> None:
+    model, _ = tiny
+    before = fingerprint(model)
+    assert fingerprint(model) == before
+    last = list(model.parameters())[-1]
+    with torch.no_grad():
+        last[-1] = torch.nextafter(last[-1], torch.tensor(9.0))
+    assert fingerprint(model) != before
