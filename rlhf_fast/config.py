@@ -129,6 +129,7 @@ class PPOConfig:
     kl_coef: float = 0.05  # weight of the KL penalty, in reward a nat
     kl_target: float | None = None  # nats a sequence; when set, kl_coef adapts towards it (arXiv 1909.08593)
     kl_horizon: float = 10_000.0  # sequences
+    advantage: Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce++"] = "gae"  # all but gae train without a critic
     gamma: float = 1.0  # discount a token
     lam: float = 0.95  # of generalised advantage estimation (arXiv 1506.02438)
     clip_low: float = 0.2  # the probability ratio is clipped at 1 - clip_low
@@ -148,6 +149,11 @@ class PPOConfig:
         _check(self, positive="temperature kl_target kl_horizon", share="gamma lam min_reward_agreement")
         _check(self, not_negative="kl_coef value_coef missing_eos_penalty seed")
         _check(self, limit="clip_low clip_high value_clip")
+        if self.advantage != "gae" and self.samples_per_prompt < 2:
+            raise ValueError(
+                f"samples_per_prompt: {self.samples_per_prompt}; expected at least 2 for advantage {self.advantage!r}, "
+                "which compares the responses of a prompt"
+            )
         sequences = self.prompts_per_step * self.samples_per_prompt
         if self.minibatches > sequences:
             raise ValueError(f"minibatches: {self.minibatches}; expected at most the {sequences} sequences of a step")

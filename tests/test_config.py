@@ -370,6 +370,12 @@ def test_a_value_out_of_range_is_named_with_what_was_expected(cls: type, name: s
     assert str(caught.value).startswith(f"{name}: {value}; expected ")
 
 
+def test_responses_are_only_compared_with_others() -> None:
+    with pytest.raises(ValueError, match="samples_per_prompt: 1; expected at least 2 for advantage 'rloo', which"):
+        PPOConfig(samples_per_prompt=1, advantage="rloo")
+    assert PPOConfig(samples_per_prompt=1).advantage == "gae"
+
+
 def test_there_are_no_more_minibatches_than_sequences() -> None:
     with pytest.raises(ValueError, match="minibatches: 9; expected at most the 8 sequences of a step"):
         PPOConfig(prompts_per_step=4, samples_per_prompt=2, minibatches=9)

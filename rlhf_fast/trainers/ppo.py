@@ -1,4 +1,5 @@
-"""PPO on a language model: sample, score, estimate advantages, and improve the policy within a clipped ratio.
+"""PPO on a language model: sample, score, estimate advantages, and improve the policy within a clipped ratio. With
+advantages of a prompt's responses against each other (GRPO, RLOO and their like) the same without a critic.
 
 One step is `_collect` (rollouts, rewards, advantages) and `_update` (epochs of minibatches over them). The policy and
 its value head share one trunk; the reference is the policy as it was at the start, its frozen weights shared.
@@ -26,6 +27,7 @@ from rlhf_fast.rollout.generator import Generator
 from rlhf_fast.rollout.rollouts import Rollouts
 from rlhf_fast.rollout.sampling import SamplingParams
 from rlhf_fast.run_folder import RunFolder, progress_bar
+from rlhf_fast.trainers.advantages import Scored, against_critic, against_each_other
 from rlhf_fast.trainers.kl_controller import KLController
 from rlhf_fast.trainers.loop import Stats, add_stats, concatenated, per_example
 from rlhf_fast.trainers.optimizer import Optimizer
@@ -42,9 +44,9 @@ class Experience:
 
     examples: list[Example]
     old_logprobs: list[torch.Tensor]
-    old_values: list[torch.Tensor]
+    old_values: list[torch.Tensor]  # empty without a critic, like returns
     advantages: list[torch.Tensor]
-    advantage_sums: torch.Tensor  # (3,) by which the loss whitens them
+    advantage_sums: torch.Tensor | None  # (3,) by which the loss whitens them
     returns: list[torch.Tensor]
     metrics: dict[str, float]
 
@@ -82,14 +84,11 @@ class PPOTrainer:
         self.device = self.head.weight.device
         self.shared = models.longest_shared(self.model)
         # Starts at zero: its first values are no worse than none, and the trunk gets no gradient from a random head.
-        self.value_head = nn.Linear(self.head.weight.shape[1], 1, device=self.device)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
+        self.value_head = self._new_value_head() if config.advantage == "gae" else None
         self.kl_controller = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
         self.generator = Generator(self.model, self.tokenizer, value_head=self.value_head)
-        self.optimizer = Optimizer(
-            [self.model, self.value_head], config.optim, config.steps * config.epochs * config.minibatches
-        )
+        trained = [self.model] if self.value_head is None else [self.model, self.value_head]
+        self.optimizer = Optimizer(trained, config.optim, config.steps * config.epochs * config.minibatches)
         self.out = Path(out)
         self.config_yaml = settings.run_yaml("ppo", config, policy=policy, reward=reward, prompts=prompts, out=out)
 
@@ -151,17 +150,12 @@ class PPOTrainer:
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(self.device)
         logprobs, reference = torch.cat(old_logprobs), torch.cat(ref_logprobs)  # (R,)
         kl = ops.kl_estimate(logprobs, reference, kind="k1")  # (R,)
-        pay: dict[str, Any] = {
-            "rewards": None, "scores": torch.tensor(paid, device=self.device), "logprobs": logprobs,
-            "ref_logprobs": reference, "kl_coef": self.kl_controller.coef,
-        }  # fmt: skip
-        if config.whiten_rewards:
-            rewards = -self.kl_controller.coef * kl  # (R,)
-            rewards[cu_seqlens[1:].long() - 1] += pay["scores"]  # on the last token: the end
-            pay = {"rewards": ops.whiten(rewards, shift_mean=False)}
-        advantages, returns, sums = ops.gae(
-            **pay, values=torch.cat(old_values), gamma=config.gamma, lam=config.lam, cu_seqlens=cu_seqlens, sums=True
-        )
+        scored = Scored(torch.tensor(paid, device=self.device), logprobs, reference, kl, cu_seqlens)
+        coef = self.kl_controller.coef
+        if config.advantage == "gae":
+            found = against_critic(scored, torch.cat(old_values), coef, config)
+        else:
+            found = against_each_other(scored, coef, config)
 
         sequence_kl = ops.sequence_sum(kl, cu_seqlens=cu_seqlens)  # (B,)
         self._keep_samples(run, step, asked, rollouts.texts, scores, sequence_kl.tolist())
@@ -171,9 +165,9 @@ class PPOTrainer:
             examples=examples,
             old_logprobs=old_logprobs,
             old_values=old_values,
-            advantages=list(advantages.split(lengths)),
-            advantage_sums=sums,
-            returns=list(returns.split(lengths)),
+            advantages=list(found.advantages.split(lengths)),
+            advantage_sums=found.sums,
+            returns=[] if found.returns is None else list(found.returns.split(lengths)),
             metrics={
                 "score": float(np.mean(scores)),
                 "reward": float(np.mean(paid)) - self.kl_controller.coef * float(sequence_kl.mean()),
@@ -195,22 +189,31 @@ class PPOTrainer:
         return two_passes[start : start + per_step]
 
     def _policy_outputs(self, rollouts: Rollouts, examples: list[Example]) -> list[list[torch.Tensor]]:
-        """Log-probability, entropy and value of each response token, as training has them, so that ratios begin at 1.
+        """Log-probability, entropy and value (without a critic none) of each response token, as training has them, so
+        that ratios begin at 1.
 
         In float32 the sampler's are the same to rounding; in narrower dtypes it rounds elsewhere than training does,
         and they are computed again.
         """
-        if self.head.weight.dtype == torch.float32 and rollouts.values is not None:
+        if self.head.weight.dtype == torch.float32:
             lengths = [len(example.response) for example in examples]
             found = (rollouts.logprobs, rollouts.entropy, rollouts.values)
-            return [list(x[rollouts.response_mask].split(lengths)) for x in found]
+            return [[] if x is None else list(x[rollouts.response_mask].split(lengths)) for x in found]
 
         def outputs(batch: Batch) -> list[torch.Tensor]:
             states = models.response_states(self.model, batch)  # (R, H)
             logprobs, entropy = models.response_logprobs(self.model, batch, self.config.temperature, states)
-            return [logprobs, entropy, self.value_head(states.float()).squeeze(-1)]
+            return [logprobs, entropy] if self.value_head is None else [logprobs, entropy, self._values(states)]
 
-        return per_example(examples, outputs, self.config.optim.max_tokens_per_microbatch, self.device, self.shared)
+        max_tokens = self.config.optim.max_tokens_per_microbatch
+        logprobs, entropies, *values = per_example(examples, outputs, max_tokens, self.device, self.shared)
+        return [logprobs, entropies, values[0] if values else []]
+
+    def _values(self, states: torch.Tensor) -> torch.Tensor:
+        """(R, H) -> (R,), with the critic."""
+        assert self.value_head is not None
+        values: torch.Tensor = self.value_head(states.float()).squeeze(-1)
+        return values
 
     def _reference_logprobs(self, batch: Batch) -> list[torch.Tensor]:
         return [models.response_logprobs(self.reference, batch, self.config.temperature)[0]]
@@ -221,7 +224,8 @@ class PPOTrainer:
         """Epochs of minibatches over the experience; returns the statistics averaged over all of them."""
         totals: dict[str, float] = {}
         count = 0
-        explained_variance = self._explained_variance(experience)  # of the values at sampling time: one for the step
+        # Of the values at sampling time: one for the step.
+        of_critic = {} if self.value_head is None else {"explained_variance": self._explained_variance(experience)}
         for epoch in range(self.config.epochs):
             rng = np.random.default_rng((self.config.seed, step, epoch))
             for rows in minibatches(experience.examples, self.config.minibatches, rng):
@@ -232,7 +236,7 @@ class PPOTrainer:
                     worst_ratio = max(worst_ratio, float(part.pop("ratio_max")))
                     add_stats(stats, part)
                 stats["ratio_max"] = worst_ratio
-                stats["explained_variance"] = explained_variance
+                stats.update(of_critic)
                 if step == 1 and count == 0:
                     _check_first_update(stats)
                 stats["grad_norm"] = self.optimizer.step()
@@ -252,6 +256,15 @@ class PPOTrainer:
             batch = pad([examples[row] for row in part], self.device, self.shared)
             head = models.output_head(self.model)
             states = models.response_states(self.model, batch)  # (R, H)
+            of_critic: dict[str, Any] = {}
+            if self.value_head is not None:
+                of_critic = {
+                    "values": self._values(states),
+                    "old_values": concatenated(experience.old_values, part),
+                    "returns": concatenated(experience.returns, part),
+                    "value_clip": config.value_clip,
+                    "value_coef": config.value_coef,
+                }
             loss, stats = ops.linear_ppo_loss(
                 states,
                 head.weight,
@@ -260,19 +273,15 @@ class PPOTrainer:
                 concatenated(experience.advantages, part),
                 **head.options(),
                 temperature=config.temperature,
-                values=self.value_head(states.float()).squeeze(-1),
-                old_values=concatenated(experience.old_values, part),
-                returns=concatenated(experience.returns, part),
+                **of_critic,
                 cu_seqlens=batch.cu_seqlens,
                 clip_low=config.clip_low,
                 clip_high=config.clip_high,
-                value_clip=config.value_clip,
-                value_coef=config.value_coef,
                 denominator=tokens,
                 advantage_sums=experience.advantage_sums,
             )
             kept = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "ratio_mean", "ratio_max")
-            yield loss, {name: stats[name] for name in kept}
+            yield loss, {name: stats[name] for name in kept if name in stats}
 
     @staticmethod
     def _explained_variance(experience: Experience) -> float:
@@ -280,6 +289,12 @@ class PPOTrainer:
         returns, values = torch.cat(experience.returns), torch.cat(experience.old_values)
         variance = float(returns.var(correction=0))
         return 1.0 - float((returns - values).var(correction=0)) / variance if variance > 0 else 0.0
+
+    def _new_value_head(self) -> nn.Linear:
+        head = nn.Linear(self.head.weight.shape[1], 1, device=self.device)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        return head
 
     # Checks and records ---------------------------------------------------------------------------------------------
 
@@ -333,7 +348,7 @@ def _check_first_update(stats: dict[str, float]) -> None:
             wrong.append(f"{name} {stats[name]:.6f} instead of {expected}")
     if stats["clip_fraction"] != 0.0:
         wrong.append(f"clip_fraction {stats['clip_fraction']} instead of 0")
-    if not math.isfinite(stats["explained_variance"]):
+    if not math.isfinite(stats.get("explained_variance", 0.0)):
         wrong.append(f"explained_variance {stats['explained_variance']}")
     _raise_if(wrong)
 
