@@ -41,12 +41,22 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
+class _WithoutAddresses(reprlib.Repr):
+    """Short, and the same in every process, so that a run can be told from another one."""
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        name = getattr(x, "__qualname__", None)
+        text = f"{type(x).__name__} {name}" if name else re.sub(r" at 0x[0-9a-fA-F]+", "", repr(x))
+        return text if len(text) <= 60 else f"{text[:40]}...{text[-17:]}"
+
+
 def run_yaml(verb: str, config: Any, **inputs: Any) -> str:
     """The settings of one run as `rlhf-fast VERB --config` takes them.
 
     Inputs that were given in Python and are no path are described in brackets.
     """
-    named = {k: str(v) if isinstance(v, str | Path) else f"({reprlib.repr(v)})" for k, v in inputs.items()}
+    described = _WithoutAddresses()
+    named = {k: str(v) if isinstance(v, str | Path) else f"({described.repr(v)})" for k, v in inputs.items()}
     return yaml.safe_dump({**named, verb: to_dict(config)}, sort_keys=False, allow_unicode=True)
 
 

@@ -25,8 +25,9 @@ KEYS = {
         reward.center_coef reward.max_length reward.seed reward.lora.r reward.lora.alpha reward.optim.lr
         reward.optim.schedule reward.optim.warmup reward.optim.weight_decay reward.optim.adam_eps
         reward.optim.max_grad_norm reward.optim.max_tokens_per_microbatch ppo.steps ppo.prompts_per_step
-        ppo.samples_per_prompt ppo.max_new_tokens ppo.temperature ppo.epochs ppo.minibatches ppo.advantage ppo.kl_coef
-        ppo.kl_target ppo.kl_horizon ppo.gamma ppo.lam ppo.clip_low ppo.clip_high ppo.value_clip ppo.value_coef
+        ppo.samples_per_prompt ppo.max_new_tokens ppo.temperature ppo.epochs ppo.minibatches ppo.kl_coef
+        ppo.kl_target ppo.kl_horizon ppo.advantage ppo.gamma ppo.lam ppo.clip_low ppo.clip_high ppo.value_clip
+        ppo.value_coef
         ppo.whiten_rewards ppo.missing_eos_penalty ppo.min_reward_agreement ppo.max_length ppo.seed ppo.lora.r
         ppo.lora.alpha ppo.optim.lr ppo.optim.schedule ppo.optim.warmup ppo.optim.weight_decay ppo.optim.adam_eps
         ppo.optim.max_grad_norm ppo.optim.max_tokens_per_microbatch evaluation.samples_per_prompt
@@ -51,8 +52,8 @@ KEYS = {
     """,
     "ppo": """
         policy reward prompts out ppo.steps ppo.prompts_per_step ppo.samples_per_prompt ppo.max_new_tokens
-        ppo.temperature ppo.epochs ppo.minibatches ppo.advantage ppo.kl_coef ppo.kl_target ppo.kl_horizon
-        ppo.gamma ppo.lam
+        ppo.temperature ppo.epochs ppo.minibatches ppo.kl_coef ppo.kl_target ppo.kl_horizon
+        ppo.advantage ppo.gamma ppo.lam
         ppo.clip_low ppo.clip_high ppo.value_clip ppo.value_coef ppo.whiten_rewards ppo.missing_eos_penalty
         ppo.min_reward_agreement ppo.max_length ppo.seed ppo.lora.r ppo.lora.alpha ppo.optim.lr ppo.optim.schedule
         ppo.optim.warmup ppo.optim.weight_decay ppo.optim.adam_eps ppo.optim.max_grad_norm

@@ -23,7 +23,7 @@ from rlhf_fast.config import (
     SFTConfig,
     tiny_demo,
 )
-from rlhf_fast.settings import ConfigError, build, describe, flatten, from_flat, keys, to_dict, to_yaml
+from rlhf_fast.settings import ConfigError, build, describe, flatten, from_flat, keys, run_yaml, to_dict, to_yaml
 
 
 @dataclass(frozen=True)
@@ -417,3 +417,14 @@ def test_values_out_of_python_are_checked_like_those_of_yaml() -> None:
     assert from_flat(DemoConfig, {"ppo.kl_coef": 0.2}).ppo.kl_coef == 0.2
     with pytest.raises(ConfigError, match=r"unknown setting --ppo\.kl_cof"):
         from_flat(DemoConfig, {"ppo.kl_cof": 0.2})
+
+
+def test_what_was_given_in_python_is_described_the_same_in_every_process() -> None:
+    def reward(prompts: list[str], texts: list[str]) -> list[float]:
+        return []
+
+    class Judge:
+        pass
+
+    text = run_yaml("ppo", PPOConfig(), reward=[(0.5, reward), (1.0, Judge())], policy="runs/sft")
+    assert "0x" not in text and "reward" in text and "Judge object" in text and "policy: runs/sft" in text

@@ -71,7 +71,7 @@ def pad(examples: Sequence[Example], device: torch.device | str = "cpu", shared:
             ids[r, start:end], parts[r, start:] = response, part
             positions[r, start:end] = np.arange(len(prompt), len(prompt) + len(response))
             before += [r * width + len(prompt) - 1, *range(r * width + start, r * width + end - 1)][: len(response)]
-            last.append(r * width + end - 1)
+            last.append(r * width + (end if response else len(prompt)) - 1)
             start = end
     counts = torch.tensor([0] + [len(example.response) for example in examples])
     spoken = [token for example in examples for token in example.response]

@@ -280,8 +280,9 @@ class PPOTrainer:
                 denominator=tokens,
                 advantage_sums=experience.advantage_sums,
             )
-            kept = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "ratio_mean", "ratio_max")
-            yield loss, {name: stats[name] for name in kept if name in stats}
+            kept = ["policy_loss", "clip_fraction", "approx_kl", "ratio_mean", "ratio_max"]
+            kept += ["value_loss"] * (self.value_head is not None)
+            yield loss, {name: stats[name] for name in kept}
 
     @staticmethod
     def _explained_variance(experience: Experience) -> float:
