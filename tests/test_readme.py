@@ -32,7 +32,9 @@ def test_the_two_commands_at_the_top_work_as_written(tmp_path: Path) -> None:
     stamp = Path(sys.prefix) / ".installed"
     if not stamp.exists():
         pytest.skip("this environment was not made by `make install`")
-    done = subprocess.run(["bash", "-euc", commands], cwd=copy, capture_output=True, text=True)
+    # The environment is this tree's: a copy with newer sources must not install itself into it.
+    environment = {**os.environ, "MAKEFLAGS": "-o .venv/.installed"}
+    done = subprocess.run(["bash", "-euc", commands], cwd=copy, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (copy / "runs" / "tiny" / "report.html").stat().st_size > 10_000
 

@@ -27,6 +27,7 @@ from rlhf_fast.run_folder import RunFolder
 from rlhf_fast.trainers.optimizer import Optimizer
 
 EVERY = 60.0  # seconds from one time to the next, at least
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 MOST = 0.05  # share of the time that keeping may take
 
 
@@ -153,7 +154,7 @@ def fingerprint(model: nn.Module) -> str:
     """Of a model's weights: sums of their bits, and every thousandth of them. Tells models apart, not forgers."""
     state = hashlib.blake2b(digest_size=16)
     for name, parameter in model.named_parameters():
-        bits = parameter.detach().reshape(-1).view(torch.int32 if parameter.itemsize == 4 else torch.int16)
+        bits = parameter.detach().reshape(-1).view(BITS[parameter.itemsize])
         state.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {int(bits.sum())}".encode())
         state.update(bits[::997].cpu().numpy().tobytes())
     return state.hexdigest()

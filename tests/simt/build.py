@@ -35,6 +35,8 @@ def missing() -> str | None:
     """Why the kernels cannot be compiled here, or None."""
     if shutil.which("g++") is None:
         return "needs g++"
+    if importlib.util.find_spec("pybind11") is None:
+        return "needs pybind11"
     if toolkit_headers() is None:
         return "needs the headers of a CUDA toolkit, or triton, which brings them"
     return None
