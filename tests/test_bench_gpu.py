@@ -128,11 +128,11 @@ def test_the_report_ranks_what_is_furthest_from_its_limit_by_the_best_of_ours(tm
 
     records = [
         timed("gae", "rlhf-fast, cuda", 4.0), timed("gae", "rlhf-fast, triton", 2.0), timed("gae", "eager", 8.0),
-        timed("sample", "rlhf-fast, cuda", 5.0),
+        timed("gae", "rlhf-fast, packed", 1.0), timed("sample", "rlhf-fast, cuda", 5.0),
     ]  # fmt: skip
     path = tmp_path / "card.json"
     text = report.write({}, records, path)[0].read_text()
-    assert "| `gae` &lt;b> \\| x | cuda 4, triton 2 | 50% | eager 4.00 |" in text
+    assert "| `gae` &lt;b> \\| x | cuda 4, triton 2 | 50% | eager 4.00, rlhf-fast, packed 0.50 |" in text
     assert text.index("1. `sample`") < text.index("2. `gae`")
     assert "## Predicted and measured" not in text
     case = "8192 x 2048 float32 forward (batch)"
