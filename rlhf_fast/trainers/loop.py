@@ -36,22 +36,21 @@ def fit(
         evaluated = evaluate()
         if done == 0:
             run.log({"step": 0, **evaluated})
-        bar = progress_bar(len(batches), run.phase, "step", done)
-        for step, batch in enumerate(batches[done:], start=done + 1):
-            totals: dict[str, float] = {}
-            for loss, stats in losses(batch):
-                loss.backward()
-                add_stats(totals, {"loss": loss.detach(), **stats})
-            lr = optimizer.lr
-            norm = optimizer.step()
-            run.log({"step": step, **totals, "lr": lr, "grad_norm": norm})
-            bar.set_postfix({"loss": f"{totals['loss']:.3f}"}, refresh=False)
-            bar.update()
-            if step % evaluate_every == 0 or step == len(batches):
-                evaluated = evaluate()
-                run.log({"step": step, **evaluated})
-            state.after(step)
-        bar.close()
+        with progress_bar(len(batches), run.phase, "step", done) as bar:
+            for step, batch in enumerate(batches[done:], start=done + 1):
+                totals: dict[str, float] = {}
+                for loss, stats in losses(batch):
+                    loss.backward()
+                    add_stats(totals, {"loss": loss.detach(), **stats})
+                lr = optimizer.lr
+                norm = optimizer.step()
+                run.log({"step": step, **totals, "lr": lr, "grad_norm": norm})
+                bar.set_postfix({"loss": f"{totals['loss']:.3f}"}, refresh=False)
+                bar.update()
+                if step % evaluate_every == 0 or step == len(batches):
+                    evaluated = evaluate()
+                    run.log({"step": step, **evaluated})
+                state.after(step)
     return evaluated
 
 

@@ -101,20 +101,19 @@ class PPOTrainer:
             done = state.load()
             row: dict[str, float] = state.extra.get("row", {})
             self.kl_controller.load_state_dict(state.extra.get("kl_controller", {}))
-            bar = progress_bar(config.steps, "ppo", "step", done)
-            for step in range(done + 1, config.steps + 1):
-                experience = self._collect(run, step)
-                started = time.monotonic()
-                row = {**experience.metrics, **self._update(experience, step)}
-                row["seconds_training"] = time.monotonic() - started
-                row["kl_coef"] = self.kl_controller.coef
-                self.kl_controller.update(row["kl"], len(experience.examples))
-                run.log({"step": step, **row})
-                bar.set_postfix({"score": f"{row['score']:.3f}", "kl": f"{row['kl']:.2f}"}, refresh=False)
-                bar.update()
-                state.extra = {"row": row, "kl_controller": self.kl_controller.state_dict()}
-                state.after(step)
-            bar.close()
+            with progress_bar(config.steps, "ppo", "step", done) as bar:
+                for step in range(done + 1, config.steps + 1):
+                    experience = self._collect(run, step)
+                    started = time.monotonic()
+                    row = {**experience.metrics, **self._update(experience, step)}
+                    row["seconds_training"] = time.monotonic() - started
+                    row["kl_coef"] = self.kl_controller.coef
+                    self.kl_controller.update(row["kl"], len(experience.examples))
+                    run.log({"step": step, **row})
+                    bar.set_postfix({"score": f"{row['score']:.3f}", "kl": f"{row['kl']:.2f}"}, refresh=False)
+                    bar.update()
+                    state.extra = {"row": row, "kl_controller": self.kl_controller.state_dict()}
+                    state.after(step)
         extra = {"step": config.steps, "kl_controller": self.kl_controller.state_dict()}
         models.save(run.checkpoint(config.steps), self.model, self.tokenizer, extra, heads=self.value_head)
         return run.finish({name: row[name] for name in ("score", "reward", "kl", "kl_coef", "entropy", "finished")})
