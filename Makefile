@@ -26,10 +26,12 @@ install: $(STAMP) ## virtual environment, dependencies, compiled kernels, demo m
 demo: $(STAMP) ## the whole pipeline on a small model; the run goes to DEMO_OUT (runs/demo)
 	$(BIN)/rlhf-fast demo --out $(DEMO_OUT)
 
-# Triton decides when it is imported whether its kernels run on the CPU, so those tests need a process of their own.
+# Triton decides when it is imported whether its kernels run on the CPU, so those tests need a process of their own. Its
+# interpreter takes one core, beside the rest, and what it says is shown at the end.
 test: $(STAMP) ## run the tests
-	$(BIN)/python -m pytest -q
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/ops -k triton
+	@mkdir -p build; TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/ops -k triton > build/triton-tests.log 2>&1 & \
+	  triton=$$!; trap "kill $$triton 2>/dev/null" EXIT; $(BIN)/python -m pytest -q; rest=$$?; \
+	  wait $$triton; found=$$?; cat build/triton-tests.log; trap - EXIT; exit $$((rest || found))
 
 lint: $(STAMP) ## ruff, mypy and clang-format
 	$(BIN)/ruff check .

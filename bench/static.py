@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import os
@@ -18,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -409,11 +410,11 @@ def compile_variant(job: tuple[Variant, int]) -> list[Static]:
         return [dataclasses.replace(one, shared=shared) for one in found]
 
 
-def triton_kernels(jobs: int | None = None) -> Iterator[Static]:
-    work = [(variant, target) for variant in triton_variants() for target in TARGETS]
+def triton_kernels(targets: Sequence[int]) -> Iterator[Static]:
+    work = [(variant, target) for variant in triton_variants() for target in targets]
     environment = {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
     os.environ.update(environment)  # before triton is imported in the workers; multiplying and adding at once is meant
-    with multiprocessing.get_context("spawn").Pool(jobs or os.cpu_count()) as pool:
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         for found in pool.imap(compile_variant, work, chunksize=4):
             yield from found
 
@@ -457,20 +458,33 @@ def versions() -> dict[str, str]:
     return {"triton": triton.__version__, "triton_ptxas": ptxas, "cuda": cuda}
 
 
-def collect() -> list[Static]:
-    return sorted([*cuda_kernels(), *triton_kernels()], key=lambda one: one.key)
+def sources() -> str:
+    """A hash of all that the kernels are compiled from, and of how they are."""
+    state = hashlib.blake2b(digest_size=16)
+    for folder, pattern in (("rlhf_fast/kernels", "*.py"), ("csrc/cuda", "*"), ("csrc/common", "*.h")):
+        for file in sorted((RESULTS.parents[2] / folder).glob(pattern)):
+            state.update(file.name.encode() + file.read_bytes())
+    state.update(Path(__file__).read_bytes())
+    return state.hexdigest()
+
+
+def collect(targets: Sequence[int] = TARGETS) -> list[Static]:
+    """The CUDA kernels of all targets, which are compiled already, and the Triton kernels of these."""
+    return sorted([*cuda_kernels(), *triton_kernels(targets)], key=lambda one: one.key)
 
 
 def write(kernels: list[Static]) -> None:
     lines = ",\n".join(json.dumps(dataclasses.asdict(one)) for one in kernels)
     aside = RESULTS.with_suffix(".new")
-    aside.write_text(f'{{"versions": {json.dumps(versions())},\n"kernels": [\n{lines}\n]}}\n', encoding="utf-8")
+    about = f'"versions": {json.dumps(versions())},\n"sources": "{sources()}"'
+    aside.write_text(f'{{{about},\n"kernels": [\n{lines}\n]}}\n', encoding="utf-8")
     aside.replace(RESULTS)
 
 
-def read() -> tuple[dict[str, str], list[Static]]:
+def read() -> tuple[dict[str, str], str, list[Static]]:
+    """What the table was made by, what of, and the table."""
     whole = json.loads(RESULTS.read_text(encoding="utf-8"))
-    return whole["versions"], [Static(**one) for one in whole["kernels"]]
+    return whole["versions"], whole["sources"], [Static(**one) for one in whole["kernels"]]
 
 
 def main() -> int:
