@@ -127,18 +127,22 @@ def flush_l2(device: torch.device) -> None:
 def rates(device: torch.device) -> Rates:
     size = 1 << (28 if device.type == "cuda" else 26)
     x, y = torch.zeros(size, device=device), torch.zeros(size, device=device)
-    n = 8192 if device.type == "cuda" else 1536
-    a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
-    c = torch.empty(n, n, device=device)
-
-    def usual(call: Callable[[], Any]) -> float:
-        return statistics.median(seconds_of(call, device) for _ in range(9))
-
     return Rates(
-        read=x.nbytes / usual(lambda: x.sum()),
-        copy=2 * x.nbytes / usual(lambda: y.copy_(x)),
-        product=2 * n**3 / usual(lambda: torch.mm(a, b, out=c)),
+        read=x.nbytes / _usual(lambda: x.sum(), device),
+        copy=2 * x.nbytes / _usual(lambda: y.copy_(x), device),
+        product=product_rate(device, torch.float32),
     )
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a large matrix product in this dtype."""
+    n = 8192 if device.type == "cuda" else 1536
+    a, b, c = (torch.randn(n, n, device=device).to(dtype) for _ in range(3))
+    return 2 * n**3 / _usual(lambda: torch.mm(a, b, out=c), device)
+
+
+def _usual(call: Callable[[], Any], device: torch.device) -> float:
+    return statistics.median(seconds_of(call, device) for _ in range(9))
 
 
 def peak_bytes(call: Call, device: torch.device) -> int | None:

@@ -286,12 +286,11 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         return _fail(str(error), 1)
     except KeyboardInterrupt:
-        hint = (
-            "the same command goes on after the last finished phase"
-            if verb == "demo"
-            else "nothing is half-written, and a trainer goes on from the last minute"
-        )
-        return _fail(f"stopped; {hint}", 130)
+        hint = {
+            "demo": "the same command goes on after the last finished phase",
+            **dict.fromkeys(("sft", "reward", "dpo", "ppo"), "the same command goes on from what was last kept"),
+        }
+        return _fail(f"stopped; {hint.get(verb, 'nothing is half-written')}", 130)
     return 0
 
 

@@ -43,11 +43,11 @@ def write_atomic(path: Path, text: str) -> None:
 def write_folder_atomic(path: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write into a folder aside, then rename it to `path`; nothing is left of it when `fill` fails.
 
-    A kill leaves the old folder, the new one, or (between two renames) none, never a part of one.
+    A kill leaves the old folder, the new one, or (between two renames) none, never a part of one; `restore_folder`
+    then brings the old one back.
     """
-    aside, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
-    for left in (aside, old):  # by a kill
-        shutil.rmtree(left, ignore_errors=True)
+    restore_folder(path)
+    aside, old = _beside(path)
     with named_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -63,6 +63,20 @@ def write_folder_atomic(path: Path, fill: Callable[[Path], None]) -> None:
             shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def restore_folder(path: Path) -> None:
+    """After a kill inside `write_folder_atomic`: `path` is the old folder or the new one, with nothing beside it."""
+    aside, old = _beside(path)
+    if not path.exists() and old.exists():  # it came between the two renames
+        os.replace(old, path)
+    for left in (aside, old):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _beside(path: Path) -> tuple[Path, Path]:
+    """Where a folder is written, and where the one that it replaces waits."""
+    return path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:

@@ -150,12 +150,9 @@ def _claim(out: Path, config: DemoConfig) -> None:
     """Write the settings into the run's folder, or see that those of an earlier start are the same."""
     file = out / "config.yaml"
     if file.exists():
-        before = settings.flatten(yaml.safe_load(file.read_text(encoding="utf-8")))
-        now = settings.flatten(settings.to_dict(config))
-        changed = [key for key in now if key != "out" and before.get(key) != now[key]]
-        if changed:
-            listed = ", ".join(f"{key}: {before.get(key)} -> {now[key]}" for key in changed)
-            raise ValueError(f"--out: {out} was started with other settings ({listed}); choose another --out")
+        before = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if changed := settings.changes(yaml.safe_dump({**before, "out": config.out}), settings.to_yaml(config)):
+            raise ValueError(f"--out: {out} was started with other settings ({changed}); choose another --out")
     else:
         require_space(out, 100_000_000 if config.tiny else 1_000_000_000, "the demo")
         write_atomic(file, settings.to_yaml(config))

@@ -17,11 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tqdm import tqdm
 
 from rlhf_fast import settings
-from rlhf_fast.files import append_line, write_atomic
+from rlhf_fast.files import append_line, restore_folder, write_atomic
 
 GROWING = ("metrics.jsonl", "samples.jsonl")
 
@@ -33,36 +32,24 @@ class RunFolder:
         self.path, self.phase = Path(path), phase
         if is_finished(self.path):
             raise FileExistsError(f"{self.path} holds a finished run; choose another --out, or remove it first")
-        earlier = [self.path / name for name in ("metrics.jsonl", "samples.jsonl", "checkpoints")]
+        earlier = [self.path / name for name in (*GROWING, "checkpoints")]
         if not (self.path / "config.yaml").exists() and (strange := [file for file in earlier if file.exists()]):
             raise FileExistsError(f"{strange[0]} is there without a config.yaml of a run; choose another --out")
-        self.state, kept = self.path / "state", self.path / ".state.old"
-        if not self.state.exists() and kept.exists():  # a kill came between the two renames that replace it
-            os.replace(kept, self.state)
+        self.state = self.path / "state"
+        restore_folder(self.state)
         self.resumes = (self.state / "state.json").exists()
         if self.resumes:
-            self._require_same(config_yaml)
+            before = (self.path / "config.yaml").read_text(encoding="utf-8")
+            if changed := settings.changes(before, config_yaml):
+                raise ValueError(
+                    f"{self.path} holds a run that was interrupted with other settings ({changed}); go on with the "
+                    "same ones, or choose another --out"
+                )
         else:
             for file in (*earlier, self.state):
                 _remove(file)
         write_atomic(self.path / "config.yaml", config_yaml)
         self.started = time.monotonic()
-
-    def _require_same(self, config_yaml: str) -> None:
-        before, now = (
-            settings.flatten(yaml.safe_load(text) or {})
-            for text in ((self.path / "config.yaml").read_text(encoding="utf-8"), config_yaml)
-        )
-        changed = [
-            f"{key}: {before.get(key)} -> {now.get(key)}"
-            for key in {**before, **now}
-            if before.get(key) != now.get(key)
-        ]
-        if changed:
-            raise ValueError(
-                f"{self.path} holds a run that was interrupted with other settings ({', '.join(changed)}); "
-                "go on with the same ones, or choose another --out"
-            )
 
     def seconds(self) -> float:
         """Since the run began, without the time in which it was interrupted."""

@@ -41,6 +41,14 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
+def changes(before: str, now: str) -> str:
+    """What differs between two configurations in YAML, as "ppo.steps: 2 -> 3, ..."; empty if nothing does."""
+    old, new = (flatten(yaml.safe_load(text) or {}) for text in (before, now))
+    return ", ".join(
+        f"{key}: {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)
+    )
+
+
 class _WithoutAddresses(reprlib.Repr):
     """Short, and the same in every process, so that a run can be told from another one."""
 

@@ -1,5 +1,5 @@
-"""In place of hypothesis where that is not installed, as on a machine that is lent for minutes: property tests are
-skipped, all others run."""
+"""In place of hypothesis where that is not installed, as in an environment of torch and pytest alone: property tests
+are skipped, all others run."""
 
 from __future__ import annotations
 

@@ -70,10 +70,7 @@ def machine(context: Context) -> None:
     device = context.device
     versions = {name: _version(name) for name in ("triton", "transformers", "peft", "flash_attn", "vllm", "trl")}
     rates = dataclasses.asdict(harness.rates(device))
-    n = WIDTH if context.rehearse else 8192
-    a = torch.randn(n, n, device=device).to(torch.bfloat16)
-    seconds = sorted(harness.seconds_of(lambda: a @ a, device) for _ in range(9))[4]
-    rates["product_bf16"] = 2 * n**3 / seconds
+    rates["product_bf16"] = harness.product_rate(device, torch.bfloat16)
     context.record(op="machine", **harness.environment(device), **versions, rates=rates)
     if shutil.which("nvidia-smi") and not context.rehearse:
         asked = "name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit"

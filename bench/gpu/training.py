@@ -43,9 +43,10 @@ def rollouts(context: Context) -> None:
     shapes = {"Qwen3-0.6B": QWEN3, "Qwen2.5-1.5B": QWEN2_1_5B, "Qwen3-8B": QWEN3_8B}
     if context.rehearse:
         shapes = {"tiny": TINY}
-    about, rates = harness.environment(context.device), _rates(context)
+    dtype = torch.float32 if context.rehearse else torch.bfloat16
+    about, rates = harness.environment(context.device), harness.rates(context.device)
+    rates = dataclasses.replace(rates, product=harness.product_rate(context.device, dtype))
     for name, config in shapes.items():
-        dtype = torch.float32 if context.rehearse else torch.bfloat16
         model, _ = models.load(config, dtype=dtype, device=context.device)
         for case in _cases(config.vocab_size, context):
             runs = {"rlhf-fast": rollout.ours(case, model)}
@@ -78,16 +79,6 @@ def _cases(vocabulary: int, context: Context) -> list[rollout.Case]:
         f"{count // 4} prompts of {most // 2} x 8", prompts([most // 2] * (count // 4)), [most // 4] * (count // 4), n=8
     )
     return [flat, ragged, groups]
-
-
-def _rates(context: Context) -> harness.Rates:
-    """Of reading, and of products in the dtype that models have here."""
-    rates = harness.rates(context.device)
-    if context.rehearse:
-        return rates
-    a = torch.randn(8192, 8192, device=context.device).to(torch.bfloat16)
-    seconds = sorted(harness.seconds_of(lambda: a @ a, context.device) for _ in range(9))[4]
-    return dataclasses.replace(rates, product=2 * 8192**3 / seconds)
 
 
 def ppo(context: Context) -> None:

@@ -22,13 +22,13 @@ struct f16 {
     uint16_t bits;
 };
 
-inline uint32_t bits_of(float x) {
+RLHF_FAST_HOST_DEVICE inline uint32_t bits_of(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
     return bits;
 }
 
-inline float float_of(uint32_t bits) {
+RLHF_FAST_HOST_DEVICE inline float float_of(uint32_t bits) {
     float x;
     std::memcpy(&x, &bits, sizeof x);
     return x;

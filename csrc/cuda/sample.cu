@@ -71,8 +71,6 @@ struct Row {
     }
 };
 
-__device__ inline uint32_t bits_of_weight(float x) { return __float_as_uint(x); }
-
 // x of all threads before this one, and of all threads.
 struct Before {
     Mass before, total;
@@ -113,7 +111,7 @@ __device__ Cut cut(const Row<T>& row, const Cut& within, Count most, Mass enough
         __syncthreads();
         row.sweep([&](float x) {
             const float w = row.weight(x);
-            const uint32_t of = bits_of_weight(w);
+            const uint32_t of = bits_of(w);
             if (of <= within.bits || (of & mask) != prefix) return;
             atomicAdd(&s.counts[(of >> shift) & (buckets - 1)], 1u);
             atomicAdd(&s.masses[(of >> shift) & (buckets - 1)], row.mass(w));
@@ -121,7 +119,7 @@ __device__ Cut cut(const Row<T>& row, const Cut& within, Count most, Mass enough
         if (threadIdx.x == 0 && (within.bits & mask) == prefix) {  // the equals at its edge, in one
             const int b = (within.bits >> shift) & (buckets - 1);
             atomicAdd(&s.counts[b], static_cast<unsigned>(within.equals));
-            atomicAdd(&s.masses[b], within.equals * row.mass(__uint_as_float(within.bits)));
+            atomicAdd(&s.masses[b], within.equals * row.mass(float_of(within.bits)));
         }
         __syncthreads();
         // Each thread has some buckets, the first thread the likeliest.
@@ -161,7 +159,7 @@ __device__ Cut cut(const Row<T>& row, const Cut& within, Count most, Mass enough
         mask |= static_cast<uint32_t>(buckets - 1) << shift;
     }
     // All in the bucket weigh the same.
-    const Mass one = row.mass(__uint_as_float(prefix));
+    const Mass one = row.mass(float_of(prefix));
     Count equals = s.counts[s.bucket];
     if (most - before < equals) equals = most - before;
     if (one > 0 && enough > mass && (enough - mass - 1) / one + 1 < equals) equals = (enough - mass - 1) / one + 1;
@@ -176,19 +174,19 @@ __device__ Mass weigh(const Row<T>& row, Cut& kept, Scratch& s) {
     Count equals = 0;
     row.sweep([&](float x) {
         const float w = row.weight(x);
-        if (bits_of_weight(w) > kept.bits) mass += row.mass(w);
-        equals += bits_of_weight(w) == kept.bits;
+        if (bits_of(w) > kept.bits) mass += row.mass(w);
+        equals += bits_of(w) == kept.bits;
     });
     mass = scan_block(mass, s.warps[0]).total;
     equals = scan_block(equals, s.warps[1]).total;
     if (equals < kept.equals) kept.equals = equals;
-    return mass + kept.equals * row.mass(__uint_as_float(kept.bits));
+    return mass + kept.equals * row.mass(float_of(kept.bits));
 }
 
 // The token at which the cumulative mass of those that are kept exceeds `target`, which is less than all of it.
 template <class T>
 __device__ int64_t find(const Row<T>& row, const Cut& kept, Mass target, Scratch& s) {
-    const Mass one = row.mass(__uint_as_float(kept.bits));
+    const Mass one = row.mass(float_of(kept.bits));
     Mass sum = 0;
     Count equals = kept.equals;  // that are still to come
     const bool wide = aligned16(row.logits);
@@ -199,15 +197,15 @@ __device__ int64_t find(const Row<T>& row, const Cut& kept, Mass target, Scratch
 #pragma unroll
         for (int j = 0; j < kVector<T>; ++j) {
             x[j] = row.weight(x[j]);
-            own += bits_of_weight(x[j]) == kept.bits;
+            own += bits_of(x[j]) == kept.bits;
         }
         const Before ranks = scan_block(own, s.warps[0]);
         Count rank = ranks.before;
         Mass weighs[kVector<T>], all = 0;  // up to each
 #pragma unroll
         for (int j = 0; j < kVector<T>; ++j) {
-            if (bits_of_weight(x[j]) > kept.bits) all += row.mass(x[j]);
-            if (bits_of_weight(x[j]) == kept.bits && rank++ < equals) all += one;
+            if (bits_of(x[j]) > kept.bits) all += row.mass(x[j]);
+            if (bits_of(x[j]) == kept.bits && rank++ < equals) all += one;
             weighs[j] = all;
         }
         const Before masses = scan_block(all, s.warps[1]);
@@ -271,7 +269,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(SampleInputs in, S
             const double enough = static_cast<double>(in.top_p[r]) * static_cast<double>(weigh(row, kept, s));
             kept = cut(row, kept, none, static_cast<Mass>(ceil(enough)), s);
         }
-        const uint32_t least = bits_of_weight(in.min_p[r]);
+        const uint32_t least = bits_of(in.min_p[r]);
         if (in.min_p[r] > 0.0f && least > kept.bits) kept = {least, all};
     }
     const Mass mass = weigh(row, kept, s);

@@ -59,34 +59,43 @@ def pad(examples: Sequence[Example], device: torch.device | str = "cpu", shared:
     width = max(_width(examples, row) for row in rows)
     ids, parts = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.int64)  # part 0: the prompt
     positions = np.tile(np.arange(width), (len(rows), 1))
-    before: list[int] = []
+    responses = [np.array(example.response, np.int64) for example in examples]
+    before: list[np.ndarray] = []
     last: list[int] = []
     for r, row in enumerate(rows):
         prompt = examples[row[0]].prompt
-        start = len(prompt)
-        ids[r, :start] = prompt
+        start = asked = len(prompt)
+        ids[r, :asked] = prompt
         for part, i in enumerate(row, start=1):
-            response = examples[i].response
-            end = start + len(response)
-            ids[r, start:end], parts[r, start:] = response, part
-            positions[r, start:end] = np.arange(len(prompt), len(prompt) + len(response))
-            before += [r * width + len(prompt) - 1, *range(r * width + start, r * width + end - 1)][: len(response)]
-            last.append(r * width + (end if response else len(prompt)) - 1)
+            end = start + len(responses[i])
+            ids[r, start:end], parts[r, start:] = responses[i], part
+            positions[r, start:end] = np.arange(asked, asked + end - start)
+            places = np.arange(start - 1, end - 1)
+            places[:1] = asked - 1  # the first response token comes after the prompt, wherever it stands
+            before.append(r * width + places)
+            last.append(r * width + (end if end > start else asked) - 1)
             start = end
-    counts = torch.tensor([0] + [len(example.response) for example in examples])
-    spoken = [token for example in examples for token in example.response]
+    counts = np.cumsum([0, *map(len, responses)], dtype=np.int32)
     batch = Batch(
         input_ids=torch.from_numpy(ids).to(device),
-        before=torch.tensor(before, dtype=torch.int64, device=device),
+        before=torch.from_numpy(np.concatenate(before)).to(device),
         last=torch.tensor(last, device=device),
-        response_tokens=torch.tensor(spoken, dtype=torch.int64, device=device),
-        cu_seqlens=counts.cumsum(0).to(torch.int32).to(device),
+        response_tokens=torch.from_numpy(np.concatenate(responses)).to(device),
+        cu_seqlens=torch.from_numpy(counts).to(device),
     )
     if len(rows) == len(examples):
         return batch
     which = torch.from_numpy(parts).to(device)  # (rows, T)
     sees = (which.unsqueeze(1) == 0) | (which.unsqueeze(1) == which.unsqueeze(2))  # (rows, T, T)
     return replace(batch, positions=torch.from_numpy(positions).to(device), mask=sees.tril().unsqueeze(1))
+
+
+def by_prompt(examples: Sequence[Example]) -> list[list[int]]:
+    """The numbers of the examples of each prompt, in the order in which prompts come first."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for i, example in enumerate(examples):
+        found.setdefault(example.prompt, []).append(i)
+    return list(found.values())
 
 
 def _rows(examples: Sequence[Example], shared: int) -> list[list[int]]:
@@ -139,10 +148,7 @@ def microbatches_of_examples(examples: Sequence[Example], max_tokens: int, share
 
     Examples of one prompt become neighbours, for `pad` to let them share a row.
     """
-    by_prompt: dict[tuple[int, ...], list[int]] = {}
-    for i, example in enumerate(examples):
-        by_prompt.setdefault(example.prompt, []).append(i)
-    order = [i for members in by_prompt.values() for i in members]
+    order = [i for members in by_prompt(examples) for i in members]
     rows = [[order[i] for i in row] for row in _rows([examples[i] for i in order], shared)]
     groups = microbatches([_width(examples, row) for row in rows], max_tokens)
     return [[i for row in group for i in rows[row]] for group in groups]

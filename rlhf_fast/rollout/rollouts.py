@@ -41,6 +41,8 @@ class Rollouts:
             return torch.tensor([x for row in rows for x in row], dtype=torch.float32, device=device)
 
         lengths = [len(s) for s in sequences]
+        # Not where some tokens are from before there was a value head (see Generator.resume).
+        has_values = any(s.values for s in sequences) and all(len(s.values) == len(s.response) for s in sequences)
         return Rollouts(
             input_ids=torch.tensor([i for s in sequences for i in s.tokens(0, len(s))], device=device),
             response_mask=torch.tensor(
@@ -53,7 +55,7 @@ class Rollouts:
             prompt_index=torch.tensor([s.prompt_index for s in sequences], device=device),
             texts=texts,
             finish_reasons=[s.finish_reason or "unfinished" for s in sequences],
-            values=packed("values") if all(len(s.values) == len(s.response) for s in sequences) else None,
+            values=packed("values") if has_values else None,
             sequences=tuple(sequences),
         )
 

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from rlhf_fast import ops
 from rlhf_fast.config import PPOConfig
 
-# How ops.group_advantages names what is not its own name.
-GROUP_KINDS = {"grpo": "grpo", "dr_grpo": "dr_grpo", "rloo": "rloo", "reinforce++": "dr_grpo"}
-
 
 class Scored(NamedTuple):
     """A step's responses, packed: B of them with R tokens, those of a prompt in a row."""
 
     scores: torch.Tensor  # (B,) float32: what each is paid
-    logprobs: torch.Tensor  # (R,)
-    ref_logprobs: torch.Tensor  # (R,)
-    kl: torch.Tensor  # (R,): logprobs - ref_logprobs
+    kl: torch.Tensor  # (R,): log-probability of each token less that of the reference
     cu_seqlens: torch.Tensor  # (B + 1,) int32
 
 
@@ -31,17 +26,15 @@ class Advantages(NamedTuple):
 
 def against_critic(scored: Scored, values: torch.Tensor, kl_coef: float, config: PPOConfig) -> Advantages:
     """Generalised advantage estimation over token rewards: the KL penalty on each, the score on the last."""
-    pay: dict[str, Any] = {
-        "rewards": None, "scores": scored.scores, "logprobs": scored.logprobs, "ref_logprobs": scored.ref_logprobs,
-        "kl_coef": kl_coef,
-    }  # fmt: skip
+    rewards = -kl_coef * scored.kl  # (R,)
+    scores: torch.Tensor | None = scored.scores  # (B,)
     if config.whiten_rewards:
-        rewards = -kl_coef * scored.kl  # (R,)
         rewards[scored.cu_seqlens[1:].long() - 1] += scored.scores  # on the last token: the end
-        pay = {"rewards": ops.whiten(rewards, shift_mean=False)}
+        rewards, scores = ops.whiten(rewards, shift_mean=False), None
     advantages, returns, sums = ops.gae(
-        **pay, values=values, gamma=config.gamma, lam=config.lam, cu_seqlens=scored.cu_seqlens, sums=True
-    )
+        rewards=rewards, values=values, gamma=config.gamma, lam=config.lam, cu_seqlens=scored.cu_seqlens,
+        scores=scores, sums=True,
+    )  # fmt: skip
     return Advantages(advantages, returns, sums)
 
 
@@ -52,7 +45,8 @@ def against_each_other(scored: Scored, kl_coef: float, config: PPOConfig) -> Adv
     one. REINFORCE++ with a baseline is what `dr_grpo` gives, whitened over all tokens of the step.
     """
     rewards = scored.scores - kl_coef * ops.sequence_sum(scored.kl, cu_seqlens=scored.cu_seqlens)  # (B,)
-    of_responses = ops.group_advantages(rewards.view(-1, config.samples_per_prompt), GROUP_KINDS[config.advantage])
+    kind = "dr_grpo" if config.advantage == "reinforce++" else config.advantage
+    of_responses = ops.group_advantages(rewards.view(-1, config.samples_per_prompt), kind)
     lengths = scored.cu_seqlens.diff().long()
     advantages = of_responses.flatten().repeat_interleave(lengths, output_size=scored.kl.numel())  # (R,)
     if config.advantage != "reinforce++":

@@ -20,7 +20,7 @@ from torch import nn
 
 from rlhf_fast import models, ops, settings
 from rlhf_fast.config import PPOConfig
-from rlhf_fast.data.batches import Batch, Example, microbatches_of_examples, pad, shuffled
+from rlhf_fast.data.batches import Batch, Example, by_prompt, microbatches_of_examples, pad, shuffled
 from rlhf_fast.data.chat import encode_prompt, prompt_text
 from rlhf_fast.data.records import PromptRecord, Source, read_prompts
 from rlhf_fast.rollout.generator import Generator
@@ -147,9 +147,8 @@ class PPOTrainer:
 
         lengths = [len(example.response) for example in examples]
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(self.device)
-        logprobs, reference = torch.cat(old_logprobs), torch.cat(ref_logprobs)  # (R,)
-        kl = ops.kl_estimate(logprobs, reference, kind="k1")  # (R,)
-        scored = Scored(torch.tensor(paid, device=self.device), logprobs, reference, kl, cu_seqlens)
+        kl = ops.kl_estimate(torch.cat(old_logprobs), torch.cat(ref_logprobs), kind="k1")  # (R,)
+        scored = Scored(torch.tensor(paid, device=self.device), kl, cu_seqlens)
         coef = self.kl_controller.coef
         if config.advantage == "gae":
             found = against_critic(scored, torch.cat(old_values), coef, config)
@@ -324,10 +323,7 @@ def minibatches(examples: Sequence[Example], count: int, rng: np.random.Generato
 
     The samples of a prompt stay together, so that it is read once for all of them, unless there are too few prompts.
     """
-    by_prompt: dict[object, list[int]] = {}
-    for i, example in enumerate(examples):
-        by_prompt.setdefault(example.prompt, []).append(i)
-    units = list(by_prompt.values())
+    units = by_prompt(examples)
     if len(units) < count:
         units = [[i] for i in range(len(examples))]
     parts = np.array_split(rng.permutation(len(units)), count)

@@ -6,7 +6,6 @@ So these alone decide how a run goes on: to the bit as if it had not been interr
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import signal
@@ -27,8 +26,8 @@ from rlhf_fast.run_folder import RunFolder
 from rlhf_fast.trainers.optimizer import Optimizer
 
 EVERY = 60.0  # seconds from one time to the next, at least
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 MOST = 0.05  # share of the time that keeping may take
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
 class TrainState:
@@ -45,6 +44,7 @@ class TrainState:
         self.extra: dict[str, Any] = {}
         self._kept, self._cost = time.monotonic(), 0.0
         self._ending = False
+        self._before: Any = None  # what SIGTERM did
 
     def load(self) -> int:
         """The step that the run goes on after; 0 at its beginning.
@@ -111,10 +111,12 @@ class TrainState:
 
     @torch.no_grad()
     def _set(self, tensors: dict[str, torch.Tensor]) -> None:
+        of: dict[str, dict[str, torch.Tensor]] = {}  # by parameter
+        for key, value in tensors.items():
+            number, _, name = key.partition(".")
+            of.setdefault(number, {})[name] = value
         for i, parameter in enumerate(self.optimizer.parameters):
-            mine = {
-                name: value for key, value in tensors.items() for at, _, name in [key.partition(".")] if at == str(i)
-            }
+            mine = of.get(str(i), {})
             weight = mine.pop("weight", None)
             if weight is None or weight.shape != parameter.shape:
                 raise ValueError(f"{self.run.state}: holds the state of another model; choose another --out")
@@ -125,7 +127,6 @@ class TrainState:
             }
 
     def __enter__(self) -> TrainState:
-        self._before: Any = None
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._end)
         return self
@@ -134,8 +135,7 @@ class TrainState:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._before is not None:
-            with contextlib.suppress(TypeError):
-                signal.signal(signal.SIGTERM, self._before)
+            signal.signal(signal.SIGTERM, self._before)
 
     def _end(self, *_: Any) -> None:
         self._ending = True

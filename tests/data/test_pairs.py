@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlhf_fast.data.batches import LONGEST_ROW, pad
 from rlhf_fast.data.chat import Prompt, decode_response, encode_prompt
 from rlhf_fast.data.pairs import (
     PairGroup,
@@ -117,14 +118,16 @@ def test_batches_hold_all_groups_in_order_with_as_few_comparisons_above_the_size
 
 
 @settings(max_examples=40, deadline=None)
-@given(comparisons, st.integers(1, 200))
-def test_microbatches_hold_every_group_once_and_whole_within_the_budget(rows: list[Comparison], budget: int) -> None:
+@given(comparisons, st.integers(1, 200), st.sampled_from([0, 20, LONGEST_ROW]))
+def test_microbatches_hold_every_group_once_and_whole_within_the_budget(
+    rows: list[Comparison], budget: int, shared: int
+) -> None:
     groups = grouped(rows)
-    batches = microbatches_of_groups(groups, budget)
+    batches = microbatches_of_groups(groups, budget, shared)
     assert sorted(id(group) for batch in batches for group in batch) == sorted(id(group) for group in groups)
     for batch in batches:
-        examples = join(batch, "cpu").examples
-        assert len(batch) == 1 or len(examples) * max(len(example) for example in examples) <= budget
+        padded = pad(join(batch, "cpu").examples, shared=shared)
+        assert len(batch) == 1 or padded.input_ids.numel() <= budget
 
 
 def test_no_groups_make_no_batches() -> None:

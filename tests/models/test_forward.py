@@ -135,9 +135,11 @@ def test_a_prompt_that_is_read_once_gives_the_same_as_one_for_each_response(fami
         torch.testing.assert_close(one, all_of_them, rtol=0, atol=1e-5)
 
 
-def test_a_model_that_heeds_no_positions_shares_nothing() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_heeds_no_positions_shares_nothing(tiny: tuple[Any, Any], dtype: torch.dtype) -> None:
     model, _ = models.load(BloomConfig(vocab_size=260, hidden_size=32, n_layer=1, n_head=2))
-    assert models.longest_shared(model) == 0
+    assert models.longest_shared(model.to(dtype)) == 0
+    assert models.longest_shared(tiny[0].to(dtype)) == LONGEST_ROW  # nor does rounding look like not heeding
 
 
 def test_scores_of_responses_that_share_a_prompt_are_their_own(tiny_folder: Any) -> None:

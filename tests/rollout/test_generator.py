@@ -122,7 +122,9 @@ def test_values_are_those_of_the_states_that_tokens_were_drawn_from(lively: tupl
     head = torch.nn.Linear(model.config.hidden_size, 1)
     params = SamplingParams(n=3, max_new_tokens=40)
     for options in ({}, {"max_batch_tokens": 7, "block_size": 16, "kv_bytes": 1 << 16}):
-        rollouts = Generator(model, tokenizer, value_head=head, **options).generate(PROMPTS, params)
+        generator = Generator(model, tokenizer, value_head=head, **options)
+        rollouts = generator.generate(PROMPTS, params)
+        assert (generator.statistics.preemptions > 0) == bool(options)
         with torch.no_grad():
             expected = head(models.response_states(model, pad(rollouts.examples()))).squeeze(-1)
         assert rollouts.values is not None and expected.std() > 1e-3

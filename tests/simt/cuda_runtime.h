@@ -291,16 +291,6 @@ inline void __stcs(T* p, T value) {
     *p = value;
 }
 
-inline unsigned __float_as_uint(float x) {
-    unsigned bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-inline float __uint_as_float(unsigned bits) {
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
-}
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }

@@ -186,7 +186,9 @@ def test_a_kill_between_the_two_renames_loses_nothing(
 ) -> None:
     interrupted(tiny_folder, tmp_path, monkeypatch)
     (tmp_path / "state").rename(tmp_path / ".state.old")
+    (tmp_path / ".state.tmp").mkdir()
     assert RunFolder(tmp_path, "sft", (tmp_path / "config.yaml").read_text()).resumes
+    assert not [*tmp_path.glob(".state.*")]
 
 
 def test_the_state_is_kept_no_more_often_than_it_is_worth(
