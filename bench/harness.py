@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import _compiled, _dispatch
+from rlhf_fast.rates import product_rate
 
 try:
     from tqdm import tqdm
@@ -132,13 +133,6 @@ def rates(device: torch.device) -> Rates:
         copy=2 * x.nbytes / _usual(lambda: y.copy_(x), device),
         product=product_rate(device, torch.float32),
     )
-
-
-def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large matrix product in this dtype."""
-    n = 8192 if device.type == "cuda" else 1536
-    a, b, c = (torch.randn(n, n, device=device).to(dtype) for _ in range(3))
-    return 2 * n**3 / _usual(lambda: torch.mm(a, b, out=c), device)
 
 
 def _usual(call: Callable[[], Any], device: torch.device) -> float:

@@ -142,7 +142,7 @@ def _generate(command: GenerateCommand) -> None:
     from rlhf_fast.files import write_jsonl
     from rlhf_fast.rollout.generator import Generator
     from rlhf_fast.rollout.sampling import SamplingParams
-    from rlhf_fast.run_folder import bar_updater, progress_bar
+    from rlhf_fast.terminal import bar_updater, progress_bar
 
     if command.prompts and command.prompt:
         raise ConfigError("give either --prompts FILE or --prompt TEXT")

@@ -55,11 +55,29 @@ class OptimConfig:
     weight_decay: float = 0.0  # decoupled: each step takes lr * weight_decay of a weight away
     adam_eps: float = 1e-5  # PPO diverges less than with 1e-8 (arXiv 2403.17031)
     max_grad_norm: float = 1.0  # a longer gradient is scaled down to it
-    max_tokens_per_microbatch: int = 1024  # padded tokens that are on the device at once
+    max_tokens_per_microbatch: int = 1024  # padded tokens on the device at once; halved where memory is short
+    checkpointing: bool = False  # compute activations again for the gradient: less memory, a third more time
+    max_skipped: int = 3  # steps in a row that are skipped because loss or gradient is not finite; then it stops
 
     def __post_init__(self) -> None:
-        _check(self, not_negative="lr weight_decay", share="warmup", positive="adam_eps", limit="max_grad_norm")
-        _check(self, count="max_tokens_per_microbatch")
+        _check(self, not_negative="lr weight_decay max_skipped", share="warmup", positive="adam_eps")
+        _check(self, limit="max_grad_norm", count="max_tokens_per_microbatch")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a run keeps, and where else it is shown."""
+
+    save_every: int = (
+        0  # steps from one evaluation and checkpoint to the next; 0: evaluated each epoch, saved at the end
+    )
+    keep_last: int = 2  # checkpoints that are kept beside the best
+    trackers: tuple[str, ...] = ()  # of tensorboard, wandb and trackio: tensorboard,wandb
+
+    def __post_init__(self) -> None:
+        _check(self, not_negative="save_every", count="keep_last")
+        if unknown := [name for name in self.trackers if name not in ("tensorboard", "wandb", "trackio")]:
+            raise ValueError(f"trackers: {unknown[0]!r}; expected some of tensorboard, wandb and trackio")
 
 
 @dataclass(frozen=True)
@@ -69,13 +87,16 @@ class SFTConfig:
     epochs: int = 2  # passes over the demonstrations
     batch_size: int = 8  # sequences an optimiser step
     heldout: float = 0.1  # share of the demonstrations kept for measuring
+    patience: int | None = None  # evaluations without a lower loss until it ends; the best checkpoint is its outcome
     max_length: int = 1024  # tokens; longer demonstrations are an error
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the model; what is trained is kept in float32
     seed: int = 0
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        _check(self, count="epochs batch_size max_length", part="heldout", not_negative="seed")
+        _check(self, count="epochs batch_size max_length patience", part="heldout", not_negative="seed")
 
 
 @dataclass(frozen=True)
@@ -86,13 +107,18 @@ class RewardConfig:
     batch_size: int = 16  # comparisons an optimiser step
     heldout: float = 0.125  # share of the prompts kept for measuring agreement
     center_coef: float = 0.01  # weight of (chosen + rejected)^2, which keeps scores near zero
+    patience: int | None = (
+        None  # evaluations without higher agreement until it ends; the best checkpoint is its outcome
+    )
     max_length: int = 1024  # tokens of prompt and response; longer ones are an error
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the model; what is trained is kept in float32
     seed: int = 0
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        _check(self, count="epochs batch_size max_length", part="heldout", not_negative="center_coef seed")
+        _check(self, count="epochs batch_size max_length patience", part="heldout", not_negative="center_coef seed")
 
 
 @dataclass(frozen=True)
@@ -105,13 +131,16 @@ class DPOConfig:
     loss: Literal["sigmoid", "robust", "hinge"] = "sigmoid"  # ops.dpo_loss says what each is
     beta: float = 0.1  # strength of the pull towards the reference
     label_smoothing: float = 0.0  # share of comparisons presumed to be the wrong way round
+    patience: int | None = None  # evaluations without a lower loss until it ends; the best checkpoint is its outcome
     max_length: int = 1024  # tokens of prompt and response; longer ones are an error
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the model; what is trained is kept in float32
     seed: int = 0
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-5))
+    run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        _check(self, count="epochs batch_size max_length", part="heldout", positive="beta")
+        _check(self, count="epochs batch_size max_length patience", part="heldout", positive="beta")
         _check(self, below_half="label_smoothing", not_negative="seed")
 
 
@@ -123,13 +152,20 @@ class PPOConfig:
     prompts_per_step: int = 16
     samples_per_prompt: int = 4
     max_new_tokens: int = 128  # tokens; a response that has not ended by then is cut off
+    stop_token_ids: tuple[int, ...] = ()  # tokens that end a response besides the tokenizer's end token: 13,198
     temperature: float = 1.0  # divides the logits, in sampling and in training alike
     epochs: int = 2  # passes over the samples of a step
     minibatches: int = 4  # optimiser steps an epoch
     kl_coef: float = 0.05  # weight of the KL penalty, in reward a nat
     kl_target: float | None = None  # nats a sequence; when set, kl_coef adapts towards it (arXiv 1909.08593)
     kl_horizon: float = 10_000.0  # sequences
-    advantage: Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce++"] = "gae"  # all but gae train without a critic
+    max_kl: float | None = None  # nats a sequence; a step whose samples are further from the reference ends the run
+    max_update_kl: float | None = None  # nats a token; a step ends its updates when they have moved the policy further
+    advantage: Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce++", "remax"] = "gae"  # only gae has a critic
+    critic: Literal["shared", "separate", "reward"] = (
+        "shared"  # a head on the policy, a model of its own, or from the reward model
+    )
+    critic_warmup: int = 0  # first steps, in which only the critic learns
     gamma: float = 1.0  # discount a token
     lam: float = 0.95  # of generalised advantage estimation (arXiv 1506.02438)
     clip_low: float = 0.2  # the probability ratio is clipped at 1 - clip_low
@@ -137,19 +173,27 @@ class PPOConfig:
     value_clip: float = 0.2  # most that a value may move from the sampled one in a step
     value_coef: float = 0.1  # weight of the value loss
     whiten_rewards: bool = False  # scale a step's rewards to deviation 1
-    missing_eos_penalty: float = 1.0  # taken from the score of a response cut off by max_new_tokens
+    reward_clip: float = math.inf  # scores beyond it, on either side, are taken for it
+    missing_eos: Literal["subtract", "replace"] = "subtract"  # what the penalty does: score - penalty, or -penalty
+    missing_eos_penalty: float = 1.0  # for a response cut off by max_new_tokens
     min_reward_agreement: float = 0.6  # held-out agreement below which PPO refuses to start
     max_length: int = 1024  # tokens of prompt and response
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of all models; what is trained is kept in float32
     seed: int = 0
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4, schedule="constant", warmup=0.0))
+    run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
         _check(self, count="steps prompts_per_step samples_per_prompt max_new_tokens epochs minibatches max_length")
-        _check(self, positive="temperature kl_target kl_horizon", share="gamma lam min_reward_agreement")
-        _check(self, not_negative="kl_coef value_coef missing_eos_penalty seed")
-        _check(self, limit="clip_low clip_high value_clip")
-        if self.advantage != "gae" and self.samples_per_prompt < 2:
+        _check(self, positive="temperature kl_target kl_horizon max_kl max_update_kl", share="gamma lam")
+        _check(self, not_negative="kl_coef value_coef missing_eos_penalty critic_warmup seed")
+        _check(self, limit="clip_low clip_high value_clip reward_clip", share="min_reward_agreement")
+        if self.critic_warmup and self.advantage != "gae":
+            raise ValueError(
+                f"critic_warmup: {self.critic_warmup}; expected 0, as advantage {self.advantage!r} has no critic"
+            )
+        if self.advantage not in ("gae", "remax") and self.samples_per_prompt < 2:
             raise ValueError(
                 f"samples_per_prompt: {self.samples_per_prompt}; expected at least 2 for advantage {self.advantage!r}, "
                 "which compares the responses of a prompt"

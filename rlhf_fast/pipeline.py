@@ -27,7 +27,8 @@ from rlhf_fast.files import require_space, write_atomic, write_jsonl
 from rlhf_fast.models.byte_tokenizer import VOCAB_SIZE
 from rlhf_fast.rollout.generator import Generator
 from rlhf_fast.rollout.sampling import SamplingParams
-from rlhf_fast.run_folder import RunFolder, bar_updater, is_finished, progress_bar, read_result
+from rlhf_fast.run_folder import RunFolder, is_finished, read_result
+from rlhf_fast.terminal import bar_updater, progress_bar
 from rlhf_fast.trainers.ppo import PPOTrainer
 from rlhf_fast.trainers.reward import AIM, RewardTrainer
 from rlhf_fast.trainers.sft import SFTTrainer

@@ -1,4 +1,5 @@
-"""A run's folder: config.yaml, metrics.jsonl, samples.jsonl, checkpoints/step-N and, once it is finished, result.json.
+"""A run's folder: config.yaml, metrics.jsonl, samples.jsonl, skipped.jsonl, checkpoints/step-N and, once it is
+finished, result.json.
 
 `result.json` is written last and at once, so a folder is finished exactly when it is there. An unfinished run goes on
 from its state/, if a trainer has kept one there, and otherwise starts over: what it had written is cleared.
@@ -13,22 +14,20 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from rlhf_fast import settings
 from rlhf_fast.files import append_line, restore_folder, write_atomic
+from rlhf_fast.trackers import Tracker, open_trackers
 
-GROWING = ("metrics.jsonl", "samples.jsonl")
+GROWING = ("metrics.jsonl", "samples.jsonl", "skipped.jsonl")
 
 
 class RunFolder:
     """Writes one run. Create it when everything has been checked: it clears an unfinished run of the same folder."""
 
-    def __init__(self, path: str | Path, phase: str, config_yaml: str) -> None:
+    def __init__(self, path: str | Path, phase: str, config_yaml: str, trackers: tuple[str, ...] = ()) -> None:
         self.path, self.phase = Path(path), phase
         if is_finished(self.path):
             raise FileExistsError(f"{self.path} holds a finished run; choose another --out, or remove it first")
@@ -46,9 +45,10 @@ class RunFolder:
                     "same ones, or choose another --out"
                 )
         else:
-            for file in (*earlier, self.state):
+            for file in (*earlier, self.state, self.path / "wandb_id"):
                 _remove(file)
         write_atomic(self.path / "config.yaml", config_yaml)
+        self.trackers: list[Tracker] = open_trackers(trackers, self.path, config_yaml)
         self.started = time.monotonic()
 
     def seconds(self) -> float:
@@ -71,19 +71,35 @@ class RunFolder:
         """One line of metrics.jsonl, with the seconds since the start."""
         elapsed = round(self.seconds(), 3)
         append_line(self.path / "metrics.jsonl", {**_finite(row), "seconds": elapsed})
+        for tracker in self.trackers:
+            tracker.log(row["step"], {key: value for key, value in row.items() if key != "step"})
 
     def sample(self, row: dict[str, Any]) -> None:
         """One line of samples.jsonl."""
         append_line(self.path / "samples.jsonl", _finite(row))
 
+    def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """What the model said at a step."""
+        for row in rows:
+            self.sample({"step": step, **row})
+        for tracker in self.trackers:
+            tracker.samples(step, rows)
+
+    def skip(self, row: dict[str, Any]) -> None:
+        """A batch that nothing could be learned from: one line of skipped.jsonl."""
+        append_line(self.path / "skipped.jsonl", _finite(row))
+
     def checkpoint(self, step: int) -> Path:
         """The folder that a checkpoint of `step` goes to (`models.save` writes it aside and renames it)."""
         return self.path / "checkpoints" / f"step-{step}"
 
-    def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
-        """Mark the run as finished and say what it cost."""
+    def finish(self, summary: dict[str, Any], step: int | None = None) -> dict[str, Any]:
+        """Mark the run as finished, name the step whose checkpoint is its outcome, and say what it cost."""
+        for tracker in self.trackers:
+            tracker.close()
         result = {
             "phase": self.phase,
+            **({} if step is None else {"checkpoint": self.checkpoint(step).name}),
             "seconds": round(self.seconds(), 1),
             "peak_rss_gb": round(peak_rss_gb(), 3),
             "summary": _finite(summary),
@@ -101,24 +117,6 @@ def read_result(path: Path) -> dict[str, Any]:
     """What a finished run wrote as its result."""
     result: dict[str, Any] = json.loads((path / "result.json").read_text(encoding="utf-8"))
     return result
-
-
-def progress_bar(total: int, what: str, unit: str, done: int = 0) -> tqdm[Any]:
-    """A progress line with rate and time left on stderr; in a log file it is renewed every 30 seconds only."""
-    seconds = 0.5 if sys.stderr.isatty() else 30.0
-    return tqdm(
-        total=total, initial=done, desc=what, unit=unit, mininterval=seconds, maxinterval=seconds, dynamic_ncols=True
-    )
-
-
-def bar_updater(bar: tqdm[Any]) -> Callable[[int, int], None]:
-    """A `progress(done, total)` callback that moves `bar`."""
-
-    def update(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-
-    return update
 
 
 def peak_rss_gb() -> float:

@@ -1,6 +1,7 @@
 """How YAML and `--key value` become the dataclasses of config.py, and how --help describes them.
 
-Works on any dataclass whose fields are bool, int, float, str, a Literal, one of those or None, or such a dataclass.
+Works on any dataclass whose fields are bool, int, float, str, a Literal, one of those or None, a tuple[int, ...] or
+tuple[str, ...], or such a dataclass.
 """
 
 from __future__ import annotations
@@ -34,7 +35,11 @@ def keys(cls: type) -> list[str]:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The configuration as nested plain data, ready for YAML."""
-    return dataclasses.asdict(config)
+    return dataclasses.asdict(config, dict_factory=_plain)
+
+
+def _plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in pairs}
 
 
 def to_yaml(config: Any) -> str:
@@ -201,10 +206,21 @@ def _convert(key: str, value: Any, kind: Any) -> Any:
         if value in typing.get_args(option):
             return value
         raise ConfigError(f"--{key}: {value!r} is not one of {', '.join(map(repr, typing.get_args(option)))}")
+    if typing.get_origin(option) is tuple:
+        return _to_tuple(key, value, typing.get_args(option)[0])
     try:
         return _CONVERTERS[option](value)
     except (ValueError, TypeError, OverflowError) as error:
         raise ConfigError(f"--{key}: {value!r} is not {_NAMES[option]}") from error
+
+
+def _to_tuple(key: str, value: Any, kind: Any) -> tuple[Any, ...]:
+    """`1,2` on the command line, a list in YAML."""
+    if isinstance(value, str):
+        value = [word.strip() for word in value.split(",")] if value.strip() else []
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"--{key}: {value!r} is not a list; give it as 1,2 or in YAML as [1, 2]")
+    return tuple(_convert(key, item, kind) for item in value)
 
 
 def _to_bool(value: Any) -> bool:
@@ -246,7 +262,9 @@ def describe(cls: type, base: Any = None) -> list[tuple[str, str, str, str]]:
         if dataclasses.is_dataclass(kind):
             rows += [(f"{item.name}.{key}", *rest) for key, *rest in describe(typing.cast(type, kind), current)]
         else:
-            default = "required" if current is dataclasses.MISSING else "none" if current is None else str(current)
+            default = (
+                "required" if current is dataclasses.MISSING else "none" if current in (None, ()) else str(current)
+            )
             rows.append((item.name, _kind_name(kind), default, _source_comments(cls).get(item.name, "")))
     return rows  # type: ignore[return-value]
 
@@ -255,6 +273,8 @@ def _kind_name(kind: Any) -> str:
     options = typing.get_args(kind)
     if typing.get_origin(kind) is Literal:
         return "|".join(map(str, options))
+    if typing.get_origin(kind) is tuple:
+        return f"{options[0].__name__},..."
     if options:
         return " or ".join("none" if option is type(None) else option.__name__ for option in options)
     return str(kind.__name__)

@@ -20,6 +20,7 @@ from rlhf_fast.config import (
     OptimConfig,
     PPOConfig,
     RewardConfig,
+    RunConfig,
     SFTConfig,
     tiny_demo,
 )
@@ -238,6 +239,7 @@ CONFIGS = [
     OptimConfig,
     PPOConfig,
     RewardConfig,
+    RunConfig,
     SFTConfig,
 ]
 
@@ -285,6 +287,26 @@ def test_any_config_comes_back_from_the_command_line(config: Outer) -> None:
     assert build(Outer, None, arguments) == config
 
 
+@dataclass(frozen=True)
+class Lists:
+    ids: tuple[int, ...] = ()  # some
+    names: tuple[str, ...] = ("a",)
+
+
+def test_lists_are_words_with_commas_or_lists_of_yaml(tmp_path: Path) -> None:
+    assert build(Lists, None, ["--ids", "1, 2", "--names="]) == Lists((1, 2), ())
+    (tmp_path / "c.yaml").write_text("ids: [3]\nnames: x,y\n")
+    assert build(Lists, tmp_path / "c.yaml", []) == Lists((3,), ("x", "y"))
+    (tmp_path / "c.yaml").write_text(to_yaml(Lists((4, 5))))
+    assert build(Lists, tmp_path / "c.yaml", []) == Lists((4, 5))
+    assert [row[1:3] for row in describe(Lists)] == [("int,...", "none"), ("str,...", "('a',)")]
+    with pytest.raises(ConfigError, match="--ids: 'x' is not a whole number"):
+        build(Lists, None, ["--ids", "1,x"])
+    (tmp_path / "c.yaml").write_text("ids: 3\n")
+    with pytest.raises(ConfigError, match="--ids: 3 is not a list; give it as 1,2"):
+        build(Lists, tmp_path / "c.yaml", [])
+
+
 def test_keys_are_the_flattened_fields_in_order() -> None:
     assert keys(Outer) == ["name", "count", "loud", "max_len", "inner.ratio", "inner.limit", "inner.kind"]
     assert keys(Outer) == list(flatten(to_dict(Outer("x"))))
@@ -309,13 +331,23 @@ BAD = {
         "adam_eps": [0.0],
         "max_grad_norm": [-1.0],
         "max_tokens_per_microbatch": [0],
+        "max_skipped": [-1],
     },
-    SFTConfig: {"epochs": [-1, 0], "batch_size": [0], "heldout": [0.0, 1.0, 1.5], "max_length": [0], "seed": [-1]},
+    RunConfig: {"save_every": [-1], "keep_last": [0]},
+    SFTConfig: {
+        "epochs": [-1, 0],
+        "batch_size": [0],
+        "heldout": [0.0, 1.0, 1.5],
+        "patience": [0],
+        "max_length": [0],
+        "seed": [-1],
+    },
     RewardConfig: {
         "epochs": [0],
         "batch_size": [0],
         "heldout": [-0.5, 1.5],
         "center_coef": [-1.0],
+        "patience": [0],
         "max_length": [0],
         "seed": [-1],
     },
@@ -325,6 +357,7 @@ BAD = {
         "heldout": [1.0],
         "beta": [0.0, -0.1],
         "label_smoothing": [-0.1, 0.5],
+        "patience": [0],
         "max_length": [0],
         "seed": [-1],
     },
@@ -339,12 +372,16 @@ BAD = {
         "kl_coef": [-0.1],
         "kl_target": [0.0],
         "kl_horizon": [0.0],
+        "max_kl": [0.0],
+        "max_update_kl": [0.0],
+        "critic_warmup": [-1],
         "gamma": [-0.1, 1.1],
         "lam": [-0.1, 1.1],
         "clip_low": [-0.2],
         "clip_high": [-0.2],
         "value_clip": [-0.2],
         "value_coef": [-0.1],
+        "reward_clip": [-1.0],
         "missing_eos_penalty": [-1.0],
         "min_reward_agreement": [-0.1, 1.1],
         "max_length": [0],
@@ -376,6 +413,13 @@ def test_responses_are_only_compared_with_others() -> None:
     assert PPOConfig(samples_per_prompt=1).advantage == "gae"
 
 
+def test_a_warmup_needs_a_critic_and_a_tracker_a_name() -> None:
+    with pytest.raises(ValueError, match="critic_warmup: 2; expected 0, as advantage 'rloo' has no critic"):
+        PPOConfig(critic_warmup=2, advantage="rloo")
+    with pytest.raises(ValueError, match="trackers: 'wandbb'; expected some of tensorboard, wandb and trackio"):
+        RunConfig(trackers=("wandbb",))
+
+
 def test_there_are_no_more_minibatches_than_sequences() -> None:
     with pytest.raises(ValueError, match="minibatches: 9; expected at most the 8 sequences of a step"):
         PPOConfig(prompts_per_step=4, samples_per_prompt=2, minibatches=9)
@@ -386,7 +430,9 @@ def test_there_are_no_more_minibatches_than_sequences() -> None:
 def test_every_number_has_a_range(cls: type) -> None:
     """A new setting of type int or float needs a line in BAD, or a reason to stand here."""
     free = {(AnnotatorConfig, "seed")}  # only ever hashed
-    numbers = {item.name for item in dataclasses.fields(cls) if item.type in ("int", "float", "float | None")}
+    numbers = {
+        item.name for item in dataclasses.fields(cls) if item.type in ("int", "int | None", "float", "float | None")
+    }
     assert numbers - set(BAD[cls]) == {name for config, name in free if config is cls}
 
 

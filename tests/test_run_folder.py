@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_fast import run_folder
-from rlhf_fast.run_folder import RunFolder, bar_updater, is_finished, peak_rss_gb, progress_bar, read_result
+from rlhf_fast.run_folder import RunFolder, is_finished, peak_rss_gb, read_result
+from rlhf_fast.terminal import bar_updater, progress_bar
 
 
 def lines(file: Path) -> list[dict[str, Any]]:

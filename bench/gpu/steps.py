@@ -27,6 +27,7 @@ from bench import harness
 from bench.gpu.plan import ROOT, SKIPPED, python
 from rlhf_fast import ops
 from rlhf_fast.ops import _compiled, _dispatch
+from rlhf_fast.rates import product_rate
 
 ROWS, WIDTH = 8, 96  # at most, of a rehearsal's shapes
 # Most valuable first: when the time is over, the rest is left out.
@@ -70,7 +71,7 @@ def machine(context: Context) -> None:
     device = context.device
     versions = {name: _version(name) for name in ("triton", "transformers", "peft", "flash_attn", "vllm", "trl")}
     rates = dataclasses.asdict(harness.rates(device))
-    rates["product_bf16"] = harness.product_rate(device, torch.bfloat16)
+    rates["product_bf16"] = product_rate(device, torch.bfloat16)
     context.record(op="machine", **harness.environment(device), **versions, rates=rates)
     if shutil.which("nvidia-smi") and not context.rehearse:
         asked = "name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit"

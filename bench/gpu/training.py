@@ -16,6 +16,7 @@ from bench import harness
 from bench.gpu.steps import Context
 from bench.rollout import run as rollout
 from rlhf_fast import LoRAConfig, PPOConfig, PPOTrainer, models
+from rlhf_fast.rates import product_rate
 
 QWEN3 = Qwen3Config(
     vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
@@ -45,7 +46,7 @@ def rollouts(context: Context) -> None:
         shapes = {"tiny": TINY}
     dtype = torch.float32 if context.rehearse else torch.bfloat16
     about, rates = harness.environment(context.device), harness.rates(context.device)
-    rates = dataclasses.replace(rates, product=harness.product_rate(context.device, dtype))
+    rates = dataclasses.replace(rates, product=product_rate(context.device, dtype))
     for name, config in shapes.items():
         model, _ = models.load(config, dtype=dtype, device=context.device)
         for case in _cases(config.vocab_size, context):

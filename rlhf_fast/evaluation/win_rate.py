@@ -23,7 +23,8 @@ from rlhf_fast.models.adapters import Model
 from rlhf_fast.rollout.generator import Generator
 from rlhf_fast.rollout.rollouts import Rollouts
 from rlhf_fast.rollout.sampling import SamplingParams
-from rlhf_fast.run_folder import RunFolder, bar_updater, progress_bar
+from rlhf_fast.run_folder import RunFolder
+from rlhf_fast.terminal import bar_updater, progress_bar
 from rlhf_fast.trainers.loop import per_example
 
 MAX_TOKENS = 2048  # padded tokens scored at once

@@ -1,6 +1,6 @@
 """Language models: loading, adapters, scalar heads, the forward passes that training needs, and checkpoints."""
 
-from rlhf_fast.models.adapters import frozen_copy, trainable
+from rlhf_fast.models.adapters import frozen_copy, trainable, trainable_copy
 from rlhf_fast.models.checkpoint import resolve, save
 from rlhf_fast.models.forward import (
     Head,
@@ -11,16 +11,19 @@ from rlhf_fast.models.forward import (
     response_states,
     score_last,
 )
-from rlhf_fast.models.load import load, load_reward, reward_from
+from rlhf_fast.models.load import critic_from, load, load_reward, reward_from
+from rlhf_fast.models.recompute import recompute_activations
 
 __all__ = [
     "Head",
+    "critic_from",
     "frozen_copy",
     "hidden_states",
     "load",
     "load_reward",
     "longest_shared",
     "output_head",
+    "recompute_activations",
     "resolve",
     "response_logprobs",
     "response_states",
@@ -28,4 +31,5 @@ __all__ = [
     "save",
     "score_last",
     "trainable",
+    "trainable_copy",
 ]

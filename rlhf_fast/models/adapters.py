@@ -37,10 +37,15 @@ def trainable(model: Model, lora: LoRAConfig, seed: int = 0) -> Model:
     return with_adapter(model, lora, seed, task="CAUSAL_LM").eval()
 
 
+def trainable_copy(model: ModelT) -> ModelT:
+    """A copy that is trained apart. Weights that nobody trains are shared, not copied."""
+    shared: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, memo=shared)
+
+
 def frozen_copy(model: ModelT) -> ModelT:
     """A copy that stays as the model is now. Weights that nobody trains are shared with it, not copied."""
-    shared: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
-    return copy.deepcopy(model, memo=shared).requires_grad_(False)
+    return trainable_copy(model).requires_grad_(False)
 
 
 def is_adapter(folder: str | Path) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from torch import nn
+from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.files import named_errors, write_folder_atomic
@@ -26,7 +26,8 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def resolve(name: str | Path) -> str:
-    """The folder or hub name that `name` means: a model folder, a run (its newest checkpoint), or `smollm2-135m`.
+    """The folder or hub name that `name` means: a model folder, a run (the checkpoint that it chose; of one that is
+    not finished its newest), or `smollm2-135m`.
 
     Raises:
         FileNotFoundError: when it is none of these; the message says what was looked for.
@@ -37,6 +38,8 @@ def resolve(name: str | Path) -> str:
         if is_checkpoint(path):
             return str(path)
         steps = [child for child in (path / "checkpoints").glob("step-*") if _STEP.fullmatch(child.name)]
+        if outcome := _outcome(path):
+            return str(outcome)
         if steps:
             return str(max(steps, key=lambda child: int(child.name.removeprefix("step-"))))
         raise FileNotFoundError(
@@ -53,6 +56,16 @@ def resolve(name: str | Path) -> str:
     )
 
 
+def _outcome(path: Path) -> Path | None:
+    """The checkpoint that a finished run names as its outcome."""
+    try:
+        name = json.loads((path / "result.json").read_text(encoding="utf-8"))["checkpoint"]
+    except (OSError, ValueError, KeyError, TypeError):  # no run, one that is not finished, or of an older version
+        return None
+    found = path / "checkpoints" / str(name)
+    return found if _STEP.fullmatch(found.name) and is_checkpoint(found) else None
+
+
 def is_checkpoint(path: Path) -> bool:
     return (path / "config.json").exists() or (path / "adapter_config.json").exists()
 
@@ -62,11 +75,11 @@ def save(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     extra: dict[str, Any] | None = None,
-    heads: nn.Module | None = None,
+    tensors: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write a checkpoint folder at once: safetensors that transformers or peft load unchanged, and the tokenizer.
 
-    `extra` goes beside it as `rlhf_fast.json` (reward normalisation, controller state), `heads` as
+    `extra` goes beside it as `rlhf_fast.json` (reward normalisation, controller state), `tensors` (a critic) as
     `value_head.safetensors`. Nothing is left behind when writing fails.
 
     Raises:
@@ -93,13 +106,8 @@ def save(
         else:
             model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        if heads is not None:
-            from safetensors.torch import save_file
-
-            save_file(
-                {key: value.contiguous() for key, value in heads.state_dict().items()},
-                folder / "value_head.safetensors",
-            )
+        if tensors:
+            save_file({key: x.contiguous() for key, x in tensors.items()}, folder / "value_head.safetensors")
         if extra is not None:
             (folder / "rlhf_fast.json").write_text(json.dumps(extra, indent=2) + "\n", encoding="utf-8")
 

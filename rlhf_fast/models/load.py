@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -30,8 +31,8 @@ from rlhf_fast.models.adapters import (
     with_saved_adapter,
 )
 from rlhf_fast.models.byte_tokenizer import VOCAB_SIZE, byte_tokenizer
-from rlhf_fast.models.checkpoint import reading_errors, resolve
-from rlhf_fast.models.forward import check_head
+from rlhf_fast.models.checkpoint import read_extra, reading_errors, resolve
+from rlhf_fast.models.forward import check_head, unwrapped
 from rlhf_fast.ops import _compiled
 
 
@@ -117,6 +118,35 @@ def reward_from(
     if isinstance(model, PeftModel):
         unfreeze_adapter(model)
     return _placed(model, None), tokenizer
+
+
+def critic_from(
+    name: str | Path, lora: LoRAConfig, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> tuple[Model, nn.Linear, PreTrainedTokenizerBase]:
+    """A trainable model and head (H -> 1, float32) whose values begin as the normalised scores of a reward model.
+
+    The model's own adapter is trained on if it has one; otherwise it gets one, or (`lora.r == 0`) is trained whole.
+    """
+    folder = resolve(name)
+    model, tokenizer = load_reward(name, dtype)
+    score = unwrapped(model).score
+    extra = read_extra(folder)
+    mean, std = extra.get("score_mean", 0.0), extra.get("score_std", 1.0)
+    head = nn.Linear(score.weight.shape[1], 1, device=score.weight.device)
+    with torch.no_grad():
+        head.weight.copy_(score.weight / std)
+        head.bias.fill_(-mean / std)
+    if isinstance(model, PeftModel) and lora.r == 0:
+        model = model.merge_and_unload()
+    elif not isinstance(model, PeftModel) and lora.r > 0:
+        model = with_adapter(model, lora, seed, task="SEQ_CLS").eval()
+    model.requires_grad_(lora.r == 0)
+    for parameter_name, parameter in model.named_parameters():
+        if "score" in parameter_name.split("."):  # the head in its place is `head`
+            parameter.requires_grad_(False)
+        elif "lora_" in parameter_name:
+            parameter.requires_grad_(True)
+    return model, head, tokenizer
 
 
 def _placed(model: Model, device: str | torch.device | None) -> Model:

@@ -15,6 +15,8 @@ from rlhf_fast.data.batches import Batch, Example, pad
 from rlhf_fast.data.pairs import PairGroup, epoch_batches_by_pairs, group_pairs, join, microbatches_of_groups
 from rlhf_fast.data.records import Comparison, Source, read_comparisons
 from rlhf_fast.run_folder import RunFolder
+from rlhf_fast.trainers.budget import TokenBudget
+from rlhf_fast.trainers.checkpoints import Checkpoints, Goal
 from rlhf_fast.trainers.loop import Stats, add_stats, fit, per_example, split_heldout
 from rlhf_fast.trainers.optimizer import Optimizer
 from rlhf_fast.trainers.state import digest, fingerprint
@@ -38,14 +40,17 @@ class DPOTrainer:
     ) -> None:
         self.config = config = config or DPOConfig()
         comparisons = read_comparisons(data)
-        loaded, self.tokenizer = models.load(model)
+        loaded, self.tokenizer = models.load(model, getattr(torch, config.dtype))
         self.model = models.trainable(loaded, config.lora, config.seed)
+        if config.optim.checkpointing:
+            models.recompute_activations(self.model)
         self.device = models.output_head(self.model).weight.device
         self.shared = models.longest_shared(self.model)
         groups = group_pairs(comparisons, self.tokenizer, config.max_length)
         self.training, self.heldout = split_heldout(groups, config.heldout, config.seed)
         self.out = Path(out)
         self.config_yaml = settings.run_yaml("dpo", config, model=model, data=data, out=out)
+        self.budget = TokenBudget(config.optim.max_tokens_per_microbatch)
         self.reference: dict[Example, float] = {}
 
     def train(self) -> dict[str, Any]:
@@ -53,19 +58,27 @@ class DPOTrainer:
         config = self.config
         batches = epoch_batches_by_pairs(self.training, config.batch_size, config.epochs, config.seed)
         optimizer = Optimizer([self.model], config.optim, len(batches))
-        run = RunFolder(self.out, "dpo", self.config_yaml)
+        run = RunFolder(self.out, "dpo", self.config_yaml, config.run.trackers)
+        checkpoints = Checkpoints(
+            run, config.run, Goal("heldout_loss", higher=False), self._save, patience=config.patience
+        )
         self._remember_reference()
         identity = {"data": digest(self.training + self.heldout), "model": fingerprint(self.model)}
-        every = math.ceil(len(batches) / config.epochs)
-        evaluated = fit(run, batches, self._losses, optimizer, self.evaluate, every, identity)
-        models.save(run.checkpoint(len(batches)), self.model, self.tokenizer)
-        return run.finish({"comparisons": sum(group.pairs for group in self.training), **evaluated})
+        per_epoch = math.ceil(len(batches) / config.epochs)
+        outcome = fit(
+            run, batches, self._losses, optimizer, self.budget, checkpoints, identity, self.evaluate, per_epoch
+        )
+        return run.finish({"comparisons": sum(group.pairs for group in self.training), **outcome.row}, outcome.step)
+
+    def _save(self, folder: Path) -> None:
+        models.save(folder, self.model, self.tokenizer)
 
     def _remember_reference(self) -> None:
         """The reference is the policy before its first step, so its log-probabilities are computed once, here."""
         examples = [example for group in self.training + self.heldout for example in group.examples]
-        max_tokens = self.config.optim.max_tokens_per_microbatch
-        (parts,) = per_example(examples, lambda batch: [self._logprobs(batch)], max_tokens, self.device, self.shared)
+        (parts,) = per_example(
+            examples, lambda batch: [self._logprobs(batch)], self.budget.tokens, self.device, self.shared
+        )
         self.reference = {example: float(part) for example, part in zip(examples, parts, strict=True)}
 
     def _logprobs(self, batch: Batch) -> torch.Tensor:
@@ -75,7 +88,7 @@ class DPOTrainer:
 
     def _losses(self, groups: list[PairGroup]) -> Iterator[tuple[torch.Tensor, Stats]]:
         total = sum(group.pairs for group in groups)
-        for part in microbatches_of_groups(groups, self.config.optim.max_tokens_per_microbatch, self.shared):
+        for part in microbatches_of_groups(groups, self.budget.tokens, self.shared):
             pairs = join(part, self.device)
             logprobs = self._logprobs(pad(pairs.examples, self.device, self.shared))  # (B,)
             reference = torch.tensor([self.reference[example] for example in pairs.examples], device=self.device)
@@ -94,7 +107,11 @@ class DPOTrainer:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Loss, and how often the implicit reward prefers the chosen response, on held-out prompts."""
-        totals: dict[str, float] = {}
-        for loss, stats in self._losses(self.heldout):
-            add_stats(totals, {"loss": loss, "accuracy": stats["accuracy"], "margin": stats["margin"]})
-        return {f"heldout_{name}": value for name, value in totals.items()}
+
+        def totals() -> dict[str, float]:
+            found: dict[str, float] = {}
+            for loss, stats in self._losses(self.heldout):
+                add_stats(found, {"loss": loss, "accuracy": stats["accuracy"], "margin": stats["margin"]})
+            return found
+
+        return {f"heldout_{name}": value for name, value in self.budget.spend("dpo, evaluation", totals).items()}

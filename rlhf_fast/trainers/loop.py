@@ -1,19 +1,87 @@
-"""What all trainers share: passes over the data, and scoring without gradients."""
+"""What all trainers share: the loop over steps, gradients from micro-batches, and scoring without gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from rlhf_fast.data.batches import Batch, Example, microbatches_of_examples, pad, shuffled
-from rlhf_fast.run_folder import RunFolder, progress_bar
+from rlhf_fast.run_folder import RunFolder
+from rlhf_fast.terminal import Terminal
+from rlhf_fast.trainers.budget import TokenBudget
+from rlhf_fast.trainers.checkpoints import Checkpoints
 from rlhf_fast.trainers.optimizer import Optimizer
-from rlhf_fast.trainers.state import TrainState
+from rlhf_fast.trainers.state import Stateful, TrainState
 
 Item = TypeVar("Item")
 Stats = dict[str, torch.Tensor]
+Row = dict[str, float]
+
+
+class Outcome(NamedTuple):
+    step: int  # whose checkpoint is the run's
+    row: Row  # what was measured after it
+
+
+def run_steps(
+    run: RunFolder,
+    steps: int,
+    step: Callable[[int], Row],
+    optimizer: Optimizer,
+    checkpoints: Checkpoints,
+    identity: dict[str, str],
+    every: int,
+    evaluate: Callable[[], Row] | None = None,
+    over: Callable[[Row], str] = lambda row: "",
+    stateful: dict[str, Stateful] | None = None,
+) -> Outcome:
+    """Every trainer's loop: from where the run was interrupted (state.py) to its last step.
+
+    Args:
+        step: does step n and returns its metrics.
+        every: steps from one evaluation to the next; there is one before the first step and one after the last, too.
+        evaluate: returns the metrics by which checkpoints are judged; without it they are those of the step.
+        over: why the run is to end after a step of these metrics; empty if it is not.
+        stateful: what must come back beside weights, optimiser and checkpoints when the run goes on.
+
+    Raises:
+        FloatingPointError: more than `optim.max_skipped` steps in a row were not finite.
+    """
+    stateful = {**(stateful or {}), "checkpoints": checkpoints}
+    with TrainState(run, optimizer, identity, stateful) as state:
+        done = state.load()
+        if done == 0 and evaluate:
+            run.log({"step": 0, **evaluate()})
+        with Terminal(run.phase, steps, done) as terminal:
+            for n in range(done + 1, steps + 1):
+                row = step(n)
+                run.log({"step": n, **row})
+                if optimizer.skipped > optimizer.config.max_skipped:
+                    raise FloatingPointError(
+                        f"{run.phase}: loss or gradient were not finite in {optimizer.skipped} steps in a row, up to "
+                        f"step {n}; their data are in {run.path / 'skipped.jsonl'}; lower optim.lr, or look at these "
+                        "data"
+                    )
+                why = over(row)
+                last = n == steps or bool(why)
+                judged = n % every == 0 or last
+                if judged:
+                    measured = evaluate() if evaluate else row
+                    if evaluate:
+                        run.log({"step": n, **measured})
+                    checkpoints.after(n, measured, last)
+                    row = {**row, **measured}
+                terminal.step(n, row, in_table=judged or not evaluate)
+                if checkpoints.exhausted:
+                    why = f"{checkpoints.goal.metric} has not improved for {checkpoints.worse} evaluations"
+                if why:
+                    terminal.say(f"{run.phase}: ended after step {n} of {steps}: {why}")
+                if last or why:
+                    return Outcome(*checkpoints.outcome(n, measured))
+                state.after(n)
+    raise AssertionError("a run has steps")
 
 
 def fit(
@@ -21,44 +89,65 @@ def fit(
     batches: list[list[Item]],
     losses: Callable[[list[Item]], Iterator[tuple[torch.Tensor, Stats]]],
     optimizer: Optimizer,
-    evaluate: Callable[[], dict[str, float]],
-    evaluate_every: int,
+    budget: TokenBudget,
+    checkpoints: Checkpoints,
     identity: dict[str, str],
-) -> dict[str, float]:
-    """One optimiser step for each batch; evaluate before the first, every so often, and after the last. An interrupted
-    run goes on where it was (state.py).
+    evaluate: Callable[[], Row],
+    per_epoch: int,
+) -> Outcome:
+    """One optimiser step for each batch, evaluated with each checkpoint or each epoch."""
 
-    `losses(batch)` yields (loss, stats) of each micro-batch, divided by the whole batch's denominator, so that their
-    sums are the batch's and micro-batching changes nothing.
+    def step(n: int) -> Row:
+        batch = batches[n - 1]
+        return learn(run, n, batch, lambda: losses(batch), optimizer, budget)
+
+    every = checkpoints.config.save_every or per_epoch
+    return run_steps(run, len(batches), step, optimizer, checkpoints, identity, every, evaluate)
+
+
+def learn(
+    run: RunFolder,
+    step: int,
+    batch: Sequence[Any],
+    losses: Callable[[], Iterator[tuple[torch.Tensor, Stats]]],
+    optimizer: Optimizer,
+    budget: TokenBudget,
+) -> Row:
+    """One optimiser step on `batch`; returns its loss and statistics.
+
+    `losses()` yields (loss, stats) of each micro-batch, divided by the whole batch's denominator, so that their sums
+    are the batch's and micro-batching changes nothing. Where loss or gradient is not finite, the step is skipped and
+    the batch goes to skipped.jsonl.
     """
-    with TrainState(run, optimizer, identity) as state:
-        done = state.load()
-        evaluated = evaluate()
-        if done == 0:
-            run.log({"step": 0, **evaluated})
-        with progress_bar(len(batches), run.phase, "step", done) as bar:
-            for step, batch in enumerate(batches[done:], start=done + 1):
-                totals: dict[str, float] = {}
-                for loss, stats in losses(batch):
-                    loss.backward()
-                    add_stats(totals, {"loss": loss.detach(), **stats})
-                lr = optimizer.lr
-                norm = optimizer.step()
-                run.log({"step": step, **totals, "lr": lr, "grad_norm": norm})
-                bar.set_postfix({"loss": f"{totals['loss']:.3f}"}, refresh=False)
-                bar.update()
-                if step % evaluate_every == 0 or step == len(batches):
-                    evaluated = evaluate()
-                    run.log({"step": step, **evaluated})
-                state.after(step)
-    return evaluated
+
+    def accumulate() -> Row:
+        optimizer.drop_gradients()
+        totals: Row = {}
+        for loss, stats in losses():
+            loss.backward()
+            add_stats(totals, {"loss": loss.detach(), **stats})
+        return totals
+
+    totals = budget.spend(f"{run.phase}, training", accumulate)
+    lr = optimizer.lr
+    norm = optimizer.step(totals["loss"])
+    if optimizer.skipped:
+        run.skip({"step": step, "loss": totals["loss"], "grad_norm": norm, "examples": [*map(as_tokens, batch)]})
+    return {**totals, "lr": lr, "grad_norm": norm}
 
 
-def add_stats(totals: dict[str, float], stats: Stats) -> None:
-    """Add one micro-batch's sums to the batch's. One copy to the host for all of them."""
+def as_tokens(item: Any) -> Any:
+    """What was trained on, as JSON: an example, or all of a group of comparisons."""
+    return [{"prompt": e.prompt, "response": e.response} for e in getattr(item, "examples", [item])]
+
+
+def add_stats(totals: Row, stats: Stats) -> None:
+    """Add one micro-batch's sums to the batch's (of a maximum, the larger). One copy to the host for all of them."""
     values = torch.stack([value.detach().float() for value in stats.values()]).tolist()
     for name, value in zip(stats, values, strict=True):
-        totals[name] = totals.get(name, 0.0) + value
+        totals[name] = (
+            max(totals[name], value) if name in totals and name.endswith("_max") else totals.get(name, 0.0) + value
+        )
 
 
 @torch.no_grad()
@@ -74,18 +163,23 @@ def per_example(
     `function` returns tensors packed over response tokens (R,) or one value a sequence (B,). The result has for each
     of them a list with each example's part, in the order of `examples`.
     """
-    parts: list[list[torch.Tensor]] = []
-    for group in microbatches_of_examples(examples, max_tokens, shared):
-        batch = pad([examples[i] for i in group], device, shared)
-        outputs = function(batch)
-        counts = batch.cu_seqlens.diff().tolist()
-        if not parts:
-            parts = [[torch.empty(0)] * len(examples) for _ in outputs]
-        for output, part in zip(outputs, parts, strict=True):
-            sizes = [1] * len(group) if len(output) == len(group) else counts
-            for i, piece in zip(group, output.split(sizes), strict=True):
-                part[i] = piece
-    return parts
+    budget = TokenBudget(max_tokens)
+
+    def score() -> list[list[torch.Tensor]]:
+        parts: list[list[torch.Tensor]] = []
+        for group in microbatches_of_examples(examples, budget.tokens, shared):
+            batch = pad([examples[i] for i in group], device, shared)
+            outputs = function(batch)
+            counts = batch.cu_seqlens.diff().tolist()
+            if not parts:
+                parts = [[torch.empty(0)] * len(examples) for _ in outputs]
+            for output, part in zip(outputs, parts, strict=True):
+                sizes = [1] * len(group) if len(output) == len(group) else counts
+                for i, piece in zip(group, output.split(sizes), strict=True):
+                    part[i] = piece
+        return parts
+
+    return budget.spend("scoring", score)
 
 
 def split_heldout(items: Sequence[Item], share: float, seed: int, least: int = 1) -> tuple[list[Item], list[Item]]:

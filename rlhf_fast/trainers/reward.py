@@ -16,6 +16,8 @@ from rlhf_fast.data.pairs import PairGroup, Pairs, epoch_batches_by_pairs, group
 from rlhf_fast.data.records import Comparison, Source, read_comparisons
 from rlhf_fast.intervals import Interval, clustered_bootstrap
 from rlhf_fast.run_folder import RunFolder
+from rlhf_fast.trainers.budget import TokenBudget
+from rlhf_fast.trainers.checkpoints import Checkpoints, Goal
 from rlhf_fast.trainers.loop import Stats, fit, per_example, split_heldout
 from rlhf_fast.trainers.optimizer import Optimizer
 from rlhf_fast.trainers.state import digest, fingerprint
@@ -41,7 +43,9 @@ class RewardTrainer:
     ) -> None:
         self.config = config = config or RewardConfig()
         comparisons = read_comparisons(data)
-        self.model, self.tokenizer = models.reward_from(model, config.lora, config.seed)
+        self.model, self.tokenizer = models.reward_from(model, config.lora, config.seed, getattr(torch, config.dtype))
+        if config.optim.checkpointing:
+            models.recompute_activations(self.model)
         # Groups hold all comparisons of a prompt, so no prompt is in both parts; an interval needs two of them.
         groups = group_pairs(comparisons, self.tokenizer, config.max_length)
         self.training, self.heldout = split_heldout(groups, config.heldout, config.seed, least=2)
@@ -49,34 +53,52 @@ class RewardTrainer:
         self.shared = models.longest_shared(self.model)
         self.out = Path(out)
         self.config_yaml = settings.run_yaml("reward", config, model=model, data=data, out=out)
-        self.agreement = Interval(0.5, 0.0, 1.0)
-        self.scale = (0.0, 1.0)  # mean and deviation of the scores of held-out responses
+        self.budget = TokenBudget(config.optim.max_tokens_per_microbatch)
+        self.evaluated: dict[str, float] = {}  # the last evaluation, which a checkpoint keeps
 
     def train(self) -> dict[str, Any]:
         """Train, measure, save the checkpoint with its normalisation, and return the run's result."""
         config = self.config
         batches = epoch_batches_by_pairs(self.training, config.batch_size, config.epochs, config.seed)
         optimizer = Optimizer([self.model], config.optim, len(batches))
-        run = RunFolder(self.out, "reward", self.config_yaml)
+        run = RunFolder(self.out, "reward", self.config_yaml, config.run.trackers)
+        checkpoints = Checkpoints(
+            run, config.run, Goal("heldout_accuracy", higher=True), self._save, patience=config.patience
+        )
         identity = {"data": digest(self.training + self.heldout), "model": fingerprint(self.model)}
-        fit(run, batches, self._losses, optimizer, self.evaluate, math.ceil(len(batches) / config.epochs), identity)
-        mean, std = self.scale
-        extra = {"score_mean": mean, "score_std": std, "heldout_agreement": self.agreement.as_dict()}
-        models.save(run.checkpoint(len(batches)), self.model, self.tokenizer, extra)
+        per_epoch = math.ceil(len(batches) / config.epochs)
+        outcome = fit(
+            run, batches, self._losses, optimizer, self.budget, checkpoints, identity, self.evaluate, per_epoch
+        )
         return run.finish(
             {
                 "comparisons": sum(group.pairs for group in self.training),
                 "heldout": sum(group.pairs for group in self.heldout),
                 "heldout_prompts": len(self.heldout),
-                "heldout_accuracy": self.agreement.as_dict(),
-                "score_mean": mean,
-                "score_std": std,
-            }
+                "heldout_accuracy": _agreement(outcome.row).as_dict(),
+                "score_mean": outcome.row["score_mean"],
+                "score_std": outcome.row["score_std"],
+            },
+            outcome.step,
         )
+
+    @property
+    def agreement(self) -> Interval:
+        """With the held-out comparisons, when it was last evaluated."""
+        return _agreement(self.evaluated)
+
+    def _save(self, folder: Path) -> None:
+        row = self.evaluated
+        extra = {
+            "score_mean": row["score_mean"],
+            "score_std": row["score_std"],
+            "heldout_agreement": self.agreement.as_dict(),
+        }
+        models.save(folder, self.model, self.tokenizer, extra)
 
     def _losses(self, groups: list[PairGroup]) -> Iterator[tuple[torch.Tensor, Stats]]:
         total = sum(group.pairs for group in groups)
-        for part in microbatches_of_groups(groups, self.config.optim.max_tokens_per_microbatch, self.shared):
+        for part in microbatches_of_groups(groups, self.budget.tokens, self.shared):
             pairs = join(part, self.device)
             scores = models.score_last(self.model, pad(pairs.examples, self.device, self.shared))  # (B,)
             loss, stats = ops.reward_loss(
@@ -89,26 +111,33 @@ class RewardTrainer:
             yield loss, {"accuracy": stats["accuracy"]}
 
     def evaluate(self) -> dict[str, float]:
-        """Agreement with the held-out comparisons (ties count half), with an interval over their prompts."""
+        """Agreement with the held-out comparisons (ties count half), with an interval over their prompts, and mean and
+        deviation of the scores of their responses."""
         pairs = join(self.heldout, self.device)
         scores = self._scores(pairs)
         difference = scores[pairs.chosen] - scores[pairs.rejected]
         agrees = (difference > 0).double() + 0.5 * (difference == 0).double()
         clusters = [i for i, group in enumerate(self.heldout) for _ in range(group.pairs)]
-        self.agreement = clustered_bootstrap(agrees.tolist(), clusters)
-        self.scale = (float(scores.mean()), max(float(scores.std(correction=0)), 1e-6))
-        return {
-            "heldout_accuracy": self.agreement.mean,
-            "heldout_accuracy_low": self.agreement.low,
-            "heldout_accuracy_high": self.agreement.high,
+        found = clustered_bootstrap(agrees.tolist(), clusters)
+        self.evaluated = {
+            "heldout_accuracy": found.mean,
+            "heldout_accuracy_low": found.low,
+            "heldout_accuracy_high": found.high,
+            "score_mean": float(scores.mean()),
+            "score_std": max(float(scores.std(correction=0)), 1e-6),
         }
+        return self.evaluated
 
     def _scores(self, pairs: Pairs) -> torch.Tensor:
         (parts,) = per_example(
             pairs.examples,
             lambda batch: [models.score_last(self.model, batch)],
-            self.config.optim.max_tokens_per_microbatch,
+            self.budget.tokens,
             self.device,
             self.shared,
         )
         return torch.cat(parts)  # (B,)
+
+
+def _agreement(row: dict[str, float]) -> Interval:
+    return Interval(*(row[f"heldout_accuracy{end}"] for end in ("", "_low", "_high")))

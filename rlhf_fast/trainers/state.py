@@ -12,10 +12,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,18 +30,25 @@ MOST = 0.05  # share of the time that keeping may take
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
+class Stateful(Protocol):
+    """What can be kept as JSON."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 class TrainState:
     """Keeps the state of a run while it is the context, and brings it back. SIGTERM then ends the run after its step.
 
     Args:
         identity: what must be the same for a run to go on, by name: hashes of its data and its first weights.
-
-    `extra` is anything else that must come back, as JSON.
+        stateful: what else must come back, by name.
     """
 
-    def __init__(self, run: RunFolder, optimizer: Optimizer, identity: dict[str, str]) -> None:
-        self.run, self.optimizer, self.identity = run, optimizer, identity
-        self.extra: dict[str, Any] = {}
+    def __init__(
+        self, run: RunFolder, optimizer: Optimizer, identity: dict[str, str], stateful: Mapping[str, Stateful]
+    ) -> None:
+        self.run, self.optimizer, self.identity, self.stateful = run, optimizer, identity, stateful
         self._kept, self._cost = time.monotonic(), 0.0
         self._ending = False
         self._before: Any = None  # what SIGTERM did
@@ -62,10 +69,9 @@ class TrainState:
                 "put back what it was to go on, or choose another --out"
             )
         self._set(load_file(self.run.state / "state.safetensors", device="cpu"))
-        self.optimizer.schedule.load_state_dict(kept["schedule"])
-        for group, lr in zip(self.optimizer.adam.param_groups, kept["lr"], strict=True):
-            group["lr"] = lr
-        self.extra = kept["extra"]
+        self.optimizer.steps, self.optimizer.skipped = kept["optimizer_steps"], kept["skipped"]
+        for name, state in kept["stateful"].items():
+            self.stateful[name].load_state_dict(state)
         self.run.rewind(kept["files"], kept["seconds"])
         return int(kept["step"])
 
@@ -88,9 +94,9 @@ class TrainState:
         state = {
             "step": step,
             "identity": self.identity,
-            "schedule": self.optimizer.schedule.state_dict(),
-            "lr": [group["lr"] for group in self.optimizer.adam.param_groups],
-            "extra": self.extra,
+            "optimizer_steps": self.optimizer.steps,
+            "skipped": self.optimizer.skipped,
+            "stateful": {name: each.state_dict() for name, each in self.stateful.items()},
             "files": self.run.sizes(),
             "seconds": self.run.seconds(),
         }
@@ -103,7 +109,7 @@ class TrainState:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}
-        for i, parameter in enumerate(self.optimizer.parameters):
+        for i, parameter in enumerate(self.optimizer.masters):
             found[f"{i}.weight"] = parameter.detach().contiguous()
             for name, value in self.optimizer.adam.state.get(parameter, {}).items():
                 found[f"{i}.{name}"] = value.contiguous()
@@ -115,7 +121,7 @@ class TrainState:
         for key, value in tensors.items():
             number, _, name = key.partition(".")
             of.setdefault(number, {})[name] = value
-        for i, parameter in enumerate(self.optimizer.parameters):
+        for i, parameter in enumerate(self.optimizer.masters):
             mine = of.get(str(i), {})
             weight = mine.pop("weight", None)
             if weight is None or weight.shape != parameter.shape:
@@ -125,6 +131,7 @@ class TrainState:
             self.optimizer.adam.state[parameter] = {
                 name: value if name == "step" else value.to(parameter.device) for name, value in mine.items()
             }
+        self.optimizer.show()
 
     def __enter__(self) -> TrainState:
         if threading.current_thread() is threading.main_thread():

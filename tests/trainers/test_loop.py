@@ -47,14 +47,13 @@ def test_the_rate_warms_up_and_then_never_rises(schedule: Any) -> None:
     assert factor(50) == pytest.approx(1.0 if schedule == "constant" else 0.0, abs=1e-12)
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_weights_change() -> None:
+def test_a_gradient_that_is_not_finite_does_not_reach_the_weights() -> None:
     layer = torch.nn.Linear(2, 1)
     before = layer.weight.detach().clone()
     optimizer = Optimizer([layer], OptimConfig(), 10)
     (layer(torch.ones(1, 2)).sum() * math.nan).backward()
-    with pytest.raises(FloatingPointError, match="gradient is nan"):
-        optimizer.step()
-    assert torch.equal(layer.weight, before)
+    assert math.isnan(optimizer.step())
+    assert torch.equal(layer.weight, before) and layer.weight.grad is None and optimizer.skipped == 1
 
 
 def test_an_optimizer_over_nothing_says_so() -> None:
@@ -136,7 +135,7 @@ def test_the_micro_batch_does_not_change_the_gradient(method: str, r: int, tiny_
                 PPOConfig(prompts_per_step=4, samples_per_prompt=2, max_new_tokens=12, lora=lora, optim=optim),
             )
             trainer.shared *= sharing
-            experience = trainer._collect(RunFolder(tmp_path, "ppo", ""), 1)
+            experience = trainer.collector.collect(RunFolder(tmp_path, "ppo", ""), 1, 0.05)
             losses = trainer._losses(experience, list(range(8)))
         parameters = [p for p in trainer.model.parameters() if p.requires_grad]
         found.append(gradients(losses, parameters))

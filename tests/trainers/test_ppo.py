@@ -21,10 +21,12 @@ from rlhf_fast.data.chat import Prompt
 from rlhf_fast.ops import reference
 from rlhf_fast.rollout.sampling import SamplingParams
 from rlhf_fast.run_folder import RunFolder
-from rlhf_fast.trainers import ppo as ppo_module
+from rlhf_fast.trainers.collect import Experience, minibatches, step_prompts
 from rlhf_fast.trainers.kl_controller import KLController
-from rlhf_fast.trainers.ppo import PPOTrainer, minibatches
+from rlhf_fast.trainers.loop import per_example
+from rlhf_fast.trainers.ppo import PPOTrainer
 
+TIMED = ("seconds", "decode_roofline", "training_utilisation")  # metrics that no two runs have the same
 PROMPTS = [{"prompt": f"question {i}"} for i in range(12)]
 
 
@@ -45,8 +47,8 @@ def make(folder: Path, out: Path, reward: Any = by_length, **options: Any) -> PP
     return PPOTrainer(folder, reward, PROMPTS, out, PPOConfig(**{**settings, **options}))
 
 
-def collect(trainer: PPOTrainer, out: Path, step: int = 1) -> ppo_module.Experience:
-    return trainer._collect(RunFolder(out, "ppo", ""), step)
+def collect(trainer: PPOTrainer, out: Path, step: int = 1) -> Experience:
+    return trainer.collector.collect(RunFolder(out, "ppo", ""), step, trainer.kl_controller.coef)
 
 
 def metrics(out: Path) -> list[dict[str, float]]:
@@ -93,12 +95,12 @@ def test_the_checks_of_the_first_update_can_fail(
     trainer = make(tiny_folder, tmp_path)
     experience = collect(trainer, tmp_path)
     shifted = [part - 0.01 for part in experience.old_logprobs]
-    monkeypatch.setattr(trainer, "_collect", lambda run, step: _replaced(experience, old_logprobs=shifted))
+    monkeypatch.setattr(trainer.collector, "collect", lambda *_: _replaced(experience, old_logprobs=shifted))
     with pytest.raises(RuntimeError, match=r"ratio_mean 1\.010.* instead of 1"):
         trainer.train()
 
 
-def _replaced(experience: ppo_module.Experience, **changes: Any) -> ppo_module.Experience:
+def _replaced(experience: Experience, **changes: Any) -> Experience:
     import dataclasses
 
     return dataclasses.replace(experience, **changes)
@@ -118,7 +120,6 @@ def test_token_rewards_add_up_to_the_score_less_the_kl(
     for name, parameter in trainer.model.named_parameters():  # away from the reference, so that there is a KL
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    monkeypatch.setattr(ppo_module, "_check_start", lambda *_: None)
     seen = gae_arguments(monkeypatch)
     experience = collect(trainer, tmp_path)
     lengths = seen["cu_seqlens"].diff().tolist()
@@ -165,7 +166,7 @@ def test_advantages_are_whitened_over_the_whole_step(
         whitened.append(reference.whiten_by(given[4], others["advantage_sums"]))
         return original(*given, **others)
 
-    monkeypatch.setattr(ops, "linear_ppo_loss", record)
+    trainer.loss = record
     for row in range(len(experience.examples)):
         list(trainer._losses(experience, [row]))
     advantages = torch.cat(whitened)
@@ -191,13 +192,13 @@ def test_rewards_may_be_whitened_without_losing_their_sign(
 def test_the_value_head_starts_at_zero_and_is_kept(tiny_folder: Path, tmp_path: Path) -> None:
     """Detail 20: first values are 0; after training the head is in the checkpoint, beside the policy."""
     trainer = make(tiny_folder, tmp_path)
-    assert not trainer.value_head.weight.any() and not trainer.value_head.bias.any()
+    assert not trainer.critic.head.weight.any() and not trainer.critic.head.bias.any()
     experience = collect(trainer, tmp_path)
     assert not torch.cat(experience.old_values).any()
     trainer.train()
-    assert trainer.value_head.weight.any()
+    assert trainer.critic.head.weight.any()
     saved = load_file(tmp_path / "checkpoints" / "step-2" / "value_head.safetensors")
-    assert torch.equal(saved["weight"], trainer.value_head.weight)
+    assert torch.equal(saved["weight"], trainer.critic.head.weight)
 
 
 def test_the_reference_never_moves(tiny_folder: Path, tmp_path: Path) -> None:
@@ -227,7 +228,9 @@ def test_every_epoch_sees_every_sequence_once_in_an_order_of_its_own(
     trainer = make(tiny_folder, tmp_path, steps=1, epochs=3, minibatches=4)
     rows: list[list[int]] = []
     original = trainer._losses
-    monkeypatch.setattr(trainer, "_losses", lambda experience, part: (rows.append(part), original(experience, part))[1])
+    monkeypatch.setattr(
+        trainer, "_losses", lambda experience, part, *_: (rows.append(part), original(experience, part))[1]
+    )
     trainer.train()
     assert [len(part) for part in rows] == [2] * 12
     epochs = [list(itertools.chain(*rows[start : start + 4])) for start in (0, 4, 8)]
@@ -241,7 +244,7 @@ def test_the_same_seed_gives_the_same_run(tiny_folder: Path, tmp_path: Path) -> 
     def run(out: Path, seed: int) -> tuple[list[dict[str, float]], str, torch.Tensor]:
         trainer = make(tiny_folder, out, seed=seed)
         trainer.train()
-        rows = [{k: v for k, v in row.items() if "seconds" not in k} for row in metrics(out)]
+        rows = [{k: v for k, v in row.items() if not k.startswith(TIMED)} for row in metrics(out)]
         weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
         return rows, (out / "samples.jsonl").read_text(), weights
 
@@ -252,7 +255,7 @@ def test_the_same_seed_gives_the_same_run(tiny_folder: Path, tmp_path: Path) -> 
 
 def test_prompts_come_round_in_permutations(tiny_folder: Path, tmp_path: Path) -> None:
     trainer = make(tiny_folder, tmp_path)
-    steps = [[record.prompt for record in trainer._step_prompts(step)] for step in range(1, 7)]
+    steps = [[record.prompt for record in step_prompts(trainer.prompts, trainer.config, step)] for step in range(1, 7)]
     assert sorted(map(str, itertools.chain(*steps[:3]))) == sorted(row["prompt"] for row in PROMPTS)
     assert sorted(map(str, itertools.chain(*steps[3:]))) == sorted(row["prompt"] for row in PROMPTS)
     assert steps[:3] != steps[3:]
@@ -345,15 +348,14 @@ def test_only_in_float32_the_samplers_log_probabilities_are_taken_for_trainings(
 ) -> None:
     trainer = make(tiny_folder, tmp_path)
     trainer.model.to(dtype)
-    trainer.head = models.output_head(trainer.model)
-    rollouts = trainer.generator.generate(["a", "b"], SamplingParams(max_new_tokens=8))
+    rollouts = trainer.collector.generator.generate(["a", "b"], SamplingParams(max_new_tokens=8))
     examples = rollouts.examples()
-    logprobs, entropies, values = (torch.cat(x) for x in trainer._policy_outputs(rollouts, examples))
+    logprobs, entropies, values = (torch.cat(x) for x in trainer.collector._policy_outputs(rollouts, examples))
     batch = pad(examples)
     with torch.no_grad():
         states = models.response_states(trainer.model, batch)
         expected, entropy = models.response_logprobs(trainer.model, batch, 1.0, states)
-    for got, want in ((logprobs, expected), (entropies, entropy), (values, trainer.value_head(states.float())[:, 0])):
+    for got, want in ((logprobs, expected), (entropies, entropy), (values, trainer.critic.head(states.float())[:, 0])):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
     assert torch.equal(logprobs, rollouts.logprobs[rollouts.response_mask]) == (dtype == torch.float32)
 
@@ -364,15 +366,17 @@ def test_without_a_critic_a_response_is_held_against_the_others_of_its_prompt(
 ) -> None:
     """All tokens of a response have its advantage: that of its score less the KL penalty, by the papers' formulas."""
     trainer = make(tiny_folder, tmp_path, advantage=kind, samples_per_prompt=3, kl_coef=0.7, steps=1)
-    assert trainer.value_head is None
+    assert trainer.critic is None
     with torch.no_grad():  # away from the reference, for a penalty
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter += 0.02
     seen: dict[str, Any] = {}
-    trainer.reward = lambda prompts, texts: seen.setdefault("scores", [float(i % 5) for i in range(len(texts))])
+    trainer.collector.reward = lambda prompts, texts: seen.setdefault(
+        "scores", [float(i % 5) for i in range(len(texts))]
+    )
     experience = collect(trainer, tmp_path, step=2)
-    (reference,) = ppo_module.per_example(experience.examples, trainer._reference_logprobs, 4096, "cpu")
+    (reference,) = per_example(experience.examples, trainer.collector._reference_logprobs, 4096, "cpu")
     kl = [float((old - ref).sum()) for old, ref in zip(experience.old_logprobs, reference, strict=True)]
     assert max(map(abs, kl)) > 1e-3
     cut = [example.response[-1] != trainer.tokenizer.eos_token_id for example in experience.examples]

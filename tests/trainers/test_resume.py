@@ -24,10 +24,13 @@ from rlhf_fast.trainers.optimizer import Optimizer
 from rlhf_fast.trainers.sft import SFTTrainer
 from rlhf_fast.trainers.state import TrainState, fingerprint
 
+METHODS = ("ppo", "grpo", "dpo", "reward", "sft")
+TIMED = ("seconds", "decode_roofline", "training_utilisation")  # metrics that no two runs have the same
+
 # Trains NAME from FOLDER into OUT, keeping the state after every step, at a pace at which it can be hit.
 SCRIPT = """
 import sys, time
-from rlhf_fast.config import DPOConfig, LoRAConfig, OptimConfig, PPOConfig, RewardConfig, SFTConfig
+from rlhf_fast.config import DPOConfig, LoRAConfig, OptimConfig, PPOConfig, RewardConfig, RunConfig, SFTConfig
 from rlhf_fast.trainers import state
 from rlhf_fast.trainers.dpo import DPOTrainer
 from rlhf_fast.trainers.ppo import PPOTrainer
@@ -41,18 +44,19 @@ def slowly(self, step):
     after(self, step)
     time.sleep(pause)
 state.TrainState.after = slowly
-words = dict(lora=LoRAConfig(r=4), optim=OptimConfig(lr=1e-3))
+words = dict(lora=LoRAConfig(r=4), optim=OptimConfig(lr=1e-3), run=RunConfig(save_every=2, keep_last=1))
 pairs = [{"prompt": f"q{i % 5}", "chosen": f"yes {i}", "rejected": "no"} for i in range(12)]
 if name == "sft":
     data = [{"prompt": f"q{i}", "completion": f"answer {i}"} for i in range(12)]
-    trainer = SFTTrainer(folder, data, out, SFTConfig(batch_size=2, **words))
+    trainer = SFTTrainer(folder, data, out, SFTConfig(batch_size=2, epochs=4, patience=2, **words))
 elif name == "reward":
     trainer = RewardTrainer(folder, pairs, out, RewardConfig(batch_size=2, epochs=3, heldout=0.4, **words))
 elif name == "dpo":
     trainer = DPOTrainer(folder, pairs, out, DPOConfig(batch_size=2, epochs=3, heldout=0.4, **words))
 else:
     config = PPOConfig(
-        steps=6, prompts_per_step=3, samples_per_prompt=2, minibatches=2, max_new_tokens=8, kl_target=0.5, **words
+        steps=6, prompts_per_step=3, samples_per_prompt=2, minibatches=2, max_new_tokens=8, kl_target=0.5,
+        **(dict(advantage="grpo") if name == "grpo" else dict(critic="separate", critic_warmup=1)), **words
     )
     prompts = [{"prompt": f"q{i}"} for i in range(5)]
     trainer = PPOTrainer(folder, lambda prompts, texts: [float(len(text)) for text in texts], prompts, out, config)
@@ -77,18 +81,16 @@ def outcome(out: Path) -> dict[str, Any]:
     assert found
     for name in ("metrics.jsonl", "samples.jsonl"):
         rows = [json.loads(line) for line in (out / name).read_text().splitlines()] if (out / name).exists() else []
-        found[name] = [{key: x for key, x in row.items() if not key.startswith("seconds")} for row in rows]
+        found[name] = [{key: x for key, x in row.items() if not key.startswith(TIMED)} for row in rows]
     found["result"] = json.loads((out / "result.json").read_text())["summary"]
     return found
 
 
 @pytest.mark.slow
 def test_a_killed_run_ends_as_the_unbroken_one(tiny_folder: Path, tmp_path: Path) -> None:
-    """All four trainers, two at a time: most of it is the start of processes."""
+    """All five methods, two at a time: most of it is the start of processes."""
     with ThreadPoolExecutor(2) as pool:
-        list(
-            pool.map(lambda name: kill_and_resume(name, tiny_folder, tmp_path / name), ("ppo", "dpo", "reward", "sft"))
-        )
+        list(pool.map(lambda name: kill_and_resume(name, tiny_folder, tmp_path / name), METHODS))
 
 
 def kill_and_resume(name: str, folder: Path, out: Path) -> None:
@@ -197,7 +199,7 @@ def test_the_state_is_kept_no_more_often_than_it_is_worth(
     now = [0.0]
     monkeypatch.setattr(state_module.time, "monotonic", lambda: now[0])
     model = models.trainable(tiny[0], LoRAConfig(r=2))
-    state = TrainState(RunFolder(tmp_path, "sft", ""), Optimizer([model], SFTConfig().optim, 10), {})
+    state = TrainState(RunFolder(tmp_path, "sft", ""), Optimizer([model], SFTConfig().optim, 10), {}, {})
     kept: list[int] = []
 
     def keep(step: int) -> None:

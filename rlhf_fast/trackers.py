@@ -1,0 +1,89 @@
+"""Runs shown elsewhere, if asked for: TensorBoard, Weights & Biases, trackio. metrics.jsonl is written in any case."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+PROJECT = "rlhf-fast"
+
+
+class Tracker(Protocol):
+    def log(self, step: int, row: dict[str, float]) -> None: ...
+    def samples(self, step: int, rows: list[dict[str, Any]]) -> None: ...
+    def close(self) -> None: ...
+
+
+def open_trackers(names: tuple[str, ...], path: Path, config_yaml: str) -> list[Tracker]:
+    """Those of the names tensorboard, wandb and trackio, for the run in `path`; an interrupted run goes on there.
+
+    Raises:
+        ModuleNotFoundError: one that is not installed; says how to install it.
+    """
+    makers: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _Hosted, "trackio": _Hosted}
+    return [makers[name](name, path, config_yaml) for name in names]
+
+
+class _TensorBoard:
+    def __init__(self, name: str, path: Path, config_yaml: str) -> None:
+        self._writer: Any = _module("torch.utils.tensorboard", name).SummaryWriter(str(path / "tensorboard"))
+        self._writer.add_text("config", _code(config_yaml))
+
+    def log(self, step: int, row: dict[str, float]) -> None:
+        for key, value in row.items():
+            self._writer.add_scalar(key, value, step)
+
+    def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        text = "\n".join(json.dumps(row, indent=1, ensure_ascii=False) for row in rows)
+        self._writer.add_text("samples", _code(text), step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Hosted:
+    """wandb, or trackio, which has the same functions."""
+
+    def __init__(self, name: str, path: Path, config_yaml: str) -> None:
+        self._module: Any = _module(name, name)
+        where = {"dir": str(path), "id": _identifier(path)} if name == "wandb" else {}
+        self._run = self._module.init(
+            project=PROJECT, name=path.name, config=yaml.safe_load(config_yaml) or {}, resume="allow", **where
+        )
+
+    def log(self, step: int, row: dict[str, float]) -> None:
+        self._module.log(row, step=step)
+
+    def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        columns = list(rows[0])
+        data = [[row.get(column) for column in columns] for row in rows]
+        self._module.log({"samples": self._module.Table(columns=columns, data=data)}, step=step)
+
+    def close(self) -> None:
+        self._module.finish()
+
+
+def _identifier(path: Path) -> str:
+    """The same for a run that goes on; a new run in the same folder has another one."""
+    file = path / "wandb_id"
+    if not file.exists():
+        import uuid
+
+        file.write_text(uuid.uuid4().hex, encoding="utf-8")
+    return file.read_text(encoding="utf-8")
+
+
+def _module(name: str, package: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ModuleNotFoundError(f"run.trackers: {package} is not installed; pip install {package}") from error
+
+
+def _code(text: str) -> str:
+    """As Markdown that shows the text as it is, whatever is in it."""
+    return "\n".join(f"    {line}" for line in text.splitlines())

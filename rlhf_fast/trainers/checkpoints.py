@@ -1,0 +1,71 @@
+"""Which checkpoints of a run are kept: the last few and the best."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_fast.config import RunConfig
+from rlhf_fast.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A metric by which steps are told better from worse."""
+
+    metric: str
+    higher: bool  # is better
+
+
+class Checkpoints:
+    """Saves a run's checkpoints, counts how long none was better, and removes those that need not be kept.
+
+    Args:
+        save: writes a checkpoint into a folder.
+        patience: evaluations in a row that may be no better than the best before them; None: any number.
+    """
+
+    def __init__(
+        self, run: RunFolder, config: RunConfig, goal: Goal, save: Callable[[Path], None], patience: int | None = None
+    ) -> None:
+        self.run, self.config, self.goal, self._save, self.patience = run, config, goal, save, patience
+        self.best: dict[str, float] = {}  # what was measured after the best step
+        self.best_step, self.worse = 0, 0
+
+    @property
+    def exhausted(self) -> bool:
+        return self.patience is not None and self.worse >= self.patience
+
+    def after(self, step: int, row: dict[str, float], last: bool) -> None:
+        """Judge a step by its metrics; save it, if it is the last or more than the last are asked for."""
+        metric, sign = self.goal.metric, 1.0 if self.goal.higher else -1.0
+        if not self.best or sign * row[metric] > sign * self.best[metric]:
+            self.best, self.best_step, self.worse = row, step, 0
+        else:  # no better, or not a number
+            self.worse += 1
+        if last or self.config.save_every > 0 or self.patience is not None:
+            self._keep(step)
+
+    def _keep(self, step: int) -> None:
+        """Save, and then remove what is neither the best nor among the last."""
+        self._save(self.run.checkpoint(step))
+        steps = sorted(
+            int(folder.name.removeprefix("step-")) for folder in self.run.checkpoint(0).parent.glob("step-*")
+        )
+        kept = {self.best_step, *[at for at in steps if at <= step][-self.config.keep_last :]}
+        for at in steps:
+            if at not in kept:  # those beyond `step` are of a run that was killed and is now here again
+                shutil.rmtree(self.run.checkpoint(at))
+
+    def outcome(self, last: int, row: dict[str, float]) -> tuple[int, dict[str, float]]:
+        """The step whose checkpoint is the run's, and its metrics: with patience the best, otherwise the last."""
+        return (last, row) if self.patience is None else (self.best_step, self.best)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "best_step": self.best_step, "worse": self.worse}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best, self.best_step, self.worse = state["best"], state["best_step"], state["worse"]
