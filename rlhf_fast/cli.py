@@ -230,6 +230,7 @@ def _bench(command: BenchCommand) -> None:
 
         page = checkout / "docs" / "performance.md"
         found = report.merge(checkout / "bench" / "results", page)
+        report.put_predictions(page)
         print(f"{len(found)} runs on GPUs put into {page}")
         return None
     harness.run_suite(command.suite, command.op, command.seconds, out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -137,7 +138,17 @@ def test_the_report_ranks_what_is_furthest_from_its_limit_by_the_best_of_ours(tm
     assert "## Predicted and measured" not in text
     case = "8192 x 2048 float32 forward (batch)"
     text = report.write({}, [{**timed("gae", "rlhf-fast, cuda", 0.178), "case": case}], path)[0].read_text()
-    assert f"| `gae` {case}, cuda | 0.089 | 0.178 | 2.00 |" in text
+    assert f"| `gae` {case}, cuda | 0.089 | bytes | 0.178 | 2.00 |" in text
+    case = "Qwen3-8B, 256 prompts of 512, 256 new"
+    expected = next(
+        r for r in json.loads(report.PREDICTED.read_text())["rollouts"] if (r["card"], r["case"]) == ("H100", case)
+    )
+    rollout = {
+        "op": f"rollout: {case}", "case": "256 prompts of 512, 256 new", "provider": "rlhf-fast", "tokens": 65536,
+        "seconds": 2 * expected["seconds"], "limit_seconds": 5.0, "speedup": 1.0, "device": "NVIDIA H100 80GB HBM3",
+    }  # fmt: skip
+    text = report.write({}, [rollout], path)[0].read_text()
+    assert f"| rollout: {case} | " in text and f"| {expected['binds']} | " in text and " | 2.00 |" in text
 
 
 def test_tables_of_all_runs_go_into_the_page(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 
 import pytest
 
@@ -66,16 +65,6 @@ def test_no_kernel_spills_or_loads_narrow_on_any_target_and_the_table_is_up_to_d
     assert not wrong
     if versions == static.versions():  # another compiler makes another table
         assert kernels == sorted(listed.values(), key=lambda one: one.key), "run: python -m bench.static"
-
-
-def test_predictions_are_those_of_the_table() -> None:
-    """bench/results/predicted.json is what `python -m bench.predict` makes of bench/results/static.json."""
-    from bench import predict
-
-    kept = json.loads(predict.OUT.read_text())["predictions"]
-    assert kept == json.loads(json.dumps(list(predict.predictions())))
-    assert {one["card"] for one in kept} == set(predict.CARDS)
-    assert {each["binds"] for one in kept for each in one["kernels"]} == {"bytes", "instructions", "latency"}
 
 
 @triton_only

@@ -1,4 +1,4 @@
-"""A run of bench.gpu to look at: tables, what is furthest from its limit, and a plot."""
+"""A run of bench.gpu to look at: tables, what is furthest from its limit, what had been predicted, and a plot."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ OURS = "rlhf-fast"
 MARKS = "<!-- runs on GPUs -->", "<!-- end of runs -->"
 NONE = "None yet: no GPU was at hand."
 PREDICTED = Path(__file__).resolve().parents[1] / "results" / "predicted.json"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
+PREDICTION_MARKS = "<!-- predictions -->", "<!-- end of predictions -->"
 
 
 def write(steps: dict[str, Record], records: list[Record], path: Path) -> list[Path]:
@@ -42,27 +44,68 @@ def _tables(steps: dict[str, Record], records: list[Record], path: Path) -> list
         *_ops(timed),
         *_furthest(timed),
     ]
-    return [*lines, *_predicted(timed), *_rollouts(records), *_ppo(records), *_tuning(records)]
+    return [*lines, *_predicted(records), *_rollouts(records), *_ppo(records), *_tuning(records)]
 
 
 def merge(folder: Path, page: Path) -> list[Path]:
     """Put the tables of every run in `folder` between the marks of a page; returns the runs."""
-    text = page.read_text(encoding="utf-8")
-    (begin, end), found = MARKS, []
-    if begin not in text or end not in text:
-        raise ValueError(f"{page}: expected {begin} and {end} around where the tables go")
-    tables = []
+    found = []
+    tables: list[str] = []
     for file in sorted(folder.glob("*.json")):
         run = json.loads(file.read_text(encoding="utf-8"))
         if "steps" in run and not file.name.startswith("rehearsal"):
             found.append(file)
             lines = _tables(run["steps"], run["records"], file)
             tables += [f"#{line}" if line.startswith("#") else line for line in lines]
+    _put(page, MARKS, "\n".join(tables).strip() or NONE)
+    return found
+
+
+def _put(page: Path, marks: tuple[str, str], tables: str) -> None:
+    """Write tables between the marks of a page, in place of what is there."""
+    text, (begin, end) = page.read_text(encoding="utf-8"), marks
+    if begin not in text or end not in text:
+        raise ValueError(f"{page}: expected {begin} and {end} around where the tables go")
     before, after = text[: text.index(begin) + len(begin)], text[text.index(end) :]
     aside = page.with_name(page.name + ".new")
-    aside.write_text("\n\n".join([before, "\n".join(tables).strip() or NONE, after]), encoding="utf-8")
+    aside.write_text("\n\n".join([before, tables, after]), encoding="utf-8")
     aside.replace(page)
-    return found
+
+
+def put_predictions(page: Path, card: str = "H100") -> None:
+    """Put what bench/predict expects of one card between the marks of a page, the faster backend of each case."""
+    whole = json.loads(PREDICTED.read_text(encoding="utf-8"))
+    best: dict[tuple[str, str], Record] = {}
+    for one in whole["predictions"]:
+        key = one["op"], one["case"]
+        if one["card"] == card and (key not in best or one["milliseconds"] < best[key]["milliseconds"]):
+            best[key] = one
+    lines = [
+        f"| op and case, {card} | predicted, ms | on the device, ms | what binds | goal |", "|---|---|---|---|---|",
+        *(
+            f"| `{one['op']}` {_cell(one['case'])}, {one['backend']} | {one['milliseconds']:.3g} | "
+            f"{one['device_ms']:.3g} | {one['binds']} | {goal_text(one['goal'])} |"
+            for one in best.values()
+        ),
+        "", f"| rollout, {card} | predicted, tokens/s | of the roofline | what binds | goal |", "|---|---|---|---|---|",
+        *(
+            f"| {one['case']} | {one['tokens_per_second']:,.0f} | {one['share']:.0%} | {one['binds']} | "
+            f"{goal_text(one['goal'])} |"
+            for one in whole["rollouts"]
+            if one["card"] == card
+        ),
+    ]  # fmt: skip
+    _put(page, PREDICTION_MARKS, "\n".join(lines))
+
+
+def goal_text(goal: Record | None) -> str:
+    """What was wanted and what is expected, in words."""
+    if goal is None:
+        return ""
+    share = goal["unit"].startswith("of the")
+    wanted, found = (f"{goal[key]:.0%}" if share else f"{goal[key]:.3g}" for key in ("wanted", "predicted"))
+    reached = "reached" if goal["reached"] else "missed"
+    return f"{'at least' if share else 'at most'} {wanted} {goal['unit']}: {reached}, {found}"
 
 
 def _about(records: list[Record]) -> list[str]:
@@ -148,24 +191,30 @@ def _furthest(timed: list[Record]) -> list[str]:
     return ["## Furthest from the limit", "", *rows, ""]
 
 
-def _predicted(timed: list[Record]) -> list[str]:
-    """What bench/predict.py had expected of this card."""
+def _predicted(records: list[Record]) -> list[str]:
+    """What bench/predict had expected of this card, milliseconds of ops and of rollouts."""
     if not PREDICTED.exists():
         return []
-    expected: dict[tuple[str, str, str, str], float] = {
-        (one["card"], one["op"], one["case"], one["backend"]): one["milliseconds"]
-        for one in json.loads(PREDICTED.read_text(encoding="utf-8"))["predictions"]
+    whole = json.loads(PREDICTED.read_text(encoding="utf-8"))
+    expected: dict[tuple[str, ...], tuple[float, str]] = {
+        (one["card"], one["op"], one["case"], one["backend"]): (one["milliseconds"], one["binds"])
+        for one in whole["predictions"]
     }
+    for one in whole["rollouts"]:
+        expected[one["card"], f"rollout: {one['case']}", "", ""] = 1e3 * one["seconds"], one["binds"]
     rows = []
-    for r in timed:
-        for (card, *what), wanted in expected.items():
-            if card in r["device"] and what == [r["op"], r["case"], _short(r)]:
-                rows.append(
-                    f"| `{r['op']}` {_cell(r['case'])}, {_short(r)} | {wanted:.3g} | {r['milliseconds']:.3g} | "
-                    f"{r['milliseconds'] / wanted:.2f} |"
-                )
-    head = "| op and case | predicted, ms | measured, ms | times as long |"
-    return ["## Predicted and measured", "", head, "|---|---|---|---|", *rows, ""] if rows else []
+    for r in records:
+        if "device" not in r or "provider" not in r:
+            continue
+        is_rollout = r["op"].startswith("rollout: ")
+        key = (r["op"], "", _short(r)) if is_rollout else (r["op"], r["case"], _short(r))
+        measured = 1e3 * r["seconds"] if is_rollout else r.get("milliseconds")
+        for (card, *what), (wanted, binds) in expected.items():
+            if card in r["device"] and tuple(what) == key and measured is not None:
+                about = f"`{r['op']}` {_cell(r['case'])}, {_short(r)}" if not is_rollout else _cell(r["op"])
+                rows.append(f"| {about} | {wanted:.3g} | {binds} | {measured:.3g} | {measured / wanted:.2f} |")
+    head = "| op and case | predicted, ms | by its | measured, ms | times as long |"
+    return ["## Predicted and measured", "", head, "|---|---|---|---|---|", *rows, ""] if rows else []
 
 
 def _rollouts(records: list[Record]) -> list[str]:

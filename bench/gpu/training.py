@@ -40,16 +40,17 @@ TINY = Qwen2Config(
 )  # fmt: skip
 
 
+SHAPES = {"Qwen3-0.6B": QWEN3, "Qwen2.5-1.5B": QWEN2_1_5B, "Qwen3-8B": QWEN3_8B}
+
+
 def rollouts(context: Context) -> None:
-    shapes = {"Qwen3-0.6B": QWEN3, "Qwen2.5-1.5B": QWEN2_1_5B, "Qwen3-8B": QWEN3_8B}
-    if context.rehearse:
-        shapes = {"tiny": TINY}
+    shapes = {"tiny": TINY} if context.rehearse else SHAPES
     dtype = torch.float32 if context.rehearse else torch.bfloat16
     about, rates = harness.environment(context.device), harness.rates(context.device)
     rates = dataclasses.replace(rates, product=product_rate(context.device, dtype))
     for name, config in shapes.items():
         model, _ = models.load(config, dtype=dtype, device=context.device)
-        for case in _cases(config.vocab_size, context):
+        for case in cases(config.vocab_size, context):
             runs = {"rlhf-fast": rollout.ours(case, model)}
             if case.n == 1 and name in ("tiny", "Qwen3-0.6B") and len(set(case.new_tokens)) == 1:
                 runs["generate_batch"] = rollout.generate_batch(case, model)
@@ -61,7 +62,7 @@ def rollouts(context: Context) -> None:
             torch.cuda.empty_cache()
 
 
-def _cases(vocabulary: int, context: Context) -> list[rollout.Case]:
+def cases(vocabulary: int, context: Context) -> list[rollout.Case]:
     generator = torch.Generator().manual_seed(0)
     count, least, most = (4, 4, 12) if context.rehearse else (256, 100, 1024)
 

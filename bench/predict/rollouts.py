@@ -1,0 +1,156 @@
+"""What `bench.gpu`'s rollouts should take: step by step, what a step reads and multiplies, and what it launches.
+
+A step of new tokens reads all weights, and the keys and values of every sequence. Beside that stand its launches: the
+layers are transformers' own, kernel by kernel and without CUDA graphs, 50 to 70 launches each. Small models are bound
+by those and not by memory; that is why a step takes the longer of what the device does and what Python launches.
+
+The roofline is that of `bench.rollout.run.limit` at the data sheet's rates: memory alone, all sequences at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from bench import harness
+from bench.gpu import training
+from bench.gpu.steps import Context
+from bench.predict.cards import BYTES, CARDS, LAUNCH, PRODUCTS, START, TRIP, Card
+from bench.rollout import run
+
+# The launches of a layer of transformers 5.24, which tests/test_predict.py counts, and those of its attention:
+# write_kv, then positions and parts (12 of PyTorch's), keys in parts, parts together.
+LAYER = {"qwen2": 37, "qwen3": 53}
+ATTENTION_TORCH, ATTENTION_TRITON = 12, 3
+WIDTHS = 100  # that the small kernels of a layer read and write for a token, in widths of bfloat16; two norms are 32
+REST = 40  # launches around the layers: embedding, rotation, norm, states, logits, sampling
+STEP = 4e-3  # seconds that the scheduler and its batch take for 256 sequences: a guess, for on a CPU all that is no
+# kernel takes 6 to 12 ms a step (`profile_ms` of rollout-cpu.jsonl), the Python of 30 layers included
+MOST_TOKENS, MOST_SEQUENCES = 2048, 256  # of a step: Generator's defaults
+GOAL = 0.55  # of the roofline, where no prompt has several samples
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a step needs to know of one."""
+
+    layers: int
+    width: int
+    kind: str
+    trunk: int  # weights of all layers
+    head: int
+    key: int  # bytes of a position's keys and values in all layers
+
+    @property
+    def launches(self) -> tuple[int, int]:
+        """Of a step: PyTorch's, and Triton's."""
+        own = 1 + self.layers * ATTENTION_TRITON
+        return REST + self.layers * (LAYER[self.kind] + ATTENTION_TORCH), own
+
+    @property
+    def call(self) -> float:
+        """Seconds that Python takes for a step."""
+        torchs, tritons = self.launches
+        return STEP + torchs * LAUNCH["torch"] + tritons * LAUNCH["triton"]
+
+
+def predictions() -> Iterator[dict[str, Any]]:
+    """Of each card, model and case."""
+    context = Context(rehearse=False, short=False)
+    for name, config in training.SHAPES.items():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        about = model_of(config, sum(p.numel() for p in model.parameters()))
+        for case in training.cases(config.vocab_size, context):
+            steps = list(steps_of(case))
+            for card_name, card in CARDS.items():
+                rates = harness.Rates(card.bandwidth, card.bandwidth, card.products)
+                limit = run.limit(case, model, rates)
+                yield {
+                    "card": card_name, "case": f"{name}, {case.name}", **predicted(case, steps, about, card, limit),
+                }  # fmt: skip
+
+
+def model_of(config: PretrainedConfig, weights: int) -> Model:
+    head = config.vocab_size * config.hidden_size
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Model(
+        config.num_hidden_layers, config.hidden_size, config.model_type,
+        weights - (head if config.tie_word_embeddings else 2 * head), head,
+        2 * 2 * config.num_hidden_layers * config.num_key_value_heads * dim,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Step:
+    """Tokens computed, tokens sampled, and positions whose keys and values are read."""
+
+    tokens: int
+    sampled: int
+    read: int
+
+
+def steps_of(case: run.Case) -> Iterator[Step]:
+    """As the scheduler goes about it: running sequences have a token each, the rest of a step goes to prompts. The
+    samples of a prompt begin together and read it once."""
+    waiting = [(len(p), count) for p, count in zip(case.prompts, case.new_tokens, strict=True)]
+    running: list[list[int]] = []  # prompt, new tokens so far, new tokens in all
+    begun, left = 0, waiting[0][0]  # the prompt at hand, and how much of it is to be computed
+    while running or begun < len(waiting):
+        sampled = len(running) * case.n
+        room, tokens = MOST_TOKENS - sampled, sampled
+        read = sum(prompt + case.n * new for prompt, new, _ in running)
+        for one in running:
+            one[1] += 1
+        while room > 0 and begun < len(waiting) and (len(running) + 1) * case.n <= MOST_SEQUENCES:
+            taken = min(room, left)
+            room, tokens, left = room - taken, tokens + taken, left - taken
+            if left == 0:
+                prompt, count = waiting[begun]
+                running.append([prompt, 1, count])
+                sampled += case.n
+                begun += 1
+                left = waiting[begun][0] if begun < len(waiting) else 0
+        yield Step(tokens, sampled, read)
+        running = [one for one in running if one[1] < one[2]]
+
+
+def predicted(case: run.Case, steps: list[Step], model: Model, card: Card, limit: float) -> dict[str, Any]:
+    seconds: dict[str, float] = {}
+    for step in steps:
+        binds, its = step_seconds(step, model, card)
+        seconds[binds] = seconds.get(binds, 0.0) + its
+    took = sum(seconds.values())
+    share = limit / took
+    goal = {"wanted": GOAL, "unit": "of the roofline", "predicted": round(share, 4), "reached": share >= GOAL}
+    return {
+        "tokens_per_second": round(case.tokens() / took, 1), "seconds": round(took, 4), "steps": len(steps),
+        "binds": max(seconds, key=lambda name: seconds[name]), "limit_seconds": round(limit, 4),
+        "share": round(share, 4), "call_ms_a_step": round(1e3 * model.call, 4), "launches_a_step": sum(model.launches),
+        "goal": goal if case.n == 1 else None,
+    }  # fmt: skip
+
+
+def step_seconds(step: Step, model: Model, card: Card) -> tuple[str, float]:
+    """What binds a step, and its time.
+
+    The device goes from launch to launch: products that read the weights, attention that reads the keys, and small
+    kernels in between; Python goes ahead of it or not.
+    """
+    weights = 2 * (model.trunk + model.head)
+    multiply = 2.0 * (model.trunk * step.tokens + model.head * step.sampled) / (PRODUCTS * card.products)
+    memory = weights / (BYTES * card.bandwidth)
+    read = model.key * step.read / (BYTES * card.bandwidth)
+    widths = 2.0 * WIDTHS * model.layers * model.width * step.tokens / (BYTES * card.bandwidth)
+    starts = sum(model.launches) * (START + TRIP)
+    seconds = {"bytes": read, "products": 0.0, "latency": 0.0}
+    seconds["products" if multiply > memory else "bytes"] += max(multiply, memory)
+    seconds["bytes" if widths > starts else "latency"] += max(widths, starts)
+    device = sum(seconds.values())
+    if model.call > device:
+        return "call", model.call
+    return max(seconds, key=lambda name: seconds[name]), device
