@@ -139,6 +139,8 @@ class PPOConfig:
     whiten_rewards: bool = False  # scale a step's rewards to deviation 1
     missing_eos_penalty: float = 1.0  # taken from the score of a response cut off by max_new_tokens
     min_reward_agreement: float = 0.6  # held-out agreement below which PPO refuses to start
+    reward_timeout: float | None = 300.0  # seconds for a call of a reward function or URL; none: no limit
+    reward_retries: int = 2  # calls more, after growing pauses, when one fails
     max_length: int = 1024  # tokens of prompt and response
     seed: int = 0
     lora: LoRAConfig = field(default_factory=LoRAConfig)
@@ -146,8 +148,8 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         _check(self, count="steps prompts_per_step samples_per_prompt max_new_tokens epochs minibatches max_length")
-        _check(self, positive="temperature kl_target kl_horizon", share="gamma lam min_reward_agreement")
-        _check(self, not_negative="kl_coef value_coef missing_eos_penalty seed")
+        _check(self, positive="temperature kl_target kl_horizon reward_timeout", share="gamma lam min_reward_agreement")
+        _check(self, not_negative="kl_coef value_coef missing_eos_penalty reward_retries seed")
         _check(self, limit="clip_low clip_high value_clip")
         if self.advantage != "gae" and self.samples_per_prompt < 2:
             raise ValueError(

@@ -347,6 +347,8 @@ BAD = {
         "value_coef": [-0.1],
         "missing_eos_penalty": [-1.0],
         "min_reward_agreement": [-0.1, 1.1],
+        "reward_timeout": [0.0, -1.0, math.inf],
+        "reward_retries": [-1],
         "max_length": [0],
         "seed": [-1],
     },

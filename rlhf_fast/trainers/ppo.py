@@ -31,7 +31,7 @@ from rlhf_fast.trainers.advantages import Scored, against_critic, against_each_o
 from rlhf_fast.trainers.kl_controller import KLController
 from rlhf_fast.trainers.loop import Stats, add_stats, concatenated, per_example
 from rlhf_fast.trainers.optimizer import Optimizer
-from rlhf_fast.trainers.rewards import Reward, checked_scores, resolve_reward
+from rlhf_fast.trainers.rewards import Reward, resolve_reward
 from rlhf_fast.trainers.state import TrainState, digest, fingerprint
 
 # How far the first update may be from exact in float32, where micro-batches differ only in the order of sums.
@@ -56,7 +56,8 @@ class PPOTrainer:
 
     Args:
         policy: the checkpoint to start from, which is also the reference.
-        reward: a reward model's checkpoint, a function `(prompts, responses) -> scores`, or a weighted list of those.
+        reward: a reward model's checkpoint, a function `(prompts, responses) -> scores`, a rule, a URL, or a weighted
+            list of those; see docs/rewards.md.
         prompts: see data/records.py.
         out: the run's folder.
     """
@@ -77,7 +78,10 @@ class PPOTrainer:
             )
         loaded, self.tokenizer = models.load(policy)
         self._check_lengths()
-        self.reward = resolve_reward(reward, config.min_reward_agreement, config.max_length)
+        self.reward = resolve_reward(
+            reward, config.min_reward_agreement, config.max_length, config.reward_timeout, config.reward_retries
+        )
+        self.reward.require_columns(self.prompts)
         self.model = models.trainable(loaded, config.lora, config.seed)
         self.reference = models.frozen_copy(self.model)
         self.head = models.output_head(self.model)
@@ -137,8 +141,9 @@ class PPOTrainer:
         examples = rollouts.examples()
         sampled = time.monotonic()
 
-        asked = [records[i].prompt for i in rollouts.prompt_index.tolist()]
-        scores = checked_scores(self.reward, asked, rollouts.texts)
+        asked = [records[i] for i in rollouts.prompt_index.tolist()]
+        rewarded = self.reward(asked, rollouts.texts)
+        scores = rewarded.scores
         finished = [reason == "stop" for reason in rollouts.finish_reasons]
         paid = [s if done else s - config.missing_eos_penalty for s, done in zip(scores, finished, strict=True)]
         max_tokens = config.optim.max_tokens_per_microbatch
@@ -156,7 +161,8 @@ class PPOTrainer:
             found = against_each_other(scored, coef, config)
 
         sequence_kl = ops.sequence_sum(kl, cu_seqlens=cu_seqlens)  # (B,)
-        self._keep_samples(run, step, asked, rollouts.texts, scores, sequence_kl.tolist())
+        prompts = [record.prompt for record in asked]
+        self._keep_samples(run, step, prompts, rollouts.texts, scores, sequence_kl.tolist())
         if step == 1:
             _check_start(kl)
         return Experience(
@@ -168,6 +174,7 @@ class PPOTrainer:
             returns=[] if found.returns is None else list(found.returns.split(lengths)),
             metrics={
                 "score": float(np.mean(scores)),
+                **{f"score/{name}": mean for name, mean in rewarded.means.items()},
                 "reward": float(np.mean(paid)) - self.kl_controller.coef * float(sequence_kl.mean()),
                 "kl": float(sequence_kl.mean()),
                 "entropy": float(torch.cat(entropies).mean()),

@@ -24,6 +24,7 @@ from rlhf_fast.run_folder import RunFolder
 from rlhf_fast.trainers import ppo as ppo_module
 from rlhf_fast.trainers.kl_controller import KLController
 from rlhf_fast.trainers.ppo import PPOTrainer, minibatches
+from rlhf_fast.trainers.rewards import resolve_reward
 
 PROMPTS = [{"prompt": f"question {i}"} for i in range(12)]
 
@@ -370,7 +371,7 @@ def test_without_a_critic_a_response_is_held_against_the_others_of_its_prompt(
             if parameter.requires_grad:
                 parameter += 0.02
     seen: dict[str, Any] = {}
-    trainer.reward = lambda prompts, texts: seen.setdefault("scores", [float(i % 5) for i in range(len(texts))])
+    trainer.reward = resolve_reward(lambda p, r: seen.setdefault("scores", [i % 5 for i in range(len(r))]), 0.0, 99)
     experience = collect(trainer, tmp_path, step=2)
     (reference,) = ppo_module.per_example(experience.examples, trainer._reference_logprobs, 4096, "cpu")
     kl = [float((old - ref).sum()) for old, ref in zip(experience.old_logprobs, reference, strict=True)]
