@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import json
 import math
@@ -407,5 +408,6 @@ def test_a_run_whose_reward_fails_says_so_and_goes_on_from_what_was_kept(
     with pytest.raises(RewardError, match="reward judge: failed 3 times, at last with ConnectionError: gone"):
         PPOTrainer(tiny_folder, judge, rows, tmp_path, config).train()
     broken.clear()
-    PPOTrainer(tiny_folder, judge, rows, tmp_path, config).train()
+    more = dataclasses.replace(config, reward_timeout=None, reward_retries=9)  # as the message proposes
+    PPOTrainer(tiny_folder, judge, rows, tmp_path, more).train()
     assert len(calls) == 1 + 3 + 1  # the first step was not done again
