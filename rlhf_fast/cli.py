@@ -47,11 +47,11 @@ class DPOCommand:
 
 @dataclass(frozen=True)
 class PPOCommand:
-    """Improve a policy by a reward model, kept near its start by a KL penalty."""
+    """Improve a policy by rewards, kept near its start by a KL penalty."""
 
     policy: str  # the policy to start from, and the reference
-    reward: str  # a reward model's run or checkpoint
-    prompts: str  # {"prompt"} a line
+    reward: str  # a reward model's run or checkpoint, a URL, rule:NAME, or a list "1*runs/reward, 0.5*rule:math"
+    prompts: str  # {"prompt"} a line, with further columns for rules and URLs
     out: str  # folder of the run
     ppo: PPOConfig = field(default_factory=PPOConfig)
 

@@ -177,6 +177,8 @@ class PPOConfig:
     missing_eos: Literal["subtract", "replace"] = "subtract"  # what the penalty does: score - penalty, or -penalty
     missing_eos_penalty: float = 1.0  # for a response cut off by max_new_tokens
     min_reward_agreement: float = 0.6  # held-out agreement below which PPO refuses to start
+    reward_timeout: float | None = 300.0  # seconds for a call of a reward function or URL; none: no limit
+    reward_retries: int = 2  # calls more, after growing pauses, when one fails
     max_length: int = 1024  # tokens of prompt and response
     dtype: Literal["float32", "bfloat16"] = "float32"  # of all models; what is trained is kept in float32
     seed: int = 0
@@ -186,9 +188,9 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         _check(self, count="steps prompts_per_step samples_per_prompt max_new_tokens epochs minibatches max_length")
-        _check(self, positive="temperature kl_target kl_horizon max_kl max_update_kl", share="gamma lam")
-        _check(self, not_negative="kl_coef value_coef missing_eos_penalty critic_warmup seed")
-        _check(self, limit="clip_low clip_high value_clip reward_clip", share="min_reward_agreement")
+        _check(self, positive="temperature kl_target kl_horizon max_kl max_update_kl reward_timeout")
+        _check(self, not_negative="kl_coef value_coef missing_eos_penalty critic_warmup reward_retries seed")
+        _check(self, limit="clip_low clip_high value_clip reward_clip", share="gamma lam min_reward_agreement")
         if self.critic_warmup and self.advantage != "gae":
             raise ValueError(
                 f"critic_warmup: {self.critic_warmup}; expected 0, as advantage {self.advantage!r} has no critic"

@@ -22,6 +22,7 @@ from rlhf_fast.files import append_line, restore_folder, write_atomic
 from rlhf_fast.trackers import Tracker, open_trackers
 
 GROWING = ("metrics.jsonl", "samples.jsonl", "skipped.jsonl")
+PATIENCE = ("ppo.reward_timeout", "ppo.reward_retries")  # decide nothing but whether a run goes on
 
 
 class RunFolder:
@@ -39,7 +40,7 @@ class RunFolder:
         self.resumes = (self.state / "state.json").exists()
         if self.resumes:
             before = (self.path / "config.yaml").read_text(encoding="utf-8")
-            if changed := settings.changes(before, config_yaml):
+            if changed := settings.changes(before, config_yaml, but=PATIENCE):
                 raise ValueError(
                     f"{self.path} holds a run that was interrupted with other settings ({changed}); go on with the "
                     "same ones, or choose another --out"

@@ -15,7 +15,7 @@ import re
 import reprlib
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -46,11 +46,13 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
-def changes(before: str, now: str) -> str:
-    """What differs between two configurations in YAML, as "ppo.steps: 2 -> 3, ..."; empty if nothing does."""
+def changes(before: str, now: str, but: Collection[str] = ()) -> str:
+    """What differs between two configurations in YAML, as "ppo.steps: 2 -> 3, ..."; empty if only `but` does."""
     old, new = (flatten(yaml.safe_load(text) or {}) for text in (before, now))
     return ", ".join(
-        f"{key}: {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)
+        f"{key}: {old.get(key)} -> {new.get(key)}"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key) and key not in but
     )
 
 

@@ -28,10 +28,10 @@ KEYS = {
         ppo.samples_per_prompt ppo.max_new_tokens ppo.temperature ppo.epochs ppo.minibatches ppo.kl_coef
         ppo.kl_target ppo.kl_horizon ppo.advantage ppo.gamma ppo.lam ppo.clip_low ppo.clip_high ppo.value_clip
         ppo.value_coef
-        ppo.whiten_rewards ppo.missing_eos_penalty ppo.min_reward_agreement ppo.max_length ppo.seed ppo.lora.r
-        ppo.lora.alpha ppo.optim.lr ppo.optim.schedule ppo.optim.warmup ppo.optim.weight_decay ppo.optim.adam_eps
-        ppo.optim.max_grad_norm ppo.optim.max_tokens_per_microbatch evaluation.samples_per_prompt
-        evaluation.max_new_tokens evaluation.temperature evaluation.seed
+        ppo.whiten_rewards ppo.missing_eos_penalty ppo.min_reward_agreement ppo.reward_timeout ppo.reward_retries
+        ppo.max_length ppo.seed ppo.lora.r ppo.lora.alpha ppo.optim.lr ppo.optim.schedule ppo.optim.warmup
+        ppo.optim.weight_decay ppo.optim.adam_eps ppo.optim.max_grad_norm ppo.optim.max_tokens_per_microbatch
+        evaluation.samples_per_prompt evaluation.max_new_tokens evaluation.temperature evaluation.seed
     """,
     "sft": """
         data out model sft.epochs sft.batch_size sft.heldout sft.max_length sft.seed sft.lora.r sft.lora.alpha
@@ -55,9 +55,9 @@ KEYS = {
         ppo.temperature ppo.epochs ppo.minibatches ppo.kl_coef ppo.kl_target ppo.kl_horizon
         ppo.advantage ppo.gamma ppo.lam
         ppo.clip_low ppo.clip_high ppo.value_clip ppo.value_coef ppo.whiten_rewards ppo.missing_eos_penalty
-        ppo.min_reward_agreement ppo.max_length ppo.seed ppo.lora.r ppo.lora.alpha ppo.optim.lr ppo.optim.schedule
-        ppo.optim.warmup ppo.optim.weight_decay ppo.optim.adam_eps ppo.optim.max_grad_norm
-        ppo.optim.max_tokens_per_microbatch
+        ppo.min_reward_agreement ppo.reward_timeout ppo.reward_retries ppo.max_length ppo.seed ppo.lora.r
+        ppo.lora.alpha ppo.optim.lr ppo.optim.schedule ppo.optim.warmup ppo.optim.weight_decay ppo.optim.adam_eps
+        ppo.optim.max_grad_norm ppo.optim.max_tokens_per_microbatch
     """,
     "generate": """
         prompts prompt out model n temperature top_k top_p min_p repetition_penalty presence_penalty frequency_penalty

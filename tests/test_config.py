@@ -384,6 +384,8 @@ BAD = {
         "reward_clip": [-1.0],
         "missing_eos_penalty": [-1.0],
         "min_reward_agreement": [-0.1, 1.1],
+        "reward_timeout": [0.0, -1.0, math.inf],
+        "reward_retries": [-1],
         "max_length": [0],
         "seed": [-1],
     },

@@ -48,6 +48,25 @@ def test_the_verbs_make_a_policy_together(
     assert figures["prompts"] == 4 and "simulated" in figures["judge"]
 
 
+def test_ppo_is_rewarded_by_rules_that_are_named_on_the_command_line_or_in_yaml(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = rows(tmp_path / "prompts.jsonl", [{"prompt": f"q{i}", "answer": str(i)} for i in range(4)])
+    words = ["ppo", "--policy", str(tiny_folder), "--prompts", prompts]
+    words += "--ppo.steps 1 --ppo.prompts_per_step 2 --ppo.samples_per_prompt 2 --ppo.max_new_tokens 6".split()
+    text = "1*rule:math, -0.5*rule:length:3"
+    (tmp_path / "ppo.yaml").write_text(f"reward: {text}\n")
+    assert main([*words, "--reward", text, "--out", str(tmp_path / "a")]) == 0
+    assert main([*words, "--config", str(tmp_path / "ppo.yaml"), "--out", str(tmp_path / "b")]) == 0
+    (a,), (b,) = (map(json.loads, (tmp_path / out / "metrics.jsonl").read_text().splitlines()) for out in "ab")
+    assert a["score"] == b["score"] == pytest.approx(a["score/math"] - 0.5 * a["score/length"], abs=1e-9)
+    assert text in (tmp_path / "a" / "config.yaml").read_text()
+    capsys.readouterr()
+    assert main([*words, "--reward", "rule:maths", "--out", str(tmp_path / "c")]) == 1
+    assert "there is no rule 'maths'; the nearest one is 'math'" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
+
+
 def test_ppo_refuses_a_reward_model_that_agrees_too_little(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

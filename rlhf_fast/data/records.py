@@ -2,8 +2,8 @@
 
 Demonstrations are `{"prompt", "completion"}` or `{"messages": [...]}`; comparisons `{"prompt", "chosen", "rejected"}`,
 where each is a string or a message list, or without a prompt two whole conversations (message lists or transcripts of
-the HH-RLHF form); prompts `{"prompt"}`. A path (`.jsonl`, `.jsonl.gz`), a `datasets.Dataset` or a list of dicts all
-work.
+the HH-RLHF form); prompts `{"prompt"}`, whose further columns are kept for reward functions. A path (`.jsonl`,
+`.jsonl.gz`), a `datasets.Dataset` or a list of dicts all work.
 """
 
 from __future__ import annotations
@@ -29,11 +29,19 @@ class RecordError(ValueError):
     """A row that cannot be used; the message names the file, the line and what is wrong."""
 
 
+class Columns(dict[str, Any]):
+    """Further columns of a row. Its repr, by which a run knows its data again, is the same in every process."""
+
+    def __repr__(self) -> str:
+        return re.sub(r" at 0x[0-9a-fA-F]+", "", super().__repr__())
+
+
 @dataclass(frozen=True)
 class PromptRecord:
     prompt: Prompt
     category: str = ""
     name: str = ""  # where it came from, for messages: "prompts.jsonl line 3"
+    columns: Columns = field(default_factory=Columns, hash=False)  # all of the row but its prompt, by name
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,7 @@ def read_prompts(source: Source | Sequence[PromptRecord], split: str | None = No
     if split is not None:
         rows = [(name, row) for name, row in rows if row.get("split") == split]
         _not_empty(source, rows, f" whose split is {split!r}")
-    return [PromptRecord(_prompt(row, name), _label(row, "category", name), name) for name, row in rows]
+    return [PromptRecord(_prompt(row, name), _label(row, "category", name), name, _columns(row)) for name, row in rows]
 
 
 def read_demonstrations(source: Source) -> list[Demonstration]:
@@ -210,6 +218,11 @@ def _messages(value: Any, key: str, name: str) -> list[Message]:
         _text(message.get("content"), f"the content of a message of {key}", name)
         _unicode(message["role"], f"the role of a message of {key}", name)
     return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def _columns(row: dict[str, Any]) -> Columns:
+    """All but the prompt, sorted: the order in which a row names its columns says nothing."""
+    return Columns({key: row[key] for key in sorted(key for key in row if isinstance(key, str)) if key != "prompt"})
 
 
 def _response(value: Any, key: str, name: str) -> str:

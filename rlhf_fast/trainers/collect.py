@@ -25,7 +25,7 @@ from rlhf_fast.trainers.advantages import AdvantageFunction, Scored
 from rlhf_fast.trainers.budget import TokenBudget
 from rlhf_fast.trainers.critic import Critic
 from rlhf_fast.trainers.loop import per_example
-from rlhf_fast.trainers.rewards import RewardFunction, checked_scores
+from rlhf_fast.trainers.rewards import Rewards, Scores
 
 SHOWN = 4  # samples that are kept of a step
 
@@ -61,7 +61,7 @@ class Collector:
         reference: Model,
         critic: Critic | None,
         tokenizer: Any,
-        reward: RewardFunction,
+        reward: Rewards,
         prompts: Sequence[PromptRecord],
         advantage: AdvantageFunction,
         config: PPOConfig,
@@ -95,7 +95,7 @@ class Collector:
         examples = rollouts.examples()
         sampled = time.monotonic()
 
-        scores, paid = self._paid(records, rollouts)
+        rewarded, paid = self._paid(records, rollouts)
         baselines = self._baselines(records, params) if config.advantage == "remax" else None
         old_logprobs, entropies, old_values = self._policy_outputs(rollouts, examples)
         (ref_logprobs,) = self._each(examples, self._reference_logprobs)
@@ -114,9 +114,10 @@ class Collector:
         found = self.advantage(scored, kl_coef, config)
 
         sequence_kl = ops.sequence_sum(kl, cu_seqlens=cu_seqlens)  # (B,)
-        self._keep_samples(run, step, records, rollouts, scores, sequence_kl.tolist())
+        self._keep_samples(run, step, records, rollouts, rewarded.scores, sequence_kl.tolist())
         metrics = {
-            "score": float(np.mean(scores)),
+            "score": float(np.mean(rewarded.scores)),
+            **{f"score/{name}": mean for name, mean in rewarded.means.items()},
             "reward": float(np.mean(paid)) - kl_coef * float(sequence_kl.mean()),
             "kl": float(sequence_kl.mean()),
             "entropy": float(torch.cat(entropies).mean()),
@@ -138,17 +139,16 @@ class Collector:
             metrics=metrics,
         )
 
-    def _paid(self, records: Sequence[PromptRecord], rollouts: Rollouts) -> tuple[list[float], list[float]]:
+    def _paid(self, records: Sequence[PromptRecord], rollouts: Rollouts) -> tuple[Scores, list[float]]:
         """The scores of all responses, and what is paid for them."""
         config = self.config
-        asked = [records[i].prompt for i in rollouts.prompt_index.tolist()]
-        scores = checked_scores(self.reward, asked, rollouts.texts)
-        paid = [min(max(score, -config.reward_clip), config.reward_clip) for score in scores]
+        rewarded = self.reward([records[i] for i in rollouts.prompt_index.tolist()], rollouts.texts)
+        paid = [min(max(score, -config.reward_clip), config.reward_clip) for score in rewarded.scores]
         for i, reason in enumerate(rollouts.finish_reasons):
             if reason != "stop":
                 kept = paid[i] if config.missing_eos == "subtract" else 0.0
                 paid[i] = kept - config.missing_eos_penalty
-        return scores, paid
+        return rewarded, paid
 
     def _baselines(self, records: Sequence[PromptRecord], params: SamplingParams) -> torch.Tensor:
         """What is paid for the likeliest response to each prompt, for each of its samples: (B,)."""

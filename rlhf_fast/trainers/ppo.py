@@ -43,7 +43,8 @@ class PPOTrainer:
 
     Args:
         policy: the checkpoint to start from, which is also the reference.
-        reward: a reward model's checkpoint, a function `(prompts, responses) -> scores`, or a weighted list of those.
+        reward: a reward model's checkpoint, a function `(prompts, responses) -> scores`, a rule, a URL, or a weighted
+            list of those; see docs/rewards.md.
         prompts: see data/records.py.
         out: the run's folder.
         advantage: instead of the one that `ppo.advantage` names (advantages.py says what it is given).
@@ -69,7 +70,10 @@ class PPOTrainer:
         self.dtype = getattr(torch, config.dtype)
         loaded, self.tokenizer = models.load(policy, self.dtype)
         check_lengths(self.prompts, self.tokenizer, config)
-        self.reward = resolve_reward(reward, config.min_reward_agreement, config.max_length)
+        self.reward = resolve_reward(
+            reward, config.min_reward_agreement, config.max_length, config.reward_timeout, config.reward_retries
+        )
+        self.reward.require_columns(self.prompts)
         self.model = models.trainable(loaded, config.lora, config.seed)
         self.reference = models.frozen_copy(self.model)
         self.shared = models.longest_shared(self.model)

@@ -1,20 +1,90 @@
-"""What PPO is rewarded by: a reward model's checkpoint, a Python function, or a weighted list of those."""
+"""What PPO is rewarded by: a reward model, a Python function, a rule, a URL, or a weighted list of those."""
 
 from __future__ import annotations
 
 import math
-import typing
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rlhf_fast import models
 from rlhf_fast.data.chat import Prompt, encode
+from rlhf_fast.data.records import PromptRecord
 from rlhf_fast.models.checkpoint import read_extra, resolve
 from rlhf_fast.trainers.loop import per_example
+from rlhf_fast.trainers.reward_calls import Wants, checked, patient, wants
+from rlhf_fast.trainers.reward_url import RewardURL
+from rlhf_fast.trainers.verifiers import rule
 
-RewardFunction = Callable[[list[Prompt], list[str]], Sequence[float]]
+# (prompts, responses, columns by name) -> one score a response, None for one that it cannot score; async too
+RewardFunction = Callable[..., Any]
 Reward = str | Path | RewardFunction | Sequence[tuple[float, Any]]
+
+_WEIGHT = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?\*"  # of a part of a list that is written as text
+
+
+@dataclass(frozen=True)
+class Part:
+    weight: float
+    name: str
+    function: RewardFunction
+    wants: Wants
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of responses: `scores` one each, and by the name of each part of a weighted list the mean of what it gave."""
+
+    scores: list[float]
+    means: dict[str, float]  # unweighted; empty for a reward of one part
+
+
+class Rewards:
+    """A weighted sum of reward functions."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = _with_names_of_their_own(parts)
+
+    def require_columns(self, records: Sequence[PromptRecord]) -> None:
+        """Raise RecordError for a row that lacks a column which a part asks for."""
+        for part in self.parts:
+            part.wants.of(records, part.name)
+
+    def __call__(self, records: Sequence[PromptRecord], responses: Sequence[str]) -> Scores:
+        """Score `responses[i]` to `records[i]`.
+
+        A part that gives None to a response is left out of its sum.
+
+        Raises:
+            RewardError: a part failed, and failed again.
+            ValueError: a part gave a wrong number of scores, or one that is not finite, or none gave one to a response.
+        """
+        prompts = [record.prompt for record in records]
+        found = []
+        for part in self.parts:
+            columns = part.wants.of(records, part.name)
+            scores = part.function(prompts, list(responses), **columns)
+            found.append(checked(scores, part.name, records, responses))
+        totals = []
+        for i, row in enumerate(zip(*found, strict=True)):
+            paid = [part.weight * score for part, score in zip(self.parts, row, strict=True) if score is not None]
+            if not paid:
+                raise ValueError(
+                    f"reward: response {i}, to {records[i].name or 'a prompt'}, was scored by none of "
+                    f"{', '.join(part.name for part in self.parts)}; at least one must not return None"
+                )
+            totals.append(math.fsum(paid))
+        return Scores(totals, self._means(found))
+
+    def _means(self, found: list[list[float | None]]) -> dict[str, float]:
+        means = {}
+        for part, scores in zip(self.parts, found, strict=True):
+            given = [score for score in scores if score is not None]
+            if given and len(self.parts) > 1:
+                means[part.name] = math.fsum(given) / len(given)
+        return means
 
 
 class RewardModel:
@@ -48,34 +118,77 @@ class RewardModel:
         return [(float(score) - self.mean) / self.std for score in scores]
 
 
-def resolve_reward(reward: Reward, min_agreement: float, max_length: int) -> RewardFunction:
-    """The function that `reward` means.
+def resolve_reward(
+    reward: Reward, min_agreement: float, max_length: int, timeout: float | None = None, retries: int = 0
+) -> Rewards:
+    """What `reward` means: docs/rewards.md has the forms.
+
+    Args:
+        min_agreement: held-out agreement that a reward model must have.
+        max_length: tokens of prompt and response that a reward model reads.
+        timeout: seconds for one call of a function or one request to a URL, None without a limit.
+        retries: calls more when one fails.
 
     Raises:
-        ValueError: a reward model whose held-out agreement is below `min_agreement`, or a URL.
+        ValueError: a reward model whose held-out agreement is below `min_agreement`, an unknown rule, a bad weight.
         TypeError: none of the known forms.
     """
-    if isinstance(reward, str | Path):
-        if str(reward).startswith(("http://", "https://")):
-            raise ValueError(f"reward: {reward} is a URL, which is not supported yet; pass a function that calls it")
-        model = RewardModel(reward, max_length=max_length)
-        require_agreement(model, min_agreement, reward)
-        return model
-    if callable(reward):
-        return reward
-    if isinstance(reward, Sequence) and reward:  # strings were dealt with above
-        parts = [
-            (weight, resolve_reward(part, min_agreement, max_length))
-            for weight, part in typing.cast(Sequence[tuple[float, Any]], reward)
-        ]
-        return lambda prompts, responses: [
-            math.fsum(weight * score for (weight, _), score in zip(parts, scores, strict=True))
-            for scores in zip(*(part(prompts, responses) for _, part in parts), strict=True)
-        ]
-    raise TypeError(
-        f"reward: got {type(reward).__name__}; expected a checkpoint, a function (prompts, responses) -> scores, "
-        "or a list of (weight, one of those)"
-    )
+
+    def part(weight: float, source: Any) -> list[Part]:
+        if isinstance(source, str) and re.match(_WEIGHT, source):
+            source = _written_list(source)
+        if isinstance(source, Sequence) and not isinstance(source, str) and source:
+            return [inner for each in source for inner in part(*_weighted(weight, each))]
+        if isinstance(source, str) and source.startswith("rule:"):
+            checker = rule(source.removeprefix("rule:"))
+            return [Part(weight, source.split(":")[1], checker, wants(checker, source))]
+        if isinstance(source, str) and source.startswith(("http://", "https://")):
+            url = RewardURL(source, timeout, retries)
+            return [Part(weight, url.name, url, wants(url, url.name))]
+        if isinstance(source, str | Path):
+            model = RewardModel(source, max_length=max_length)
+            require_agreement(model, min_agreement, source)
+            return [Part(weight, Path(source).name, model, wants(model, str(source)))]
+        if callable(source):
+            name = _function_name(source)
+            return [Part(weight, name, patient(source, name, timeout, retries), wants(source, name))]
+        raise TypeError(
+            f"reward: got {type(source).__name__}; expected a checkpoint, a function (prompts, responses) -> scores, "
+            "a URL, rule:NAME, or a list of (weight, one of those)"
+        )
+
+    return Rewards(part(1.0, reward))
+
+
+def _weighted(outer: float, each: Any) -> tuple[float, Any]:
+    """The weight of a part of a list, times that of the list, and what is weighted."""
+    if not isinstance(each, Sequence) or isinstance(each, str) or len(each) != 2:
+        raise TypeError(f"reward: a list holds {each!r:.80}; expected (weight, reward)")
+    weight, source = each
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        raise ValueError(f"reward: the weight {weight!r:.40}; expected a finite number")
+    return outer * weight, source
+
+
+def _written_list(text: str) -> list[tuple[float, str]]:
+    """ "1*runs/reward, 0.5*rule:math" as a list. A comma that no weight follows belongs to a name."""
+    written = [each.partition("*") for each in re.split(rf",\s*(?={_WEIGHT})", text)]
+    return [(float(weight), source.strip()) for weight, _, source in written]
+
+
+def _function_name(function: Any) -> str:
+    name = getattr(function, "__name__", type(function).__name__)
+    return "function" if name == "<lambda>" else str(name)
+
+
+def _with_names_of_their_own(parts: Sequence[Part]) -> list[Part]:
+    """Parts of the same name become name, name_2, name_3, as their means are told apart by it."""
+    named: list[Part] = []
+    for part in parts:
+        taken = {other.name for other in named}
+        same = (part.name, *(f"{part.name}_{i}" for i in range(2, len(parts) + 2)))
+        named.append(replace(part, name=next(name for name in same if name not in taken)))
+    return named
 
 
 def require_agreement(model: RewardModel, minimum: float, name: str | Path) -> None:
@@ -85,14 +198,3 @@ def require_agreement(model: RewardModel, minimum: float, name: str | Path) -> N
             f"reward: {name} agrees with {model.agreement['mean']:.0%} of the held-out comparisons, less than "
             f"ppo.min_reward_agreement = {minimum:.0%}; collect more comparisons, or lower the setting to go on"
         )
-
-
-def checked_scores(reward: RewardFunction, prompts: list[Prompt], responses: list[str]) -> list[float]:
-    """Call a reward function and refuse a wrong number of scores, or one that is not finite."""
-    scores = [float(score) for score in reward(prompts, responses)]
-    if len(scores) != len(responses):
-        raise ValueError(f"reward: the function returned {len(scores)} scores for {len(responses)} responses")
-    for index, score in enumerate(scores):
-        if not math.isfinite(score):
-            raise ValueError(f"reward: the score of response {index} is {score}: {responses[index][:80]!r}")
-    return scores

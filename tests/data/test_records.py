@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_fast.data.records import (
+    Columns,
     Comparison,
     Demonstration,
     PromptRecord,
@@ -47,9 +48,22 @@ def test_prompts_are_text_or_messages_with_an_optional_category() -> None:
     rows = [{"prompt": "p"}, {"prompt": [USER], "category": "simple", "other": 1}, {"prompt": "q", "category": None}]
     assert read_prompts(rows) == [
         PromptRecord("p", "", "row 0"),
-        PromptRecord([USER], "simple", "row 1"),
-        PromptRecord("q", "", "row 2"),
+        PromptRecord([USER], "simple", "row 1", Columns(category="simple", other=1)),
+        PromptRecord("q", "", "row 2", Columns(category=None)),
     ]
+
+
+def test_the_further_columns_of_a_prompt_are_kept_and_say_the_same_in_whatever_order_they_came() -> None:
+    row = {"prompt": "p", "b": [1, {"deep": None}], "a": "x", 3: "no name"}
+    (one,), (other,) = read_prompts([row]), read_prompts([dict(reversed(row.items()))])
+    assert one.columns == {"a": "x", "b": [1, {"deep": None}]}
+    assert repr(one) == repr(other) and "deep" in repr(one) and hash(one) == hash(other)
+    assert repr(read_prompts([{**row, "a": "y"}])[0]) != repr(one)
+
+
+def test_a_prompts_columns_are_described_without_addresses() -> None:
+    first, second = (read_prompts([{"prompt": "p", "image": object()}])[0] for _ in range(2))
+    assert repr(first) == repr(second) and "<object object>" in repr(first)
 
 
 def test_prompts_of_one_split_are_picked_and_a_split_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from rlhf_fast.trainers.collect import Experience, minibatches, step_prompts
 from rlhf_fast.trainers.kl_controller import KLController
 from rlhf_fast.trainers.loop import per_example
 from rlhf_fast.trainers.ppo import PPOTrainer
+from rlhf_fast.trainers.rewards import resolve_reward
 
 TIMED = ("seconds", "decode_roofline", "training_utilisation")  # metrics that no two runs have the same
 PROMPTS = [{"prompt": f"question {i}"} for i in range(12)]
@@ -372,9 +373,8 @@ def test_without_a_critic_a_response_is_held_against_the_others_of_its_prompt(
             if parameter.requires_grad:
                 parameter += 0.02
     seen: dict[str, Any] = {}
-    trainer.collector.reward = lambda prompts, texts: seen.setdefault(
-        "scores", [float(i % 5) for i in range(len(texts))]
-    )
+    reward = resolve_reward(lambda p, r: seen.setdefault("scores", [i % 5 for i in range(len(r))]), 0.0, 99)
+    trainer.collector.reward = reward
     experience = collect(trainer, tmp_path, step=2)
     (reference,) = per_example(experience.examples, trainer.collector._reference_logprobs, 4096, "cpu")
     kl = [float((old - ref).sum()) for old, ref in zip(experience.old_logprobs, reference, strict=True)]

@@ -17,7 +17,7 @@ from rlhf_fast.data.chat import encode
 from rlhf_fast.data.records import read_comparisons
 from rlhf_fast.models.checkpoint import read_extra
 from rlhf_fast.trainers.reward import RewardTrainer
-from rlhf_fast.trainers.rewards import RewardModel, checked_scores, resolve_reward
+from rlhf_fast.trainers.rewards import RewardModel, Rewards, resolve_reward
 
 ROWS = [
     {"prompt": f"question {i}", "chosen": "a" * (3 + i % 4) + "!", "rejected": "b" * (3 + (i * 7) % 5)}
@@ -101,7 +101,7 @@ def test_agreement_goes_with_the_checkpoint_and_gates_ppo(trained: tuple[RewardT
     trainer, out = trained
     (folder,) = (out / "checkpoints").iterdir()
     assert read_extra(folder)["heldout_agreement"] == trainer.agreement.as_dict()
-    assert callable(resolve_reward(out, 0.99, 100))
+    assert isinstance(resolve_reward(out, 0.99, 100), Rewards)
     with pytest.raises(ValueError, match="agrees with 100% of the held-out comparisons, less than"):
         resolve_reward(out, 1.01, 100)
 
@@ -126,30 +126,3 @@ def test_human_comparisons_are_learned_from(tiny_folder: Path, tmp_path: Path) -
     with torch.no_grad():
         accuracy = sum(float(stats["accuracy"]) for _, stats in trainer._losses(trainer.training))
     assert accuracy > 0.75
-
-
-def test_rewards_may_be_functions_and_weighted_lists() -> None:
-    def length(prompts: list[str], responses: list[str]) -> list[float]:
-        return [float(len(response)) for response in responses]
-
-    both = resolve_reward([(1.0, length), (-0.5, lambda p, r: [2.0] * len(r))], 0.6, 100)  # type: ignore[list-item]
-    assert both(["", ""], ["a", "abc"]) == [0.0, 2.0]
-
-
-@pytest.mark.parametrize(
-    ("reward", "message"),
-    [
-        (lambda p, r: [1.0], "returned 1 scores for 2 responses"),
-        (lambda p, r: [1.0, math.nan], "score of response 1 is nan: 'second'"),
-    ],
-)
-def test_a_wrong_answer_of_a_reward_function_is_named(reward: object, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        checked_scores(reward, ["a", "b"], ["first", "second"])  # type: ignore[arg-type]
-
-
-def test_what_is_no_reward_is_refused() -> None:
-    with pytest.raises(TypeError, match="got int; expected a checkpoint"):
-        resolve_reward(3, 0.6, 100)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="is a URL"):
-        resolve_reward("http://localhost:1/score", 0.6, 100)
