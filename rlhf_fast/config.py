@@ -80,19 +80,24 @@ class SFTConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """A Bradley-Terry reward model: a scalar head at the last token of prompt and response."""
+    """A Bradley-Terry reward model: a scalar head, or several, at the last token of prompt and response."""
 
     epochs: int = 1  # passes over the comparisons
     batch_size: int = 16  # comparisons an optimiser step
     heldout: float = 0.125  # share of the prompts kept for measuring agreement
     center_coef: float = 0.01  # weight of (chosen + rejected)^2, which keeps scores near zero
+    heads: int = 1  # scores of each response, every head trained on its own resample of the prompts
+    lcb: float = 1.0  # the score is the heads' mean less this many of their deviations (arXiv 2310.02743)
+    normalize_samples: int = 0  # answers sampled to each held-out prompt to scale scores by; 0: those compared
+    max_new_tokens: int = 128  # tokens of such an answer
     max_length: int = 1024  # tokens of prompt and response; longer ones are an error
     seed: int = 0
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
-        _check(self, count="epochs batch_size max_length", part="heldout", not_negative="center_coef seed")
+        _check(self, count="epochs batch_size heads max_new_tokens max_length", part="heldout")
+        _check(self, not_negative="center_coef lcb normalize_samples seed")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ KEYS = {
         comparisons.samples_per_prompt comparisons.max_new_tokens comparisons.temperature comparisons.seed
         comparisons.annotator.error_rate comparisons.annotator.tie_margin comparisons.annotator.seed
         reward.epochs reward.batch_size reward.heldout
-        reward.center_coef reward.max_length reward.seed reward.lora.r reward.lora.alpha reward.optim.lr
+        reward.center_coef reward.heads reward.lcb reward.normalize_samples reward.max_new_tokens
+        reward.max_length reward.seed reward.lora.r reward.lora.alpha reward.optim.lr
         reward.optim.schedule reward.optim.warmup reward.optim.weight_decay reward.optim.adam_eps
         reward.optim.max_grad_norm reward.optim.max_tokens_per_microbatch ppo.steps ppo.prompts_per_step
         ppo.samples_per_prompt ppo.max_new_tokens ppo.temperature ppo.epochs ppo.minibatches ppo.kl_coef
@@ -39,7 +40,8 @@ KEYS = {
         sft.optim.max_grad_norm sft.optim.max_tokens_per_microbatch
     """,
     "reward": """
-        data out model reward.epochs reward.batch_size reward.heldout reward.center_coef reward.max_length
+        data out model reward.epochs reward.batch_size reward.heldout reward.center_coef reward.heads reward.lcb
+        reward.normalize_samples reward.max_new_tokens reward.max_length
         reward.seed reward.lora.r reward.lora.alpha reward.optim.lr reward.optim.schedule reward.optim.warmup
         reward.optim.weight_decay reward.optim.adam_eps reward.optim.max_grad_norm
         reward.optim.max_tokens_per_microbatch
