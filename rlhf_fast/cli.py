@@ -118,9 +118,11 @@ def _sft(command: SFTCommand) -> None:
 
 
 def _reward(command: RewardCommand) -> None:
+    from rlhf_fast.evaluation.reward_report import write_reward_report
     from rlhf_fast.trainers.reward import RewardTrainer
 
     _tell(RewardTrainer(command.model, command.data, command.out, command.reward).train(), command.out)
+    print(f"Report: {write_reward_report(command.out)}")
 
 
 def _dpo(command: DPOCommand) -> None:

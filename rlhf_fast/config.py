@@ -87,7 +87,7 @@ class SFTConfig:
     epochs: int = 2  # passes over the demonstrations
     batch_size: int = 8  # sequences an optimiser step
     heldout: float = 0.1  # share of the demonstrations kept for measuring
-    patience: int | None = None  # evaluations without a lower loss until it ends; the best checkpoint is its outcome
+    patience: int | None = None  # evaluations without a lower loss until it ends with its best checkpoint
     max_length: int = 1024  # tokens; longer demonstrations are an error
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the model; what is trained is kept in float32
     seed: int = 0
@@ -101,15 +101,17 @@ class SFTConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """A Bradley-Terry reward model: a scalar head at the last token of prompt and response."""
+    """A Bradley-Terry reward model: a scalar head, or several, at the last token of prompt and response."""
 
     epochs: int = 1  # passes over the comparisons
     batch_size: int = 16  # comparisons an optimiser step
     heldout: float = 0.125  # share of the prompts kept for measuring agreement
     center_coef: float = 0.01  # weight of (chosen + rejected)^2, which keeps scores near zero
-    patience: int | None = (
-        None  # evaluations without higher agreement until it ends; the best checkpoint is its outcome
-    )
+    heads: int = 1  # scores of each response, every head trained on its own resample of the prompts
+    lcb: float = 1.0  # the score is the heads' mean less this many of their deviations (arXiv 2310.02743)
+    normalize_samples: int = 0  # answers sampled to each held-out prompt to scale scores by; 0: those compared
+    max_new_tokens: int = 128  # tokens of such an answer
+    patience: int | None = None  # evaluations without higher agreement until it ends with its best checkpoint
     max_length: int = 1024  # tokens of prompt and response; longer ones are an error
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the model; what is trained is kept in float32
     seed: int = 0
@@ -118,7 +120,8 @@ class RewardConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        _check(self, count="epochs batch_size max_length patience", part="heldout", not_negative="center_coef seed")
+        _check(self, count="epochs batch_size heads max_new_tokens max_length patience", part="heldout")
+        _check(self, not_negative="center_coef lcb normalize_samples seed")
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ class DPOConfig:
     loss: Literal["sigmoid", "robust", "hinge"] = "sigmoid"  # ops.dpo_loss says what each is
     beta: float = 0.1  # strength of the pull towards the reference
     label_smoothing: float = 0.0  # share of comparisons presumed to be the wrong way round
-    patience: int | None = None  # evaluations without a lower loss until it ends; the best checkpoint is its outcome
+    patience: int | None = None  # evaluations without a lower loss until it ends with its best checkpoint
     max_length: int = 1024  # tokens of prompt and response; longer ones are an error
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the model; what is trained is kept in float32
     seed: int = 0

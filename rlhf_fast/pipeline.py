@@ -21,6 +21,7 @@ from rlhf_fast.data.batches import shuffled
 from rlhf_fast.data.chat import Prompt, prompt_text
 from rlhf_fast.data.records import PromptRecord, read_demonstrations, read_prompts
 from rlhf_fast.evaluation.report import write_report
+from rlhf_fast.evaluation.reward_report import write_reward_report
 from rlhf_fast.evaluation.win_rate import evaluate, write_evaluation
 from rlhf_fast.feedback.simulated import SimulatedAnnotator
 from rlhf_fast.files import require_space, write_atomic, write_jsonl
@@ -30,7 +31,8 @@ from rlhf_fast.rollout.sampling import SamplingParams
 from rlhf_fast.run_folder import RunFolder, is_finished, read_result
 from rlhf_fast.terminal import bar_updater, progress_bar
 from rlhf_fast.trainers.ppo import PPOTrainer
-from rlhf_fast.trainers.reward import AIM, RewardTrainer
+from rlhf_fast.trainers.reward import RewardTrainer
+from rlhf_fast.trainers.reward_measures import AIM
 from rlhf_fast.trainers.sft import SFTTrainer
 
 SYSTEM = "You answer clients of a design agency."  # stands before every prompt of the demo
@@ -58,6 +60,7 @@ def run_demo(config: DemoConfig, say: Callable[[str], None] = print) -> Path:
         say(f"      {result['seconds']:.0f} s; {_brief(result['summary'])}")
         if name == "reward" and result["summary"]["heldout_accuracy"]["mean"] < AIM and not config.tiny:
             say(f"      held-out agreement is below the {AIM:.0%} worth aiming at: more comparisons would help")
+    write_reward_report(out / "reward")
     report = write_report(out)
     say(f"Report: {report}")
     return report

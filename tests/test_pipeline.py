@@ -52,6 +52,7 @@ def test_every_phase_leaves_its_result_and_what_it_cost(run: Path) -> None:
         found = result(run, phase)
         assert found["phase"] == phase and found["seconds"] > 0 and found["peak_rss_gb"] > 0
     assert result(run, "reward")["summary"]["heldout_accuracy"].keys() == {"mean", "low", "high"}
+    assert "held-out comparisons" in (run / "reward" / "report.html").read_text()
     assert result(run, "evaluation")["summary"]["win_rate"]["mean"] == pytest.approx(0.5, abs=0.5)
 
 

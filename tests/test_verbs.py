@@ -28,6 +28,7 @@ def test_the_verbs_make_a_policy_together(
     tiny = "--model", str(tiny_folder)
     assert main(["sft", *tiny, "--data", demonstrations, "--out", runs["sft"], "--sft.epochs", "1"]) == 0
     assert main(["reward", "--model", runs["sft"], "--data", comparisons, "--out", runs["reward"]]) == 0
+    assert "held-out comparisons" in (tmp_path / "reward" / "report.html").read_text()
     assert main(["dpo", "--model", runs["sft"], "--data", comparisons, "--out", runs["dpo"]]) == 0
     ppo = ["ppo", "--policy", runs["sft"], "--reward", runs["reward"], "--prompts", prompts, "--out", runs["ppo"]]
     small = "--ppo.steps 1 --ppo.prompts_per_step 2 --ppo.max_new_tokens 6 --ppo.min_reward_agreement 0".split()

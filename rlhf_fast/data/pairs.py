@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_fast.data.batches import Example, shape, shuffled
-from rlhf_fast.data.chat import encode
+from rlhf_fast.data.chat import encode, encode_prompt
 from rlhf_fast.data.records import Comparison
 
 
@@ -22,6 +22,8 @@ class PairGroup:
     chosen: list[int] = field(default_factory=list)  # index into examples, one for each comparison
     rejected: list[int] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
+    confidences: list[float] = field(default_factory=list)
+    comparisons: list[Comparison] = field(default_factory=list, repr=False)  # as they were read
 
     @property
     def pairs(self) -> int:
@@ -39,16 +41,22 @@ class Pairs:
     chosen: torch.Tensor  # (P,) int64 into examples
     rejected: torch.Tensor  # (P,) int64
     margins: torch.Tensor  # (P,) float32
+    confidences: torch.Tensor  # (P,) float32: how probable each comparison's answer is, from 0.5 to 1
 
 
 def group_pairs(
     comparisons: Sequence[Comparison], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[PairGroup]:
-    """Encode comparisons and group them by prompt, in order of first appearance."""
-    groups: dict[str, PairGroup] = {}
-    indices: dict[tuple[str, str], int] = {}
+    """Encode comparisons and group them by prompt, in order of first appearance. Prompts are the same when their tokens
+    are: a text and that text as a user's message, say."""
+    encoded: dict[str, tuple[int, ...]] = {}
+    groups: dict[tuple[int, ...], PairGroup] = {}
+    indices: dict[tuple[tuple[int, ...], str], int] = {}
     for comparison in comparisons:
-        key = json.dumps(comparison.prompt, sort_keys=True)
+        said = json.dumps(comparison.prompt, sort_keys=True)
+        if said not in encoded:
+            encoded[said] = encode_prompt(tokenizer, comparison.prompt)
+        key = encoded[said]
         group = groups.setdefault(key, PairGroup())
         for text, side in ((comparison.chosen, group.chosen), (comparison.rejected, group.rejected)):
             if (key, text) not in indices:
@@ -56,7 +64,29 @@ def group_pairs(
                 group.examples.append(encode(tokenizer, comparison.prompt, text, max_length, comparison.name))
             side.append(indices[key, text])
         group.margins.append(comparison.margin)
+        group.confidences.append(comparison.confidence)
+        group.comparisons.append(comparison)
     return list(groups.values())
+
+
+def split_as_labelled(groups: Sequence[PairGroup]) -> tuple[list[PairGroup], list[PairGroup]]:
+    """(training, held-out) prompts as the data's own `split` says; nothing is held out if it says nothing.
+
+    A prompt with any comparison of a split other than "train" is held out with all of them.
+
+    Raises:
+        ValueError: nothing is left to train on, or a single prompt is held out, which gives no interval.
+    """
+    labels = [{c.split for c in group.comparisons} - {"", "train"} for group in groups]
+    training = [group for group, named in zip(groups, labels, strict=True) if not named]
+    heldout = [group for group, named in zip(groups, labels, strict=True) if named]
+    if heldout and (not training or len(heldout) < 2):
+        names = ", ".join(map(repr, sorted(set().union(*labels))[:3]))
+        raise ValueError(
+            f"split: {len(heldout)} of {len(groups)} prompts are held out, being of {names}; at least 2 and not all "
+            "can be: every split but 'train' is held out (what only sorts comparisons is their category)"
+        )
+    return training, heldout
 
 
 def join(groups: Sequence[PairGroup], device: torch.device | str) -> Pairs:
@@ -69,7 +99,9 @@ def join(groups: Sequence[PairGroup], device: torch.device | str) -> Pairs:
         rejected.extend(len(examples) + i for i in group.rejected)
         examples.extend(group.examples)
     margins = torch.tensor([margin for group in groups for margin in group.margins], device=device)
-    return Pairs(examples, torch.tensor(chosen, device=device), torch.tensor(rejected, device=device), margins)
+    confidences = torch.tensor([confidence for group in groups for confidence in group.confidences], device=device)
+    sides = torch.tensor(chosen, device=device), torch.tensor(rejected, device=device)
+    return Pairs(examples, *sides, margins, confidences)
 
 
 def batches_by_pairs(groups: Sequence[PairGroup], size: int) -> list[list[PairGroup]]:

@@ -2,8 +2,8 @@
 
 Demonstrations are `{"prompt", "completion"}` or `{"messages": [...]}`; comparisons `{"prompt", "chosen", "rejected"}`,
 where each is a string or a message list, or without a prompt two whole conversations (message lists or transcripts of
-the HH-RLHF form); prompts `{"prompt"}`, whose further columns are kept for reward functions. A path (`.jsonl`,
-`.jsonl.gz`), a `datasets.Dataset` or a list of dicts all work.
+the HH-RLHF form), with what docs/reward.md lists besides; prompts `{"prompt"}`, whose further columns are kept for
+reward functions. A path (`.jsonl`, `.jsonl.gz`), a `datasets.Dataset` or a list of dicts all work.
 """
 
 from __future__ import annotations
@@ -60,13 +60,17 @@ class Comparison:
     annotator: str = ""
     category: str = ""
     ratings: dict[str, Any] = field(default_factory=dict)  # {"chosen": {criterion: 0..1}, "rejected": {...}}
+    confidence: float = 1.0  # how probable it is that chosen is the better, from 0.5 to 1
+    split: str = ""  # any but "" and "train" is held out
     name: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """The row as it stands in a comparisons file."""
         row: dict[str, Any] = {"prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
-        optional = {"margin": self.margin, "annotator": self.annotator, "category": self.category}
+        optional = {"margin": self.margin, "annotator": self.annotator, "category": self.category, "split": self.split}
         row.update({key: value for key, value in optional.items() if value})
+        if self.confidence != 1.0:
+            row["confidence"] = self.confidence
         if self.ratings:
             row["ratings"] = self.ratings
         return row
@@ -171,8 +175,21 @@ def _comparison(row: dict[str, Any], name: str) -> Comparison:
     ratings = row.get("ratings") or {}
     if not isinstance(ratings, dict):
         raise RecordError(f"{name}: ratings should be an object {{...}}, got {type(ratings).__name__}")
-    annotator, category = _label(row, "annotator", name), _label(row, "category", name)
-    return Comparison(prompt, chosen, rejected, float(margin), annotator, category, ratings, name)
+    annotator, category, split = (_label(row, key, name) for key in ("annotator", "category", "split"))
+    confidence = _confidence(row, name)
+    return Comparison(prompt, chosen, rejected, float(margin), annotator, category, ratings, confidence, split, name)
+
+
+def _confidence(row: dict[str, Any], name: str) -> float:
+    confidence = row.get("confidence")
+    if confidence is None:
+        return 1.0
+    if isinstance(confidence, bool) or not isinstance(confidence, int | float) or not 0.5 <= confidence <= 1:
+        raise RecordError(
+            f"{name}: confidence should be the probability that chosen is the better, from 0.5 to 1, got "
+            f"{reprlib.repr(confidence)}; map another scale onto that, so that a guess is 0.5"
+        )
+    return float(confidence)
 
 
 def _from_conversations(row: dict[str, Any], name: str) -> tuple[Prompt, str, str]:

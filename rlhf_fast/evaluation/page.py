@@ -7,6 +7,7 @@ import hashlib
 import html
 from typing import Any
 
+from rlhf_fast.evaluation.plots import Plot
 from rlhf_fast.intervals import Interval
 
 SAMPLES_SHOWN = 60  # at once: elements are what makes a page slow
@@ -74,6 +75,16 @@ def table_of(caption: str, head: list[str], rows: list[list[str]], foot: list[st
         f'<div class="scroll" role="region" tabindex="0" aria-label="{caption}">'
         f"<table><caption><span>{caption}</span></caption><thead><tr>{titles}</tr></thead>"
         f"<tbody>{''.join(map(line, rows))}</tbody>{end}</table></div>"
+    )
+
+
+def figure(plot: Plot) -> str:
+    """A drawing under its title."""
+    keys = "".join(f'<span class="key {colour}">{esc(label)}</span>' for label, colour in plot.legend)
+    change = f'<span class="change">{esc(plot.change)}</span>' if plot.change else ""
+    return (
+        f'<figure><figcaption><span class="eyebrow">{esc(plot.phase)}</span><span class="title">{esc(plot.title)}'
+        f'{change}</span><span class="keys">{keys}</span></figcaption>{plot.svg}</figure>'
     )
 
 
@@ -169,6 +180,7 @@ figcaption { display: grid; margin-bottom: 6px; }
 .key::before { content: ""; display: inline-block; width: 14px; height: 3px; border-radius: 2px; background: var(--a);
   vertical-align: middle; margin-right: 6px; }
 .key.b::before { background: var(--b); }
+.key.muted::before { background: var(--muted); }
 .plot { display: block; width: 100%; height: auto; margin-top: auto; overflow: visible; }
 .plot * { stroke-linejoin: round; stroke-linecap: butt; }
 .plot text { font-family: var(--sans) !important; }

@@ -124,6 +124,44 @@ def criteria(values: dict[str, tuple[float, float]], names: tuple[str, str]) -> 
     return Plot("Mean rating by criterion, 0 to 1", "Evaluation", svg, ((names[1], "b"), (names[0], "a")))
 
 
+def reliability(bins: list[dict[str, float]]) -> Plot:
+    """How often predictions came true over what was predicted, in bins (see calibration.py), beside the diagonal."""
+    predicted, observed = ([one[key] for one in bins] for key in ("predicted", "observed"))
+    low, high = min(0.5, *observed), 1.0
+
+    def draw(axes: Any) -> None:
+        axes.plot([0.5, 1], [0.5, 1], color=_COLOURS["muted"], linewidth=0.9, linestyle=(0, (3, 3)))
+        axes.plot(predicted, observed, color=_COLOURS["a"], linewidth=1.2, marker="o", markersize=4.5)
+        axes.set_xticks([0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+        axes.set_xlim(0.49, 1.01)
+        axes.set_ylim(low - 0.04, high + 0.04)
+        axes.set_xlabel("probability that the scores give")
+
+    told = "; ".join(f"{x:.2f} predicted, {y:.2f} right" for x, y in zip(predicted, observed, strict=True))
+    svg = _svg(draw, f"Share of comparisons predicted rightly by predicted probability. {told}", "reliability")
+    return Plot("Right over predicted", "Calibration", svg)
+
+
+def distribution(histogram: dict[str, list[float]]) -> Plot:
+    """Shares of scores in bins: of chosen, of rejected, and of the policy's own responses where these were sampled."""
+    edges = np.array(histogram["edges"])
+    shown = {"chosen": "a", "rejected": "b", "policy": "muted"}
+    sets = {name: np.array(histogram[name], float) for name in shown if name in histogram}
+
+    def draw(axes: Any) -> None:
+        for name, counts in sets.items():
+            colour = _COLOURS[shown[name]]
+            axes.stairs(counts / max(1.0, counts.sum()), edges, color=colour, linewidth=1.6)
+        axes.set_xlabel("score")
+
+    middles = (edges[:-1] + edges[1:]) / 2
+    means = (f"{name} {_short(float((middles * counts).sum() / max(1.0, counts.sum())))}"
+             for name, counts in sets.items())  # fmt: skip
+    svg = _svg(draw, f"Distribution of scores. Means: {'; '.join(means)}", "distribution")
+    legend = tuple((name, shown[name]) for name in sets)
+    return Plot("Scores, share in each bin", "Scores", svg, legend)
+
+
 def _points(rows: Iterable[dict[str, Any]], name: str) -> list[tuple[float, float]]:
     pairs = ((number(row.get("step")), number(row.get(name))) for row in rows)
     return [(x, y) for x, y in pairs if x is not None and y is not None]

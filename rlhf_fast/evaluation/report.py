@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_fast.evaluation import plots
-from rlhf_fast.evaluation.page import SAMPLES_SHOWN, bar, duration, esc, fmt, table_of, whisker, whole_page
+from rlhf_fast.evaluation.page import SAMPLES_SHOWN, bar, duration, esc, figure, fmt, table_of, whisker, whole_page
 from rlhf_fast.evaluation.plots import Rows, number
 from rlhf_fast.files import write_atomic
 from rlhf_fast.intervals import Interval
@@ -170,15 +170,6 @@ def _cards(results: dict[str, dict[str, Any]], evaluation: dict[str, Any], ppo: 
     return f'<dl class="cards">{body}</dl>' if cards else ""
 
 
-def _figure(plot: plots.Plot) -> str:
-    keys = "".join(f'<span class="key {colour}">{esc(label)}</span>' for label, colour in plot.legend)
-    change = f'<span class="change">{esc(plot.change)}</span>' if plot.change else ""
-    return (
-        f'<figure><figcaption><span class="eyebrow">{esc(plot.phase)}</span><span class="title">{esc(plot.title)}'
-        f'{change}</span><span class="keys">{keys}</span></figcaption>{plot.svg}</figure>'
-    )
-
-
 def _curves(rows: dict[str, Rows]) -> str:
     if not any(rows.values()):
         return ""
@@ -186,7 +177,7 @@ def _curves(rows: dict[str, Rows]) -> str:
         body = "<p class=\"note\">Plots need matplotlib: <code>pip install 'rlhf-fast[report]'</code>, then again.</p>"
     else:
         drawn = plots.curves(rows["sft"], rows["reward"], rows["ppo"])
-        body = f'<div class="grid">{"".join(map(_figure, drawn))}</div>'
+        body = f'<div class="grid">{"".join(map(figure, drawn))}</div>'
     return body
 
 
@@ -226,7 +217,7 @@ def _categories(evaluation: dict[str, Any], names: tuple[str, str]) -> str:
         if first is not None and second is not None:
             pairs[str(name)] = (first, second)
     bars = plots.criteria(pairs, names) if plots.available() else None
-    side = f'<div class="grid two">{_figure(bars) if bars else ""}{changed}</div>' if bars or changed else ""
+    side = f'<div class="grid two">{figure(bars) if bars else ""}{changed}</div>' if bars or changed else ""
     return table + side
 
 

@@ -1,11 +1,12 @@
 """Language models: loading, adapters, scalar heads, the forward passes that training needs, and checkpoints."""
 
-from rlhf_fast.models.adapters import frozen_copy, trainable, trainable_copy
+from rlhf_fast.models.adapters import copy_weights, frozen_copy, trainable, trainable_copy
 from rlhf_fast.models.checkpoint import resolve, save
 from rlhf_fast.models.forward import (
     Head,
     hidden_states,
     longest_shared,
+    lower_bound,
     output_head,
     response_logprobs,
     response_states,
@@ -16,12 +17,14 @@ from rlhf_fast.models.recompute import recompute_activations
 
 __all__ = [
     "Head",
+    "copy_weights",
     "critic_from",
     "frozen_copy",
     "hidden_states",
     "load",
     "load_reward",
     "longest_shared",
+    "lower_bound",
     "output_head",
     "recompute_activations",
     "resolve",

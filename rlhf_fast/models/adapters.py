@@ -48,6 +48,14 @@ def frozen_copy(model: ModelT) -> ModelT:
     return trainable_copy(model).requires_grad_(False)
 
 
+@torch.no_grad()
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """Give `target` the weights of a model of the same make."""
+    of = dict(source.named_parameters())
+    for name, parameter in target.named_parameters():
+        parameter.copy_(of[name])
+
+
 def is_adapter(folder: str | Path) -> bool:
     return (Path(folder) / "adapter_config.json").exists()
 

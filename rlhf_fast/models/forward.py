@@ -117,9 +117,14 @@ def response_logprobs(
 
 
 def score_last(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """A reward model's score at the last real token of each sequence: (B,), float32."""
-    scores: torch.Tensor = unwrapped(model).score(_states(model, batch)[batch.last])  # (B, 1)
-    return scores.squeeze(-1).float()
+    """A reward model's score at the last real token of each sequence, by each of its K heads: (B, K), float32."""
+    scores: torch.Tensor = unwrapped(model).score(_states(model, batch)[batch.last])
+    return scores.float()
+
+
+def lower_bound(scores: torch.Tensor, lcb: float) -> torch.Tensor:
+    """(B, K) -> (B,): the heads' mean less `lcb` of their standard deviations (Coste et al., arXiv:2310.02743)."""
+    return scores.mean(dim=1) - lcb * scores.std(dim=1, correction=0)
 
 
 @torch.no_grad()

@@ -75,30 +75,33 @@ def load_reward(
     device: str | torch.device | None = None,
     merged: bool = False,
 ) -> tuple[Model, PreTrainedTokenizerBase]:
-    """Load a reward model: a sequence classifier of transformers with one label, whole or as an adapter.
+    """Load a reward model: a sequence classifier of transformers with a label for each head, whole or as an adapter.
 
-    Arguments and errors as for `load`.
+    Arguments and errors as for `load`. A checkpoint that does not say how many heads it has is taken to have one.
     """
     folder = resolve(name)
     adapter = is_adapter(folder)
     if adapter and adapter_config(folder).get("task_type") != "SEQ_CLS":
         raise ValueError(f"model: {name} is no reward model: its adapter has no scalar head")
     missing_ok = ("score.",) if adapter else ()  # an adapter brings the head with it
-    model = _pretrained(AutoModelForSequenceClassification, folder, dtype, missing_ok, num_labels=1)
+    heads = read_extra(folder).get("heads", 1)
+    if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1:
+        raise ValueError(f"model: {name}: rlhf_fast.json says heads: {heads!r}; expected a whole number from 1")
+    model = _pretrained(AutoModelForSequenceClassification, folder, dtype, missing_ok, num_labels=heads)
     model = with_saved_adapter(model, folder, merged)
     return _placed(model, device), _tokenizer(folder)
 
 
 def reward_from(
-    name: str | Path, lora: LoRAConfig, seed: int = 0, dtype: torch.dtype = torch.float32
+    name: str | Path, lora: LoRAConfig, seed: int = 0, dtype: torch.dtype = torch.float32, heads: int = 1
 ) -> tuple[Model, PreTrainedTokenizerBase]:
-    """A new trainable reward model that starts from a policy: its weights, its adapter if any, and a fresh head.
+    """A new trainable reward model that starts from a policy: its weights, its adapter if any, and fresh heads.
 
-    The head starts at standard deviation 1 / sqrt(H + 1) (arXiv 2009.01325), so that first scores are of order one.
+    A head starts at standard deviation 1 / sqrt(H + 1) (arXiv 2009.01325), so that first scores are of order one.
     """
     folder = resolve(name)
     tokenizer = _tokenizer(folder)
-    model = _pretrained(AutoModelForSequenceClassification, folder, dtype, ("score.",), num_labels=1)
+    model = _pretrained(AutoModelForSequenceClassification, folder, dtype, ("score.",), num_labels=heads)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     if not hasattr(model, "score"):
@@ -106,7 +109,8 @@ def reward_from(
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         spread = (model.config.hidden_size + 1) ** -0.5
-        model.score.weight.copy_(torch.randn(model.score.weight.shape, generator=generator) * spread)
+        for weight in model.score.weight:  # one after the other: the first is the same however many there are
+            weight.copy_(torch.randn(weight.shape, generator=generator) * spread)
     if is_adapter(folder):
         require_same_rank(adapter_rank(folder), lora, str(name))
         model = with_policy_adapter(model, folder)
@@ -134,7 +138,7 @@ def critic_from(
     mean, std = extra.get("score_mean", 0.0), extra.get("score_std", 1.0)
     head = nn.Linear(score.weight.shape[1], 1, device=score.weight.device)
     with torch.no_grad():
-        head.weight.copy_(score.weight / std)
+        head.weight.copy_(score.weight.mean(dim=0, keepdim=True) / std)  # of all heads
         head.bias.fill_(-mean / std)
     if isinstance(model, PeftModel) and lora.r == 0:
         model = model.merge_and_unload()

@@ -12,7 +12,14 @@ import torch
 from rlhf_fast import models, ops, settings
 from rlhf_fast.config import DPOConfig
 from rlhf_fast.data.batches import Batch, Example, pad
-from rlhf_fast.data.pairs import PairGroup, epoch_batches_by_pairs, group_pairs, join, microbatches_of_groups
+from rlhf_fast.data.pairs import (
+    PairGroup,
+    epoch_batches_by_pairs,
+    group_pairs,
+    join,
+    microbatches_of_groups,
+    split_as_labelled,
+)
 from rlhf_fast.data.records import Comparison, Source, read_comparisons
 from rlhf_fast.run_folder import RunFolder
 from rlhf_fast.trainers.budget import TokenBudget
@@ -47,7 +54,9 @@ class DPOTrainer:
         self.device = models.output_head(self.model).weight.device
         self.shared = models.longest_shared(self.model)
         groups = group_pairs(comparisons, self.tokenizer, config.max_length)
-        self.training, self.heldout = split_heldout(groups, config.heldout, config.seed)
+        self.training, self.heldout = split_as_labelled(groups)
+        if not self.heldout:
+            self.training, self.heldout = split_heldout(groups, config.heldout, config.seed)
         self.out = Path(out)
         self.config_yaml = settings.run_yaml("dpo", config, model=model, data=data, out=out)
         self.budget = TokenBudget(config.optim.max_tokens_per_microbatch)
@@ -68,6 +77,8 @@ class DPOTrainer:
         outcome = fit(
             run, batches, self._losses, optimizer, self.budget, checkpoints, identity, self.evaluate, per_epoch
         )
+        if outcome.step != optimizer.steps:
+            models.copy_weights(models.load(run.checkpoint(outcome.step))[0], self.model)
         return run.finish({"comparisons": sum(group.pairs for group in self.training), **outcome.row}, outcome.step)
 
     def _save(self, folder: Path) -> None:

@@ -1,35 +1,56 @@
-"""The reward model: Bradley-Terry on comparisons, a scalar head at the last real token."""
+"""The reward model: Bradley-Terry on comparisons, a scalar head or several at the last real token."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from rlhf_fast import models, ops, settings
 from rlhf_fast.config import RewardConfig
-from rlhf_fast.data.batches import pad
-from rlhf_fast.data.pairs import PairGroup, Pairs, epoch_batches_by_pairs, group_pairs, join, microbatches_of_groups
+from rlhf_fast.data.batches import Example, pad
+from rlhf_fast.data.chat import encode_response
+from rlhf_fast.data.pairs import (
+    PairGroup,
+    Pairs,
+    epoch_batches_by_pairs,
+    group_pairs,
+    join,
+    microbatches_of_groups,
+    split_as_labelled,
+)
 from rlhf_fast.data.records import Comparison, Source, read_comparisons
+from rlhf_fast.files import write_atomic
 from rlhf_fast.intervals import Interval, clustered_bootstrap
+from rlhf_fast.rollout.generator import Generator
+from rlhf_fast.rollout.sampling import SamplingParams
 from rlhf_fast.run_folder import RunFolder
+from rlhf_fast.terminal import bar_updater, progress_bar
 from rlhf_fast.trainers.budget import TokenBudget
 from rlhf_fast.trainers.checkpoints import Checkpoints, Goal
 from rlhf_fast.trainers.loop import Stats, fit, per_example, split_heldout
 from rlhf_fast.trainers.optimizer import Optimizer
+from rlhf_fast.trainers.reward_measures import Heldout, agrees, histogram, measure
 from rlhf_fast.trainers.state import digest, fingerprint
 
-AIM = 0.7  # held-out agreement worth having; people agree with each other on 63 to 77 % of such comparisons
+POISSON = np.cumsum([math.exp(-1) / math.factorial(n) for n in range(12)])  # of mean 1: P(X <= n)
+TEXTS_ALONE = 4  # responses that are scored once more by themselves, to see that company does not matter
 
 
 class RewardTrainer:
     """Fit a scalar score to comparisons, and measure its agreement with comparisons of prompts never trained on.
 
+    With several heads the score is their mean less `lcb` deviations; each is trained on a resample of the prompts.
+
     Args:
-        model: the policy to start from (its weights and adapter; the head is new).
+        model: the policy to start from (its weights and adapter; the heads are new).
         data: comparisons (see data/records.py).
         out: the run's folder.
     """
@@ -42,22 +63,34 @@ class RewardTrainer:
         config: RewardConfig | None = None,
     ) -> None:
         self.config = config = config or RewardConfig()
-        comparisons = read_comparisons(data)
-        self.model, self.tokenizer = models.reward_from(model, config.lora, config.seed, getattr(torch, config.dtype))
+        self.start = model
+        self.comparisons = read_comparisons(data)
+        dtype = getattr(torch, config.dtype)
+        self.model, self.tokenizer = models.reward_from(model, config.lora, config.seed, dtype, config.heads)
         if config.optim.checkpointing:
             models.recompute_activations(self.model)
         # Groups hold all comparisons of a prompt, so no prompt is in both parts; an interval needs two of them.
-        groups = group_pairs(comparisons, self.tokenizer, config.max_length)
-        self.training, self.heldout = split_heldout(groups, config.heldout, config.seed, least=2)
+        groups = group_pairs(self.comparisons, self.tokenizer, config.max_length)
+        self.training, self.heldout = split_as_labelled(groups)
+        if not self.heldout:
+            self.training, self.heldout = split_heldout(groups, config.heldout, config.seed, least=2)
+        self.unsure = any(confidence < 1 for group in groups for confidence in group.confidences)
         self.device = next(self.model.parameters()).device
         self.shared = models.longest_shared(self.model)
         self.out = Path(out)
         self.config_yaml = settings.run_yaml("reward", config, model=model, data=data, out=out)
         self.budget = TokenBudget(config.optim.max_tokens_per_microbatch)
-        self.evaluated: dict[str, float] = {}  # the last evaluation, which a checkpoint keeps
+        self.agreement = Interval(0.5, 0.0, 1.0)
+        self.by_head = torch.empty(0, config.heads)  # scores of the held-out responses, as last evaluated
+        self.scale = (0.0, 1.0)  # mean and deviation of the policy's scores
+        self.of_policy: torch.Tensor | None = None  # scores of its samples, where they set the scale
 
     def train(self) -> dict[str, Any]:
-        """Train, measure, save the checkpoint with its normalisation, and return the run's result."""
+        """Train, measure, save the checkpoint with its normalisation, and return the run's result.
+
+        `reward_report.json` has all that was measured, `samples.jsonl` the held-out comparisons, worst first;
+        evaluation/reward_report.py makes a page of them.
+        """
         config = self.config
         batches = epoch_batches_by_pairs(self.training, config.batch_size, config.epochs, config.seed)
         optimizer = Optimizer([self.model], config.optim, len(batches))
@@ -70,74 +103,185 @@ class RewardTrainer:
         outcome = fit(
             run, batches, self._losses, optimizer, self.budget, checkpoints, identity, self.evaluate, per_epoch
         )
+        if outcome.step != optimizer.steps:
+            models.copy_weights(models.load_reward(run.checkpoint(outcome.step))[0], self.model)
+            self.evaluate()
+            self._measure_policy()
+        report = self._report(run)
         return run.finish(
             {
                 "comparisons": sum(group.pairs for group in self.training),
                 "heldout": sum(group.pairs for group in self.heldout),
                 "heldout_prompts": len(self.heldout),
-                "heldout_accuracy": _agreement(outcome.row).as_dict(),
-                "score_mean": outcome.row["score_mean"],
-                "score_std": outcome.row["score_std"],
+                "heldout_accuracy": self.agreement.as_dict(),
+                "verdict": report["verdict"],
+                "always_longer": report["length"]["always_longer"]["mean"],
+                "ece": report["calibration"]["ece"],
+                "score_mean": self.scale[0],
+                "score_std": self.scale[1],
             },
             outcome.step,
         )
 
-    @property
-    def agreement(self) -> Interval:
-        """With the held-out comparisons, when it was last evaluated."""
-        return _agreement(self.evaluated)
-
     def _save(self, folder: Path) -> None:
-        row = self.evaluated
-        extra = {
-            "score_mean": row["score_mean"],
-            "score_std": row["score_std"],
-            "heldout_agreement": self.agreement.as_dict(),
-        }
+        self._measure_policy()
+        mean, std = self.scale
+        extra = {"score_mean": mean, "score_std": std, "heldout_agreement": self.agreement.as_dict()}
+        extra |= {"heads": self.config.heads, "lcb": self.config.lcb}
         models.save(folder, self.model, self.tokenizer, extra)
 
     def _losses(self, groups: list[PairGroup]) -> Iterator[tuple[torch.Tensor, Stats]]:
         total = sum(group.pairs for group in groups)
         for part in microbatches_of_groups(groups, self.budget.tokens, self.shared):
             pairs = join(part, self.device)
-            scores = models.score_last(self.model, pad(pairs.examples, self.device, self.shared))  # (B,)
-            loss, stats = ops.reward_loss(
-                scores[pairs.chosen],
-                scores[pairs.rejected],
-                margin=pairs.margins,
-                center_coef=self.config.center_coef,
-                denominator=total,
-            )
-            yield loss, {"accuracy": stats["accuracy"]}
+            scores = models.score_last(self.model, pad(pairs.examples, self.device, self.shared))  # (B, K)
+            with torch.no_grad():
+                score = models.lower_bound(scores, self.config.lcb)  # (B,)
+                difference = score[pairs.chosen] - score[pairs.rejected]
+            yield self._loss(scores, pairs, part, total), {"accuracy": agrees(difference).sum() / total}
+
+    def _loss(self, scores: torch.Tensor, pairs: Pairs, groups: list[PairGroup], total: int) -> torch.Tensor:
+        """Of all heads' scores (B, K) of one micro-batch's pairs, for a batch of `total` pairs.
+
+        A comparison of confidence c counts c times as it stands and 1 - c times the other way round: the expected loss
+        of a judgement that is right with probability c, whose best difference is that probability's log-odds.
+        """
+        heads = scores.shape[1]
+        chosen, rejected = (scores[side].T.flatten() for side in (pairs.chosen, pairs.rejected))  # (K * P,)
+        margins = pairs.margins.repeat(heads)
+        weights = None if heads == 1 else self._resampled(groups, heads)  # (K * P,)
+        if self.unsure:
+            sure = pairs.confidences.repeat(heads)
+            both = torch.cat([sure, 1 - sure])
+            weights = both if weights is None else both * weights.repeat(2)
+            chosen, rejected = torch.cat([chosen, rejected]), torch.cat([rejected, chosen])
+            margins = torch.cat([margins, -margins])
+        loss, _ = ops.reward_loss(
+            chosen,
+            rejected,
+            margin=margins,
+            center_coef=self.config.center_coef,
+            denominator=heads * total,
+            weights=weights,
+        )
+        return loss
+
+    def _resampled(self, groups: list[PairGroup], heads: int) -> torch.Tensor:
+        """(K * P,): how often each comparison is in each head's resample, the same for all of a prompt."""
+        seed = self.config.seed
+        times = [
+            float(poisson_weight(seed, head, group.examples[0].prompt))
+            for head in range(heads)
+            for group in groups
+            for _ in range(group.pairs)
+        ]
+        return torch.tensor(times, device=self.device)
 
     def evaluate(self) -> dict[str, float]:
-        """Agreement with the held-out comparisons (ties count half), with an interval over their prompts, and mean and
-        deviation of the scores of their responses."""
+        """Agreement with the held-out comparisons (ties count half), with an interval over their prompts."""
         pairs = join(self.heldout, self.device)
-        scores = self._scores(pairs)
+        self.by_head = self._scores(pairs.examples)
+        scores = models.lower_bound(self.by_head, self.config.lcb)
         difference = scores[pairs.chosen] - scores[pairs.rejected]
-        agrees = (difference > 0).double() + 0.5 * (difference == 0).double()
-        clusters = [i for i, group in enumerate(self.heldout) for _ in range(group.pairs)]
-        found = clustered_bootstrap(agrees.tolist(), clusters)
-        self.evaluated = {
-            "heldout_accuracy": found.mean,
-            "heldout_accuracy_low": found.low,
-            "heldout_accuracy_high": found.high,
-            "score_mean": float(scores.mean()),
-            "score_std": max(float(scores.std(correction=0)), 1e-6),
+        self.agreement = clustered_bootstrap(agrees(difference.cpu().numpy()), self._clusters())
+        self.scale = _scale(scores)
+        spread = {"heldout_disagreement": float(self.by_head.std(dim=1, correction=0).mean()) / self.scale[1]}
+        return {
+            "heldout_accuracy": self.agreement.mean,
+            "heldout_accuracy_low": self.agreement.low,
+            "heldout_accuracy_high": self.agreement.high,
+            **(spread if self.config.heads > 1 else {}),
         }
-        return self.evaluated
 
-    def _scores(self, pairs: Pairs) -> torch.Tensor:
+    def _clusters(self) -> list[int]:
+        """The number of each held-out comparison's prompt."""
+        return [i for i, group in enumerate(self.heldout) for _ in range(group.pairs)]
+
+    def _scores(self, examples: list[Example]) -> torch.Tensor:
         (parts,) = per_example(
-            pairs.examples,
+            examples,
             lambda batch: [models.score_last(self.model, batch)],
             self.budget.tokens,
             self.device,
             self.shared,
         )
-        return torch.cat(parts)  # (B,)
+        return torch.cat(parts)  # (B, K)
+
+    # The report -----------------------------------------------------------------------------------------------------
+
+    def _report(self, run: RunFolder) -> dict[str, Any]:
+        """Write what the last evaluation's scores are worth."""
+        pairs = join(self.heldout, "cpu")
+        scores = models.lower_bound(self.by_head, self.config.lcb).cpu()
+        heldout = Heldout(
+            comparisons=[comparison for group in self.heldout for comparison in group.comparisons],
+            prompts=np.array(self._clusters()),
+            chosen=pairs.chosen.numpy(),
+            rejected=pairs.rejected.numpy(),
+            scores=scores.double().numpy(),
+            by_head=self.by_head.double().cpu().numpy(),
+            tokens=np.array([len(example.response) for example in pairs.examples]),
+        )
+        report = measure(heldout, self.comparisons)
+        report["alone"] = self._alone(pairs.examples)
+        report["scores"] = self._distribution(heldout)
+        write_atomic(run.path / "reward_report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
+        for i in np.argsort(heldout.difference, kind="stable"):
+            comparison = heldout.comparisons[i]
+            sides = {
+                "chosen_score": (heldout.scores[heldout.chosen[i]] - self.scale[0]) / self.scale[1],
+                "rejected_score": (heldout.scores[heldout.rejected[i]] - self.scale[0]) / self.scale[1],
+            }
+            run.sample({**comparison.as_dict(), **{name: round(float(score), 4) for name, score in sides.items()}})
+        return report
+
+    def _alone(self, examples: list[Example]) -> dict[str, float]:
+        """How far the score of a text by itself is from that in a batch, in deviations of the scores."""
+        by_length = sorted(range(len(examples)), key=lambda i: len(examples[i]))
+        some = sorted({by_length[i] for i in np.linspace(0, len(examples) - 1, TEXTS_ALONE).round().astype(int)})
+        alone = torch.cat([self._scores([examples[i]]) for i in some])
+        together = self.by_head[torch.tensor(some, device=self.by_head.device)]
+        return {"texts": len(some), "most_deviations": float((alone - together).abs().max()) / self.scale[1]}
+
+    def _distribution(self, heldout: Heldout) -> dict[str, Any]:
+        """Scores in the unit that PPO sees, of chosen and of rejected responses, and of the policy's if these set the
+        scale."""
+        found = {"chosen": heldout.scores[heldout.chosen], "rejected": heldout.scores[heldout.rejected]}
+        over = "the held-out responses"
+        if self.of_policy is not None:
+            found["policy"] = self.of_policy.double().cpu().numpy()
+            over = f"{len(self.of_policy)} responses sampled from the policy to the held-out prompts"
+        mean, std = self.scale
+        scaled = {name: (values - mean) / std for name, values in found.items()}
+        return {"over": over, "mean": mean, "std": std, "histogram": histogram(scaled)}
+
+    def _measure_policy(self) -> None:
+        """Scale scores by those of the policy's own responses, if that is asked for."""
+        if self.config.normalize_samples:
+            self.of_policy = models.lower_bound(self._scores(self._policy_samples), self.config.lcb)
+            self.scale = _scale(self.of_policy)
+
+    @functools.cached_property
+    def _policy_samples(self) -> list[Example]:
+        """Responses of the model that this one started from, read as PPO's reward reads them: text, then an end."""
+        config = self.config
+        policy, tokenizer = models.load(self.start, merged=True)
+        params = SamplingParams(n=config.normalize_samples, max_new_tokens=config.max_new_tokens, seed=config.seed)
+        prompts = [group.examples[0].prompt for group in self.heldout]
+        with progress_bar(len(prompts) * params.n, "reward", "reply") as bar:
+            rollouts = Generator(policy, tokenizer).generate(prompts, params, bar_updater(bar))
+        asked = [prompts[i] for i in rollouts.prompt_index.tolist()]
+        return [Example(p, encode_response(tokenizer, text)) for p, text in zip(asked, rollouts.texts, strict=True)]
 
 
-def _agreement(row: dict[str, float]) -> Interval:
-    return Interval(*(row[f"heldout_accuracy{end}"] for end in ("", "_low", "_high")))
+def poisson_weight(seed: int, head: int, prompt: tuple[int, ...]) -> int:
+    """How often a prompt is in a head's resample: Poisson of mean 1, which is the bootstrap in the limit, by a hash of
+    what it depends on alone. So it is the same in every epoch, order and micro-batch."""
+    key = repr((seed, head, prompt)).encode()
+    uniform = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") / 2**64
+    return int(np.searchsorted(POISSON, uniform, side="right"))
+
+
+def _scale(scores: torch.Tensor) -> tuple[float, float]:
+    """Mean and deviation by which scores are set to 0 and 1."""
+    return float(scores.mean()), max(float(scores.std(correction=0)), 1e-6)

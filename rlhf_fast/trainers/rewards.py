@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rlhf_fast import models
 from rlhf_fast.data.chat import Prompt, encode
 from rlhf_fast.data.records import PromptRecord
@@ -90,7 +92,9 @@ class Rewards:
 class RewardModel:
     """A trained reward model as a function: scores with mean 0 and deviation 1 over the policy it was trained on.
 
-    `agreement` is what its trainer measured on held-out comparisons, None when the checkpoint does not say.
+    With several heads the score is their mean less so many deviations as its trainer was told; `measure` also says how
+    far they are apart. `agreement` is what its trainer measured on held-out comparisons, None when the checkpoint does
+    not say.
     """
 
     def __init__(self, name: str | Path, max_tokens: int = 4096, max_length: int = 1024) -> None:
@@ -99,23 +103,32 @@ class RewardModel:
         self.device = next(self.model.parameters()).device
         self.agreement: dict[str, float] | None = extra.get("heldout_agreement")
         self.mean, self.std = extra.get("score_mean", 0.0), extra.get("score_std", 1.0)
+        self.lcb = extra.get("lcb", 0.0)
         self.max_tokens, self.max_length = max_tokens, max_length
         self.shared = models.longest_shared(self.model)
 
     def __call__(self, prompts: list[Prompt], responses: list[str]) -> list[float]:
+        return self.measure(prompts, responses)[0]
+
+    def measure(self, prompts: list[Prompt], responses: list[str]) -> tuple[list[float], list[float]]:
+        """The score of each response, and the deviation of its heads' scores in the same unit (0 for one head)."""
         # The text is read with the reward model's own tokenizer and an end token, just as in its training.
         examples = [
             encode(self.tokenizer, prompt, response, self.max_length, f"response {i}")
             for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
         ]
-        (scores,) = per_example(
+        if not examples:
+            return [], []
+        (parts,) = per_example(
             examples,
             lambda batch: [models.score_last(self.model, batch)],
             self.max_tokens,
             self.device,
             self.shared,
         )
-        return [(float(score) - self.mean) / self.std for score in scores]
+        by_head = torch.cat(parts)  # (B, K)
+        scores, spread = models.lower_bound(by_head, self.lcb), by_head.std(dim=1, correction=0)
+        return [(score - self.mean) / self.std for score in scores.tolist()], [s / self.std for s in spread.tolist()]
 
 
 def resolve_reward(

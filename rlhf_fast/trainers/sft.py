@@ -64,6 +64,8 @@ class SFTTrainer:
         outcome = fit(
             run, batches, self._losses, optimizer, self.budget, checkpoints, identity, self.evaluate, per_epoch
         )
+        if outcome.step != optimizer.steps:
+            models.copy_weights(models.load(run.checkpoint(outcome.step))[0], self.model)
         counts = {"demonstrations": len(self.training), "heldout": len(self.heldout)}
         return run.finish({**counts, **outcome.row}, outcome.step)
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_fast.data.batches import LONGEST_ROW, pad
-from rlhf_fast.data.chat import Prompt, decode_response, encode_prompt
+from rlhf_fast.data.chat import decode_response, encode_prompt
 from rlhf_fast.data.pairs import (
     PairGroup,
     Pairs,
@@ -16,6 +16,7 @@ from rlhf_fast.data.pairs import (
     group_pairs,
     join,
     microbatches_of_groups,
+    split_as_labelled,
 )
 from rlhf_fast.data.records import Comparison
 from rlhf_fast.models.byte_tokenizer import byte_tokenizer
@@ -68,14 +69,12 @@ def test_joined_groups_hold_every_comparison_once_and_the_right_way_round(rows: 
 @settings(max_examples=40, deadline=None)
 @given(comparisons)
 def test_groups_are_prompts_in_order_of_first_appearance(rows: list[Comparison]) -> None:
-    order: list[Prompt] = []
-    for row in rows:
-        if row.prompt not in order:
-            order.append(row.prompt)
+    asked = [encode_prompt(TOKENIZER, row.prompt) for row in rows]
+    order = list(dict.fromkeys(asked))
     groups = grouped(rows)
     assert len(groups) == len(order)
     for group, prompt in zip(groups, order, strict=True):
-        same = [row for row in rows if row.prompt == prompt]
+        same = [row for row, ids in zip(rows, asked, strict=True) if ids == prompt]
         assert as_rows(join([group], "cpu")) == expected_rows(same)
         assert group.pairs == len(same)
 
@@ -87,6 +86,13 @@ def test_a_response_in_several_comparisons_is_held_once(rows: list[Comparison]) 
         assert len({example.response for example in group.examples}) == len(group.examples)
         assert {*group.chosen, *group.rejected} == set(range(len(group.examples)))
         assert len(group) == sum(len(example) for example in group.examples)
+
+
+def test_a_text_and_the_same_text_as_a_message_are_one_prompt() -> None:
+    """Otherwise one of them could be trained on and the other held out."""
+    rows = [Comparison("a", "x", "y"), Comparison([{"role": "user", "content": "a"}], "x", "z")]
+    (group,) = grouped(rows)
+    assert (group.pairs, len(group.examples)) == (2, 3)
 
 
 def test_messages_are_the_same_prompt_whatever_the_order_of_their_keys() -> None:
@@ -128,6 +134,32 @@ def test_microbatches_hold_every_group_once_and_whole_within_the_budget(
     for batch in batches:
         padded = pad(join(batch, "cpu").examples, shared=shared)
         assert len(batch) == 1 or padded.input_ids.numel() <= budget
+
+
+def test_a_joined_comparison_keeps_its_confidence_and_its_row() -> None:
+    rows = [Comparison("a", "x", "y", confidence=0.6), Comparison("b", "x", "y"), Comparison("a", "x", "z")]
+    groups = grouped(rows)
+    assert join(groups, "cpu").confidences.tolist() == [pytest.approx(0.6), 1.0, 1.0]
+    assert [row for group in groups for row in group.comparisons] == [rows[0], rows[2], rows[1]]
+
+
+def test_a_prompt_is_held_out_whole_when_one_of_its_comparisons_is_of_another_split_than_train() -> None:
+    rows = [
+        Comparison(prompt, "x", "y", split=split)
+        for prompt, split in zip("abcda", ["", "train", "v1", "v2", "v1"], strict=True)
+    ]
+    training, heldout = split_as_labelled(grouped(rows))
+    asked = [[group.comparisons[0].prompt for group in part] for part in (training, heldout)]
+    assert asked == [["b"], ["a", "c", "d"]]
+    unlabelled = grouped(rows[:2])
+    assert split_as_labelled(unlabelled) == (unlabelled, [])
+
+
+@pytest.mark.parametrize("splits", [["test", "test"], ["train", "train", "test"]])
+def test_splits_that_leave_nothing_to_train_on_or_no_interval_are_refused(splits: list[str]) -> None:
+    rows = [Comparison(f"p{i}", "x", "y", split=split) for i, split in enumerate(splits)]
+    with pytest.raises(ValueError, match=rf"{splits.count('test')} of {len(splits)} prompts are held out, .* 'test'"):
+        split_as_labelled(grouped(rows))
 
 
 def test_no_groups_make_no_batches() -> None:

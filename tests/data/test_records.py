@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,19 @@ def test_comparisons_carry_margin_annotator_category_and_ratings() -> None:
     assert isinstance(read.margin, float)
     (plain,) = read_comparisons([comparison(annotator=3, ratings=None)])
     assert (plain.annotator, plain.ratings, plain.margin) == ("3", {}, 0.0)
+
+
+def test_comparisons_carry_confidence_and_split() -> None:
+    (read,) = read_comparisons([comparison(confidence=0.75, split="test")])
+    assert (read.confidence, read.split) == (0.75, "test")
+    (plain,) = read_comparisons([comparison(confidence=None)])
+    assert (plain.confidence, plain.split) == (1.0, "")
+
+
+@pytest.mark.parametrize("confidence", [0.4, 1.01, 5, "0.7", True, math.nan])
+def test_a_confidence_on_another_scale_is_named(confidence: Any) -> None:
+    with pytest.raises(RecordError, match=r"row 0: confidence should be the probability .* map another scale"):
+        read_comparisons([comparison(confidence=confidence)])
 
 
 def test_transcripts_that_part_before_their_last_turn_keep_the_rest_as_the_response() -> None:
@@ -371,6 +385,8 @@ comparisons = st.builds(
     margin=st.floats(-100, 100),
     annotator=st.text(max_size=5),
     category=st.text(max_size=5),
+    confidence=st.floats(0.5, 1),
+    split=st.text(max_size=5),
     ratings=st.dictionaries(st.sampled_from(["chosen", "rejected"]), st.dictionaries(said, st.floats(0, 1))),
     name=st.just("row 0"),
 )

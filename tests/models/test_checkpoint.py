@@ -113,7 +113,7 @@ def test_score_last_is_what_transformers_pools(tiny_folder: Path, nudge: Nudge, 
     batch = pad(examples)
     assert tokenizer.pad_token_id == model.config.pad_token_id == 0
     with torch.no_grad():
-        pooled = model(input_ids=batch.input_ids).logits.squeeze(-1)
+        pooled = model(input_ids=batch.input_ids).logits
         scores = models.score_last(model, batch)
     torch.testing.assert_close(scores, pooled, rtol=0, atol=1e-6)
     assert scores.std() > 1e-3
@@ -125,7 +125,7 @@ def test_a_pad_token_that_ends_a_response_is_its_last_token(tiny_folder: Path) -
     with torch.no_grad():
         ended = models.score_last(model, pad([Example((5, 6), (7, 0))]))
         states = models.hidden_states(model, torch.tensor([[5, 6, 7, 0]]))
-        torch.testing.assert_close(ended, model.score(states[:, -1]).squeeze(-1), rtol=0, atol=1e-6)
+        torch.testing.assert_close(ended, model.score(states[:, -1]), rtol=0, atol=1e-6)
     assert not torch.equal(ended, models.score_last(model, pad([Example((5, 6), (7,))])))
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_fast import models
 from rlhf_fast.config import LoRAConfig
@@ -363,6 +364,38 @@ def test_a_policy_is_no_reward_model_and_a_reward_model_no_policy(
         models.load_reward(tmp_path / name)
         with pytest.raises(ValueError, match="is a reward model, not a language model"):
             models.load(tmp_path / name)
+
+
+def test_the_first_of_several_heads_is_the_only_one_and_they_differ(tiny_folder: Path) -> None:
+    one = models.reward_from(tiny_folder, FULL, seed=3)[0].score.weight
+    several = models.reward_from(tiny_folder, FULL, seed=3, heads=3)[0].score.weight
+    assert several.shape[0] == 3 and torch.equal(several[:1], one)
+    assert not torch.equal(several[0], several[1]) and not torch.equal(several[1], several[2])
+
+
+@pytest.mark.parametrize("lora", [FULL, LORA], ids=["full", "lora"])
+def test_a_checkpoint_of_several_heads_loads_here_and_in_plain_libraries(
+    tiny_folder: Path, tmp_path: Path, lora: LoRAConfig
+) -> None:
+    model, tokenizer = models.reward_from(tiny_folder, lora, heads=3)
+    models.save(tmp_path / "a", model, tokenizer, {"heads": 3})
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+        ours, _ = models.load_reward(tmp_path / "a")
+        assert torch.equal(ours(input_ids=IDS).logits, expected) and expected.shape == (len(IDS), 3)
+        if lora is FULL:
+            plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "a")
+        else:
+            base = AutoModelForSequenceClassification.from_pretrained(tiny_folder, num_labels=3)
+            plain = PeftModel.from_pretrained(base, tmp_path / "a")
+        assert torch.equal(plain.eval()(input_ids=IDS).logits, expected)
+
+
+@pytest.mark.parametrize("heads", [0, "3", True, None])
+def test_a_wrong_number_of_heads_in_a_checkpoint_is_named(tiny_folder: Path, tmp_path: Path, heads: Any) -> None:
+    models.save(tmp_path / "a", *models.reward_from(tiny_folder, LORA), extra={"heads": heads})
+    with pytest.raises(ValueError, match=r"says heads: .* expected a whole number from 1"):
+        models.load_reward(tmp_path / "a")
 
 
 def test_a_family_without_a_scalar_head_is_refused_by_name(family_config: Callable[..., Any], tmp_path: Path) -> None:

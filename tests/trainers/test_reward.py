@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -14,9 +16,12 @@ from rlhf_fast import models
 from rlhf_fast.config import LoRAConfig, OptimConfig, RewardConfig
 from rlhf_fast.data.batches import pad
 from rlhf_fast.data.chat import encode
+from rlhf_fast.data.pairs import join
 from rlhf_fast.data.records import read_comparisons
 from rlhf_fast.models.checkpoint import read_extra
-from rlhf_fast.trainers.reward import RewardTrainer
+from rlhf_fast.rollout.generator import Generator
+from rlhf_fast.rollout.sampling import SamplingParams
+from rlhf_fast.trainers.reward import RewardTrainer, poisson_weight
 from rlhf_fast.trainers.rewards import RewardModel, Rewards, resolve_reward
 
 ROWS = [
@@ -109,6 +114,144 @@ def test_agreement_goes_with_the_checkpoint_and_gates_ppo(trained: tuple[RewardT
 def test_a_tie_counts_half(tiny_folder: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"q{i}", "chosen": "same", "rejected": "same"} for i in range(8)]
     assert RewardTrainer(tiny_folder, rows, tmp_path).evaluate()["heldout_accuracy"] == 0.5
+
+
+# Confidence and heads ------------------------------------------------------------------------------------------------
+
+
+def losses(trainer: RewardTrainer) -> torch.Tensor:
+    return torch.stack([loss for loss, _ in trainer._losses(trainer.training)]).sum()
+
+
+def test_a_confidence_weighs_the_losses_of_both_orders(tiny_folder: Path, tmp_path: Path) -> None:
+    """Against the formula in float64, with margins and centring; in one micro-batch and in many."""
+    rows = [{**row, "confidence": [1.0, 0.5, 0.8][i % 3], "margin": 0.3 * (i % 2)} for i, row in enumerate(ROWS[:9])]
+    config = RewardConfig(heldout=0.3, lora=LoRAConfig(r=0), center_coef=0.05)
+    trainer = RewardTrainer(tiny_folder, rows, tmp_path, config)
+    pairs = join(trainer.training, "cpu")
+    with torch.no_grad():
+        scores = models.score_last(trainer.model, pad(pairs.examples))[:, 0].double()
+    chosen, rejected = scores[pairs.chosen], scores[pairs.rejected]
+    x, c = chosen - rejected - pairs.margins, pairs.confidences.double()
+    log_sigmoid = torch.nn.functional.logsigmoid
+    expected = (-c * log_sigmoid(x) - (1 - c) * log_sigmoid(-x) + 0.05 * (chosen + rejected) ** 2).mean()
+    assert float(losses(trainer).detach()) == pytest.approx(float(expected), rel=1e-5)
+    optim = OptimConfig(max_tokens_per_microbatch=1)
+    apart = RewardTrainer(tiny_folder, rows, tmp_path, dataclasses.replace(config, optim=optim))
+    assert float(losses(apart).detach()) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_certain_comparisons_have_the_loss_of_comparisons_without_confidence(tiny_folder: Path, tmp_path: Path) -> None:
+    plain = RewardTrainer(tiny_folder, ROWS[:9], tmp_path, RewardConfig(heldout=0.3))
+    certain = [{**row, "confidence": 1.0} for row in ROWS[:9]]
+    assert torch.equal(losses(plain), losses(RewardTrainer(tiny_folder, certain, tmp_path, RewardConfig(heldout=0.3))))
+    plain.unsure = True  # the long way, with weights 1 and 0
+    torch.testing.assert_close(losses(plain), losses(RewardTrainer(tiny_folder, certain, tmp_path, plain.config)))
+
+
+def test_several_heads_are_trained_on_their_own_resamples(tiny_folder: Path, tmp_path: Path) -> None:
+    """Their loss is the mean of those of single heads, each prompt counted as often as a head's resample holds it."""
+    config = RewardConfig(heldout=0.3, heads=3, center_coef=0.0, lora=LoRAConfig(r=0))
+    trainer = RewardTrainer(tiny_folder, ROWS[:12], tmp_path, config)
+    pairs = join(trainer.training, "cpu")
+    prompts = [group.examples[0].prompt for group in trainer.training]  # one comparison each
+    with torch.no_grad():
+        scores = models.score_last(trainer.model, pad(pairs.examples)).double()
+    x = scores[pairs.chosen] - scores[pairs.rejected]  # (P, 3)
+    times = torch.tensor([[poisson_weight(config.seed, head, prompt) for head in range(3)] for prompt in prompts])
+    assert not torch.equal(times[:, 0], times[:, 1])
+    expected = (times * -torch.nn.functional.logsigmoid(x)).mean()
+    assert float(losses(trainer).detach()) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_resample_counts_prompts_as_a_poisson_variable_of_mean_one() -> None:
+    counts = [poisson_weight(0, head, (prompt,)) for head in range(4) for prompt in range(5000)]
+    for n in range(4):  # five standard errors
+        share, expected = counts.count(n) / len(counts), math.exp(-1) / math.factorial(n)
+        assert share == pytest.approx(expected, abs=5 * (expected * (1 - expected) / len(counts)) ** 0.5)
+    assert counts == [poisson_weight(0, head, (prompt,)) for head in range(4) for prompt in range(5000)]
+
+
+@pytest.fixture(scope="module")
+def ensemble(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RewardTrainer, Path]:
+    out = tmp_path_factory.mktemp("ensemble")
+    optim = OptimConfig(lr=3e-3)
+    config = RewardConfig(epochs=2, batch_size=8, heads=3, lcb=0.5, lora=LoRAConfig(r=4), optim=optim,
+                          normalize_samples=2, max_new_tokens=6)  # fmt: skip
+    rows = [{**row, "category": f"kind {i % 2}"} for i, row in enumerate(ROWS)]
+    trainer = RewardTrainer(tiny_folder, rows, out, config)
+    trainer.train()
+    return trainer, out
+
+
+def test_the_score_of_an_ensemble_is_its_lower_bound_and_comes_back_from_its_checkpoint(
+    ensemble: tuple[RewardTrainer, Path],
+) -> None:
+    trainer, out = ensemble
+    reward = RewardModel(out)
+    scores, spread = reward.measure(["question"] * 3, ["a!", "bbb", "other"])
+    examples = [encode(trainer.tokenizer, "question", text, 100, "row") for text in ("a!", "bbb", "other")]
+    with torch.no_grad():
+        by_head = models.score_last(trainer.model, pad(examples)).double()
+    assert by_head.shape == (3, 3) and (by_head.std(dim=1) > 1e-4).all()
+    mean, std = trainer.scale
+    expected = (by_head.mean(dim=1) - 0.5 * by_head.std(dim=1, correction=0) - mean) / std
+    assert scores == pytest.approx(expected.tolist(), abs=1e-3)
+    assert spread == pytest.approx((by_head.std(dim=1, correction=0) / std).tolist(), abs=1e-3)
+    assert reward(["question"] * 3, ["a!", "bbb", "other"]) == scores
+    assert reward.measure([], []) == ([], [])
+
+
+def test_one_head_has_no_spread(trained: tuple[RewardTrainer, Path]) -> None:
+    scores, spread = RewardModel(trained[1]).measure(["question"], ["abc"])
+    assert len(scores) == 1 and spread == [0.0]
+
+
+# The report ----------------------------------------------------------------------------------------------------------
+
+
+def test_scores_of_responses_sampled_from_the_start_have_mean_zero_and_deviation_one(
+    ensemble: tuple[RewardTrainer, Path],
+) -> None:
+    """Detail 22, where the held-out responses are not the policy's own."""
+    trainer, out = ensemble
+    policy, tokenizer = models.load(trainer.start)
+    prompts = [group.comparisons[0].prompt for group in trainer.heldout]
+    rollouts = Generator(policy, tokenizer).generate(prompts, SamplingParams(n=2, max_new_tokens=6))
+    scores = torch.tensor(RewardModel(out)([prompts[i] for i in rollouts.prompt_index.tolist()], rollouts.texts))
+    assert abs(float(scores.mean())) < 1e-3 and float(scores.std(correction=0)) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_the_report_says_what_the_result_says(ensemble: tuple[RewardTrainer, Path]) -> None:
+    trainer, out = ensemble
+    report = json.loads((out / "reward_report.json").read_text())
+    summary = json.loads((out / "result.json").read_text())["summary"]
+    assert report["accuracy"] == summary["heldout_accuracy"] == trainer.agreement.as_dict()
+    assert (report["verdict"], report["calibration"]["ece"]) == (summary["verdict"], summary["ece"])
+    assert (report["scores"]["mean"], report["scores"]["std"]) == (summary["score_mean"], summary["score_std"])
+    assert report["scores"]["over"].startswith("10 responses sampled from the policy")
+    assert sum(report["scores"]["histogram"]["policy"]) == 10
+    assert sum(row["comparisons"] for row in report["by"]["category"]) == report["comparisons"] == 5
+    assert report["heads"]["heads"] == 3
+    assert report["alone"]["texts"] == 4 and report["alone"]["most_deviations"] < 1e-3
+
+
+def test_held_out_comparisons_are_kept_with_their_scores_the_worst_first(ensemble: tuple[RewardTrainer, Path]) -> None:
+    _, out = ensemble
+    rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    gaps = [row["chosen_score"] - row["rejected_score"] for row in rows]
+    assert len(rows) == 5 and gaps == sorted(gaps)
+    reward = RewardModel(out)
+    for row in rows:
+        (score,) = reward([row["prompt"]], [row["chosen"]])
+        assert row["chosen_score"] == pytest.approx(score, abs=2e-3)
+
+
+def test_what_the_data_calls_another_split_is_never_trained_on(tiny_folder: Path, tmp_path: Path) -> None:
+    rows = [{**row, "split": "valid" if i in (3, 7) else "train"} for i, row in enumerate(ROWS[:12])]
+    trainer = RewardTrainer(tiny_folder, rows, tmp_path)
+    assert [group.comparisons[0].prompt for group in trainer.heldout] == ["question 3", "question 7"]
+    assert len(trainer.training) == 10
 
 
 HH_RLHF = Path(__file__).resolve().parents[3] / "shared" / "data" / "hh-rlhf" / "harmless-base-test.jsonl.gz"
