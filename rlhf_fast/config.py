@@ -68,9 +68,7 @@ class OptimConfig:
 class RunConfig:
     """What a run keeps, and where else it is shown."""
 
-    save_every: int = (
-        0  # steps from one evaluation and checkpoint to the next; 0: evaluated each epoch, saved at the end
-    )
+    save_every: int = 0  # steps from one evaluation and checkpoint to the next; 0: evaluate each epoch, save at the end
     keep_last: int = 2  # checkpoints that are kept beside the best
     trackers: tuple[str, ...] = ()  # of tensorboard, wandb and trackio: tensorboard,wandb
 
@@ -165,9 +163,7 @@ class PPOConfig:
     max_kl: float | None = None  # nats a sequence; a step whose samples are further from the reference ends the run
     max_update_kl: float | None = None  # nats a token; a step ends its updates when they have moved the policy further
     advantage: Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce++", "remax"] = "gae"  # only gae has a critic
-    critic: Literal["shared", "separate", "reward"] = (
-        "shared"  # a head on the policy, a model of its own, or from the reward model
-    )
+    critic: Literal["shared", "separate", "reward"] = "shared"  # policy with a head, own model, or reward model
     critic_warmup: int = 0  # first steps, in which only the critic learns
     gamma: float = 1.0  # discount a token
     lam: float = 0.95  # of generalised advantage estimation (arXiv 1506.02438)
