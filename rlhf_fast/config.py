@@ -64,18 +64,22 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class SFTConfig:
-    """Supervised fine-tuning on demonstrations: cross-entropy on the response only, its end included."""
+    """Supervised fine-tuning on demonstrations: cross-entropy on the answers only, their ends included."""
 
     epochs: int = 2  # passes over the demonstrations
-    batch_size: int = 8  # sequences an optimiser step
+    batch_size: int = 8  # demonstrations an optimiser step
     heldout: float = 0.1  # share of the demonstrations kept for measuring
+    turns: Literal["all", "last"] = "all"  # which of the assistant's turns in a conversation are learned
+    packing: bool = True  # several demonstrations in a row without padding, none seeing another; only speed differs
+    samples: int = 4  # held-out prompts answered greedily at each evaluation, into samples.jsonl; 0: none
+    sample_tokens: int = 48  # tokens of such an answer at most
     max_length: int = 1024  # tokens; longer demonstrations are an error
     seed: int = 0
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
-        _check(self, count="epochs batch_size max_length", part="heldout", not_negative="seed")
+        _check(self, count="epochs batch_size max_length sample_tokens", part="heldout", not_negative="samples seed")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from rlhf_fast.settings import describe, keys
 # purpose only.
 KEYS = {
     "demo": """
-        out tiny model sft.epochs sft.batch_size sft.heldout sft.max_length sft.seed sft.lora.r sft.lora.alpha
+        out tiny model sft.epochs sft.batch_size sft.heldout sft.turns sft.packing sft.samples sft.sample_tokens
+        sft.max_length sft.seed sft.lora.r sft.lora.alpha
         sft.optim.lr sft.optim.schedule sft.optim.warmup sft.optim.weight_decay sft.optim.adam_eps
         sft.optim.max_grad_norm sft.optim.max_tokens_per_microbatch comparisons.prompts
         comparisons.samples_per_prompt comparisons.max_new_tokens comparisons.temperature comparisons.seed
@@ -34,7 +35,8 @@ KEYS = {
         evaluation.max_new_tokens evaluation.temperature evaluation.seed
     """,
     "sft": """
-        data out model sft.epochs sft.batch_size sft.heldout sft.max_length sft.seed sft.lora.r sft.lora.alpha
+        data out model sft.epochs sft.batch_size sft.heldout sft.turns sft.packing sft.samples sft.sample_tokens
+        sft.max_length sft.seed sft.lora.r sft.lora.alpha
         sft.optim.lr sft.optim.schedule sft.optim.warmup sft.optim.weight_decay sft.optim.adam_eps
         sft.optim.max_grad_norm sft.optim.max_tokens_per_microbatch
     """,

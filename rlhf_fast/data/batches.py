@@ -43,6 +43,7 @@ class Batch:
     cu_seqlens: torch.Tensor  # (B + 1,) int32: where each example's response starts among the R
     positions: torch.Tensor | None = None  # (rows, T) int64: in its own sequence; None if each row is one
     mask: torch.Tensor | None = None  # (rows, 1, T, T) bool: who sees whom; None if all that stands before
+    segments: tuple[int, ...] | None = None  # lengths of the sequences packed in the only row, none seeing another
 
 
 def pad(examples: Sequence[Example], device: torch.device | str = "cpu", shared: int = 0) -> Batch:

@@ -5,6 +5,7 @@ from rlhf_fast.models.checkpoint import resolve, save
 from rlhf_fast.models.forward import (
     Head,
     hidden_states,
+    longest_packed,
     longest_shared,
     output_head,
     response_logprobs,
@@ -19,6 +20,7 @@ __all__ = [
     "hidden_states",
     "load",
     "load_reward",
+    "longest_packed",
     "longest_shared",
     "output_head",
     "resolve",

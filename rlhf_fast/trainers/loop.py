@@ -24,9 +24,10 @@ def fit(
     evaluate: Callable[[], dict[str, float]],
     evaluate_every: int,
     identity: dict[str, str],
+    sample: Callable[[int], None] = lambda step: None,
 ) -> dict[str, float]:
-    """One optimiser step for each batch; evaluate before the first, every so often, and after the last. An interrupted
-    run goes on where it was (state.py).
+    """One optimiser step for each batch; evaluate before the first, every so often, and after the last, and `sample`
+    when that is logged. An interrupted run goes on where it was (state.py).
 
     `losses(batch)` yields (loss, stats) of each micro-batch, divided by the whole batch's denominator, so that their
     sums are the batch's and micro-batching changes nothing.
@@ -36,6 +37,7 @@ def fit(
         evaluated = evaluate()
         if done == 0:
             run.log({"step": 0, **evaluated})
+            sample(0)
         with progress_bar(len(batches), run.phase, "step", done) as bar:
             for step, batch in enumerate(batches[done:], start=done + 1):
                 totals: dict[str, float] = {}
@@ -50,6 +52,7 @@ def fit(
                 if step % evaluate_every == 0 or step == len(batches):
                     evaluated = evaluate()
                     run.log({"step": step, **evaluated})
+                    sample(step)
                 state.after(step)
     return evaluated
 
