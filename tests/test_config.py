@@ -310,7 +310,15 @@ BAD = {
         "max_grad_norm": [-1.0],
         "max_tokens_per_microbatch": [0],
     },
-    SFTConfig: {"epochs": [-1, 0], "batch_size": [0], "heldout": [0.0, 1.0, 1.5], "max_length": [0], "seed": [-1]},
+    SFTConfig: {
+        "epochs": [-1, 0],
+        "batch_size": [0],
+        "heldout": [0.0, 1.0, 1.5],
+        "samples": [-1],
+        "sample_tokens": [0],
+        "max_length": [0],
+        "seed": [-1],
+    },
     RewardConfig: {
         "epochs": [0],
         "batch_size": [0],

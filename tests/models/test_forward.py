@@ -166,6 +166,15 @@ def test_what_is_packed_is_no_longer_than_the_models_window() -> None:
     assert models.longest_packed(model) == models.longest_shared(model) == 8
 
 
+def test_a_sequence_longer_than_the_window_keeps_it_beside_others_that_share_a_prompt() -> None:
+    model, _ = models.load(MistralConfig(**SMALL, sliding_window=8))
+    examples = [ONE_PROMPT[0], ONE_PROMPT[1], Example(tuple(range(20, 40)), (30, 31))]
+    with torch.no_grad():
+        alone = torch.cat([models.response_states(model, pad([example])) for example in examples])
+        together = models.response_states(model, pad(examples, shared=models.longest_shared(model)))
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
 def test_a_model_whose_attention_is_its_own_packs_nothing() -> None:
     model, _ = models.load(BloomConfig(vocab_size=260, hidden_size=32, n_layer=1, n_head=2))
     assert models.longest_packed(model) == 0
