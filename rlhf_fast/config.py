@@ -80,11 +80,15 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class SFTConfig:
-    """Supervised fine-tuning on demonstrations: cross-entropy on the response only, its end included."""
+    """Supervised fine-tuning on demonstrations: cross-entropy on the answers only, their ends included."""
 
     epochs: int = 2  # passes over the demonstrations
-    batch_size: int = 8  # sequences an optimiser step
+    batch_size: int = 8  # demonstrations an optimiser step
     heldout: float = 0.1  # share of the demonstrations kept for measuring
+    turns: Literal["all", "last"] = "all"  # which of the assistant's turns in a conversation are learned
+    packing: bool = True  # several demonstrations in a row without padding, none seeing another; only speed differs
+    samples: int = 4  # held-out prompts answered greedily at each evaluation, into samples.jsonl; 0: none
+    sample_tokens: int = 48  # tokens of such an answer at most
     patience: int | None = None  # evaluations without a lower loss until it ends with its best checkpoint
     max_length: int = 1024  # tokens; longer demonstrations are an error
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the model; what is trained is kept in float32
@@ -94,7 +98,8 @@ class SFTConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        _check(self, count="epochs batch_size max_length patience", part="heldout", not_negative="seed")
+        _check(self, count="epochs batch_size max_length sample_tokens patience", part="heldout")
+        _check(self, not_negative="samples seed")
 
 
 @dataclass(frozen=True)

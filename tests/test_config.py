@@ -338,6 +338,8 @@ BAD = {
         "epochs": [-1, 0],
         "batch_size": [0],
         "heldout": [0.0, 1.0, 1.5],
+        "samples": [-1],
+        "sample_tokens": [0],
         "patience": [0],
         "max_length": [0],
         "seed": [-1],

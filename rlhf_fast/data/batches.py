@@ -43,12 +43,14 @@ class Batch:
     cu_seqlens: torch.Tensor  # (B + 1,) int32: where each example's response starts among the R
     positions: torch.Tensor | None = None  # (rows, T) int64: in its own sequence; None if each row is one
     mask: torch.Tensor | None = None  # (rows, 1, T, T) bool: who sees whom; None if all that stands before
+    segments: tuple[int, ...] | None = None  # lengths of the sequences packed in the only row, none seeing another
 
 
 def pad(examples: Sequence[Example], device: torch.device | str = "cpu", shared: int = 0) -> Batch:
     """Examples as a batch, in their order. The padding is id 0; no real token ever sees it.
 
-    Neighbours of one prompt share a row if they are at most `shared` tokens long.
+    Neighbours of one prompt share a row if no example of the batch is longer than `shared` tokens: the mask that tells
+    them apart stands for the window of a model that has one, in every row.
 
     Raises:
         ValueError: an empty prompt, after which no first response token could be predicted.
@@ -100,11 +102,12 @@ def by_prompt(examples: Sequence[Example]) -> list[list[int]]:
 
 def _rows(examples: Sequence[Example], shared: int) -> list[list[int]]:
     """Which neighbours share a row."""
+    if max(map(len, examples)) > shared:
+        return [[i] for i in range(len(examples))]
     rows: list[list[int]] = []
     width = 0
     for i, example in enumerate(examples):
-        first = examples[rows[-1][0]] if rows else example
-        alike = bool(rows) and example.prompt == first.prompt and max(len(example), len(first)) <= shared
+        alike = bool(rows) and example.prompt == examples[rows[-1][0]].prompt
         if alike and width + len(example.response) <= LONGEST_ROW:
             rows[-1].append(i)
             width += len(example.response)
@@ -146,9 +149,16 @@ def microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 def microbatches_of_examples(examples: Sequence[Example], max_tokens: int, shared: int = 0) -> list[list[int]]:
     """Group example numbers so that the batch of each group stays within `max_tokens` (a longer row goes alone).
 
-    Examples of one prompt become neighbours, for `pad` to let them share a row.
+    Examples of one prompt become neighbours, for `pad` to let them share a row; those longer than `shared` go apart.
     """
-    order = [i for members in by_prompt(examples) for i in members]
-    rows = [[order[i] for i in row] for row in _rows([examples[i] for i in order], shared)]
-    groups = microbatches([_width(examples, row) for row in rows], max_tokens)
-    return [[i for row in group for i in rows[row]] for group in groups]
+    short, long = (
+        [i for members in by_prompt(examples) for i in members if (len(examples[i]) > shared) == apart]
+        for apart in (False, True)
+    )
+    found = []
+    for order in (short, long):
+        part = [examples[i] for i in order]
+        rows = [[order[i] for i in row] for row in _rows(part, shared)] if part else []
+        groups = microbatches([_width(examples, row) for row in rows], max_tokens)
+        found += [[i for row in group for i in rows[row]] for group in groups]
+    return found

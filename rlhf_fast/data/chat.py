@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_fast.data.batches import Example
+from rlhf_fast.data.conversations import Conversation
 
 Message = dict[str, Any]
 Prompt = str | list[Message]
@@ -57,12 +58,51 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: str, ma
         ValueError: it is longer than `max_length` tokens; `name` (a file and line, say) tells which.
     """
     example = Example(encode_prompt(tokenizer, prompt), encode_response(tokenizer, response))
-    if len(example) > max_length:
+    _check_length(len(example), max_length, name)
+    return example
+
+
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    completion: str | list[Message],
+    max_length: int,
+    name: str,
+    turns: Literal["all", "last"] = "all",
+) -> tuple[Conversation, ...]:
+    """What is learned from the assistant's turns of `completion`, all of them or the last: each answer with the end
+    token behind it, after exactly the tokens that a model has before it when it is asked for that answer.
+
+    That is one conversation where the chat template only adds to what it has rendered. An answer before which it
+    renders earlier turns anew (without their thoughts, say, or trimmed) begins another one, with all that comes before.
+
+    Raises:
+        ValueError: a conversation is longer than `max_length` tokens; `name` tells which.
+    """
+    said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    messages = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    found: list[Conversation] = []
+    ids: tuple[int, ...] = ()
+    loss_mask: tuple[bool, ...] = ()
+    for number, message in enumerate(messages, start=1):
+        if message["role"] == "assistant" and (turns == "all" or number == len(messages)):
+            asked, answer = encode_prompt(tokenizer, said), encode_response(tokenizer, message["content"])
+            if asked[: len(ids)] != ids:
+                found.append(Conversation(ids, loss_mask))
+                ids, loss_mask = (), ()
+            loss_mask += (False,) * (len(asked) - len(ids)) + (True,) * len(answer)
+            ids = asked + answer
+            _check_length(len(ids), max_length, name)
+        said.append(message)
+    return (*found, Conversation(ids, loss_mask))
+
+
+def _check_length(tokens: int, max_length: int, name: str) -> None:
+    if tokens > max_length:
         raise ValueError(
-            f"{name}: prompt and response have {len(example)} tokens, more than max_length = {max_length}; "
+            f"{name}: prompt and response have {tokens} tokens, more than max_length = {max_length}; "
             "shorten the text or raise max_length"
         )
-    return example
 
 
 def decode_response(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...] | list[int]) -> str:

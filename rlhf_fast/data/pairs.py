@@ -125,16 +125,17 @@ def epoch_batches_by_pairs(groups: Sequence[PairGroup], size: int, epochs: int, 
 def microbatches_of_groups(groups: Sequence[PairGroup], max_tokens: int, shared: int = 0) -> list[list[PairGroup]]:
     """Groups that fit into `max_tokens` padded tokens together; none is cut, since its pairs need both sides.
 
-    `shared` as in `pad`.
+    `shared` as in `pad`; groups with an example longer than that go apart.
     """
     result: list[list[PairGroup]] = []
     rows = longest = 0  # of the last
-    shapes = [(shape(group.examples, shared), group) for group in groups]
-    for (more, width), group in sorted(shapes, key=lambda item: item[0][1], reverse=True):
-        if result and (rows + more) * longest <= max_tokens:
+    before = False
+    shapes = [(max(map(len, group.examples)) > shared, *shape(group.examples, shared), group) for group in groups]
+    for long, more, width, group in sorted(shapes, key=lambda item: (item[0], item[2]), reverse=True):
+        if result and long == before and (rows + more) * longest <= max_tokens:
             result[-1].append(group)
             rows += more
         else:
             result.append([group])
-            rows, longest = more, width
+            rows, longest, before = more, width, long
     return result

@@ -1,9 +1,10 @@
 """Records in and out: JSON Lines in the shapes that people already have, checked before any work starts.
 
-Demonstrations are `{"prompt", "completion"}` or `{"messages": [...]}`; comparisons `{"prompt", "chosen", "rejected"}`,
-where each is a string or a message list, or without a prompt two whole conversations (message lists or transcripts of
-the HH-RLHF form), with what docs/reward.md lists besides; prompts `{"prompt"}`, whose further columns are kept for
-reward functions. A path (`.jsonl`, `.jsonl.gz`), a `datasets.Dataset` or a list of dicts all work.
+Demonstrations are `{"prompt", "completion"}` or `{"messages": [...]}`, of any number of turns; comparisons
+`{"prompt", "chosen", "rejected"}`, where each is a string or a message list, or without a prompt two whole
+conversations (message lists or transcripts of the HH-RLHF form), with what docs/reward.md lists besides; prompts
+`{"prompt"}`, whose further columns are kept for reward functions. A path (`.jsonl`, `.jsonl.gz`), a `datasets.Dataset`
+or a list of dicts all work.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class PromptRecord:
 @dataclass(frozen=True)
 class Demonstration:
     prompt: Prompt
-    completion: str
+    completion: str | list[Message]  # the answer, or several turns that begin and end with the assistant's
     name: str = ""
 
 
@@ -155,12 +156,14 @@ def _not_empty(source: Any, records: list[Any], which: str = "") -> list[Any]:
 
 
 def _demonstration(row: dict[str, Any], name: str) -> Demonstration:
-    if "messages" in row:
-        messages = _messages(row["messages"], "messages", name)
-        if len(messages) < 2 or messages[-1]["role"] != "assistant":
-            raise RecordError(f"{name}: messages should end with an assistant's answer to something")
-        return Demonstration(messages[:-1], _text(messages[-1]["content"], "the assistant's last message", name), name)
-    return Demonstration(_prompt(row, name), _response(_get(row, "completion", name), "completion", name), name)
+    if "messages" not in row:
+        return Demonstration(_prompt(row, name), _completion(_get(row, "completion", name), name), name)
+    messages = _messages(row["messages"], "messages", name)
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise RecordError(f"{name}: messages should end with an assistant's answer to something")
+    # What the assistant says before anybody else answers nothing.
+    first = next(i for i, message in enumerate(messages) if i and message["role"] == "assistant")
+    return Demonstration(messages[:first], _completion(messages[first:], name), name)
 
 
 def _comparison(row: dict[str, Any], name: str) -> Comparison:
@@ -250,6 +253,16 @@ def _response(value: Any, key: str, name: str) -> str:
     if [message["role"] for message in messages] != ["assistant"]:
         raise RecordError(f"{name}: {key} should be text or a list of one assistant's message")
     return str(messages[0]["content"])
+
+
+def _completion(value: Any, name: str) -> str | list[Message]:
+    """An answer as text or as a list of one message, or several turns."""
+    if not isinstance(value, list):
+        return _text(value, "completion", name)
+    messages = _messages(value, "completion", name)
+    if messages[0]["role"] != "assistant" or messages[-1]["role"] != "assistant":
+        raise RecordError(f"{name}: completion should be text, or messages that begin and end with the assistant's")
+    return str(messages[0]["content"]) if len(messages) == 1 else messages
 
 
 def _text(value: Any, key: str, name: str) -> str:

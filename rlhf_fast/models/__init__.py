@@ -5,6 +5,7 @@ from rlhf_fast.models.checkpoint import resolve, save
 from rlhf_fast.models.forward import (
     Head,
     hidden_states,
+    longest_packed,
     longest_shared,
     lower_bound,
     output_head,
@@ -23,6 +24,7 @@ __all__ = [
     "hidden_states",
     "load",
     "load_reward",
+    "longest_packed",
     "longest_shared",
     "lower_bound",
     "output_head",

@@ -2,12 +2,14 @@
 
 Rows are padded on the right. A batch whose rows are single sequences is passed without an attention mask: causal
 attention never looks ahead, so a real token cannot see the padding and gets the same state whatever else is in its
-batch. Responses that share a prompt are told apart by a mask and by their positions.
+batch. Responses that share a prompt are told apart by a mask and by their positions, packed sequences by attention that
+ends with each of them and by positions that begin anew.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +21,8 @@ from torch import nn
 
 from rlhf_fast import ops
 from rlhf_fast.data.batches import LONGEST_ROW, Batch, Example, pad
+from rlhf_fast.data.conversations import Conversation, batch_of
+from rlhf_fast.models.packed_attention import packed
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,9 @@ def hidden_states(
     input_ids: torch.Tensor,
     positions: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
+    segments: tuple[int, ...] | None = None,
 ) -> torch.Tensor:
-    """Last hidden states (rows, T, H) of right-padded `input_ids` (rows, T); `positions` and `mask` as in Batch."""
+    """Last hidden states (rows, T, H) of right-padded `input_ids` (rows, T); the rest as in Batch."""
     inner = unwrapped(model)
     where: dict[str, torch.Tensor] = {}
     if positions is not None:
@@ -87,7 +92,8 @@ def hidden_states(
     if mask is not None:  # added to the scores: all that every implementation understands
         scores = torch.zeros(mask.shape, dtype=inner.dtype, device=mask.device)
         where["attention_mask"] = scores.masked_fill_(~mask, torch.finfo(inner.dtype).min)
-    states: torch.Tensor = inner.base_model(input_ids=input_ids, use_cache=False, **where).last_hidden_state
+    with packed(inner, segments) if segments else contextlib.nullcontext():
+        states: torch.Tensor = inner.base_model(input_ids=input_ids, use_cache=False, **where).last_hidden_state
     return states
 
 
@@ -97,7 +103,8 @@ def response_states(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def _states(model: nn.Module, batch: Batch) -> torch.Tensor:
-    return hidden_states(model, batch.input_ids, batch.positions, batch.mask).flatten(0, 1)  # (rows * T, H)
+    states = hidden_states(model, batch.input_ids, batch.positions, batch.mask, batch.segments)
+    return states.flatten(0, 1)  # (rows * T, H)
 
 
 def response_logprobs(
@@ -152,9 +159,40 @@ def longest_shared(model: nn.Module) -> int:
             return 0
     if not 4 * right < min(no_positions, no_mask):  # rounding in any dtype is far below a quarter of either
         return 0
-    config = inner.config.get_text_config()
+    return min(LONGEST_ROW, _window(model))
+
+
+@torch.no_grad()
+def longest_packed(model: nn.Module) -> int:
+    """How long sequences may be that are packed into a row (see data/conversations.py); 0: none may.
+
+    Found by trying: there are models whose attention is not transformers' to choose, and others that carry a state from
+    token to token. A window narrower than a sequence would be lost, since attention is asked for each without a mask.
+    """
+    vocabulary = unwrapped(model).get_input_embeddings().weight.shape[0]
+    ids = [tuple(i % vocabulary for i in row) for row in ((5, 6, 7, 8), (9, 10), (11, 12, 13))]
+    conversations = [Conversation(row, (False, *[True] * (len(row) - 1))) for row in ids]
+    device = next(model.parameters()).device
+    batch = batch_of(conversations, device, packed=True)
+    with evaluating(model):
+        apart = response_states(model, batch_of(conversations, device))
+        try:
+            # As it should be, and what comes of it when each sees those before it.
+            right, one_sequence = (
+                float((response_states(model, each) - apart).abs().max())
+                for each in (batch, replace(batch, positions=None, segments=None))
+            )
+        except (ValueError, TypeError, AttributeError, RuntimeError, IndexError):
+            return 0
+    rounding = torch.finfo(apart.dtype).eps ** 0.5 * float(apart.abs().max())
+    return _window(model) if right < rounding and 4 * right < one_sequence else 0
+
+
+def _window(model: nn.Module) -> int:
+    """How far back every layer of a model looks at least, in tokens."""
+    config = unwrapped(model).config.get_text_config()
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    return min([window for window in windows if window], default=LONGEST_ROW)
+    return min([window for window in windows if window], default=sys.maxsize)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from rlhf_fast.models.forward import evaluating
+from rlhf_fast.models.packed_attention import attending_by
 from rlhf_fast.ops.paged_attention import KVCache, PagedBatch, paged_attention, write_kv
 
 NAME = "rlhf_fast_paged"
@@ -95,13 +96,5 @@ AttentionInterface.register(NAME, attend)
 @contextlib.contextmanager
 def paged(model: nn.Module) -> Iterator[None]:
     """Let a model use this attention, without dropout; afterwards every config and module is as it was."""
-    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    before = [(c, c._attn_implementation_internal) for c in configs.values() if hasattr(c, "_attn_implementation")]
-    try:
-        for config, _ in before:
-            config._attn_implementation_internal = NAME
-        with evaluating(model):
-            yield
-    finally:
-        for config, name in before:
-            config._attn_implementation_internal = name
+    with attending_by(model, NAME), evaluating(model):
+        yield

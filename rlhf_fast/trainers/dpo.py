@@ -75,7 +75,15 @@ class DPOTrainer:
         identity = {"data": digest(self.training + self.heldout), "model": fingerprint(self.model)}
         per_epoch = math.ceil(len(batches) / config.epochs)
         outcome = fit(
-            run, batches, self._losses, optimizer, self.budget, checkpoints, identity, self.evaluate, per_epoch
+            run,
+            batches,
+            self._losses,
+            optimizer,
+            self.budget,
+            checkpoints,
+            identity,
+            lambda _: self.evaluate(),
+            per_epoch,
         )
         if outcome.step != optimizer.steps:
             models.copy_weights(models.load(run.checkpoint(outcome.step))[0], self.model)

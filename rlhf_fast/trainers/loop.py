@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -33,7 +34,7 @@ def run_steps(
     checkpoints: Checkpoints,
     identity: dict[str, str],
     every: int,
-    evaluate: Callable[[], Row] | None = None,
+    evaluate: Callable[[int], Row] | None = None,
     over: Callable[[Row], str] = lambda row: "",
     stateful: dict[str, Stateful] | None = None,
 ) -> Outcome:
@@ -42,7 +43,7 @@ def run_steps(
     Args:
         step: does step n and returns its metrics.
         every: steps from one evaluation to the next; there is one before the first step and one after the last, too.
-        evaluate: returns the metrics by which checkpoints are judged; without it they are those of the step.
+        evaluate: returns the metrics after step n by which checkpoints are judged; without it they are the step's own.
         over: why the run is to end after a step of these metrics; empty if it is not.
         stateful: what must come back beside weights, optimiser and checkpoints when the run goes on.
 
@@ -53,7 +54,7 @@ def run_steps(
     with TrainState(run, optimizer, identity, stateful) as state:
         done = state.load()
         if done == 0 and evaluate:
-            run.log({"step": 0, **evaluate()})
+            run.log({"step": 0, **evaluate(0)})
         with Terminal(run.phase, steps, done) as terminal:
             for n in range(done + 1, steps + 1):
                 row = step(n)
@@ -68,7 +69,7 @@ def run_steps(
                 last = n == steps or bool(why)
                 judged = n % every == 0 or last
                 if judged:
-                    measured = evaluate() if evaluate else row
+                    measured = evaluate(n) if evaluate else row
                     if evaluate:
                         run.log({"step": n, **measured})
                     checkpoints.after(n, measured, last)
@@ -92,7 +93,7 @@ def fit(
     budget: TokenBudget,
     checkpoints: Checkpoints,
     identity: dict[str, str],
-    evaluate: Callable[[], Row],
+    evaluate: Callable[[int], Row],
     per_epoch: int,
 ) -> Outcome:
     """One optimiser step for each batch, evaluated with each checkpoint or each epoch."""
@@ -136,9 +137,10 @@ def learn(
     return {**totals, "lr": lr, "grad_norm": norm}
 
 
-def as_tokens(item: Any) -> Any:
-    """What was trained on, as JSON: an example, or all of a group of comparisons."""
-    return [{"prompt": e.prompt, "response": e.response} for e in getattr(item, "examples", [item])]
+def as_tokens(item: Any) -> list[dict[str, Any]]:
+    """What was trained on, as JSON: an example, all of a group of comparisons, or of a demonstration."""
+    parts = item if isinstance(item, tuple) else getattr(item, "examples", [item])
+    return [dataclasses.asdict(part) for part in parts]
 
 
 def add_stats(totals: Row, stats: Stats) -> None:

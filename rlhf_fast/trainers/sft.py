@@ -1,9 +1,11 @@
-"""Supervised fine-tuning: cross-entropy on the responses of demonstrations, their end token included."""
+"""Supervised fine-tuning: cross-entropy on the assistant's turns of demonstrations, their end tokens included."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,21 @@ import torch
 
 from rlhf_fast import models, ops, settings
 from rlhf_fast.config import SFTConfig
-from rlhf_fast.data.batches import Batch, Example, microbatches, pad
-from rlhf_fast.data.chat import encode
-from rlhf_fast.data.records import Source, read_demonstrations
+from rlhf_fast.data.batches import Batch
+from rlhf_fast.data.chat import encode_conversation, encode_prompt, prompt_text
+from rlhf_fast.data.conversations import Conversation, batch_of, microbatches_of_conversations
+from rlhf_fast.data.records import Demonstration, Source, read_demonstrations
+from rlhf_fast.models.forward import unwrapped
+from rlhf_fast.rollout.generator import Generator
+from rlhf_fast.rollout.sampling import SamplingParams
 from rlhf_fast.run_folder import RunFolder
 from rlhf_fast.trainers.budget import TokenBudget
 from rlhf_fast.trainers.checkpoints import Checkpoints, Goal
 from rlhf_fast.trainers.loop import Stats, epoch_batches, fit, split_heldout
 from rlhf_fast.trainers.optimizer import Optimizer
 from rlhf_fast.trainers.state import digest, fingerprint
+
+Encoded = tuple[Conversation, ...]  # one demonstration: a conversation, or one for each answer that needs its own
 
 
 class SFTTrainer:
@@ -45,8 +53,16 @@ class SFTTrainer:
             models.recompute_activations(self.model)
         self.head = models.output_head(self.model)
         self.budget = TokenBudget(config.optim.max_tokens_per_microbatch)
-        examples = [encode(self.tokenizer, d.prompt, d.completion, config.max_length, d.name) for d in demonstrations]
-        self.training, self.heldout = split_heldout(examples, config.heldout, config.seed)
+        self.longest_packed = models.longest_packed(self.model) if config.packing else 0
+        encoded: list[tuple[Demonstration, Encoded]] = [
+            (d, encode_conversation(self.tokenizer, d.prompt, d.completion, config.max_length, d.name, config.turns))
+            for d in demonstrations
+        ]
+        _warn_of_many([conversations for _, conversations in encoded])
+        training, heldout = split_heldout(encoded, config.heldout, config.seed)
+        self.training, self.heldout = [of for _, of in training], [of for _, of in heldout]
+        self.asked = [d.prompt for d, _ in heldout[: config.samples]]
+        self.generator = self._generator() if config.samples else None
         self.out = Path(out)
         self.config_yaml = settings.run_yaml("sft", config, model=model, data=data, out=out)
 
@@ -59,11 +75,14 @@ class SFTTrainer:
         checkpoints = Checkpoints(
             run, config.run, Goal("heldout_loss", higher=False), self._save, patience=config.patience
         )
-        identity = {"data": digest(self.training + self.heldout), "model": fingerprint(self.model)}
         per_epoch = math.ceil(len(batches) / config.epochs)
-        outcome = fit(
-            run, batches, self._losses, optimizer, self.budget, checkpoints, identity, self.evaluate, per_epoch
-        )
+        identity = {"data": digest(self.training + self.heldout), "model": fingerprint(self.model)}
+
+        def evaluate(step: int) -> dict[str, float]:
+            self._sample(run, step)
+            return self.evaluate()
+
+        outcome = fit(run, batches, self._losses, optimizer, self.budget, checkpoints, identity, evaluate, per_epoch)
         if outcome.step != optimizer.steps:
             models.copy_weights(models.load(run.checkpoint(outcome.step))[0], self.model)
         counts = {"demonstrations": len(self.training), "heldout": len(self.heldout)}
@@ -72,10 +91,12 @@ class SFTTrainer:
     def _save(self, folder: Path) -> None:
         models.save(folder, self.model, self.tokenizer)
 
-    def _losses(self, examples: list[Example]) -> Iterator[tuple[torch.Tensor, Stats]]:
-        tokens = sum(len(example.response) for example in examples)
-        for group in microbatches([len(e) for e in examples], self.budget.tokens):
-            yield self._loss(pad([examples[i] for i in group], self.head.weight.device), tokens), {}
+    def _losses(self, demonstrations: Sequence[Encoded]) -> Iterator[tuple[torch.Tensor, Stats]]:
+        conversations = [conversation for of in demonstrations for conversation in of]
+        lengths, learned = map(len, conversations), sum(conversation.learned for conversation in conversations)
+        for group, packed in microbatches_of_conversations(list(lengths), self.budget.tokens, self.longest_packed):
+            batch = batch_of([conversations[i] for i in group], self.head.weight.device, packed)
+            yield self._loss(batch, learned), {}
 
     def _loss(self, batch: Batch, denominator: int) -> torch.Tensor:
         return ops.linear_cross_entropy(
@@ -91,3 +112,43 @@ class SFTTrainer:
         """Loss in nats a token, and perplexity, on the held-out demonstrations."""
         loss = self.budget.spend("sft, evaluation", lambda: sum(float(loss) for loss, _ in self._losses(self.heldout)))
         return {"heldout_loss": loss, "heldout_perplexity": math.exp(min(loss, 50.0))}
+
+    # Samples --------------------------------------------------------------------------------------------------------
+
+    def _generator(self) -> Generator | None:
+        try:
+            return Generator(self.model, self.tokenizer)
+        except ValueError as error:
+            warnings.warn(f"no samples at evaluations, since the model cannot be sampled from: {error}", stacklevel=3)
+            return None
+
+    def _sample(self, run: RunFolder, step: int) -> None:
+        """The likeliest answers to a few held-out prompts, for people to read. Nothing random, nothing kept."""
+        if self.generator is None:
+            return
+        limit = getattr(unwrapped(self.model).config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        encoded = [encode_prompt(self.tokenizer, prompt) for prompt in self.asked]
+        rooms = [min(self.config.sample_tokens, limit - len(ids)) for ids in encoded]
+        asked = [i for i, room in enumerate(rooms) if room > 0]
+        if not asked:
+            return
+        params = [SamplingParams(temperature=0.0, max_new_tokens=rooms[i]) for i in asked]
+        rollouts = self.generator.generate([encoded[i] for i in asked], params)
+        self.generator.release_memory()
+        said = zip(asked, rollouts.texts, rollouts.finish_reasons, strict=True)
+        run.samples(
+            step,
+            [{"prompt": prompt_text(self.asked[i]), "text": text, "finished": end == "stop"} for i, text, end in said],
+        )
+
+
+def _warn_of_many(demonstrations: list[Encoded]) -> None:
+    """Of conversations that are read once for each answer: right, but slower than they might be."""
+    several = sum(len(conversations) > 1 for conversations in demonstrations)
+    if several:
+        warnings.warn(
+            f"{several} of {len(demonstrations)} demonstrations are read anew for some of their answers, since the "
+            "chat template renders earlier turns differently once others follow, or does not end them with the "
+            "tokenizer's end token; sft.turns = last learns the last answer only",
+            stacklevel=3,
+        )

@@ -1,12 +1,23 @@
 """Text to tokens and back: templates, the end token, and special tokens that somebody typed."""
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_fast.data.chat import Message, decode_response, encode, encode_prompt, encode_response, prompt_text
-from rlhf_fast.models.byte_tokenizer import SPECIAL_TOKENS, VOCAB_SIZE, byte_tokenizer
+from rlhf_fast.data.chat import (
+    Message,
+    decode_response,
+    encode,
+    encode_conversation,
+    encode_prompt,
+    encode_response,
+    prompt_text,
+)
+from rlhf_fast.data.conversations import Conversation
+from rlhf_fast.models.byte_tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, VOCAB_SIZE, byte_tokenizer
 
 PAD, EOS, USER, ASSISTANT = range(4)
 TOKENIZER = byte_tokenizer()
@@ -115,6 +126,71 @@ def test_an_example_that_is_too_long_names_its_source_and_what_to_do() -> None:
         "data.jsonl line 7: prompt and response have 17 tokens, more than max_length = 10; "
         "shorten the text or raise max_length"
     )
+
+
+def answers_of(conversations: tuple[Conversation, ...]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(all that stands before, the answer) of each run of learned tokens."""
+    found = []
+    for conversation in conversations:
+        mask, start = conversation.loss_mask, 0
+        for learned, run in itertools.groupby(mask):
+            end = start + len(list(run))
+            if learned:
+                found.append((conversation.ids[:start], conversation.ids[start:end]))
+            start = end
+    return found
+
+
+TEMPLATES = {
+    "stable": CHAT_TEMPLATE,
+    "trims": CHAT_TEMPLATE.replace("message['content']", "message['content'] | trim"),
+    "forgets": CHAT_TEMPLATE.replace("{{ message['content'] }}", "{{ message['content'] if loop.last else '...' }}"),
+    "ends otherwise": CHAT_TEMPLATE.replace("'<eos>'", "'<pad>'"),
+    "none": None,
+}
+turns = st.lists(st.tuples(st.sampled_from(["user", "assistant", "system"]), hostile.filter(str.strip)), max_size=5)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@settings(max_examples=40, deadline=None)
+@given(prompt=hostile.filter(str.strip), first=hostile, between=turns, last=hostile)
+def test_each_answer_is_learned_after_what_the_model_has_before_it_when_it_is_asked(
+    template: str, prompt: str, first: str, between: list[tuple[str, str]], last: str
+) -> None:
+    """Whatever the template does to earlier turns, and nothing else is learned."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATES[template]
+    completion: list[Message] = [
+        {"role": role, "content": text} for role, text in [("assistant", first), *between, ("assistant", last)]
+    ]
+    said, expected = [{"role": "user", "content": prompt}], []
+    for message in completion:
+        if message["role"] == "assistant":
+            expected.append((encode_prompt(tokenizer, said), encode_response(tokenizer, message["content"])))
+        said.append(message)
+    encoded = encode_conversation(tokenizer, prompt, completion, 1 << 20, "")
+    assert answers_of(encoded) == expected
+    if template == "stable":
+        assert len(encoded) == 1
+    only = encode_conversation(tokenizer, prompt, completion, 1 << 20, "", turns="last")
+    assert answers_of(only) == expected[-1:]
+
+
+@settings(max_examples=40, deadline=None)
+@given(hostile.filter(str.strip), hostile)
+def test_one_answer_alone_is_the_example_of_its_prompt_and_response(prompt: str, response: str) -> None:
+    example = encode(TOKENIZER, prompt, response, 1 << 20, "")
+    for completion in (response, [{"role": "assistant", "content": response}]):
+        (conversation,) = encode_conversation(TOKENIZER, prompt, completion, 1 << 20, "")
+        assert conversation.ids == example.prompt + example.response
+        assert conversation.loss_mask == (False,) * len(example.prompt) + (True,) * len(example.response)
+
+
+def test_a_conversation_that_is_too_long_names_its_source() -> None:
+    turns: list[Message] = [{"role": role, "content": "x" * 20} for role in ("assistant", "user", "assistant")]
+    assert len(encode_conversation(TOKENIZER, "q", turns, 67, "row 3")[0]) == 67
+    with pytest.raises(ValueError, match=r"^row 3: prompt and response have 67 tokens, more than max_length = 66; "):
+        encode_conversation(TOKENIZER, "q", turns, 66, "row 3")
 
 
 def test_a_prompt_is_shown_to_people_with_its_roles() -> None:

@@ -81,11 +81,23 @@ def test_prompts_of_one_split_are_picked_and_a_split_that_is_not_there_is_named(
         ({"prompt": [USER], "completion": "answer"}, [USER]),
         ({"prompt": [USER], "completion": [ANSWER]}, [USER]),
         ({"messages": [USER, ANSWER]}, [USER]),
-        ({"messages": [{**USER, "name": "extra"}, OTHER, USER, ANSWER]}, [USER, OTHER, USER]),
+        ({"messages": [{**USER, "name": "extra"}, USER, ANSWER]}, [USER, USER]),
+        ({"messages": [OTHER, USER, ANSWER]}, [OTHER, USER]),  # what is said first answers nothing
     ],
 )
 def test_demonstrations_are_pairs_of_texts_or_conversations(row: dict[str, Any], prompt: Any) -> None:
     assert read_demonstrations([row]) == [Demonstration(prompt, "answer", "row 0")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [USER, OTHER, {**USER, "name": "extra"}, ANSWER]},
+        {"prompt": [USER], "completion": [OTHER, USER, ANSWER]},
+    ],
+)
+def test_the_turns_from_the_first_answer_on_are_the_completion(row: dict[str, Any]) -> None:
+    assert read_demonstrations([row]) == [Demonstration([USER], [OTHER, USER, ANSWER], "row 0")]
 
 
 @pytest.mark.parametrize(
@@ -262,7 +274,9 @@ BAD_DEMONSTRATIONS = [
     ({"prompt": "p", "completion": ""}, "completion is empty"),
     ({"prompt": "p", "completion": "\n"}, "completion is empty"),
     ({"prompt": "p", "completion": 1}, "completion should be text, got int"),
-    ({"prompt": "p", "completion": [USER]}, "completion should be text or a list of one assistant's message"),
+    ({"prompt": "p", "completion": [USER, ANSWER]}, "completion should be text, or messages that begin and end with"),
+    ({"prompt": "p", "completion": [ANSWER, USER]}, "completion should be text, or messages that begin and end with"),
+    ({"prompt": "p", "completion": []}, "completion should be a list of messages"),
     ({"messages": "text"}, "messages should be a list of messages, got str"),
     ({"messages": []}, "messages should be a list of messages"),
     ({"messages": [ANSWER]}, "messages should end with an assistant's answer to something"),

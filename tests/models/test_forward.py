@@ -1,17 +1,20 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BloomConfig
+from transformers import BertConfig, BloomConfig, MistralConfig
 
 from rlhf_fast import models
 from rlhf_fast.config import LoRAConfig
 from rlhf_fast.data.batches import LONGEST_ROW, Example, pad
+from rlhf_fast.data.conversations import Conversation, batch_of
 from rlhf_fast.models.forward import check_head
+from tests.conftest import SMALL
 
 EXAMPLES = [
     Example((5, 6, 7, 8), (9, 10, 1)),
@@ -140,6 +143,41 @@ def test_a_model_that_heeds_no_positions_shares_nothing(tiny: tuple[Any, Any], d
     model, _ = models.load(BloomConfig(vocab_size=260, hidden_size=32, n_layer=1, n_head=2))
     assert models.longest_shared(model.to(dtype)) == 0
     assert models.longest_shared(tiny[0].to(dtype)) == LONGEST_ROW  # nor does rounding look like not heeding
+
+
+def test_packed_sequences_have_the_states_they_have_alone(family: Any) -> None:
+    """In every family whose attention is transformers' to choose; Gemma 2 with its soft cap brings its own."""
+    model, _ = models.load(family)
+    assert models.longest_packed(model) == (0 if family.model_type == "gemma2" else sys.maxsize)
+    assert models.longest_packed(model.to(torch.bfloat16)) == (0 if family.model_type == "gemma2" else sys.maxsize)
+    if family.model_type == "gemma2":
+        return
+    model, implementation = model.float(), model.config._attn_implementation
+    rows = [Conversation(e.prompt + e.response, (False, *[True] * (len(e) - 1))) for e in EXAMPLES]
+    with torch.no_grad():
+        alone = torch.cat([models.response_states(model, batch_of([row])) for row in rows])
+        packed = models.response_states(model, batch_of(rows, packed=True))
+    torch.testing.assert_close(packed, alone, rtol=0, atol=1e-5)
+    assert model.config._attn_implementation == implementation
+
+
+def test_what_is_packed_is_no_longer_than_the_models_window() -> None:
+    model, _ = models.load(MistralConfig(**SMALL, sliding_window=8))
+    assert models.longest_packed(model) == models.longest_shared(model) == 8
+
+
+def test_a_sequence_longer_than_the_window_keeps_it_beside_others_that_share_a_prompt() -> None:
+    model, _ = models.load(MistralConfig(**SMALL, sliding_window=8))
+    examples = [ONE_PROMPT[0], ONE_PROMPT[1], Example(tuple(range(20, 40)), (30, 31))]
+    with torch.no_grad():
+        alone = torch.cat([models.response_states(model, pad([example])) for example in examples])
+        together = models.response_states(model, pad(examples, shared=models.longest_shared(model)))
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
+def test_a_model_whose_attention_is_its_own_packs_nothing() -> None:
+    model, _ = models.load(BloomConfig(vocab_size=260, hidden_size=32, n_layer=1, n_head=2))
+    assert models.longest_packed(model) == 0
 
 
 def test_scores_of_responses_that_share_a_prompt_are_their_own(tiny_folder: Any) -> None:

@@ -80,7 +80,7 @@ def drive(out: Path, losses: list[float], patience: int | None = None, **run: An
         folder, len(losses), step, optimizer,
         Checkpoints(folder, RunConfig(**run), Goal("heldout_loss", higher=False), save, patience),
         {}, every=run.get("save_every") or 1,
-        evaluate=lambda: {"heldout_loss": losses[done[-1] - 1] if done else 9.0},
+        evaluate=lambda _: {"heldout_loss": losses[done[-1] - 1] if done else 9.0},
     )  # fmt: skip
     return outcome, done, sorted(folder.name for folder in (out / "checkpoints").iterdir())
 
@@ -141,8 +141,8 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_and_its_batch_kept(tiny_fold
     trainer.train()
     skipped = rows(tmp_path, "skipped")
     assert [row["step"] for row in skipped] == [2, 3] and skipped[0]["loss"] is None
-    found = {tuple(example["response"]) for row in skipped for item in row["examples"] for example in item}
-    assert found <= {example.response for example in trainer.training} and len(skipped[0]["examples"]) == 4
+    found = {tuple(part["ids"]) for row in skipped for item in row["examples"] for part in item}
+    assert found <= {part.ids for of in trainer.training for part in of} and len(skipped[0]["examples"]) == 4
     after = [p for p in trainer.model.parameters() if p.requires_grad]
     assert all(p.isfinite().all() for p in after)
     assert any(not torch.equal(p, old) for p, old in zip(after, before, strict=True))

@@ -4,20 +4,37 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig
 
 from rlhf_fast import Generator, SamplingParams, models
 from rlhf_fast.cli import main
 from rlhf_fast.config import LoRAConfig, OptimConfig, SFTConfig
-from rlhf_fast.data.batches import pad
+from rlhf_fast.data.batches import shuffled
+from rlhf_fast.data.conversations import batch_of
 from rlhf_fast.trainers.sft import SFTTrainer
 
+CHAT = [
+    {"role": "user", "content": "question"},
+    {"role": "assistant", "content": "first"},
+    {"role": "user", "content": "and then?"},
+    {"role": "assistant", "content": "second one"},
+]
+CHATS = [
+    [{**message, "content": message["content"] * (1 + i % 3) + str(i)} for message in CHAT[: 2 + 2 * (i % 2)]]
+    for i in range(9)
+]
+DROPS_THOUGHTS = (
+    "{{ message['content'] if loop.last or message['role'] != 'assistant' "
+    "else message['content'].split('</think>')[-1] }}"
+)
 ROWS = [{"prompt": f"say {letter}", "completion": letter * 3} for letter in "abcdefghij"]
 
 
@@ -25,15 +42,121 @@ def trainer(folder: Path, out: Path, **options: object) -> SFTTrainer:
     return SFTTrainer(folder, ROWS, out, SFTConfig(lora=LoRAConfig(r=0), **options))  # type: ignore[arg-type]
 
 
-def test_the_loss_is_on_the_response_and_its_end_only(tiny_folder: Path, tmp_path: Path) -> None:
-    sft = trainer(tiny_folder, tmp_path)
-    example = sft.training[0]
-    logits = sft.model(input_ids=torch.tensor([[*example.prompt, *example.response]])).logits[0]
+def test_the_loss_is_on_every_answer_and_its_end_only(tiny_folder: Path, tmp_path: Path) -> None:
+    rows = [{"messages": CHAT}, {"messages": CHAT[:2]}]
+    sft = SFTTrainer(tiny_folder, rows, tmp_path, SFTConfig(lora=LoRAConfig(r=0), samples=0))
+    (conversation,) = max(sft.training + sft.heldout, key=lambda of: len(of[0]))
+    ids, eos = conversation.ids, sft.tokenizer.eos_token_id
+    logits = sft.model(input_ids=torch.tensor([ids])).logits[0].detach()
     logprobs = torch.log_softmax(logits.double(), -1)
-    start = len(example.prompt)
-    expected = -sum(float(logprobs[start - 1 + i, token]) for i, token in enumerate(example.response))
-    assert example.response[-1] == sft.tokenizer.eos_token_id
-    assert float(sft._loss(pad([example]), 1)) == pytest.approx(expected, rel=1e-5)
+    learned, answers = 0.0, ["first", "second one"]
+    for answer in answers:  # found by their text, since each stands there once
+        tokens = [*sft.tokenizer(answer, add_special_tokens=False)["input_ids"], eos]
+        (start,) = [i for i in range(len(ids)) if list(ids[i : i + len(tokens)]) == tokens]
+        learned -= sum(float(logprobs[start + i - 1, token]) for i, token in enumerate(tokens))
+    assert conversation.learned == sum(map(len, answers)) + len(answers)
+    assert float(sft._loss(batch_of([conversation]), 1).detach()) == pytest.approx(learned, rel=1e-5)
+
+
+@pytest.mark.parametrize("r", [0, 4])
+def test_loss_and_gradient_are_the_same_packed_padded_or_one_by_one_in_any_order(
+    r: int, family: Any, tmp_path: Path
+) -> None:
+    """To 1e-6 of the gradient's norm in float32, whatever the micro-batch. Gemma 2 attends by itself, and is padded."""
+    models.save(tmp_path / "model", *models.load(family))
+    config = SFTConfig(lora=LoRAConfig(r=r), samples=0)
+    sft = SFTTrainer(tmp_path / "model", [{"messages": chat} for chat in CHATS], tmp_path / "run", config)
+    assert (sft.longest_packed > 0) == (family.model_type != "gemma2")
+    parameters = [p for p in sft.model.parameters() if p.requires_grad]
+    with torch.no_grad():  # an adapter begins at zero, and half of its gradient with it
+        for parameter in parameters:
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+
+    def found(max_tokens: int, packed: bool, order: list[int]) -> tuple[float, torch.Tensor, int]:
+        sft.config = replace(config, optim=OptimConfig(max_tokens_per_microbatch=max_tokens))
+        sft.longest_packed = longest if packed else 0
+        for parameter in parameters:
+            parameter.grad = None
+        total, steps = 0.0, 0
+        for loss, _ in sft._losses([demonstrations[i] for i in order]):
+            loss.backward()
+            total, steps = total + float(loss.detach()), steps + 1
+        gradient = torch.cat([p.grad.flatten().double() for p in parameters if p.grad is not None])
+        return total, gradient, steps
+
+    longest, demonstrations = sft.longest_packed, sft.training
+    forwards = list(range(len(demonstrations)))
+    loss, gradient, steps = found(1, False, forwards)
+    assert steps == len(forwards)
+    assert gradient.norm() > 1e-3
+    for max_tokens, packed in ((1, True), (60, True), (60, False), (1000, True), (1000, False)):
+        for order in (forwards, forwards[::-1], shuffled(forwards, 5)):
+            other_loss, other, steps = found(max_tokens, packed, order)
+            assert other_loss == pytest.approx(loss, rel=1e-6)
+            assert float((gradient - other).norm() / gradient.norm()) < 1e-6
+            assert max_tokens < 1000 or steps == 1
+
+
+def test_demonstrations_whose_template_changes_its_mind_are_read_for_each_answer(
+    tiny: tuple[Any, Any], tmp_path: Path
+) -> None:
+    """And stay together: none of a demonstration's answers is held out while others are learned."""
+    model, tokenizer = tiny
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ message['content'] }}", DROPS_THOUGHTS)
+    models.save(tmp_path / "model", model, tokenizer)
+    chats = [[*CHAT[:1], {"role": "assistant", "content": f"<think>hm {i}</think>{i}"}, *CHAT[2:]] for i in range(10)]
+    with pytest.warns(UserWarning, match="10 of 10 demonstrations are read anew for some of their answers"):
+        sft = SFTTrainer(tmp_path / "model", [{"messages": chat} for chat in chats], tmp_path / "run", SFTConfig())
+    assert (len(sft.training), len(sft.heldout)) == (9, 1)
+    assert all(len(of) == 2 for of in sft.training + sft.heldout)
+    sft.train()
+
+
+def test_each_evaluation_leaves_what_the_model_says_and_changes_nothing_else(tiny_folder: Path, tmp_path: Path) -> None:
+    def lines(file: Path) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def run(samples: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]], bytes]:
+        out, optim = tmp_path / str(samples), OptimConfig(lr=0.01)
+        config = SFTConfig(batch_size=3, heldout=0.3, samples=samples, sample_tokens=5, optim=optim)
+        SFTTrainer(tiny_folder, ROWS, out, config).train()
+        metrics = [{**row, "seconds": 0} for row in lines(out / "metrics.jsonl")]
+        weights = (out / "checkpoints" / "step-6" / "adapter_model.safetensors").read_bytes()
+        return metrics, lines(out / "samples.jsonl"), weights
+
+    metrics, samples, weights = run(2)
+    assert (metrics, [], weights) == run(0)
+    evaluated = [row["step"] for row in metrics if "heldout_loss" in row]
+    assert [row["step"] for row in samples] == [step for step in evaluated for _ in range(2)]
+    assert {row["prompt"] for row in samples} < {row["prompt"] for row in ROWS}
+    model, tokenizer = models.load(tmp_path / "2")
+    last = samples[-2:]
+    again = Generator(model, tokenizer).generate(
+        [row["prompt"] for row in last], SamplingParams(temperature=0.0, max_new_tokens=5)
+    )
+    assert again.texts == [row["text"] for row in last]
+    assert [reason == "stop" for reason in again.finish_reasons] == [row["finished"] for row in last]
+
+
+def test_a_prompt_near_the_models_context_gets_a_shorter_sample(tiny: tuple[Any, Any], tmp_path: Path) -> None:
+    model, tokenizer = tiny
+    model.config.max_position_embeddings = 24
+    models.save(tmp_path / "model", model, tokenizer)
+    rows = [{"prompt": "x" * length, "completion": "y"} for length in (19, 19)]
+    SFTTrainer(tmp_path / "model", rows, tmp_path / "run", SFTConfig(epochs=1)).train()
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert samples and all(len(row["text"].encode(errors="ignore")) <= 3 * 3 for row in samples)
+    rows = [{"prompt": "x" * length, "completion": "y"} for length in (22, 22)]
+    SFTTrainer(tmp_path / "model", rows, tmp_path / "full", SFTConfig(epochs=1)).train()
+    assert not (tmp_path / "full" / "samples.jsonl").exists()
+
+
+def test_a_model_that_cannot_be_sampled_from_is_trained_all_the_same(tmp_path: Path) -> None:
+    models.save(tmp_path / "model", *models.load(BloomConfig(vocab_size=260, hidden_size=32, n_layer=1, n_head=2)))
+    with pytest.warns(UserWarning, match="no samples at evaluations"):
+        sft = SFTTrainer(tmp_path / "model", ROWS, tmp_path / "run", SFTConfig(epochs=1))
+    assert sft.longest_packed == 0
+    assert math.isfinite(sft.train()["summary"]["heldout_loss"])
 
 
 def test_the_end_is_learned(tiny_folder: Path, tmp_path: Path) -> None:
