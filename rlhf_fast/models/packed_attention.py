@@ -40,6 +40,12 @@ def attend(
 AttentionInterface.register(NAME, attend)
 
 
+def segments_of_now() -> tuple[int, ...] | None:
+    """Those of the packed row that is being computed, if one is."""
+    current = _packed.get()
+    return None if current is None else current[1]
+
+
 @contextlib.contextmanager
 def packed(model: nn.Module, segments: tuple[int, ...]) -> Iterator[None]:
     """Let a model attend within segments of a single row.

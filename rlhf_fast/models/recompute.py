@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from rlhf_fast.models.forward import unwrapped
+from rlhf_fast.models.packed_attention import packed, segments_of_now
 
 
 def recompute_activations(model: nn.Module) -> None:
@@ -25,11 +29,17 @@ def recompute_activations(model: nn.Module) -> None:
             f"optim.checkpointing: {type(model).__name__} has no layers that can be computed again; unset it"
         )
     for layer in layers:
-        layer.forward = functools.partial(_again, layer.forward)
+        layer.forward = functools.partial(_kept_in_part, unwrapped(model), layer.forward)
 
 
-def _again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _kept_in_part(model: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
+    segments = segments_of_now()
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Of the first time and of the second, which comes when the row is no longer the one being computed."""
+        return nullcontext(), packed(model, segments) if segments else nullcontext()
+
     # Nothing in a layer is random, so no state of a generator has to come back.
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **kwargs)

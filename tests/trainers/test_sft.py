@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,7 @@ def test_loss_and_gradient_are_the_same_packed_padded_or_one_by_one_in_any_order
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
 
     def found(max_tokens: int, packed: bool, order: list[int]) -> tuple[float, torch.Tensor, int]:
-        sft.config = replace(config, optim=OptimConfig(max_tokens_per_microbatch=max_tokens))
+        sft.budget.tokens = max_tokens
         sft.longest_packed = longest if packed else 0
         for parameter in parameters:
             parameter.grad = None
