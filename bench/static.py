@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_fast.kernels._sizes import OWN
+
 RESULTS = Path(__file__).resolve().parent / "results" / "static.json"
 TARGETS = (80, 90, 100, 120)
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
@@ -250,32 +252,36 @@ def _type(op: str, name: str, dtype: str) -> str:
     return POINTERS.get(name, f"*{dtype}" if name in NARROW else "*fp32")
 
 
-def triton_variants() -> Iterator[Variant]:
-    from rlhf_fast.kernels import full_kl, kl_estimate, token_logprobs
+def _warps(op: str) -> dict[str, int]:
+    return {"num_warps": OWN[op]["WARPS"]}
 
-    four_warps, token_warps = {"num_warps": 4}, {"num_warps": token_logprobs.WARPS}
-    kl_warps = {"num_warps": full_kl.WARPS}
+
+def triton_variants() -> Iterator[Variant]:
+    from rlhf_fast.kernels import full_kl, token_logprobs
+
+    four_warps, token_warps, kl_warps = {"num_warps": 4}, _warps("token_logprobs"), _warps("full_kl")
+    kl_segment = OWN["full_kl"]["SEGMENT"]
     for name, short in DTYPES.items():
         for form, masked in ((0, False), (2, True)):
             flags = {"FORM": form, "PER_ROW": masked, "HAS_MASK": masked}
             label = f"{name}, {FORMS[form]}" + (", masked, temperature a row" if masked else "")
-            whole = {**flags, "SEGMENT": token_logprobs.segment}
+            whole = {**flags, "SEGMENT": OWN["token_logprobs"]["SEGMENT"]}
             yield Variant("token_logprobs", "_update", label, short, whole, token_warps, 32)
             both = {**whole, "HAS_LOGPROBS": True, "HAS_ENTROPY": True, "HAS_LOG_SUM": masked, "HAS_EACH": masked}
             yield Variant("token_logprobs", "_gradient", label, short, both, token_warps, 32)
-            parts = {**flags, "SEGMENT": full_kl.SEGMENT}
+            parts = {**flags, "SEGMENT": kl_segment}
             states = {**parts, "STATE": full_kl.STATE}
-            js_states = {**states, "SEGMENT": full_kl.JS_SEGMENT}
+            js_states = {**states, "SEGMENT": full_kl.js_segment(kl_segment)}
             yield Variant("full_kl", "_states", label, short, states, kl_warps, 16)
             yield Variant("full_kl", "_js_states", label, short, js_states, kl_warps, 8)
             for js in (False, True):
                 needs = {**parts, "JS": js, "NEED_P": True, "NEED_Q": True}
                 kind = f"{label}, {'js' if js else 'kl'}"
                 yield Variant("full_kl", "_gradient", kind, short, needs, kl_warps, 16)
-        options = {"KIND": 2, "HAS_MASK": False, "BLOCK": kl_estimate.BLOCK}
-        yield Variant("kl_estimate", "_forward", f"{name}, k3", short, options, four_warps, 8)
+        options = {"KIND": 2, "HAS_MASK": False, "BLOCK": OWN["kl_estimate"]["BLOCK"]}
+        yield Variant("kl_estimate", "_forward", f"{name}, k3", short, options, _warps("kl_estimate"), 8)
         needs = {**options, "NEED": True, "NEED_REF": True}
-        yield Variant("kl_estimate", "_gradient", f"{name}, k3", short, needs, four_warps, 8)
+        yield Variant("kl_estimate", "_gradient", f"{name}, k3", short, needs, _warps("kl_estimate"), 8)
         yield from _of_tokens(name, short)
         yield from _of_pairs(name, short)
         yield from _of_sequences(name, short)
@@ -289,68 +295,64 @@ def triton_variants() -> Iterator[Variant]:
 
 def _of_tokens(name: str, short: str) -> Iterator[Variant]:
     """gae and ppo_loss, doing all that they may do, and gae with rewards and values alone."""
-    from rlhf_fast.kernels import gae, ppo_loss
+    from rlhf_fast.kernels import ppo_loss
 
+    block, tokens = OWN["gae"]["BLOCK"], OWN["ppo_loss"]["RANGE"]
     for everything in (False, True):
         flags: dict[str, Any] = {f"HAS_{x}": everything for x in ("KL", "SCORES", "MASK", "BOOTSTRAP", "SUMS")}
-        flags = {**flags, "HAS_REWARDS": True, "TWO": everything, "PACKED": False, "BLOCK": gae.BLOCK}
+        flags = {**flags, "HAS_REWARDS": True, "TWO": everything, "PACKED": False, "BLOCK": block}
         label = f"{name}, {'everything' if everything else 'rewards'}"
-        yield Variant("gae", "_forward", label, short, flags, {"num_warps": gae.WARPS}, gae.BLOCK // 128)
+        yield Variant("gae", "_forward", label, short, flags, _warps("gae"), block // 128)
     flags = {f"HAS_{x}": x != "WEIGHTS" for x in ("MASK", "VALUES", "ENTROPY", "KL", "WEIGHTS")}
     flags = {**flags, "KL_COUNTS": True}
     flags = {**flags, "NEED": True, "NEED_VALUES": True, "NEED_ENTROPY": True, "CLIPS_VALUES": True, "DUAL": True}
     flags = {**flags, "CISPO": False, "HAS_ROLLOUT": True, "HAS_LOG_RATIOS": False, "WHITENS": True}
-    flags = {**flags, "KL": 2, "KL_SLOPE": 2, "BLOCK": ppo_loss.range_size, "SUMS": ppo_loss.SUMS}
+    flags = {**flags, "KL": 2, "KL_SLOPE": 2, "BLOCK": tokens, "SUMS": ppo_loss.SUMS}
     flags = {**flags, "EDGES": ppo_loss.EDGES}
-    elements = ppo_loss.range_size // 128
-    yield Variant("ppo_loss", "_forward", f"{name}, everything", short, flags, {"num_warps": ppo_loss.WARPS}, elements)
+    yield Variant("ppo_loss", "_forward", f"{name}, everything", short, flags, _warps("ppo_loss"), tokens // 128)
     if short == "fp32":
         flags = {"FINISH": ppo_loss.FINISH, "SUMS": ppo_loss.SUMS, "DENOMINATOR": 0, "TOKENS": 0}
         flags = {**flags, "EDGES": ppo_loss.EDGES}
         flags = {**flags, "VALUES_COUNT": True, "ENTROPY_COUNTS": True, "KL_COUNTS": True}
-        yield Variant("ppo_loss", "_finish", "many ranges", short, flags, {"num_warps": ppo_loss.WARPS}, 16)
+        yield Variant("ppo_loss", "_finish", "many ranges", short, flags, {"num_warps": 4}, 16)
 
 
 def _of_pairs(name: str, short: str) -> Iterator[Variant]:
-    from rlhf_fast.kernels import pair_loss
-
     flags: dict[str, Any] = {f"HAS_{x}": True for x in ("REFERENCE", "MARGINS", "WEIGHTS", "KL")}
-    flags = {**flags, "DENOMINATOR": 0, "NEED": True, "NEED_REJECTED": True, "BLOCK": pair_loss.BLOCK}
+    flags = {**flags, "DENOMINATOR": 0, "NEED": True, "NEED_REJECTED": True, "BLOCK": OWN["pair_loss"]["BLOCK"]}
     for kind in (0, 3):
         label = f"{name}, {'kto' if kind else 'logistic'}"
-        options = {"num_warps": pair_loss.WARPS}
-        yield Variant("pair_loss", "_forward", label, short, {**flags, "KIND": kind}, options, 2)
+        yield Variant("pair_loss", "_forward", label, short, {**flags, "KIND": kind}, _warps("pair_loss"), 2)
 
 
 def _of_sequences(name: str, short: str) -> Iterator[Variant]:
-    from rlhf_fast.kernels import group_advantages, sequence_sum
+    from rlhf_fast.kernels import group_advantages
 
     flags: dict[str, Any] = {"HAS_MASK": True, "PACKED": True}
-    options = {"num_warps": sequence_sum.WARPS}
-    yield Variant("sequence_sum", "_forward", name, short, {**flags, "BLOCK": sequence_sum.BLOCK}, options, 8)
+    options = {**flags, "BLOCK": OWN["sequence_sum"]["BLOCK"]}
+    yield Variant("sequence_sum", "_forward", name, short, options, _warps("sequence_sum"), 8)
     flags, options = {**flags, "KIND": 0, "BLOCK": group_advantages.BLOCK}, {"num_warps": group_advantages.WARPS}
     yield Variant("group_advantages", "_forward", name, short, flags, options, 2)
 
 
 def _of_rollouts(name: str, short: str) -> Iterator[Variant]:
     """Heads of 128, four to a key head, as 8B models have them."""
-    from rlhf_fast.kernels import paged_attention, sample
-
-    block, options = 32, {"num_warps": 4, "num_stages": paged_attention.STAGES}
+    block, own = 32, OWN["paged_attention"]
+    options = {**_warps("paged_attention"), "num_stages": own["STAGES"]}
     sizes = {"DIM": 128, "WIDE": 128, "HAS_SINKS": False}
     flags: dict[str, Any] = {
         **sizes, "REP": 4, "REPS": 4, "TOKENS": 4, "WIDTH": 128, "BLOCK": block, "KEYS": block, "HAS_CAP": False,
-        "BLOCKS": paged_attention.PART // block, "OF_GROUPS": False, "WIDEN": False,
+        "BLOCKS": own["PART"] // block, "OF_GROUPS": False, "WIDEN": False,
     }  # fmt: skip
     for split in (False, True):
         label = f"{name}, {'a part' if split else 'all parts'}"
         yield Variant("paged_attention", "_forward", label, short, {**flags, "SPLIT": split}, options, 16)
-    finish = {**sizes, "PER_PART": paged_attention.PART}
+    finish = {**sizes, "PER_PART": own["PART"]}
     yield Variant("paged_attention", "_finish", f"{name}", short, finish, {"num_warps": 1}, 4)
     write = {"DIM": 128, "HALF": 64, "WIDTH": 128, "BLOCK": block, "SIZE": 128, "ROTATED": True, "HAS_QUERY": True}
     yield Variant("paged_attention", "_write", name, short, write, {"num_warps": 1}, 4)
-    options = {"num_warps": sample.WARPS}
-    yield Variant("sample", "_forward", name, short, {"BLOCK": sample.BLOCK}, options, sample.BLOCK // 256)
+    block = OWN["sample"]["BLOCK"]
+    yield Variant("sample", "_forward", name, short, {"BLOCK": block}, _warps("sample"), block // 256)
 
 
 def _absent_from_gae(name: str, constants: dict[str, Any]) -> bool:

@@ -30,6 +30,7 @@ def report() -> list[tuple[str, str]]:
         ("compiled module", _compiled_module()),
         ("nvcc", _nvcc()),
         ("backends of the ops", _backends()),
+        ("launch sizes", _launch_sizes()),
         ("memory", _memory()),
         ("disk, model cache", _disk(_model_cache())),
         ("disk, this folder", _disk(Path.cwd())),
@@ -93,6 +94,21 @@ def _backends() -> str:
     missing = "; ".join(f"no {name}: {remedy}" for name, remedy in _dispatch.MISSING.items())
     here = ", ".join(name for name in _dispatch.KNOWN if name not in _dispatch.MISSING)
     return f"{here}; {missing}" if missing else here
+
+
+def _launch_sizes() -> str:
+    """Those of the Triton kernels on the first device."""
+    try:
+        import torch
+
+        from rlhf_fast.kernels import _sizes
+
+        device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        name = _sizes.device_name(device)
+        tuned = [op for op, own in _sizes.OWN.items() if _sizes.sizes(op, device) != own]
+    except Exception as error:  # no torch, or a file that is none
+        return f"unknown ({_one_line(error)})"
+    return f"tuned for {name}: {', '.join(tuned)}" if tuned else f"the Triton kernels' own; none were tuned for {name}"
 
 
 def _nvcc() -> str:

@@ -20,6 +20,7 @@ PARTS = [
     "compiled module",
     "nvcc",
     "backends of the ops",
+    "launch sizes",
     "memory",
     "disk, model cache",
     "disk, this folder",
@@ -94,6 +95,23 @@ def test_doctor_prints_each_part_and_succeeds(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(PARTS)
     assert all(line.startswith(part) for line, part in zip(lines, PARTS, strict=True))
+
+
+def test_doctor_tells_which_kernels_have_tuned_sizes(tmp_path, monkeypatch):
+    import torch
+
+    from rlhf_fast.kernels import _sizes
+
+    name = _sizes.device_name(torch.device("cuda:0" if torch.cuda.is_available() else "cpu"))
+    file = tmp_path / "sizes.json"
+    monkeypatch.setenv("RLHF_FAST_TUNED", str(file))
+    program = "from rlhf_fast import doctor; print(dict(doctor.report())['launch sizes'])"
+    file.write_text("{}")
+    assert run_python(program).stdout.strip() == f"the Triton kernels' own; none were tuned for {name}"
+    file.write_text(f'{{"{name}": {{"gae": {{"sizes": {{"WARPS": 2}}}}}}}}')
+    assert run_python(program).stdout.strip() == f"tuned for {name}: gae"
+    file.write_text("[]")
+    assert run_python(program).stdout.startswith(f"unknown ({file}: expected an object")
 
 
 def test_doctor_tells_a_bad_isa_from_a_missing_module(compiled):

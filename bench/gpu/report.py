@@ -249,9 +249,13 @@ def _tuning(records: list[Record]) -> list[str]:
         return []
     rows = []
     for r in found:
-        sizes = ", ".join(f"{name} {value}" for name, value in r["best"].items() if name != "milliseconds")
-        rows.append(f"| {r['op'].removeprefix('tune: ')} {r['case']} | {sizes} | {r['gain']:.2f} |")
-    return ["## Tuning", "", "| kernel | best sizes | times as fast as with its own |", "|---|---|---|", *rows, ""]
+        sizes = ", ".join(f"{name} {value}" for name, value in (r["sizes"] or {}).items()) or "its own"
+        refused = "; ".join(f"{label}: {why}" for label, why in r["refused"].items())
+        rows.append(
+            f"| {r['op'].removeprefix('tune: ')} {_cell(r['case'])} | {sizes} | {r['gain']:.2f} | {_cell(refused)} |"
+        )
+    head = "| kernel | sizes to keep | times as fast as with its own | refused |"
+    return ["## Tuning", "", head, "|---|---|---|---|", *rows, ""]
 
 
 def _plot(timed: list[Record], path: Path) -> list[Path]:

@@ -190,12 +190,12 @@ def ops_step(context: Context) -> None:
         raise RuntimeError(f"{len(failed)} failed, the first: {failed[0]}")
 
 
-def _cases(bench: harness.Bench, context: Context) -> list[harness.Case]:
+def _cases(bench: harness.Bench, context: Context, rows: int = ROWS) -> list[harness.Case]:
     if not context.rehearse:
         return list(bench.gpu_cases)
     tiny = {(one.dtype, one.mode): one for one in bench.gpu_cases}  # one for each kind of kernel
     return [
-        dataclasses.replace(one, shape=(min(one.shape[0], ROWS), *(min(n, WIDTH) for n in one.shape[1:])))
+        dataclasses.replace(one, shape=(min(one.shape[0], rows), *(min(n, WIDTH) for n in one.shape[1:])))
         for one in tiny.values()
     ]
 
@@ -264,11 +264,11 @@ def ppo(context: Context) -> None:
 
 
 def tune(context: Context) -> None:
-    """The few sizes that the Triton kernels are launched with: what each value would give on this card."""
+    """The few sizes that the Triton kernels are launched with: those that would pay on this card."""
     needs("triton")
     from bench.gpu import tuning
 
-    tuning.main(context)
+    tuning.tune(context)
 
 
 STEPS: dict[str, Callable[[Context], None]] = {

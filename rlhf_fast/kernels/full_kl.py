@@ -27,14 +27,12 @@ from rlhf_fast.kernels._math import (
     row_temperature,
     transform_arguments,
 )
+from rlhf_fast.kernels._sizes import sizes
 from rlhf_fast.ops._rows import Matrix, Transform
 
-SEGMENT = 4096  # columns of both sides; 16 + 16 a thread with WARPS
 STATE = (
     6  # floats: reference and sum of exp(z - reference) of p, the same of q, anchor and dot; or JS's three sums a side
 )
-WARPS = 8
-JS_SEGMENT = 2048  # half as many: with its six sums there are not the registers for more
 FINISH_ROWS = 16
 LOG2 = tl.constexpr(0.6931471805599453)
 
@@ -257,22 +255,30 @@ def _gradient(
         tl.store(out_q + to, g_q.to(out_q.dtype.element_ty), mask=column < columns)
 
 
+def js_segment(segment: int) -> int:
+    """Half as many columns: with its six sums there are not the registers for more."""
+    return segment // 2
+
+
 def forward(p: Matrix, q: Matrix, t: Transform, mask: Tensor | None, js: int, results: Sequence[Tensor]) -> None:
     divergence, shift_p, sum_p, shift_q, sum_q, *means = results
-    segments = triton.cdiv(p.columns, SEGMENT)
+    size = sizes("full_kl", p.data.device)
+    segment, warps = size["SEGMENT"], size["WARPS"]
+    segments = triton.cdiv(p.columns, segment)
     states = torch.empty(p.rows, segments, STATE, dtype=torch.float32, device=p.data.device)
     inputs = *matrix_arguments(p), *matrix_arguments(q), *transform_arguments(t), mask
     row_kernel = {"HAS_MASK": mask is not None, "ROWS": FINISH_ROWS, "STATES": triton.next_power_of_2(segments)}
     rows_grid = (triton.cdiv(p.rows, FINISH_ROWS),)
     _states[(p.rows * segments,)](
-        *inputs, segments, states, SEGMENT=SEGMENT, STATE=STATE, num_warps=WARPS, **flags(t, mask)
+        *inputs, segments, states, SEGMENT=segment, STATE=STATE, num_warps=warps, **flags(t, mask)
     )
     _finish[rows_grid](states, segments, p.rows, mask, *results, STATE=STATE, **row_kernel)
     if js:
-        segments = triton.cdiv(p.columns, JS_SEGMENT)
+        segment = js_segment(segment)
+        segments = triton.cdiv(p.columns, segment)
         states = torch.empty(p.rows, segments, STATE, dtype=torch.float32, device=p.data.device)
         _js_states[(p.rows * segments,)](
-            *inputs, segments, shift_p, sum_p, shift_q, sum_q, states, SEGMENT=JS_SEGMENT, STATE=STATE, num_warps=WARPS,
+            *inputs, segments, shift_p, sum_p, shift_q, sum_q, states, SEGMENT=segment, STATE=STATE, num_warps=warps,
             **flags(t, mask),
         )  # fmt: skip
         row_kernel["STATES"] = triton.next_power_of_2(segments)
@@ -290,10 +296,12 @@ def gradient(
     out_p: Tensor | None,
     out_q: Tensor | None,
 ) -> None:
-    segments = triton.cdiv(p.columns, SEGMENT)
+    size = sizes("full_kl", p.data.device)
+    segment, warps = size["SEGMENT"], size["WARPS"]
+    segments = triton.cdiv(p.columns, segment)
     _gradient[(p.rows * segments,)](
         *matrix_arguments(p), *matrix_arguments(q), *transform_arguments(t), mask, segments, *results[1:], grad,
         out_p, out_q,
-        SEGMENT=SEGMENT, JS=bool(js), NEED_P=out_p is not None, NEED_Q=out_q is not None, num_warps=WARPS,
+        SEGMENT=segment, JS=bool(js), NEED_P=out_p is not None, NEED_Q=out_q is not None, num_warps=warps,
         **flags(t, mask),
     )  # fmt: skip

@@ -9,10 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlhf_fast.kernels._sizes import sizes
 from rlhf_fast.ops._rows import GAEInputs
-
-BLOCK = 1024
-WARPS = 4
 
 
 @triton.jit
@@ -109,10 +107,11 @@ def _forward(
 
 
 def forward(x: GAEInputs, advantages: Tensor, returns: Tensor, sums: Tensor | None) -> None:
+    size = sizes("gae", advantages.device)
     _forward[(x.sequences,)](
         x.rewards, x.logprobs, x.ref_logprobs, x.scores, x.kl_coef, x.values, x.mask, x.bootstrap,
         x.cu_seqlens, x.length, x.gamma, x.lam, x.critic_lam, advantages, returns, sums,
         HAS_REWARDS=x.rewards is not None, HAS_KL=x.logprobs is not None, HAS_SCORES=x.scores is not None,
         HAS_MASK=x.mask is not None, HAS_BOOTSTRAP=x.bootstrap is not None, PACKED=x.cu_seqlens is not None,
-        TWO=x.critic_lam != x.lam, HAS_SUMS=sums is not None, BLOCK=BLOCK, num_warps=WARPS,
+        TWO=x.critic_lam != x.lam, HAS_SUMS=sums is not None, BLOCK=size["BLOCK"], num_warps=size["WARPS"],
     )  # fmt: skip

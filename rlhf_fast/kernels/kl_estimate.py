@@ -7,8 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlhf_fast.kernels._sampled_kl import estimate, slope
-
-BLOCK = 1024
+from rlhf_fast.kernels._sizes import sizes
 
 
 @triton.jit
@@ -41,10 +40,11 @@ def _gradient(
 
 
 def forward(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None, kind: int, out: Tensor) -> None:
-    count = logprobs.numel()
-    _forward[(triton.cdiv(count, BLOCK),)](
-        logprobs, ref_logprobs, mask, count, out, KIND=kind, HAS_MASK=mask is not None, BLOCK=BLOCK
-    )
+    count, size = logprobs.numel(), sizes("kl_estimate", logprobs.device)
+    _forward[(triton.cdiv(count, size["BLOCK"]),)](
+        logprobs, ref_logprobs, mask, count, out, KIND=kind, HAS_MASK=mask is not None, BLOCK=size["BLOCK"],
+        num_warps=size["WARPS"],
+    )  # fmt: skip
 
 
 def gradient(
@@ -56,8 +56,9 @@ def gradient(
     out: Tensor | None,
     ref_out: Tensor | None,
 ) -> None:
-    count = logprobs.numel()
-    _gradient[(triton.cdiv(count, BLOCK),)](
+    count, size = logprobs.numel(), sizes("kl_estimate", logprobs.device)
+    _gradient[(triton.cdiv(count, size["BLOCK"]),)](
         logprobs, ref_logprobs, mask, count, grad, out, ref_out,
-        KIND=kind, HAS_MASK=mask is not None, NEED=out is not None, NEED_REF=ref_out is not None, BLOCK=BLOCK,
+        KIND=kind, HAS_MASK=mask is not None, NEED=out is not None, NEED_REF=ref_out is not None,
+        BLOCK=size["BLOCK"], num_warps=size["WARPS"],
     )  # fmt: skip

@@ -1,9 +1,10 @@
 """paged_attention and write_kv in Triton: a program a few query tokens, one key head, and some of the keys.
 
-Keys are taken in parts of PART positions, wherever a batch begins or ends: online softmax block by block within a part,
-then the parts in their order. One program goes through all parts of its tokens, or, where there are few tokens, each
-part has a program of its own and a second launch puts them together; the arithmetic is the same. Parts that all
-sequences of a group share are computed by programs that hold tokens of the whole group.
+Keys are taken in parts of PART positions (or the multiple of the block size that comes first), wherever a batch begins
+or ends: online softmax block by block within a part, then the parts in their order. One program goes through all parts
+of its tokens, or, where there are few tokens, each part has a program of its own and a second launch puts them
+together; the arithmetic is the same. Parts that all sequences of a group share are computed by programs that hold
+tokens of the whole group.
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from rlhf_fast.kernels._math import tanh
+from rlhf_fast.kernels._sizes import sizes
 
-PART = 256  # positions, or the multiple of the block size that comes first
 ROWS = 16  # heads of tokens in a program: what tl.dot needs
-STAGES = 2  # of loading blocks ahead; with 3, float32 spills on sm_120
 MOST_SPLIT = 256 << 20  # bytes of parts in memory
 
 
@@ -212,10 +212,11 @@ def forward(
     if n == 0:
         return
     kv_heads, width, block = cache.keys.shape[1:]
+    size = sizes("paged_attention", query.device)
     rep = heads // kv_heads
     reps = triton.next_power_of_2(rep)
     tokens = max(1, ROWS // reps)
-    blocks = -(-PART // block)  # in a part
+    blocks = -(-size["PART"] // block)  # in a part
     number_of_parts = -(-batch.tables.shape[1] // blocks)
     wide = triton.next_power_of_2(max(width, 16))
     split = number_of_parts > 1 and 4 * n * heads * number_of_parts * (wide + 2) <= MOST_SPLIT
@@ -237,7 +238,7 @@ def forward(
             positions, sinks, out, parts, stats, query.stride(0), query.stride(1), heads, kv_heads, scale, softcap,
             window, number_of_parts, REP=rep, REPS=reps, TOKENS=tokens, DIM=dim, WIDTH=width, WIDE=wide, BLOCK=block,
             KEYS=triton.next_power_of_2(block), BLOCKS=blocks, HAS_CAP=softcap > 0, HAS_SINKS=sinks is not None,
-            SPLIT=split, OF_GROUPS=of_groups, num_stages=STAGES,
+            SPLIT=split, OF_GROUPS=of_groups, num_stages=size["STAGES"], num_warps=size["WARPS"],
             WIDEN=query.device.type == "cpu",  # the interpreter has no bfloat16 products
         )  # fmt: skip
     if split:

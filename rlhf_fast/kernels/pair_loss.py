@@ -7,10 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlhf_fast.kernels._sizes import sizes
 from rlhf_fast.ops._rows import Denominator, PairInputs, PairOptions
-
-BLOCK = 256  # pairs at a time
-WARPS = 4
 
 
 @triton.jit
@@ -102,9 +100,11 @@ def _forward(
 def forward(
     x: PairInputs, o: PairOptions, of_pairs: Denominator, stats: Tensor, gradients: tuple[Tensor | None, Tensor | None]
 ) -> None:
+    size = sizes("pair_loss", stats.device)
     _forward[(1,)](
         *x, x.chosen.numel(), *o[1:], of_pairs.there, of_pairs.number, stats, *gradients,
         KIND=o.kind, HAS_REFERENCE=x.ref_chosen is not None, HAS_MARGINS=x.margins is not None,
         HAS_WEIGHTS=x.weights is not None, HAS_KL=x.kl is not None, DENOMINATOR=of_pairs.kind,
-        NEED=gradients[0] is not None, NEED_REJECTED=gradients[1] is not None, BLOCK=BLOCK, num_warps=WARPS,
+        NEED=gradients[0] is not None, NEED_REJECTED=gradients[1] is not None, BLOCK=size["BLOCK"],
+        num_warps=size["WARPS"],
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""ppo_loss in Triton: a program a range of 1,024 tokens, one sweep that reads each input once and writes the gradients.
+"""ppo_loss in Triton: a program a range of tokens, one sweep that reads each input once and writes the gradients.
 
 A last kernel adds the sums of the ranges up in their order. csrc/common/ppo_loss.h says what the sums and the
 statistics are.
@@ -6,17 +6,17 @@ statistics are.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from rlhf_fast.kernels import _sampled_kl
 from rlhf_fast.kernels._sampled_kl import expm1_minus
+from rlhf_fast.kernels._sizes import sizes
 from rlhf_fast.ops._rows import Denominator, PPOInputs, PPOOptions
 
-range_size = 1024  # tokens
 FINISH = 32  # ranges that the last kernel adds up at a time
-WARPS = 4
 SUMS = 34  # as csrc/common/ppo_loss.h counts them
 EDGES = (*(-(2.0**-i) for i in range(1, 8)), 0.0, *(2.0**-i for i in range(7, 0, -1)))  # between log-ratios
 
@@ -221,6 +221,11 @@ def _finish(
     tl.store(stats + 18, (1.0 / terms).to(tl.float32))
 
 
+def range_size(device: torch.device) -> int:
+    """Tokens."""
+    return sizes("ppo_loss", device)["RANGE"]
+
+
 def forward(
     x: PPOInputs,
     options: PPOOptions,
@@ -230,7 +235,7 @@ def forward(
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
     partials: Tensor,
 ) -> None:
-    o, (ranges, count) = options, (partials.shape[0], x.logprobs.numel())
+    o, (ranges, count), size = options, (partials.shape[0], x.logprobs.numel()), sizes("ppo_loss", stats.device)
     if ranges:
         _forward[(ranges,)](
             *x, count, *o[:8], partials, *gradients,
@@ -240,12 +245,12 @@ def forward(
             KL_COUNTS=o.kl_coef != 0, DUAL=o.dual_clip != 0, CISPO=o.cispo, HAS_ROLLOUT=x.rollout_logprobs is not None,
             HAS_LOG_RATIOS=x.log_ratios is not None, WHITENS=x.advantage_sums is not None,
             NEED=gradients[0] is not None, NEED_VALUES=gradients[1] is not None, NEED_ENTROPY=gradients[2] is not None,
-            BLOCK=range_size, SUMS=SUMS, EDGES=EDGES, num_warps=WARPS,
+            BLOCK=size["RANGE"], SUMS=SUMS, EDGES=EDGES, num_warps=size["WARPS"],
         )  # fmt: skip
     _finish[(1,)](
         partials, ranges, of_terms.there, of_terms.number, of_tokens.there, of_tokens.number,
         o.value_coef, o.entropy_coef, o.kl_coef, stats,
         DENOMINATOR=of_terms.kind, TOKENS=of_tokens.kind, VALUES_COUNT=o.value_coef != 0,
         ENTROPY_COUNTS=o.entropy_coef != 0, KL_COUNTS=o.kl_coef != 0, FINISH=FINISH, SUMS=SUMS, EDGES=EDGES,
-        num_warps=WARPS,
+        num_warps=4,
     )  # fmt: skip

@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 2048
-WARPS = 8
+from rlhf_fast.kernels._sizes import sizes
 
 
 @triton.jit
@@ -175,8 +174,9 @@ def forward(
     """As csrc/common/sample.h says."""
     rows, columns = logits.shape
     if rows:
-        block = min(BLOCK, triton.next_power_of_2(columns))
+        size = sizes("sample", logits.device)
+        block = min(size["BLOCK"], triton.next_power_of_2(columns))
         _forward[(rows,)](
             logits, logits.stride(0), columns, temperature, top_k, top_p, min_p, uniform, *results, BLOCK=block,
-            num_warps=WARPS,
+            num_warps=size["WARPS"],
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""sequence_sum in Triton: a program a sequence, 1,024 elements at a time, its sum in float64."""
+"""sequence_sum in Triton: a program a sequence, BLOCK elements at a time, its sum in float64."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlhf_fast.kernels._sizes import sizes
 from rlhf_fast.ops._rows import Sequences
-
-BLOCK = 1024
-WARPS = 4
 
 
 @triton.jit
@@ -30,7 +28,9 @@ def _forward(x, mask, cu_seqlens, length, out, HAS_MASK: tl.constexpr, PACKED: t
 
 
 def forward(where: Sequences, x: Tensor, mask: Tensor | None, out: Tensor) -> None:
+    size = sizes("sequence_sum", x.device)
     _forward[(where.number,)](
         x, mask, where.cu_seqlens, where.length, out,
-        HAS_MASK=mask is not None, PACKED=where.cu_seqlens is not None, BLOCK=BLOCK, num_warps=WARPS,
+        HAS_MASK=mask is not None, PACKED=where.cu_seqlens is not None, BLOCK=size["BLOCK"],
+        num_warps=size["WARPS"],
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """token_logprobs in Triton: log-probability and entropy of rows of logits, and their gradient.
 
-One program takes one segment of 8,192 columns of a row, whole, in registers: one load, one store of four numbers, the
-segment's state. A second, small kernel brings a row's states together. Rows are cut the same way whatever their
+One program takes one segment of a row, whole, in registers: one load, one store of four numbers, the segment's
+state. A second, small kernel brings a row's states together. Rows are cut the same way whatever their
 number, so a row gives the same bits in any batch; and few rows of a large vocabulary still fill the device. Logits
 are read once, the gradient reads and writes once: 2 and 4 bytes a column in bfloat16.
 """
@@ -28,13 +28,12 @@ from rlhf_fast.kernels._math import (
     transform_arguments,
     z_of,
 )
+from rlhf_fast.kernels._sizes import sizes
 from rlhf_fast.ops._rows import Matrix, Transform
 
-segment = 8192  # columns; 32 a thread with WARPS
 STATE = (
     4  # floats: largest z, sum of exp(z - largest), sum of exp(z - largest) (z - largest), z of the token if it is here
 )
-WARPS = 8
 FINISH_ROWS = 16
 
 # Sizes that vary from call to call and stand in no inner loop are not specialised on: they would compile anew each
@@ -150,8 +149,13 @@ def _gradient(
     tl.store(to, gradient.to(out.dtype.element_ty), mask=column < columns)
 
 
+def segment(device: torch.device) -> int:
+    """Columns."""
+    return sizes("token_logprobs", device)["SEGMENT"]
+
+
 def new_states(rows: int, vocabulary: int, device: torch.device) -> Tensor:
-    return torch.empty(rows, triton.cdiv(vocabulary, segment), STATE, dtype=torch.float32, device=device)
+    return torch.empty(rows, triton.cdiv(vocabulary, segment(device)), STATE, dtype=torch.float32, device=device)
 
 
 def forward(x: Matrix, t: Transform, tokens: Tensor, mask: Tensor | None, results: Sequence[Tensor | None]) -> None:
@@ -161,10 +165,11 @@ def forward(x: Matrix, t: Transform, tokens: Tensor, mask: Tensor | None, result
 
 
 def update(x: Matrix, t: Transform, tokens: Tensor, mask: Tensor | None, first_column: int, states: Tensor) -> None:
-    segments = triton.cdiv(x.columns, segment)
+    size = sizes("token_logprobs", x.data.device)
+    segments = triton.cdiv(x.columns, size["SEGMENT"])
     _update[(x.rows * segments,)](
         *matrix_arguments(x), *transform_arguments(t), tokens, mask, first_column, segments, states, states.shape[1],
-        SEGMENT=segment, num_warps=WARPS, **flags(t, mask),
+        SEGMENT=size["SEGMENT"], num_warps=size["WARPS"], **flags(t, mask),
     )  # fmt: skip
 
 
@@ -190,11 +195,12 @@ def gradient(
     grad_log_sum: Tensor | None = None,
     grad_each: Tensor | None = None,
 ) -> None:
-    segments = triton.cdiv(x.columns, segment)
+    size = sizes("token_logprobs", x.data.device)
+    segments = triton.cdiv(x.columns, size["SEGMENT"])
     _gradient[(x.rows * segments,)](
         *matrix_arguments(x), *transform_arguments(t), tokens, mask, first_column, segments, *results[1:],
         grad_logprobs, grad_entropy, grad_log_sum, grad_each, out,
-        SEGMENT=segment, HAS_LOGPROBS=grad_logprobs is not None, HAS_ENTROPY=grad_entropy is not None,
+        SEGMENT=size["SEGMENT"], HAS_LOGPROBS=grad_logprobs is not None, HAS_ENTROPY=grad_entropy is not None,
         HAS_LOG_SUM=grad_log_sum is not None, HAS_EACH=grad_each is not None,
-        num_warps=WARPS, **flags(t, mask),
+        num_warps=size["WARPS"], **flags(t, mask),
     )  # fmt: skip

@@ -113,12 +113,16 @@ class TokenLogprobs:
     def __init__(self, backend: str) -> None:
         self.kernels = module(backend)
         self.per_segment = backend == "cuda"  # one state for each segment of a row, or one for the row
-        self.segment: int = self.kernels.token_logprobs_segment
+
+    def segment(self, _: torch.device) -> int:
+        """Columns."""
+        columns: int = self.kernels.token_logprobs_segment
+        return columns
 
     def new_states(self, rows: int, vocabulary: int, device: torch.device) -> Tensor:
         if not self.per_segment:
             return torch.empty(rows, 1, _C.token_logprobs_state, dtype=torch.float64, device=device)
-        segments = -(-vocabulary // self.segment)
+        segments = -(-vocabulary // self.segment(device))
         return torch.empty(rows, segments, _C.token_logprobs_state, dtype=torch.float32, device=device)
 
     def forward(
@@ -252,8 +256,12 @@ class PPOLoss:
 
     def __init__(self, backend: str) -> None:
         self.kernels = module(backend)
-        self.range_size: int = self.kernels.ppo_loss_range
         self.SUMS: int = self.kernels.ppo_loss_sums
+
+    def range_size(self, _: torch.device) -> int:
+        """Tokens."""
+        tokens: int = self.kernels.ppo_loss_range
+        return tokens
 
     def forward(
         self,

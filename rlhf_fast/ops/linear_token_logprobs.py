@@ -126,7 +126,7 @@ class Problem:
         self.head = Head(hidden, weight, bias, lora)
 
     def blocks(self) -> Iterator[Block]:
-        return blocks(self.rows, self.vocabulary, self.kernels.segment, self.device)
+        return blocks(self.rows, self.vocabulary, self.kernels.segment(self.device), self.device)
 
     def whole_rows(self, frozen: bool) -> Iterator[Block]:
         return whole_rows(self.rows, self.vocabulary, self.device, frozen)

@@ -272,7 +272,7 @@ def ppo_loss_forward(
     estimates = ESTIMATES.index(kl[:2]), ESTIMATES.index("k2" if kl.endswith("+") else kl)
     terms = Denominator(plain(denominator, torch.float32), number)
     gradients = [_compiled.new_like(logprobs, torch.float32) if needed else None for needed in needs]
-    ranges = -(-logprobs.numel() // run.range_size)
+    ranges = -(-logprobs.numel() // run.range_size(logprobs.device))
     stats = logprobs.new_empty(2 + len(STATS), dtype=torch.float32)
     partials = logprobs.new_zeros(ranges, run.SUMS, dtype=torch.float64)
     chosen = PPOOptions(

@@ -90,7 +90,7 @@ def answer(call: Call) -> list[Tensor]:
         _compiled.GAE("cpu").forward(inputs, advantages, returns, None)
     elif call.op == PPO_LOSS:
         ppo_loss = _compiled.PPOLoss("cpu")
-        ranges = -(-p.numel() // ppo_loss.range_size)
+        ranges = -(-p.numel() // ppo_loss.range_size(p.device))
         partials = torch.zeros(ranges, ppo_loss.SUMS, dtype=torch.float64)
         sums = torch.tensor([10.0, 1.0, 20.0], dtype=torch.float64)
         x = PPOInputs(p, q, q, p, q, p, p, q, p, p > 0, grad, None, sums)

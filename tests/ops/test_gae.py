@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-import importlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlhf_fast import ops
+from rlhf_fast.kernels import _sizes
 from rlhf_fast.ops import reference
 from tests.ops import cases
 from tests.ops.compare import assert_close, assert_leaves_inputs_alone, assert_no_worse_than_torch
@@ -20,10 +21,10 @@ NAMES = ("advantages", "returns")
 
 
 @pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_tiles() -> Iterator[None]:
     """Interpreted, a tile of Triton's costs its width in Python, whatever lies in it; and so more cases cross tiles."""
-    if INTERPRETED:
-        monkeypatch.setattr(importlib.import_module("rlhf_fast.kernels.gae"), "BLOCK", 64)
+    with _sizes.trying("gae", torch.device("cpu"), {"BLOCK": 64} if INTERPRETED else {}):
+        yield
 
 
 def definition(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlhf_fast import ops
+from rlhf_fast.kernels import _sizes
 from rlhf_fast.ops import _compiled
 from rlhf_fast.ops.paged_attention import KVCache, PagedBatch
 from tests.ops import cases
@@ -186,7 +187,6 @@ def test_long_contexts_in_parts_of_their_own_change_no_bit_in_triton(monkeypatch
         pytest.skip("needs a GPU, or TRITON_INTERPRET=1")
     from rlhf_fast.kernels import paged_attention as kernels
 
-    monkeypatch.setattr(kernels, "PART", 32)
     p = problem([60, 100, 40, 130, 33], [2, 1, 1, 3, 1], dim=8, shared=2)
     groups = p.batch._replace(groups=torch.tensor([0, 3, 5]).int(), shared=torch.tensor([2, 2]).int())
     long = problem([70, 120, 81], [1, 2, 1], dim=8, shared=4)
@@ -196,7 +196,8 @@ def test_long_contexts_in_parts_of_their_own_change_no_bit_in_triton(monkeypatch
             found = []
             for most in (0, 1 << 30):
                 monkeypatch.setattr(kernels, "MOST_SPLIT", most)
-                found.append(backend(ops.paged_attention, one.query, one.cache, batch, **options))
+                with _sizes.trying("paged_attention", backend.device, {"PART": 32}):
+                    found.append(backend(ops.paged_attention, one.query, one.cache, batch, **options))
             assert torch.equal(*found)
             torch.testing.assert_close(found[0].double(), by_definition(one, options), rtol=1e-5, atol=1e-5)
 
