@@ -41,3 +41,23 @@ def test_sums_are_rewarded_by_a_rule_and_a_function(
     (row,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert row["score"] == pytest.approx(row["score/math"] + 0.1 * row["score/brief"], abs=1e-9)
     assert "score" in capsys.readouterr().out
+
+
+def test_a_method_of_ones_own_fits_on_a_page_and_learns(tiny_folder: Path, tmp_path: Path) -> None:
+    """The first update is plain policy gradient, so its gradient is that of the loss without ratio or clip."""
+    custom = example("custom_method")
+    custom.main([str(tmp_path / "run"), "--model", str(tiny_folder), "--steps", "2", "--tokens", "6"])
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["ratio_mean"] == pytest.approx(1.0, abs=0.05) and rows[0]["grad_norm"] > 0
+    assert len((EXAMPLES / "custom_method.py").read_text().splitlines()) < 90
+
+    torch.manual_seed(0)
+    states, weight = torch.randn(5, 4, requires_grad=True), torch.randn(7, 4)
+    tokens, signs = torch.tensor([1, 6, 2, 0, 3]), torch.tensor([1.0, 1.0, -1.0, -1.0, -1.0])
+    logprobs = torch.log_softmax(states @ weight.T, -1).gather(1, tokens[:, None])[:, 0]
+    words = {"cu_seqlens": torch.tensor([0, 2, 5], dtype=torch.int32), "clip_low": 0.1, "clip_high": 0.1}
+    loss, stats = custom.gspo(states, weight, tokens, logprobs.detach(), signs, denominator=10, **words)
+    (got,) = torch.autograd.grad(loss, states)
+    (want,) = torch.autograd.grad(-(signs * logprobs).sum() / 10, states)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    assert float(stats["ratio_mean"]) == pytest.approx(0.5) and float(stats["clip_fraction"]) == 0.0

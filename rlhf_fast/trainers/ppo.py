@@ -35,7 +35,7 @@ from rlhf_fast.trainers.state import digest, fingerprint
 
 Loss = Callable[..., tuple[torch.Tensor, Stats]]
 # Of the loss's statistics those that are logged; a loss of the user's own may have any others.
-LOGGED = {"policy_loss", "value_loss", "clip_fraction", "approx_kl", "ratio_mean", "ratio_max"}
+LOGGED = {"policy_loss", "value_loss", "clip_fraction", "approx_kl", "approx_kl_k3", "ratio_mean", "ratio_max"}
 
 
 class PPOTrainer:
@@ -160,7 +160,8 @@ class PPOTrainer:
         for epoch in range(config.epochs):
             rng = np.random.default_rng((config.seed, step, epoch))
             for part in minibatches(experience.examples, config.minibatches, rng):
-                if config.max_update_kl is not None and rows and rows[-1]["approx_kl"] > config.max_update_kl:
+                # Of the estimators the one that is never negative.
+                if config.max_update_kl is not None and rows and rows[-1]["approx_kl_k3"] > config.max_update_kl:
                     continue
                 row = self._learn(run, experience, part, step)
                 if step == 1 and not rows:
