@@ -134,7 +134,7 @@ class DPOConfig:
     epochs: int = 1  # passes over the comparisons
     batch_size: int = 16  # comparisons an optimiser step
     heldout: float = 0.125  # share of the prompts kept for measuring agreement
-    loss: Literal["sigmoid", "robust", "hinge"] = "sigmoid"  # ops.dpo_loss says what each is
+    loss: Literal["sigmoid", "robust", "hinge", "ipo"] = "sigmoid"  # ops.dpo_loss says what each is
     beta: float = 0.1  # strength of the pull towards the reference
     label_smoothing: float = 0.0  # share of comparisons presumed to be the wrong way round
     patience: int | None = None  # evaluations without a lower loss until it ends with its best checkpoint

@@ -101,9 +101,10 @@ class DPOTrainer:
         self.reference = {example: float(part) for example, part in zip(examples, parts, strict=True)}
 
     def _logprobs(self, batch: Batch) -> torch.Tensor:
-        """Log-probability of each whole response: (B,)."""
+        """Log-probability of each whole response, for IPO of its mean token (arXiv 2310.12036, section 5): (B,)."""
         logprobs, _ = models.response_logprobs(self.model, batch)
-        return ops.sequence_sum(logprobs, cu_seqlens=batch.cu_seqlens)
+        sums = ops.sequence_sum(logprobs, cu_seqlens=batch.cu_seqlens)
+        return sums / batch.cu_seqlens.diff() if self.config.loss == "ipo" else sums
 
     def _losses(self, groups: list[PairGroup]) -> Iterator[tuple[torch.Tensor, Stats]]:
         total = sum(group.pairs for group in groups)

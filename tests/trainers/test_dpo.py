@@ -30,9 +30,11 @@ def test_the_first_loss_is_ln_2(tiny_folder: Path, tmp_path: Path) -> None:
     assert evaluated["heldout_margin"] == pytest.approx(0.0, abs=1e-4)
 
 
-def test_the_loss_is_the_papers(tiny_folder: Path, tmp_path: Path) -> None:
-    """-log sigmoid(beta ((log pi_w - log ref_w) - (log pi_l - log ref_l))), summed over response tokens in float64."""
-    dpo = trainer(tiny_folder, tmp_path, beta=0.3)
+@pytest.mark.parametrize("loss", ["sigmoid", "robust", "hinge", "ipo"])
+def test_the_loss_is_the_papers(loss: str, tiny_folder: Path, tmp_path: Path) -> None:
+    """Of h = (log pi_w - log ref_w) - (log pi_l - log ref_l), summed over response tokens in float64; of IPO means."""
+    e = 0.1 if loss == "robust" else 0.0
+    dpo = trainer(tiny_folder, tmp_path, beta=0.3, loss=loss, label_smoothing=e)
     dpo._remember_reference()
     for name, parameter in dpo.model.named_parameters():
         if "lora_B" in name:
@@ -43,7 +45,18 @@ def test_the_loss_is_the_papers(tiny_folder: Path, tmp_path: Path) -> None:
     def logprob(model: torch.nn.Module, prompt: tuple[int, ...], response: tuple[int, ...]) -> float:
         logits = model(input_ids=torch.tensor([[*prompt, *response]])).logits[0].double()
         table = torch.log_softmax(logits, -1)
-        return sum(float(table[len(prompt) - 1 + i, token]) for i, token in enumerate(response))
+        total = sum(float(table[len(prompt) - 1 + i, token]) for i, token in enumerate(response))
+        return total / len(response) if loss == "ipo" else total
+
+    def of(x: float) -> float:
+        """The loss of x = beta h."""
+        plain = math.log1p(math.exp(-x))
+        return {
+            "sigmoid": plain,
+            "robust": ((1 - e) * plain - e * math.log1p(math.exp(x))) / (1 - 2 * e),
+            "hinge": max(0.0, 1 - x),
+            "ipo": (x / 0.3 - 1 / 0.6) ** 2,
+        }[loss]
 
     expected = []
     for group in dpo.heldout:
@@ -53,7 +66,7 @@ def test_the_loss_is_the_papers(tiny_folder: Path, tmp_path: Path) -> None:
                 logprob(dpo.model, e.prompt, e.response) - logprob(reference, e.prompt, e.response)
                 for e in (pairs.examples[w], pairs.examples[l])
             ]
-            expected.append(math.log1p(math.exp(-0.3 * (h[0] - h[1]))))
+            expected.append(of(0.3 * (h[0] - h[1])))
     assert dpo.evaluate()["heldout_loss"] == pytest.approx(sum(expected) / len(expected), rel=1e-4)
 
 
