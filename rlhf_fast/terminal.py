@@ -14,7 +14,7 @@ COLUMNS = {
     "loss": ".4f", "heldout_loss": ".4f", "heldout_perplexity": ".2f", "heldout_accuracy": ".3f", "score": ".3f",
     "reward": ".3f", "kl": ".3f", "entropy": ".3f", "finished": ".2f", "response_tokens": ".0f", "clip_fraction": ".3f",
     "grad_norm": ".2f", "lr": ".1e", "seconds_rollout": ".1f", "seconds_scoring": ".1f", "seconds_training": ".1f",
-    "decode_roofline": ".0%", "training_utilisation": ".0%",
+    "decode_roofline": ".0%", "training_utilisation": ".0%", "busy": ".0%",
 }  # fmt: skip
 SHORT = {"heldout": "held", "response": "resp", "seconds": "s", "fraction": "frac", "utilisation": "util"}
 WIDTH = 10

@@ -61,3 +61,19 @@ def test_a_method_of_ones_own_fits_on_a_page_and_learns(tiny_folder: Path, tmp_p
     (want,) = torch.autograd.grad(-(signs * logprobs).sum() / 10, states)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     assert float(stats["ratio_mean"]) == pytest.approx(0.5) and float(stats["clip_fraction"]) == 0.0
+
+
+def test_human_comparisons_train_a_reward_model_and_dpo(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"chosen": f"\n\nHuman: q{i}\n\nAssistant: yes", "rejected": f"\n\nHuman: q{i}\n\nAssistant: no, not now"}
+        for i in range(30)
+    ]
+    rows.append({"chosen": "\n\nHuman: q\n\nAssistant: " + "y" * 99, "rejected": "\n\nHuman: q\n\nAssistant: no"})
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [str(tmp_path / "data.jsonl"), str(tmp_path / "runs"), "--model", str(tiny_folder), "--max-tokens", "90"]
+    example("hh").main(words)
+    said = capsys.readouterr().out
+    assert "30 of 31 comparisons" in said and "reward {" in said and "dpo {" in said
+    assert (tmp_path / "runs" / "dpo" / "result.json").exists()

@@ -128,6 +128,11 @@ class PPOTrainer:
 
     def _step(self, run: RunFolder, step: int) -> dict[str, float]:
         """Collect and learn; returns the step's metrics."""
+        with rates.Busy(self.model.device) as busy:
+            row = self._collect_and_learn(run, step)
+        return row if busy.share is None else {**row, "busy": busy.share}
+
+    def _collect_and_learn(self, run: RunFolder, step: int) -> dict[str, float]:
         limits = rates.measured(self.model.device, self.dtype)
         experience = self.collector.collect(run, step, self.kl_controller.coef, limits)
         if step == 1:

@@ -27,7 +27,7 @@ from rlhf_fast.trainers.loop import per_example
 from rlhf_fast.trainers.ppo import PPOTrainer
 from rlhf_fast.trainers.rewards import resolve_reward
 
-TIMED = ("seconds", "decode_roofline", "training_utilisation")  # metrics that no two runs have the same
+TIMED = ("seconds", "decode_roofline", "training_utilisation", "busy")  # metrics that no two runs have the same
 PROMPTS = [{"prompt": f"question {i}"} for i in range(12)]
 
 

@@ -312,4 +312,5 @@ def test_a_step_tells_its_times_and_what_part_of_the_machine_it_used(tiny_folder
     parts = [row[f"seconds_{part}"] for row in found for part in ("rollout", "scoring", "training")]
     assert all(part > 0 for part in parts) and sum(parts) <= found[-1]["seconds"] + 1e-2
     for row in found:
+        assert 0 < row["busy"] <= 1.1
         assert 0 < row["decode_roofline"] < 1 and 0 < row["training_utilisation"] < 1

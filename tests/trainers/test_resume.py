@@ -25,7 +25,7 @@ from rlhf_fast.trainers.sft import SFTTrainer
 from rlhf_fast.trainers.state import TrainState, fingerprint
 
 METHODS = ("ppo", "grpo", "dpo", "reward", "sft")
-TIMED = ("seconds", "decode_roofline", "training_utilisation")  # metrics that no two runs have the same
+TIMED = ("seconds", "decode_roofline", "training_utilisation", "busy")  # metrics that no two runs have the same
 
 # Trains NAME from FOLDER into OUT, keeping the state after every step, at a pace at which it can be hit.
 SCRIPT = """
