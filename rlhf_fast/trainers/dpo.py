@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,8 @@ from rlhf_fast.data.pairs import (
 from rlhf_fast.data.records import Comparison, Source, read_comparisons
 from rlhf_fast.run_folder import RunFolder
 from rlhf_fast.trainers.budget import TokenBudget
-from rlhf_fast.trainers.checkpoints import Checkpoints, Goal
+from rlhf_fast.trainers.checkpoints import Goal
 from rlhf_fast.trainers.loop import Stats, add_stats, fit, per_example, split_heldout
-from rlhf_fast.trainers.optimizer import Optimizer
-from rlhf_fast.trainers.state import digest, fingerprint
 
 
 class DPOTrainer:
@@ -66,27 +63,12 @@ class DPOTrainer:
         """Train, save the checkpoint, and return the run's result."""
         config = self.config
         batches = epoch_batches_by_pairs(self.training, config.batch_size, config.epochs, config.seed)
-        optimizer = Optimizer([self.model], config.optim, len(batches))
         run = RunFolder(self.out, "dpo", self.config_yaml, config.run.trackers)
-        checkpoints = Checkpoints(
-            run, config.run, Goal("heldout_loss", higher=False), self._save, patience=config.patience
-        )
         self._remember_reference()
-        identity = {"data": digest(self.training + self.heldout), "model": fingerprint(self.model)}
-        per_epoch = math.ceil(len(batches) / config.epochs)
         outcome = fit(
-            run,
-            batches,
-            self._losses,
-            optimizer,
-            self.budget,
-            checkpoints,
-            identity,
-            lambda _: self.evaluate(),
-            per_epoch,
-        )
-        if outcome.step != optimizer.steps:
-            models.copy_weights(models.load(run.checkpoint(outcome.step))[0], self.model)
+            run, self.model, batches, self._losses, self.budget, config, Goal("heldout_loss", higher=False),
+            data=self.training + self.heldout, evaluate=lambda _: self.evaluate(), save=self._save, load=models.load,
+        )  # fmt: skip
         return run.finish({"comparisons": sum(group.pairs for group in self.training), **outcome.row}, outcome.step)
 
     def _save(self, folder: Path) -> None:

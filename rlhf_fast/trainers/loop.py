@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from rlhf_fast.config import DPOConfig, RewardConfig, SFTConfig
 from rlhf_fast.data.batches import Batch, Example, microbatches_of_examples, pad, shuffled
+from rlhf_fast.models.adapters import Model, copy_weights
 from rlhf_fast.run_folder import RunFolder
 from rlhf_fast.terminal import Terminal
 from rlhf_fast.trainers.budget import TokenBudget
-from rlhf_fast.trainers.checkpoints import Checkpoints
+from rlhf_fast.trainers.checkpoints import Checkpoints, Goal
 from rlhf_fast.trainers.optimizer import Optimizer
-from rlhf_fast.trainers.state import Stateful, TrainState
+from rlhf_fast.trainers.state import Stateful, TrainState, digest, fingerprint
 
 Item = TypeVar("Item")
 Stats = dict[str, torch.Tensor]
@@ -87,23 +91,43 @@ def run_steps(
 
 def fit(
     run: RunFolder,
+    model: Model,
     batches: list[list[Item]],
     losses: Callable[[list[Item]], Iterator[tuple[torch.Tensor, Stats]]],
-    optimizer: Optimizer,
     budget: TokenBudget,
-    checkpoints: Checkpoints,
-    identity: dict[str, str],
+    config: SFTConfig | RewardConfig | DPOConfig,
+    goal: Goal,
+    data: Sequence[Any],
     evaluate: Callable[[int], Row],
-    per_epoch: int,
+    save: Callable[[Path], None],
+    load: Callable[[Path], tuple[Model, Any]],
 ) -> Outcome:
-    """One optimiser step for each batch, evaluated with each checkpoint or each epoch."""
+    """Train `model` by one optimiser step for each batch; in the end it is as after the step of the outcome.
+
+    Args:
+        data: all that is trained on and held out, by which an interrupted run is known again.
+        evaluate: metrics after step n, the goal's among them; each epoch, or with each checkpoint.
+        save, load: a checkpoint of `model`.
+    """
+    optimizer = Optimizer([model], config.optim, len(batches))
 
     def step(n: int) -> Row:
         batch = batches[n - 1]
         return learn(run, n, batch, lambda: losses(batch), optimizer, budget)
 
-    every = checkpoints.config.save_every or per_epoch
-    return run_steps(run, len(batches), step, optimizer, checkpoints, identity, every, evaluate)
+    outcome = run_steps(
+        run,
+        len(batches),
+        step,
+        optimizer,
+        Checkpoints(run, config.run, goal, save, config.patience),
+        identity={"data": digest(data), "model": fingerprint(model)},
+        every=config.run.save_every or math.ceil(len(batches) / config.epochs),
+        evaluate=evaluate,
+    )
+    if outcome.step != optimizer.steps:
+        copy_weights(load(run.checkpoint(outcome.step))[0], model)
+    return outcome
 
 
 def learn(

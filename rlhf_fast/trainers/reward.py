@@ -34,11 +34,9 @@ from rlhf_fast.rollout.sampling import SamplingParams
 from rlhf_fast.run_folder import RunFolder
 from rlhf_fast.terminal import bar_updater, progress_bar
 from rlhf_fast.trainers.budget import TokenBudget
-from rlhf_fast.trainers.checkpoints import Checkpoints, Goal
+from rlhf_fast.trainers.checkpoints import Goal
 from rlhf_fast.trainers.loop import Stats, fit, per_example, split_heldout
-from rlhf_fast.trainers.optimizer import Optimizer
 from rlhf_fast.trainers.reward_measures import Heldout, agrees, histogram, measure
-from rlhf_fast.trainers.state import digest, fingerprint
 
 POISSON = np.cumsum([math.exp(-1) / math.factorial(n) for n in range(12)])  # of mean 1: P(X <= n)
 TEXTS_ALONE = 4  # responses that are scored once more by themselves, to see that company does not matter
@@ -93,26 +91,13 @@ class RewardTrainer:
         """
         config = self.config
         batches = epoch_batches_by_pairs(self.training, config.batch_size, config.epochs, config.seed)
-        optimizer = Optimizer([self.model], config.optim, len(batches))
         run = RunFolder(self.out, "reward", self.config_yaml, config.run.trackers)
-        checkpoints = Checkpoints(
-            run, config.run, Goal("heldout_accuracy", higher=True), self._save, patience=config.patience
-        )
-        identity = {"data": digest(self.training + self.heldout), "model": fingerprint(self.model)}
-        per_epoch = math.ceil(len(batches) / config.epochs)
         outcome = fit(
-            run,
-            batches,
-            self._losses,
-            optimizer,
-            self.budget,
-            checkpoints,
-            identity,
-            lambda _: self.evaluate(),
-            per_epoch,
-        )
-        if outcome.step != optimizer.steps:
-            models.copy_weights(models.load_reward(run.checkpoint(outcome.step))[0], self.model)
+            run, self.model, batches, self._losses, self.budget, config, Goal("heldout_accuracy", higher=True),
+            data=self.training + self.heldout,
+            evaluate=lambda _: self.evaluate(), save=self._save, load=models.load_reward,
+        )  # fmt: skip
+        if outcome.step != len(batches):
             self.evaluate()
             self._measure_policy()
         report = self._report(run)

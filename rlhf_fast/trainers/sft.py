@@ -22,10 +22,8 @@ from rlhf_fast.rollout.generator import Generator
 from rlhf_fast.rollout.sampling import SamplingParams
 from rlhf_fast.run_folder import RunFolder
 from rlhf_fast.trainers.budget import TokenBudget
-from rlhf_fast.trainers.checkpoints import Checkpoints, Goal
+from rlhf_fast.trainers.checkpoints import Goal
 from rlhf_fast.trainers.loop import Stats, epoch_batches, fit, split_heldout
-from rlhf_fast.trainers.optimizer import Optimizer
-from rlhf_fast.trainers.state import digest, fingerprint
 
 Encoded = tuple[Conversation, ...]  # one demonstration: a conversation, or one for each answer that needs its own
 
@@ -70,21 +68,16 @@ class SFTTrainer:
         """Train, save the checkpoint, and return the run's result."""
         config = self.config
         batches = epoch_batches(self.training, config.batch_size, config.epochs, config.seed)
-        optimizer = Optimizer([self.model], config.optim, len(batches))
         run = RunFolder(self.out, "sft", self.config_yaml, config.run.trackers)
-        checkpoints = Checkpoints(
-            run, config.run, Goal("heldout_loss", higher=False), self._save, patience=config.patience
-        )
-        per_epoch = math.ceil(len(batches) / config.epochs)
-        identity = {"data": digest(self.training + self.heldout), "model": fingerprint(self.model)}
 
         def evaluate(step: int) -> dict[str, float]:
             self._sample(run, step)
             return self.evaluate()
 
-        outcome = fit(run, batches, self._losses, optimizer, self.budget, checkpoints, identity, evaluate, per_epoch)
-        if outcome.step != optimizer.steps:
-            models.copy_weights(models.load(run.checkpoint(outcome.step))[0], self.model)
+        outcome = fit(
+            run, self.model, batches, self._losses, self.budget, config, Goal("heldout_loss", higher=False),
+            data=self.training + self.heldout, evaluate=evaluate, save=self._save, load=models.load,
+        )  # fmt: skip
         counts = {"demonstrations": len(self.training), "heldout": len(self.heldout)}
         return run.finish({**counts, **outcome.row}, outcome.step)
 
