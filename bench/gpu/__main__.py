@@ -27,7 +27,7 @@ SECONDS = {
     "tests": 150,
     "ops": 150,
     "rollouts": 90,
-    "ppo": 60,
+    "ppo": 120,
     "sanitizer": 60,
     "tune": 90,
 }

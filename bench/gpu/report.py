@@ -236,11 +236,16 @@ def _ppo(records: list[Record]) -> list[str]:
     rows = [
         f"| {r['op'].removeprefix('ppo: ')}, {r['case']} | {r['seconds']:.2f} | "
         + " | ".join(f"{r['parts'][part] / r['seconds']:.0%}" for part in ("rollout", "scoring", "training"))
-        + f" | {r['tokens'] / r['seconds']:,.0f} | {r['training_operations_per_second'] / 1e12:.2f} |"
+        + f" | {r['tokens'] / r['seconds']:,.0f} | {r['training_utilisation']:.0%} | {r['decode_roofline']:.0%} | "
+        + (f"{r['busy']:.0%} | " if r["busy"] is not None else "- | ")
+        + (f"{r['peak_mib'] / 1024:.1f} |" if r["peak_mib"] is not None else "- |")
         for r in found
     ]
-    head = "| model | seconds a step | rollout | scoring | training | tokens/s | TFLOP/s in training |"
-    return ["## PPO", "", head, "|---|---|---|---|---|---|---|", *rows, ""]
+    head = (
+        "| model | seconds a step | rollout | scoring | training | tokens/s | training, of products | sampling, of its "
+        "limit | device busy | peak GiB |"
+    )
+    return ["## PPO", "", head, "|---|---|---|---|---|---|---|---|---|---|", *rows, ""]
 
 
 def _tuning(records: list[Record]) -> list[str]:

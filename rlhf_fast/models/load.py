@@ -57,7 +57,7 @@ def load(
         ValueError: the model cannot be used here; the message says why.
     """
     if isinstance(name, PreTrainedConfig):
-        model, tokenizer = _random(name, seed, dtype)
+        model, tokenizer = _random(name, seed, dtype, device)
     else:
         folder = resolve(name)
         tokenizer = _tokenizer(folder)
@@ -209,14 +209,16 @@ def _tokenizer(folder: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _random(config: PreTrainedConfig, seed: int, dtype: torch.dtype) -> tuple[Model, PreTrainedTokenizerBase]:
+def _random(
+    config: PreTrainedConfig, seed: int, dtype: torch.dtype, device: str | torch.device | None
+) -> tuple[Model, PreTrainedTokenizerBase]:
     if config.vocab_size < VOCAB_SIZE:
         raise ValueError(f"config.vocab_size: {config.vocab_size} is less than the byte tokenizer's {VOCAB_SIZE}")
     tokenizer = byte_tokenizer()
     config = copy.deepcopy(config)
     config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     config.bos_token_id = None
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.device(device or default_device()):  # billions are drawn faster on a GPU
         torch.manual_seed(seed)
         # .to(dtype) would round the rotary frequencies too, which stay in float32 when a checkpoint is loaded.
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False), tokenizer

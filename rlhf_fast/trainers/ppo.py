@@ -114,7 +114,7 @@ class PPOTrainer:
         outcome = run_steps(
             run,
             config.steps,
-            lambda n: self._step(run, n),
+            lambda n: self.step(run, n),
             self.optimizer,
             Checkpoints(run, config.run, Goal("reward", higher=True), self._save),
             identity={"prompts": digest(self.prompts), "policy": fingerprint(self.model)},
@@ -126,7 +126,7 @@ class PPOTrainer:
         kept = ("score", "reward", "kl", "kl_coef", "entropy", "finished")
         return run.finish({name: row[name] for name in kept}, outcome.step)
 
-    def _step(self, run: RunFolder, step: int) -> dict[str, float]:
+    def step(self, run: RunFolder, step: int) -> dict[str, float]:
         """Collect and learn; returns the step's metrics."""
         with rates.Busy(self.model.device) as busy:
             row = self._collect_and_learn(run, step)
