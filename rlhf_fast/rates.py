@@ -22,7 +22,7 @@ class DeviceRates:
 @functools.cache
 def measured(device: torch.device, dtype: torch.dtype) -> DeviceRates:
     """Measured once in a process, in a fraction of a second."""
-    x = torch.zeros(1 << (28 if device.type == "cuda" else 25), device=device)
+    x = torch.zeros(1 << (28 if device.type == "cuda" else 24), device=device)
     return DeviceRates(read=x.nbytes / _seconds(lambda: x.sum(), device), product=product_rate(device, dtype))
 
 
