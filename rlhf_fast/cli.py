@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rlhf_fast import __version__
 from rlhf_fast.config import DemoConfig, DPOConfig, EvaluationConfig, PPOConfig, RewardConfig, SFTConfig, tiny_demo
@@ -105,7 +106,35 @@ class BenchCommand:
 
 @dataclass(frozen=True)
 class DoctorCommand:
-    """Say what this machine has and what is missing."""
+    """Say what this machine has and what is missing; with --config, whether a run fits into its memory.
+
+    The file is that of a run, as `rlhf-fast sft|reward|dpo|ppo --config` takes it. Nothing is loaded: what each part
+    takes is counted from shapes, phase by phase, with micro-batches as full as the settings let them be. If it is more
+    than there is, the exit code is 1, and what to change is listed, from what does least harm on (docs/cost.md).
+
+      rlhf-fast doctor --config runs/ppo/config.yaml
+      rlhf-fast doctor --config examples/7b/ppo.yaml --model examples/7b --device cuda --memory 80GB --price 3
+    """
+
+    config: str = ""  # YAML of a run; empty: only what this machine has
+    model: str = ""  # folder with the config.json of the model, in place of those that the file names
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where it is to run; auto: what is here
+    memory: str = ""  # of the device, such as 80GB or 24GiB; empty: what is free here
+    price: float | None = None  # dollars an hour; with it, the hours and dollars that the run takes
+    tflops: float = 989.0  # 10^12 operations a second that the device can do; the default is an H100 in bfloat16
+    bandwidth: float = 3.35  # 10^12 bytes a second that it can read
+    utilisation: float = 0.4  # share of both that the run reaches
+    sequences: int = 10_000  # demonstrations or comparisons, for the hours; of PPO the file says it
+    prompt_tokens: int = 256  # of one, on average
+    response_tokens: int = 256  # of one response, on average
+    json: bool = False  # for programs: one JSON object
+
+    def __post_init__(self) -> None:
+        for name in ("tflops", "bandwidth", "utilisation", "sequences", "prompt_tokens", "response_tokens"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}: {getattr(self, name)}; expected more than 0")
+        if self.price is not None and not 0 <= self.price < float("inf"):
+            raise ValueError(f"price: {self.price}; expected dollars an hour")
 
 
 # Heavy imports happen inside the verbs, so that --help and errors in settings come at once.
@@ -238,10 +267,32 @@ def _bench(command: BenchCommand) -> None:
     harness.run_suite(command.suite, command.op, command.seconds, out)
 
 
-def _doctor(_: DoctorCommand) -> None:
-    from rlhf_fast import doctor
+def _doctor(command: DoctorCommand) -> None:
+    if not command.config:
+        from rlhf_fast import doctor
 
-    doctor.main()
+        doctor.main()
+        return
+    from rlhf_fast import cost, forecast
+
+    run = forecast.read_run(Path(command.config), command.model)
+    device, memory = forecast.device_and_memory(command.device, command.memory)
+    if sys.stderr.isatty():
+        print(f"{command.config}: counting; billions of weights take some ten seconds", file=sys.stderr)
+    found = forecast.forecast(run, device, memory)
+    hours: dict[str, float] = {}
+    if command.price is not None:
+        data = cost.Data(command.sequences, command.prompt_tokens, command.response_tokens)
+        hours = forecast.hours(run, data, cost.Machine(command.tflops, command.bandwidth, command.utilisation))
+    if command.json:
+        price = {"hours": hours, "dollars": sum(hours.values()) * (command.price or 0.0)} if hours else {}
+        print(json.dumps({**forecast.as_dict(found), **price}, indent=2))
+    else:
+        print(forecast.as_text(found))
+        if command.price is not None:
+            print("\n" + forecast.cost_table(hours, command.price))
+    if not found.fits:
+        raise RuntimeError(f"{command.config}: {found.prediction.peak / 1e9:.1f} GB do not fit into {memory / 1e9:.1f}")
 
 
 def _demo(command: DemoConfig) -> None:
@@ -300,7 +351,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _command(verb: str, cls: type, words: list[str]) -> Any:
     if verb == "bench" and words and not words[0].startswith("-"):
         words = ["--suite", *words]  # the one word that reads better without its key
-    file, rest = _take_config(words)
+    file, rest = (None, words) if verb == "doctor" else _take_config(words)  # its --config is another run's
     command: Any = build(cls, file, rest)
     if verb == "demo" and command.tiny:  # it changes many defaults, over which the settings are laid again
         return build(cls, file, rest, tiny_demo())
@@ -344,20 +395,17 @@ def _help() -> str:
         "The whole loop on a real model, about 10 minutes:     rlhf-fast demo --out runs/demo",
         "A talk with a model:                                  rlhf-fast generate --model smollm2-135m",
         "What the kernels reach on this machine:               rlhf-fast bench ops",
+        "Whether a run fits into memory:                       rlhf-fast doctor --config run.yaml",
         "All settings of a verb:                               rlhf-fast ppo --help",
     ]
     return "\n".join(lines)
 
 
 def _verb_help(verb: str, cls: type) -> str:
-    lines = [
-        f"rlhf-fast {verb}: {_first_line(cls)}",
-        "",
-        f"usage: rlhf-fast {verb} [--config FILE.yaml] [--key value ...]",
-        "",
-        "A YAML file holds the same keys, nested at the dots; the command line goes before it.",
-        "",
-    ]
+    first, _, rest = inspect.cleandoc(cls.__doc__ or "").partition("\n\n")
+    lines = [f"rlhf-fast {verb}: {first}", "", f"usage: rlhf-fast {verb} [--config FILE.yaml] [--key value ...]", ""]
+    lines += [rest, ""] if rest else []
+    lines += ["A YAML file holds the same keys, nested at the dots; the command line goes before it.", ""]
     base = cls() if cls is DemoConfig else None
     for key, kind, default, comment in describe(cls, base):
         lines.append(f"  --{key:<40} {kind:<28} {default:<14} {comment}".rstrip())

@@ -81,7 +81,7 @@ def build(cls: type[ConfigT], file: Path | None, arguments: list[str], base: Con
     Raises:
         ConfigError: names the unknown key and the nearest known one, or the value and what was expected.
     """
-    values = flatten(_read_yaml(file)) if file else {}
+    values = flatten(read_yaml(file)) if file else {}
     values.update(_read_arguments(cls, arguments))
     return from_flat(cls, values, base)
 
@@ -145,7 +145,12 @@ def _default(item: dataclasses.Field[Any]) -> Any:
     return item.default
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The keys and values of a file.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:

@@ -79,7 +79,9 @@ KEYS = {
         evaluation.seed
     """,
     "bench": "suite op seconds out",
-    "doctor": "",
+    "doctor": """
+        config model device memory price tflops bandwidth utilisation sequences prompt_tokens response_tokens json
+    """,
 }
 
 

@@ -45,9 +45,7 @@ def blocks(rows: int, columns: int, granule: int, device: torch.device) -> Itera
 
     Every block of columns but the last is a multiple of ``granule`` wide.
     """
-    most_rows, elements = _BLOCK[device.type]
-    height = max(min(rows, most_rows), 1)
-    width = min(columns, max(elements // height // granule, 1) * granule)
+    height, width = block_shape(rows, columns, granule, device.type)
     workspace = torch.empty(height * width if rows else 0, device=device)
     for column in range(0, columns if rows else 0, width):
         to_column = min(column + width, columns)
@@ -55,6 +53,13 @@ def blocks(rows: int, columns: int, granule: int, device: torch.device) -> Itera
             shape = min(height, rows - row), to_column - column
             logits = workspace[: shape[0] * shape[1]].view(shape)
             yield Block(slice(row, row + shape[0]), slice(column, to_column), logits)
+
+
+def block_shape(rows: int, columns: int, granule: int, device: str) -> tuple[int, int]:
+    """(height, width) of those blocks on a type of device."""
+    most_rows, elements = _BLOCK[device]
+    height = max(min(rows, most_rows), 1)
+    return height, min(columns, max(elements // height // granule, 1) * granule)
 
 
 def whole_rows_pay(rows: int, vocabulary: int, device: torch.device) -> bool:
@@ -70,13 +75,18 @@ def whole_rows_pay(rows: int, vocabulary: int, device: torch.device) -> bool:
 def whole_rows(rows: int, columns: int, device: torch.device, frozen: bool) -> Iterator[Block]:
     """All blocks of a (rows, columns) matrix of logits in one workspace, each as wide as the matrix and about equally
     high; twice as high where the memory for a gradient of the weights is free, for higher products run faster."""
-    elements = _WHOLE_ROWS[device.type][0] * (2 if frozen else 1)
-    count = -(-rows // max(elements // columns, 1))
-    height = -(-rows // max(count, 1))
+    height = height_of_whole_rows(rows, columns, device.type, frozen)
     workspace = torch.empty(height * columns, device=device)
     for row in range(0, rows, max(height, 1)):
         n = min(height, rows - row)
         yield Block(slice(row, row + n), slice(0, columns), workspace[: n * columns].view(n, columns))
+
+
+def height_of_whole_rows(rows: int, columns: int, device: str, frozen: bool) -> int:
+    """Of the largest of those blocks on a type of device."""
+    elements = _WHOLE_ROWS[device][0] * (2 if frozen else 1)
+    count = -(-rows // max(elements // columns, 1))
+    return -(-rows // max(count, 1))
 
 
 class Head:

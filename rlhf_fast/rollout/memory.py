@@ -67,10 +67,10 @@ class Budget:
         if self.limit is not None:
             return self.limit // self.bytes_per_block
         ours = 0 if self._pool is None else self._pool.count * self.bytes_per_block
-        return int((_free_memory(self.runner.device) + ours) * 0.5) // self.bytes_per_block
+        return int((free_memory(self.runner.device) + ours) * 0.5) // self.bytes_per_block
 
 
-def _free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
     """Bytes; on a CPU what can be had without swapping, files that are cached included."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

@@ -71,7 +71,12 @@ class PPOTrainer:
         loaded, self.tokenizer = models.load(policy, self.dtype)
         check_lengths(self.prompts, self.tokenizer, config)
         self.reward = resolve_reward(
-            reward, config.min_reward_agreement, config.max_length, config.reward_timeout, config.reward_retries
+            reward,
+            config.min_reward_agreement,
+            config.max_length,
+            config.reward_timeout,
+            config.reward_retries,
+            self.dtype,
         )
         self.reward.require_columns(self.prompts)
         self.model = models.trainable(loaded, config.lora, config.seed)

@@ -97,9 +97,15 @@ class RewardModel:
     not say.
     """
 
-    def __init__(self, name: str | Path, max_tokens: int = 4096, max_length: int = 1024) -> None:
+    def __init__(
+        self,
+        name: str | Path,
+        max_tokens: int = 4096,
+        max_length: int = 1024,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         extra = read_extra(resolve(name))
-        self.model, self.tokenizer = models.load_reward(name, merged=True)
+        self.model, self.tokenizer = models.load_reward(name, dtype, merged=True)
         self.device = next(self.model.parameters()).device
         self.agreement: dict[str, float] | None = extra.get("heldout_agreement")
         self.mean, self.std = extra.get("score_mean", 0.0), extra.get("score_std", 1.0)
@@ -132,7 +138,12 @@ class RewardModel:
 
 
 def resolve_reward(
-    reward: Reward, min_agreement: float, max_length: int, timeout: float | None = None, retries: int = 0
+    reward: Reward,
+    min_agreement: float,
+    max_length: int,
+    timeout: float | None = None,
+    retries: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> Rewards:
     """What `reward` means: docs/rewards.md has the forms.
 
@@ -141,6 +152,7 @@ def resolve_reward(
         max_length: tokens of prompt and response that a reward model reads.
         timeout: seconds for one call of a function or one request to a URL, None without a limit.
         retries: calls more when one fails.
+        dtype: of the weights of reward models.
 
     Raises:
         ValueError: a reward model whose held-out agreement is below `min_agreement`, an unknown rule, a bad weight.
@@ -159,7 +171,7 @@ def resolve_reward(
             url = RewardURL(source, timeout, retries)
             return [Part(weight, url.name, url, wants(url, url.name))]
         if isinstance(source, str | Path):
-            model = RewardModel(source, max_length=max_length)
+            model = RewardModel(source, max_length=max_length, dtype=dtype)
             require_agreement(model, min_agreement, source)
             return [Part(weight, Path(source).name, model, wants(model, str(source)))]
         if callable(source):
@@ -171,6 +183,12 @@ def resolve_reward(
         )
 
     return Rewards(part(1.0, reward))
+
+
+def reward_models(reward: str) -> list[str]:
+    """The checkpoints that a written reward names, such as runs/reward in "1*runs/reward, 0.5*rule:math"."""
+    sources = [source for _, source in _written_list(reward)] if re.match(_WEIGHT, reward) else [reward]
+    return [source for source in sources if not source.startswith(("rule:", "http://", "https://"))]
 
 
 def _weighted(outer: float, each: Any) -> tuple[float, Any]:

@@ -343,6 +343,16 @@ def test_minibatches_hold_each_sample_once_and_a_prompts_together(prompts: list[
     assert parts == minibatches(examples, count, np.random.default_rng(seed))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_reward_models_are_in_the_dtype_of_all_models(dtype: str, tiny_folder: Path, tmp_path: Path) -> None:
+    model, tokenizer = models.reward_from(tiny_folder, LoRAConfig(r=0))
+    models.save(tmp_path / "reward", model, tokenizer)
+    trainer = make(tiny_folder, tmp_path / "out", reward=tmp_path / "reward", dtype=dtype)
+    (part,) = trainer.reward.parts
+    assert {p.dtype for p in part.function.model.parameters()} == {getattr(torch, dtype)}
+    assert len(trainer.reward(trainer.prompts, ["yes"] * len(trainer.prompts)).scores) == len(trainer.prompts)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_only_in_float32_the_samplers_log_probabilities_are_taken_for_trainings(
     dtype: torch.dtype, tiny_folder: Path, tmp_path: Path

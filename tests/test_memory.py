@@ -1,0 +1,190 @@
+"""The memory that is predicted beside the memory that is there."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import GemmaConfig, GPT2Config, LlamaConfig, PreTrainedConfig
+
+from bench import memory as measured
+from rlhf_fast import memory, models
+from rlhf_fast.config import DPOConfig, LoRAConfig, OptimConfig, PPOConfig, RewardConfig, SFTConfig
+from rlhf_fast.data.batches import LONGEST_ROW
+from rlhf_fast.memory import LiveBytes, TrainerConfig, predict
+from rlhf_fast.rollout.probe import probe
+from rlhf_fast.trainers.critic import Critic
+
+LLAMA = LlamaConfig(
+    hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=512,
+)  # fmt: skip
+GPT2 = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=512)
+GEMMA = GemmaConfig(
+    hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1,
+    head_dim=24, vocab_size=512,
+)  # fmt: skip
+CONFIGS: list[TrainerConfig] = [SFTConfig(), SFTConfig(packing=False), RewardConfig(), DPOConfig(), PPOConfig()]
+
+
+def test_live_bytes_are_those_of_tensors_made_inside_and_not_yet_gone() -> None:
+    held = torch.zeros(1000)
+    with LiveBytes([held], "cpu") as live:
+        x = torch.ones(100)
+        y = x.view(10, 10).t()
+        assert live.live == 400
+        z = held.view(10, 100) + 1
+        assert live.live == 4400
+        del x, z
+        assert live.live == 400, "a view keeps its memory"
+        del y
+        assert (live.live, live.peak) == (0, 4400)
+
+
+@pytest.mark.parametrize("shape", [LLAMA, GPT2, GEMMA], ids=lambda shape: shape.model_type)
+def test_keys_and_values_take_what_the_generator_gives_them(shape: PreTrainedConfig) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        model, _ = models.load(shape, dtype)
+        served = probe(model, torch.device("cpu"))
+        assert memory.kv_bytes_per_token(shape, dtype) == served.bytes_per_token
+
+
+@pytest.mark.parametrize("r", [0, 8])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_are_those_of_the_model(r: int, dtype: Any) -> None:
+    config = SFTConfig(lora=LoRAConfig(r=r), dtype=dtype)
+    parts = predict(config, LLAMA).phases["training"]
+    model = models.trainable(models.load(LLAMA, getattr(torch, dtype))[0], config.lora)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert parts["frozen weights"] == sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    assert parts["trained weights"] == parts["gradients"] == sum(p.nbytes for p in trained)
+    assert parts["Adam's moments"] == 8 * sum(p.numel() for p in trained)
+    copies = 4 * sum(p.numel() for p in trained) if (r, dtype) == (0, "bfloat16") else 0
+    assert parts["float32 copies of those"] == copies
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
+@pytest.mark.parametrize("shape", [LLAMA, GPT2, GEMMA], ids=lambda shape: shape.model_type)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_pass_without_memory_takes_what_the_same_pass_takes_with_it(
+    config: TrainerConfig, shape: PreTrainedConfig, checkpointing: bool
+) -> None:
+    optim = dataclasses.replace(config.optim, checkpointing=checkpointing, max_tokens_per_microbatch=256)
+    config = dataclasses.replace(config, optim=optim, max_length=64)
+    predicted = predict(config, shape).phases["training"]
+    torch.manual_seed(0)
+    # The same model with memory, of which any values do.
+    model = memory.policy(config, shape).to_empty(device="cpu")
+    for x in (*model.parameters(), *model.buffers()):
+        x.data.normal_(std=0.02)
+    for part in model.modules():
+        if hasattr(part, "config"):
+            part.config._attn_implementation_internal = "sdpa"
+    if checkpointing:
+        models.recompute_activations(model)
+    critic = Critic(torch.nn.Linear(64, 1)) if isinstance(config, PPOConfig) else None
+    parameters = [*model.parameters(), *([] if critic is None else critic.head.parameters())]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    held = [x for p in parameters for x in (p, p.grad) if x is not None]
+    batch = memory.full_batch(config)
+    with LiveBytes(held, "cpu") as live:
+        memory.loss(config, model, critic, batch).backward()
+    assert live.peak > 100_000
+    assert predicted["activations"] + predicted["block of logits"] == pytest.approx(live.peak, rel=0.02)
+
+
+@given(st.integers(1, 5000), st.integers(4, 3000), st.sampled_from(CONFIGS))
+def test_a_full_batch_is_as_full_as_a_micro_batch_may_be(budget: int, longest: int, config: TrainerConfig) -> None:
+    optim = dataclasses.replace(config.optim, max_tokens_per_microbatch=budget)
+    config = dataclasses.replace(config, optim=optim, max_length=longest)
+    rows, width = memory.full_batch(config).input_ids.shape
+    most = max(budget, memory.longest_microbatch(config))
+    assert most - rows < rows * width <= most
+    assert rows == 1 or width <= max(longest, LONGEST_ROW)
+
+
+def test_a_critic_of_its_own_takes_what_it_is_made_of() -> None:
+    shared, separate, reward = (
+        predict(PPOConfig(critic=critic), LLAMA, rewards=[LLAMA]).phases["training"]  # type: ignore[arg-type]
+        for critic in ("shared", "separate", "reward")
+    )
+    adapter = shared["reference"]
+    assert separate["trained weights"] - shared["trained weights"] == adapter, "its frozen weights are the policy's"
+    assert separate["frozen weights"] == shared["frozen weights"]
+    assert separate["activations"] > 1.5 * shared["activations"]
+    own = reward["frozen weights"] - shared["frozen weights"]
+    assert own == shared["reward models"] + 4 * 64, "peft keeps the score's head twice"
+    with pytest.raises(ValueError, match="starts from a reward model's checkpoint"):
+        predict(PPOConfig(critic="reward"), LLAMA)
+    without = predict(PPOConfig(advantage="grpo"), LLAMA, rewards=[LLAMA, LLAMA]).phases["training"]
+    assert without["trained weights"] == adapter and without["reward models"] == 2 * shared["reward models"]
+
+
+def test_samples_for_people_and_for_the_scale_of_scores_are_phases_of_their_own() -> None:
+    kv = memory.kv_bytes_per_token(LLAMA, torch.float32)
+    samples = predict(SFTConfig(samples=3, max_length=1000, sample_tokens=50), LLAMA).phases["samples"]
+    assert samples["keys and values"] == 3 * 1056 * kv, "in blocks of 32"
+    assert "samples" not in predict(SFTConfig(samples=0), LLAMA).phases
+    scale = predict(RewardConfig(normalize_samples=1, dtype="bfloat16"), LLAMA).phases["policy's samples"]
+    assert scale["the policy"] > 1.9 * scale["frozen weights"], "float32 beside bfloat16"
+
+
+def test_more_tokens_take_more_and_recomputing_takes_less() -> None:
+    def activations(tokens: int, checkpointing: bool) -> int:
+        optim = OptimConfig(max_tokens_per_microbatch=tokens, checkpointing=checkpointing)
+        return predict(SFTConfig(max_length=256, optim=optim), LLAMA).phases["training"]["activations"]
+
+    for checkpointing in (False, True):
+        few, more = activations(1024, checkpointing), activations(2048, checkpointing)
+        assert 1.8 * few < more < 2.2 * few
+    assert activations(2048, True) < 0.7 * activations(2048, False)
+
+
+def test_ppo_on_one_trunk_takes_at_most_a_quarter_more_than_sft() -> None:
+    smollm2 = LlamaConfig(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        vocab_size=49152, tie_word_embeddings=True,
+    )  # fmt: skip
+    ppo = PPOConfig(prompts_per_step=8, samples_per_prompt=2, minibatches=1, max_length=128)
+    sft = SFTConfig(max_length=128)
+    assert predict(ppo, smollm2).peak <= 1.25 * predict(sft, smollm2).peak
+
+
+def test_keys_and_values_take_at_most_half_of_what_is_free() -> None:
+    config = PPOConfig(max_length=1024)
+    free = predict(config, LLAMA).phases["rollouts"]
+    without = sum(free.values()) - free["keys and values"]
+    tight = predict(config, LLAMA, available=without + 1_000_000).phases["rollouts"]
+    assert tight == {**free, "keys and values": 500_000}
+    assert free["keys and values"] == 64 * 1024 * memory.kv_bytes_per_token(LLAMA, torch.float32)
+
+
+def test_a_gpu_has_larger_blocks_of_logits() -> None:
+    wide = LlamaConfig(**{**LLAMA.to_dict(), "vocab_size": 150_000, "num_hidden_layers": 1})
+    parts = {device: predict(SFTConfig(), wide, device).phases["training"] for device in ("cpu", "cuda")}
+    assert parts["cuda"]["block of logits"] > 5 * parts["cpu"]["block of logits"] > 0
+
+
+def test_a_model_that_needs_values_is_an_error_that_names_it() -> None:
+    class Strange(LlamaConfig):
+        model_type = "strange"
+
+    with pytest.raises(ValueError, match=r"^model: Strange"):
+        predict(SFTConfig(), Strange())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
+@pytest.mark.parametrize("verb", ["sft", "reward", "dpo", "ppo"])
+def test_runs_take_at_their_peak_what_was_predicted(verb: str, tmp_path: Path) -> None:
+    model = measured.random_llama(tmp_path / "model")
+    found = measured.compare(verb, model, measured.settings(verb, tokens=1024, length=128))
+    assert found["measured"] > 3e8
+    assert 0.95 < found["predicted"] / found["measured"] < 1.15
