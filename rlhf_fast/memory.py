@@ -193,8 +193,8 @@ class _Run:
         return {"keys and values": kv, **self._taken(step, model.parameters())}
 
     def _policy_samples(self, config: RewardConfig) -> Parts:
-        """Of the policy that a reward model starts from, loaded once more in float32 to set the scale of scores."""
-        sampled = _language_model(self.shape, torch.float32)
+        """Of the policy that a reward model starts from, loaded once more to set the scale of scores."""
+        sampled = _language_model(self.shape, getattr(torch, config.dtype))
         _as_fake([sampled], self.fake)
         weights = _loaded(sampled.parameters(), self.device)
         return {"the policy": weights, **self._generation(sampled, sequences_at_once(), config.max_length)}

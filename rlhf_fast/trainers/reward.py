@@ -258,7 +258,7 @@ class RewardTrainer:
     def _policy_samples(self) -> list[Example]:
         """Responses of the model that this one started from, read as PPO's reward reads them: text, then an end."""
         config = self.config
-        policy, tokenizer = models.load(self.start, merged=True)
+        policy, tokenizer = models.load(self.start, getattr(torch, config.dtype), merged=True)
         params = SamplingParams(n=config.normalize_samples, max_new_tokens=config.max_new_tokens, seed=config.seed)
         prompts = [group.examples[0].prompt for group in self.heldout]
         with progress_bar(len(prompts) * params.n, "reward", "reply") as bar:
