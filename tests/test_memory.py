@@ -133,7 +133,7 @@ def test_samples_for_people_and_for_the_scale_of_scores_are_phases_of_their_own(
     assert samples["keys and values"] == 3 * 1056 * kv, "in blocks of 32"
     assert "samples" not in predict(SFTConfig(samples=0), LLAMA).phases
     scale = predict(RewardConfig(normalize_samples=1, dtype="bfloat16"), LLAMA).phases["policy's samples"]
-    assert scale["the policy"] > 1.9 * scale["frozen weights"], "float32 beside bfloat16"
+    assert 0.95 < scale["the policy"] / scale["frozen weights"] < 1.4, "both in bfloat16; the policy has a head"
 
 
 def test_more_tokens_take_more_and_recomputing_takes_less() -> None:
