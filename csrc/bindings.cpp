@@ -159,7 +159,7 @@ void def_gae(py::module_& m, const GAEKernels& kernels) {
 using NineAddresses = std::tuple<Address, Address, Address, Address, Address, Address, Address, Address, Address>;
 using PPOOptionsTuple = std::tuple<float, float, float, float, float, float, float, float, bool, int, int>;
 using DenominatorTuple = std::tuple<Address, float>;
-using FiveAddresses = std::tuple<Address, Address, Address, Address, Address>;
+using SevenAddresses = std::tuple<Address, Address, Address, Address, Address, Address, Address>;
 
 Denominator denominator(const DenominatorTuple& t) { return {at<float>(std::get<0>(t)), std::get<1>(t)}; }
 
@@ -169,7 +169,7 @@ void def_ppo_loss(py::module_& m, const PPOLossKernels& kernels) {
     m.def("ppo_loss_forward", [kernels](const NineAddresses& tensors, int dtype, int64_t count,
                                         const FourAddresses& others, const PPOOptionsTuple& options,
                                         const DenominatorTuple& of_terms, const DenominatorTuple& of_tokens,
-                                        const FiveAddresses& out, const RunTuple& where) {
+                                        const SevenAddresses& out, const RunTuple& where) {
         const auto& [flags, weights, log_ratios, advantage_sums] = others;
         const PPOInputs inputs = std::apply(
             [&, flags = flags, weights = weights, log_ratios = log_ratios, sums = advantage_sums](auto... address) {
@@ -190,15 +190,27 @@ void def_ppo_loss(py::module_& m, const PPOLossKernels& kernels) {
                               cispo,
                               static_cast<Estimate>(kl),
                               static_cast<Estimate>(kl_slope)};
-        const auto& [stats, in_logprobs, in_values, in_entropy, partials] = out;
-        const PPOResults results = {at<float>(stats), at<float>(in_logprobs), at<float>(in_values),
-                                    at<float>(in_entropy), at<double>(partials)};
+        const auto& [loss, stats, inverse, in_logprobs, in_values, in_entropy, partials] = out;
+        const PPOResults results = {at<float>(loss),        at<float>(stats),     at<float>(inverse),
+                                    at<float>(in_logprobs), at<float>(in_values), at<float>(in_entropy),
+                                    at<double>(partials)};
         py::gil_scoped_release release;
         kernels.forward(inputs, o, denominator(of_terms), denominator(of_tokens), results, run(where));
     });
+    m.def("ppo_loss_scale", [kernels](const ThreeAddresses& from, const ThreeAddresses& to, int64_t count,
+                                      Address upstream, Address inverse, const RunTuple& where) {
+        const auto& [a, b, c] = from;
+        const auto& [to_a, to_b, to_c] = to;
+        const PPOGradients gradients = {{at<float>(a), at<float>(b), at<float>(c)},
+                                        {at<float>(to_a), at<float>(to_b), at<float>(to_c)},
+                                        count,
+                                        at<float>(upstream),
+                                        at<float>(inverse)};
+        py::gil_scoped_release release;
+        kernels.scale(gradients, run(where));
+    });
 }
 
-using ThreeAddresses = std::tuple<Address, Address, Address>;
 using PairOptionsTuple = std::tuple<int, double, double, double, double>;
 
 void def_pair_loss(py::module_& m, const PairLossKernels& kernels) {

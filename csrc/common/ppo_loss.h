@@ -57,7 +57,7 @@ struct Denominator {
 };
 
 struct PPOResults {
-    float* stats;                                       // kPPOStats
+    float *loss, *stats, *inverse;                      // 1; kPPOStats; 1 over what the terms are divided by
     float *grad_logprobs, *grad_values, *grad_entropy;  // of the sum of terms; null where not needed
     double* partials;                                   // (ranges, kPPOSums), scratch
 };
@@ -110,50 +110,60 @@ RLHF_FAST_HOST_DEVICE inline double log_ratio_quantile(const double* sums, doubl
     return most;
 }
 
-constexpr int kPPOStats = 19;
+RLHF_FAST_HOST_DEVICE inline double ppo_sum_of_terms(const double* sums, const PPOOptions& o) {
+    double loss = sums[kPolicy];  // a term that has no weight is no NaN, even if it is infinite
+    if (o.value_coef != 0.0f) loss += o.value_coef * sums[kValue];
+    if (o.entropy_coef != 0.0f) loss -= o.entropy_coef * sums[kEntropy];
+    if (o.kl_coef != 0.0f) loss += o.kl_coef * sums[kKL];
+    return loss;
+}
 
-// The statistics, in the order in which rlhf_fast/ops/ppo_loss.py names them, from sums over all tokens.
-RLHF_FAST_HOST_DEVICE inline void ppo_stats(const double* sums, const PPOOptions& o, const Denominator& of_terms,
-                                            const Denominator& of_tokens, float* stats) {
-    const double count = sums[kCount], terms = of_terms.of(count), tokens = of_tokens.of(count);
-    const double policy = sums[kPolicy] / terms, value = sums[kValue] / terms;
-    const double entropy = sums[kEntropy] / terms, kl = sums[kKL] / terms;
-    double loss = policy;  // a term that has no weight is no NaN, even if it is infinite
-    if (o.value_coef != 0.0f) loss += o.value_coef * value;
-    if (o.entropy_coef != 0.0f) loss -= o.entropy_coef * entropy;
-    if (o.kl_coef != 0.0f) loss += o.kl_coef * kl;
-    const double n = count == 0.0 ? 1.0 : count;
+RLHF_FAST_HOST_DEVICE inline double explained_variance(const double* sums) {
+    const double n = sums[kCount] == 0.0 ? 1.0 : sums[kCount];
     const double second_moment = sums[kReturnSquared] / n, mean = sums[kReturn] / n, rest = sums[kRest] / n;
     const double variance = second_moment - mean * mean, left = sums[kRestSquared] / n - rest * rest;
     const bool varies = !(variance <= 1e-12 * second_moment);  // less than rounding leaves of equal returns
-    const double all[kPPOStats] = {
-        loss,
-        policy,
-        value,
-        entropy,
-        kl,
-        (count + sums[kRatio]) / tokens,
-        count == 0.0 ? 0.0 : exp(sums[kLogRatioMax]),
-        count == 0.0 ? 0.0 : exp(-sums[kMinusLogRatioMax]),
-        count == 0.0 ? 0.0 : exp(log_ratio_quantile(sums, 0.05)),
-        count == 0.0 ? 0.0 : exp(log_ratio_quantile(sums, 0.95)),
-        sums[kClipped] / tokens,
-        sums[kDualClipped] / tokens,
-        sums[kValueClipped] / tokens,
-        sums[kOldMinusNew] / tokens,
-        sums[kK3] / tokens,
-        sums[kRollout] / tokens,
-        sums[kRolloutCapped] / tokens,
-        varies ? 1.0 - left / variance : 0.0,
-        1.0 / terms,
-    };
-    for (int i = 0; i < kPPOStats; ++i) stats[i] = static_cast<float>(all[i]);
+    return varies ? 1.0 - left / variance : 0.0;
 }
+
+constexpr int kPPOStats = 17, kPPONumbers = kPPOStats + 2;
+
+// Number i of the statistics, in the order in which rlhf_fast/ops/ppo_loss.py names them, then the loss and the inverse
+// of its divisor, from sums over all tokens. One at a time, so that a GPU can take them side by side.
+RLHF_FAST_HOST_DEVICE inline void ppo_number(int i, const double* sums, const PPOOptions& o,
+                                             const Denominator& of_terms, const Denominator& of_tokens,
+                                             const PPOResults& out) {
+    const double count = sums[kCount], terms = of_terms.of(count), tokens = of_tokens.of(count);
+    double x;
+    if (i < 4) x = sums[kPolicy + i] / terms;
+    else if (i == 4) x = (count + sums[kRatio]) / tokens;
+    else if (i < 9) {
+        x = i == 5   ? sums[kLogRatioMax]
+            : i == 6 ? -sums[kMinusLogRatioMax]
+                     : log_ratio_quantile(sums, i == 7 ? 0.05 : 0.95);
+        x = count == 0.0 ? 0.0 : exp(x);
+    } else if (i < 16) x = sums[kClipped + i - 9] / tokens;
+    else if (i == 16) x = explained_variance(sums);
+    else if (i == kPPOStats) x = ppo_sum_of_terms(sums, o) / terms;
+    else x = 1.0 / terms;
+    float* const to = i < kPPOStats ? out.stats + i : i == kPPOStats ? out.loss : out.inverse;
+    *to = static_cast<float>(x);
+}
+
+// Gradients of a sum of terms, of `count` tokens each, and those of the loss: times upstream and inverse, of which each
+// is one number. Null where not needed.
+struct PPOGradients {
+    const float* from[3];
+    float* to[3];
+    int64_t count;
+    const float *upstream, *inverse;
+};
 
 struct PPOLossKernels {
     int64_t range;  // tokens whose sums are one partial result
     void (*forward)(const PPOInputs&, const PPOOptions&, const Denominator& of_terms, const Denominator& of_tokens,
                     const PPOResults&, const Run&);
+    void (*scale)(const PPOGradients&, const Run&);
 };
 
 namespace cpu {

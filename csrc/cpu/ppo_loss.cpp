@@ -210,12 +210,22 @@ void forward(const PPOInputs& in, const PPOOptions& o, const Denominator& of_ter
         for (int s = 0; s < kLogRatioMax; ++s) sums[s] += partial[s];
         for (int s = kLogRatioMax; s < kPPOSums; ++s) sums[s] = std::max(sums[s], partial[s]);
     }
-    ppo_stats(sums, o, of_terms, of_tokens, out.stats);
+    for (int i = 0; i < kPPONumbers; ++i) ppo_number(i, sums, o, of_terms, of_tokens, out);
+}
+
+void scale(const PPOGradients& g, const Run& run) {
+    const float factor = *g.upstream * *g.inverse;
+    parallel_rows(g.count, 1, run.threads, [&](int64_t from, int64_t to) {
+        for (int which = 0; which < 3; ++which) {
+            if (g.to[which] == nullptr) continue;
+            for (int64_t i = from; i < to; ++i) g.to[which][i] = g.from[which][i] * factor;
+        }
+    });
 }
 
 }  // namespace
 
-const PPOLossKernels ppo_loss = {kRange, forward};
+const PPOLossKernels ppo_loss = {kRange, forward, scale};
 
 }  // namespace rlhf_fast::cpu
 

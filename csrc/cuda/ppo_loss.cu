@@ -1,5 +1,6 @@
 // ppo_loss in CUDA C++: a block a range of 2,048 tokens, one sweep that reads every input once, 16 bytes at a time, and
-// writes the gradients; the ranges' sums are added up by a last, small kernel in their order. Bound by memory.
+// writes the gradients; the ranges' sums are added up by a second, small kernel in a fixed order. Bound by memory where
+// there are many tokens, and else by latency: so sums are taken side by side wherever there are threads for it.
 #include "common/ppo_loss.h"
 
 #include "cuda/launch.cuh"
@@ -11,26 +12,46 @@ namespace rlhf_fast::cuda {
 namespace {
 
 constexpr int64_t kRange = 2048;
+constexpr int kFinishThreads = 1024;  // of the one block that adds the ranges' sums up
+constexpr int kGroups = kFinishThreads / kPPOSums;
+static_assert(kLogRatioMax == 32 && kPPOSums == 34 && kPPONumbers <= kFinishThreads / 32);
 
 struct Larger {
     __device__ double operator()(double a, double b) const { return b > a ? b : a; }
 };
 
-// The block's sums (and maxima) of what its threads have, in thread 0's `whole`.
-__device__ inline void sum_block(const double (&mine)[kPPOSums], double (*scratch)[kPPOSums], double* whole) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+__device__ inline double merge(int sum, double a, double b) { return sum >= kLogRatioMax ? Larger()(a, b) : a + b; }
+
+// 32 sums over a warp at once, number l in lane l: each time a lane gives half of what it has to the lane it keeps the
+// other half of, 31 shuffles for what takes 160 one sum after another.
+template <int kApart = 16>
+__device__ inline double sums_of_warp(double (&x)[2 * kApart]) {
+    const bool upper = (threadIdx.x & kApart) != 0;
+    double half[kApart];
 #pragma unroll
-    for (int s = 0; s < kPPOSums; ++s) {
-        const double x = s >= kLogRatioMax ? reduce_warp(mine[s], Larger()) : reduce_warp(mine[s], Sum());
-        if (lane == 0) scratch[warp][s] = x;
+    for (int i = 0; i < kApart; ++i) {
+        const double keep = upper ? x[i + kApart] : x[i], give = upper ? x[i] : x[i + kApart];
+        half[i] = keep + __shfl_xor_sync(kAllLanes, give, kApart);
     }
+    if constexpr (kApart == 1) return half[0];
+    else return sums_of_warp<kApart / 2>(half);
+}
+
+// The block's sums (and maxima) of what its threads have.
+__device__ inline void sum_block(double (&mine)[32], double most, double most_negative, double (*scratch)[kPPOSums],
+                                 double* whole) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    scratch[warp][lane] = sums_of_warp(mine);
+    most = reduce_warp(most, Larger());
+    most_negative = reduce_warp(most_negative, Larger());
+    if (lane == 0) scratch[warp][kLogRatioMax] = most, scratch[warp][kMinusLogRatioMax] = most_negative;
     __syncthreads();
-    if (threadIdx.x != 0) return;
-    for (int s = 0; s < kPPOSums; ++s) {
-        double x = scratch[0][s];
-        for (int w = 1; w < kWarps; ++w) x = s >= kLogRatioMax ? Larger()(x, scratch[w][s]) : x + scratch[w][s];
-        whole[s] = x;
-    }
+    const int s = threadIdx.x;
+    if (s >= kPPOSums) return;
+    double x = scratch[0][s];
+#pragma unroll
+    for (int w = 1; w < kWarps; ++w) x = merge(s, x, scratch[w][s]);
+    whole[s] = x;
 }
 
 // One token's numbers; those that are not given are 0.
@@ -159,30 +180,49 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(PPOInputs in, PPOOpti
         if (out.grad_values != nullptr) store_floats<T>(out.grad_values, i, in.count, in_values);
         if (out.grad_entropy != nullptr) store_floats<T>(out.grad_entropy, i, in.count, in_entropy);
     }
-    double sums[kPPOSums];
+    double sums[kLogRatioMax];
 #pragma unroll
     for (int s = 0; s < kReturn; ++s) sums[s] = mine.sums[s];
 #pragma unroll
     for (int s = kReturn; s < kLogRatioMax; ++s) sums[s] = mine.of_returns[s - kReturn];
-    sums[kLogRatioMax] = mine.most;
-    sums[kMinusLogRatioMax] = mine.most_negative;
-    sum_block(sums, scratch, out.partials + blockIdx.x * int64_t{kPPOSums});
+    sum_block(sums, mine.most, mine.most_negative, scratch, out.partials + blockIdx.x * int64_t{kPPOSums});
 }
 
-__global__ void __launch_bounds__(kThreads)
+// A thread one sum over every kGroups-th range, then a thread a sum over the groups, then a warp a statistic.
+__global__ void __launch_bounds__(kFinishThreads)
     finish_kernel(PPOOptions o, Denominator of_terms, Denominator of_tokens, PPOResults out, int64_t ranges) {
-    __shared__ double scratch[kWarps][kPPOSums], whole[kPPOSums];
-    double sums[kPPOSums] = {};
-    sums[kLogRatioMax] = sums[kMinusLogRatioMax] = kNoLogRatio;
-    for (int64_t r = threadIdx.x; r < ranges; r += kThreads) {
-#pragma unroll
-        for (int s = 0; s < kPPOSums; ++s) {
-            const double x = out.partials[r * kPPOSums + s];
-            sums[s] = s >= kLogRatioMax ? Larger()(sums[s], x) : sums[s] + x;
-        }
+    __shared__ double scratch[kGroups][kPPOSums], whole[kPPOSums];
+    const int group = threadIdx.x / kPPOSums, s = threadIdx.x % kPPOSums;
+    if (group < kGroups) {
+        double sum = s >= kLogRatioMax ? kNoLogRatio : 0.0;
+#pragma unroll 8
+        for (int64_t r = group; r < ranges; r += kGroups) sum = merge(s, sum, out.partials[r * kPPOSums + s]);
+        scratch[group][s] = sum;
     }
-    sum_block(sums, scratch, whole);
-    if (threadIdx.x == 0) ppo_stats(whole, o, of_terms, of_tokens, out.stats);
+    __syncthreads();
+    if (threadIdx.x < kPPOSums) {
+        double sum = scratch[0][s];
+#pragma unroll
+        for (int g = 1; g < kGroups; ++g) sum = merge(s, sum, scratch[g][s]);
+        whole[s] = sum;
+    }
+    __syncthreads();
+    const int warp = threadIdx.x / 32;
+    if (warp < kPPONumbers && threadIdx.x % 32 == 0) ppo_number(warp, whole, o, of_terms, of_tokens, out);
+}
+
+__global__ void __launch_bounds__(kThreads) scale_kernel(PPOGradients g) {
+    const int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kVector<float>;
+    const float factor = __ldg(g.upstream) * __ldg(g.inverse);
+#pragma unroll
+    for (int which = 0; which < 3; ++which) {
+        if (g.to[which] == nullptr) continue;
+        float x[kVector<float>];
+        load(g.from[which], i, g.count, 1, aligned16(g.from[which]), x);
+#pragma unroll
+        for (int j = 0; j < kVector<float>; ++j) x[j] *= factor;
+        store(g.to[which], i, g.count, aligned16(g.to[which]), x);
+    }
 }
 
 void forward(const PPOInputs& in, const PPOOptions& o, const Denominator& of_terms, const Denominator& of_tokens,
@@ -195,12 +235,20 @@ void forward(const PPOInputs& in, const PPOOptions& o, const Denominator& of_ter
             using T = decltype(element);
             RLHF_FAST_LAUNCH(forward_kernel<T>, grid(ranges), kThreads, stream, in, o, out);
         });
-    RLHF_FAST_LAUNCH(finish_kernel, 1, kThreads, stream, o, of_terms, of_tokens, out, ranges);
+    RLHF_FAST_LAUNCH(finish_kernel, 1, kFinishThreads, stream, o, of_terms, of_tokens, out, ranges);
     check(cudaGetLastError(), "ppo_loss: forward");
+}
+
+void scale(const PPOGradients& g, const Run& run) {
+    if (g.count == 0) return;
+    const OnDevice guard(run);
+    constexpr int64_t kEach = kThreads * kVector<float>;
+    RLHF_FAST_LAUNCH(scale_kernel, grid((g.count + kEach - 1) / kEach), kThreads, stream_of(run), g);
+    check(cudaGetLastError(), "ppo_loss: scale");
 }
 
 }  // namespace
 
-const PPOLossKernels ppo_loss = {kRange, forward};
+const PPOLossKernels ppo_loss = {kRange, forward, scale};
 
 }  // namespace rlhf_fast::cuda

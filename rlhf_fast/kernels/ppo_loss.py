@@ -1,10 +1,12 @@
 """ppo_loss in Triton: a program a range of tokens, one sweep that reads each input once and writes the gradients.
 
-A last kernel adds the sums of the ranges up in their order. csrc/common/ppo_loss.h says what the sums and the
-statistics are.
+A second kernel adds the sums of the ranges up in their order. csrc/common/ppo_loss.h says what the sums and the
+statistics are. Sums are taken eight at a time: a program waits for its threads after each.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -16,9 +18,9 @@ from rlhf_fast.kernels._sampled_kl import expm1_minus
 from rlhf_fast.kernels._sizes import sizes
 from rlhf_fast.ops._rows import Denominator, PPOInputs, PPOOptions
 
-FINISH = 32  # ranges that the last kernel adds up at a time
+FINISH, FINISH_WARPS = 256, 16  # ranges that the second kernel adds up at a time
 SUMS = 34  # as csrc/common/ppo_loss.h counts them
-EDGES = (*(-(2.0**-i) for i in range(1, 8)), 0.0, *(2.0**-i for i in range(7, 0, -1)))  # between log-ratios
+SCALE = 1024  # tokens of a program that scales gradients
 
 
 @triton.jit
@@ -44,6 +46,27 @@ def _bound(x):
 
 
 @triton.jit
+def _sums(a, b, c, d, e, f, g, h):
+    """Of eight vectors, (8,) in float64."""
+    even, odd = tl.join(tl.join(a, e), tl.join(c, g)), tl.join(tl.join(b, f), tl.join(d, h))
+    return tl.reshape(tl.sum(tl.join(even, odd), 0), (8,)).to(tl.float64)
+
+
+@triton.jit
+def _edge(e):
+    """Between log-ratios: 0, +-1/128, +-1/64, ... +-1/2; from the bits of a power of two."""
+    exponent = tl.where(e < 7, e + 1, 15 - e)
+    size = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+    return tl.where(e < 7, -size, tl.where(e == 7, 0.0, size))
+
+
+@triton.jit
+def _up_to(bounded, ones, E: tl.constexpr):
+    """1 for a token whose log-ratio is at most an edge."""
+    return tl.where(bounded > _edge(tl.full((), E, tl.int32)), 0.0, ones)
+
+
+@triton.jit
 def _forward(
     logprobs, old_logprobs, advantages, values, old_values, returns, entropy, ref_logprobs, rollout_logprobs, mask,
     weights, log_ratios, advantage_sums, count, clip_low, clip_high, dual_clip,
@@ -53,7 +76,6 @@ def _forward(
     KL_SLOPE: tl.constexpr, KL_COUNTS: tl.constexpr, DUAL: tl.constexpr, CISPO: tl.constexpr,
     HAS_ROLLOUT: tl.constexpr, HAS_LOG_RATIOS: tl.constexpr, WHITENS: tl.constexpr, NEED: tl.constexpr,
     NEED_VALUES: tl.constexpr, NEED_ENTROPY: tl.constexpr, BLOCK: tl.constexpr, SUMS: tl.constexpr,
-    EDGES: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
@@ -83,7 +105,11 @@ def _forward(
     low, high = 1.0 - clip_low, 1.0 + clip_high
     near = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
     plain, clipped = -advantage * ratio, -advantage * near
-    to = partials + tl.program_id(0).to(tl.int64) * SUMS
+    nothing = tl.zeros((BLOCK,), tl.float32)
+    of_entropy, of_kl, of_value, worse_ones, bound_ones = nothing, nothing, nothing, nothing, nothing
+    weighed, capped_ones = nothing, nothing
+    exact = tl.zeros((BLOCK,), tl.float64)  # returns
+    rest = exact  # what values leave of them
     if CISPO:
         pulled = ratio != near
         policy, slope = clipped * logp, clipped
@@ -95,29 +121,17 @@ def _forward(
         bound = (advantage < 0.0) & (policy > -advantage * dual_clip)
         policy = tl.where(bound, -advantage * dual_clip, policy)
         slope = tl.where(bound, 0.0, slope)
-        tl.store(to + 7, tl.sum(tl.where(bound, ones, 0.0)).to(tl.float64))
+        bound_ones = tl.where(bound, ones, 0.0)
     if HAS_ROLLOUT:
         apart = tl.exp(_bound(old_logp - _read(rollout_logprobs, i, inside, here)))
         capped = apart > rollout_cap
         held = tl.where(capped, rollout_cap, apart)
         policy *= held
         slope *= held
-        tl.store(to + 11, tl.sum(held * ones).to(tl.float64))
-        tl.store(to + 12, tl.sum(tl.where(capped, ones, 0.0)).to(tl.float64))
-    tl.store(to, tl.sum(ones).to(tl.float64))
-    tl.store(to + 1, tl.sum(policy * weight).to(tl.float64))
-    tl.store(to + 5, tl.sum((ratio - 1.0) * ones).to(tl.float64))
-    tl.store(to + 6, tl.sum(tl.where(pulled, ones, 0.0)).to(tl.float64))
-    tl.store(to + 9, -tl.sum(own * ones).to(tl.float64))
-    tl.store(to + 10, tl.sum(expm1_minus(_bound(own)) * ones).to(tl.float64))
-    for e in tl.static_range(len(EDGES)):
-        tl.store(to + 13 + e, tl.sum(tl.where(bounded > EDGES[e], 0.0, ones)).to(tl.float64))
-    tl.store(to + 32, tl.max(tl.where(here, bounded, -20.0)).to(tl.float64))
-    tl.store(to + 33, tl.max(tl.where(here, -bounded, -20.0)).to(tl.float64))
-
+        weighed, capped_ones = held * ones, tl.where(capped, ones, 0.0)
     if HAS_KL:
         d = logp - _read(ref_logprobs, i, inside, here)
-        tl.store(to + 4, tl.sum(_sampled_kl.estimate(d, KL) * weight).to(tl.float64))
+        of_kl = _sampled_kl.estimate(d, KL) * weight
         if KL_COUNTS:
             slope += kl_coef * _sampled_kl.slope(d, KL_SLOPE)
     if NEED:
@@ -136,50 +150,69 @@ def _forward(
             worse = near_error * near_error > squared
             gradient = tl.where(worse, tl.where(held == moved, near_error, 0.0), error)
             squared = tl.where(worse, near_error * near_error, squared)
-            tl.store(to + 8, tl.sum(tl.where(worse, ones, 0.0)).to(tl.float64))
-        tl.store(to + 2, tl.sum(0.5 * squared * weight).to(tl.float64))
+            worse_ones = tl.where(worse, ones, 0.0)
+        of_value = 0.5 * squared * weight
         exact, rest = target.to(tl.float64), error.to(tl.float64)
-        tl.store(to + 28, tl.sum(exact))
-        tl.store(to + 29, tl.sum(exact * exact))
-        tl.store(to + 30, tl.sum(rest))
-        tl.store(to + 31, tl.sum(rest * rest))
         if NEED_VALUES:
             in_values = value_coef * gradient * weight
             tl.store(grad_values + i, tl.where(here, in_values, 0.0), mask=inside)
     if HAS_ENTROPY:
-        tl.store(to + 3, tl.sum(_read(entropy, i, inside, here) * weight).to(tl.float64))
+        of_entropy = _read(entropy, i, inside, here) * weight
         if NEED_ENTROPY:
             tl.store(grad_entropy + i, -entropy_coef * weight, mask=inside)
 
+    to = partials + tl.program_id(0).to(tl.int64) * SUMS + tl.arange(0, 8)
+    pulled_ones = tl.where(pulled, ones, 0.0)
+    tl.store(
+        to, _sums(ones, policy * weight, of_value, of_entropy, of_kl, (ratio - 1.0) * ones, pulled_ones, bound_ones)
+    )
+    k3 = expm1_minus(_bound(own)) * ones
+    eight = _sums(
+        worse_ones, -own * ones, k3, weighed, capped_ones, _up_to(bounded, ones, 0), _up_to(bounded, ones, 1),
+        _up_to(bounded, ones, 2),
+    )  # fmt: skip
+    tl.store(to + 8, eight)
+    eight = _sums(
+        _up_to(bounded, ones, 3), _up_to(bounded, ones, 4), _up_to(bounded, ones, 5), _up_to(bounded, ones, 6),
+        _up_to(bounded, ones, 7), _up_to(bounded, ones, 8), _up_to(bounded, ones, 9), _up_to(bounded, ones, 10),
+    )  # fmt: skip
+    tl.store(to + 16, eight)
+    eight = _sums(
+        _up_to(bounded, ones, 11).to(tl.float64), _up_to(bounded, ones, 12).to(tl.float64),
+        _up_to(bounded, ones, 13).to(tl.float64), _up_to(bounded, ones, 14).to(tl.float64), exact, exact * exact, rest,
+        rest * rest,
+    )  # fmt: skip
+    tl.store(to + 24, eight)
+    both = tl.join(tl.where(here, bounded, -20.0), tl.where(here, -bounded, -20.0))
+    ends = partials + tl.program_id(0).to(tl.int64) * SUMS + 32 + tl.arange(0, 2)
+    tl.store(ends, tl.max(both, 0).to(tl.float64))
+
 
 @triton.jit
-def _pick(sums, which, k):
-    return tl.sum(tl.where(which == k, sums, 0.0))
-
-
-@triton.jit
-def _ratio_quantile(sums, which, share, EDGES: tl.constexpr):
-    """exp of the log-ratio below which a share of the tokens lies; 0 without one."""
-    count, most, least = _pick(sums, which, 0), _pick(sums, which, 32), -_pick(sums, which, 33)
+def _ratio_quantile(totals, count, most, least, share):
+    """exp of the log-ratio below which a share of the tokens lies: between two edges, as if they lay evenly there."""
+    e = tl.arange(0, 16)
+    before = tl.load(totals + 12 + e, mask=e > 0, other=0.0)  # tokens up to the edge below, and up to the one above
+    at_most = tl.where(e < 15, tl.load(totals + 13 + e, mask=e < 15, other=0.0), count)
+    lower = tl.where(e == 0, least, _clamp(_edge(e - 1).to(tl.float64), least, most))
+    upper = tl.where(e == 15, most, _clamp(_edge(e).to(tl.float64), least, most))
     wanted = share * count
-    lower, before, found = least, count * 0.0, most
-    for e in tl.static_range(len(EDGES) + 1):
-        upper, at_most = most, count
-        if e < len(EDGES):
-            edge = least * 0.0 + EDGES[e]
-            upper = tl.where(edge < least, least, tl.where(edge > most, most, edge))
-            at_most = _pick(sums, which, 13 + e)
-        part = (wanted - before) / tl.where(at_most > before, at_most - before, 1.0)
-        found = tl.where((at_most >= wanted) & (wanted > before), lower + (upper - lower) * part, found)
-        lower, before = upper, at_most
-    return tl.where(count == 0.0, 0.0, tl.exp(found))
+    part = (wanted - before) / tl.where(at_most > before, at_most - before, 1.0)
+    found = tl.where((at_most >= wanted) & (wanted > before), lower + (upper - lower) * part, 0.0)
+    return tl.exp(tl.sum(found, 0))
+
+
+@triton.jit
+def _clamp(x, least, most):
+    return tl.where(x < least, least, tl.where(x > most, most, x))
 
 
 @triton.jit
 def _finish(
-    partials, ranges, there, number, tokens_there, tokens_number, value_coef, entropy_coef, kl_coef, stats,
+    partials, ranges, there, number, tokens_there, tokens_number, value_coef, entropy_coef, kl_coef, totals, loss,
+    stats, inverse,
     DENOMINATOR: tl.constexpr, TOKENS: tl.constexpr, VALUES_COUNT: tl.constexpr, ENTROPY_COUNTS: tl.constexpr,
-    KL_COUNTS: tl.constexpr, FINISH: tl.constexpr, SUMS: tl.constexpr, EDGES: tl.constexpr,
+    KL_COUNTS: tl.constexpr, FINISH: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     which = tl.arange(0, 64)
     largest = which >= 32  # the last two are maxima
@@ -190,35 +223,56 @@ def _finish(
         none = tl.where(largest, -20.0, 0.0)[None, :]
         part = tl.load(partials + at, mask=(r < ranges)[:, None] & (which < SUMS)[None, :], other=none)
         sums = tl.where(largest, tl.maximum(sums, tl.max(part, axis=0)), sums + tl.sum(part, axis=0))
-    counted = _pick(sums, which, 0)
+    tl.store(totals + which, sums, mask=which < SUMS)
+    tl.debug_barrier()  # each number below reads what it needs of these, all at once
+    counted = tl.load(totals)
     terms = _denominator(there, number, counted, DENOMINATOR)
     tokens = _denominator(tokens_there, tokens_number, counted, TOKENS)
     n = tl.where(counted == 0.0, 1.0, counted)
-    loss = _pick(sums, which, 1) / terms
+    whole = tl.load(totals + 1)
     if VALUES_COUNT:
-        loss += value_coef * _pick(sums, which, 2) / terms
+        whole += value_coef * tl.load(totals + 2)
     if ENTROPY_COUNTS:
-        loss -= entropy_coef * _pick(sums, which, 3) / terms
+        whole -= entropy_coef * tl.load(totals + 3)
     if KL_COUNTS:
-        loss += kl_coef * _pick(sums, which, 4) / terms
-    mean, second_moment = _pick(sums, which, 28) / n, _pick(sums, which, 29) / n
-    rest = _pick(sums, which, 30) / n
-    left = _pick(sums, which, 31) / n - rest * rest
+        whole += kl_coef * tl.load(totals + 4)
+    mean, second_moment = tl.load(totals + 28) / n, tl.load(totals + 29) / n
+    rest = tl.load(totals + 30) / n
+    left = tl.load(totals + 31) / n - rest * rest
     variance = second_moment - mean * mean
     flat = variance <= 1e-12 * second_moment  # no more than rounding leaves of equal returns
     explained = tl.where(flat, 0.0, 1.0 - left / tl.where(flat, 1.0, variance))
     nothing = counted == 0.0
+    most, least = tl.load(totals + 32), -tl.load(totals + 33)
+    low = _ratio_quantile(totals, counted, most, least, 0.05)
+    high = _ratio_quantile(totals, counted, most, least, 0.95)
 
-    tl.store(stats, loss.to(tl.float32))
-    tl.store(stats + which, (sums / terms).to(tl.float32), mask=(which >= 1) & (which <= 4))
-    tl.store(stats + 5, ((counted + _pick(sums, which, 5)) / tokens).to(tl.float32))
-    tl.store(stats + 6, tl.where(nothing, 0.0, tl.exp(_pick(sums, which, 32))).to(tl.float32))
-    tl.store(stats + 7, tl.where(nothing, 0.0, tl.exp(-_pick(sums, which, 33))).to(tl.float32))
-    tl.store(stats + 8, _ratio_quantile(sums, which, 0.05, EDGES).to(tl.float32))
-    tl.store(stats + 9, _ratio_quantile(sums, which, 0.95, EDGES).to(tl.float32))
-    tl.store(stats + which + 4, (sums / tokens).to(tl.float32), mask=(which >= 6) & (which <= 12))
-    tl.store(stats + 17, explained.to(tl.float32))
-    tl.store(stats + 18, (1.0 / terms).to(tl.float32))
+    tl.store(loss, (whole / terms).to(tl.float32))
+    tl.store(stats + which - 1, (sums / terms).to(tl.float32), mask=(which >= 1) & (which <= 4))
+    tl.store(stats + 4, ((counted + tl.load(totals + 5)) / tokens).to(tl.float32))
+    tl.store(stats + 5, tl.where(nothing, 0.0, tl.exp(most)).to(tl.float32))
+    tl.store(stats + 6, tl.where(nothing, 0.0, tl.exp(least)).to(tl.float32))
+    tl.store(stats + 7, tl.where(nothing, 0.0, low).to(tl.float32))
+    tl.store(stats + 8, tl.where(nothing, 0.0, high).to(tl.float32))
+    tl.store(stats + which + 3, (sums / tokens).to(tl.float32), mask=(which >= 6) & (which <= 12))
+    tl.store(stats + 16, explained.to(tl.float32))
+    tl.store(inverse, (1.0 / terms).to(tl.float32))
+
+
+@triton.jit
+def _scale(
+    in_logprobs, in_values, in_entropy, upstream, inverse, count, grad_logprobs, grad_values, grad_entropy,
+    NEED: tl.constexpr, NEED_VALUES: tl.constexpr, NEED_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < count
+    factor = tl.load(upstream) * tl.load(inverse)
+    if NEED:
+        tl.store(grad_logprobs + i, tl.load(in_logprobs + i, mask=inside) * factor, mask=inside)
+    if NEED_VALUES:
+        tl.store(grad_values + i, tl.load(in_values + i, mask=inside) * factor, mask=inside)
+    if NEED_ENTROPY:
+        tl.store(grad_entropy + i, tl.load(in_entropy + i, mask=inside) * factor, mask=inside)
 
 
 def range_size(device: torch.device) -> int:
@@ -231,11 +285,12 @@ def forward(
     options: PPOOptions,
     of_terms: Denominator,
     of_tokens: Denominator,
-    stats: Tensor,
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+    numbers: tuple[Tensor, Tensor, Tensor],
+    gradients: Sequence[Tensor | None],
     partials: Tensor,
 ) -> None:
-    o, (ranges, count), size = options, (partials.shape[0], x.logprobs.numel()), sizes("ppo_loss", stats.device)
+    """``numbers``: the loss, the statistics, and the inverse of what divides the loss's terms."""
+    o, (ranges, count), size = options, (partials.shape[0], x.logprobs.numel()), sizes("ppo_loss", partials.device)
     if ranges:
         _forward[(ranges,)](
             *x, count, *o[:8], partials, *gradients,
@@ -245,12 +300,22 @@ def forward(
             KL_COUNTS=o.kl_coef != 0, DUAL=o.dual_clip != 0, CISPO=o.cispo, HAS_ROLLOUT=x.rollout_logprobs is not None,
             HAS_LOG_RATIOS=x.log_ratios is not None, WHITENS=x.advantage_sums is not None,
             NEED=gradients[0] is not None, NEED_VALUES=gradients[1] is not None, NEED_ENTROPY=gradients[2] is not None,
-            BLOCK=size["RANGE"], SUMS=SUMS, EDGES=EDGES, num_warps=size["WARPS"],
+            BLOCK=size["RANGE"], SUMS=SUMS, num_warps=size["WARPS"],
         )  # fmt: skip
     _finish[(1,)](
         partials, ranges, of_terms.there, of_terms.number, of_tokens.there, of_tokens.number,
-        o.value_coef, o.entropy_coef, o.kl_coef, stats,
+        o.value_coef, o.entropy_coef, o.kl_coef, partials.new_empty(SUMS), *numbers,
         DENOMINATOR=of_terms.kind, TOKENS=of_tokens.kind, VALUES_COUNT=o.value_coef != 0,
-        ENTROPY_COUNTS=o.entropy_coef != 0, KL_COUNTS=o.kl_coef != 0, FINISH=FINISH, SUMS=SUMS, EDGES=EDGES,
-        num_warps=4,
+        ENTROPY_COUNTS=o.entropy_coef != 0, KL_COUNTS=o.kl_coef != 0, FINISH=FINISH, SUMS=SUMS,
+        num_warps=FINISH_WARPS,
     )  # fmt: skip
+
+
+def scale(gradients: Sequence[Tensor | None], upstream: Tensor, inverse: Tensor, out: Sequence[Tensor | None]) -> None:
+    """As csrc/common/ppo_loss.h says."""
+    count = max(x.numel() for x in gradients if x is not None)
+    if count:
+        _scale[(triton.cdiv(count, SCALE),)](
+            *gradients, upstream, inverse, count, *out, NEED=out[0] is not None, NEED_VALUES=out[1] is not None,
+            NEED_ENTROPY=out[2] is not None, BLOCK=SCALE,
+        )  # fmt: skip

@@ -269,14 +269,24 @@ class PPOLoss:
         options: PPOOptions,
         of_terms: Denominator,
         of_tokens: Denominator,
-        stats: Tensor,
+        numbers: tuple[Tensor, Tensor, Tensor],
         gradients: Sequence[Tensor | None],
         partials: Tensor,
     ) -> None:
+        """``numbers``: the loss, the statistics, and the inverse of what divides the loss's terms."""
         self.kernels.ppo_loss_forward(
             _addresses(x[:9]), _DTYPES[x.logprobs.dtype], x.logprobs.numel(), _addresses(x[9:]), options,
             (_address(of_terms.there), of_terms.number), (_address(of_tokens.there), of_tokens.number),
-            _addresses((stats, *gradients, partials)), _run(stats.device),
+            _addresses((*numbers, *gradients, partials)), _run(partials.device),
+        )  # fmt: skip
+
+    def scale(
+        self, gradients: Sequence[Tensor | None], upstream: Tensor, inverse: Tensor, out: Sequence[Tensor | None]
+    ) -> None:
+        count = max(x.numel() for x in gradients if x is not None)
+        self.kernels.ppo_loss_scale(
+            _addresses(gradients), _addresses(out), count, upstream.data_ptr(), inverse.data_ptr(),
+            _run(inverse.device),
         )  # fmt: skip
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import _checks, _compiled, _dispatch, reference
-from rlhf_fast.ops._gradients import in_x
 from rlhf_fast.ops._library import Op
 from rlhf_fast.ops._rows import Denominator, PPOInputs, PPOOptions, plain
 from rlhf_fast.ops.kl_estimate import ESTIMATES, KINDS
@@ -221,7 +220,7 @@ def sequence_log_ratios(
 
 @functools.cache
 def kernels(backend: str) -> Any:
-    """The kernel of a backend: forward, and how many tokens are a range (see csrc/common/ppo_loss.h)."""
+    """The kernels of a backend: forward, scale, and how many tokens are a range (see csrc/common/ppo_loss.h)."""
     if backend == "triton":
         from rlhf_fast.kernels import ppo_loss
 
@@ -273,20 +272,51 @@ def ppo_loss_forward(
     terms = Denominator(plain(denominator, torch.float32), number)
     gradients = [_compiled.new_like(logprobs, torch.float32) if needed else None for needed in needs]
     ranges = -(-logprobs.numel() // run.range_size(logprobs.device))
-    stats = logprobs.new_empty(2 + len(STATS), dtype=torch.float32)
-    partials = logprobs.new_zeros(ranges, run.SUMS, dtype=torch.float64)
+    new = functools.partial(logprobs.new_empty, dtype=torch.float32)
+    loss, stats, inverse = new(()), new(len(STATS)), new(())
+    partials = logprobs.new_empty(ranges, run.SUMS, dtype=torch.float64)
     chosen = PPOOptions(
         low, high, dual, value_clip, value_coef, entropy_coef, kl_coef, cap, objective == "cispo", *estimates
     )
     tokens = terms if of_tokens else Denominator(None, 0.0)
-    run.forward(x, chosen, terms, tokens, stats, gradients, partials)
-    nothing = logprobs.new_empty(0, dtype=torch.float32)
-    in_logprobs, in_values, in_entropy = (nothing.clone() if g is None else g for g in gradients)
-    return stats[0].clone(), stats[1:-1].clone(), stats[-1].clone(), in_logprobs, in_values, in_entropy
+    run.forward(x, chosen, terms, tokens, (loss, stats, inverse), gradients, partials)
+    in_logprobs, in_values, in_entropy = (new(0) if g is None else g for g in gradients)
+    return loss, stats, inverse, in_logprobs, in_values, in_entropy
+
+
+def ppo_loss_gradients(
+    upstream: Tensor,
+    inverse: Tensor,
+    in_logprobs: Tensor,
+    in_values: Tensor,
+    in_entropy: Tensor,
+    logprobs: Optional[Tensor],
+    values: Optional[Tensor],
+    entropy: Optional[Tensor],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """upstream * inverse * the gradients that ppo_loss_forward found, in the dtypes of what they are in; empty where
+    that is None. Knows those, so that autograd refuses to go on from here."""
+    own = logprobs, values, entropy
+    gradients = [None if x is None else g for x, g in zip(own, (in_logprobs, in_values, in_entropy), strict=True)]
+    scaled = [None if g is None else _compiled.new_like(g) for g in gradients]
+    kernels(backend).scale(gradients, upstream, inverse, scaled)
+    of_logprobs, of_values, of_entropy = (
+        inverse.new_empty(0) if x is None or s is None else s.to(x.dtype) for x, s in zip(own, scaled, strict=True)
+    )
+    return of_logprobs, of_values, of_entropy
+
+
+def _fake_gradients(upstream: Tensor, inverse: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    found = zip(others[:3], others[3:6], strict=True)
+    return tuple(inverse.new_empty(0) if x is None else torch.empty_like(g, dtype=x.dtype) for g, x in found)
+
+
+_scaled = Op(ppo_loss_gradients, _fake_gradients)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    needs = inputs[-3]
+    needs, ctx.backend = inputs[-3], inputs[-1]
     own = [x if needed else None for x, needed in zip(inputs, needs, strict=False)]
     ctx.save_for_backward(*own, *output[2:])
     ctx.mark_non_differentiable(*output[1:])
@@ -296,10 +326,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if upstream is None:
         return (None,) * 22
-    own, scale, gradients = ctx.saved_tensors[:3], ctx.saved_tensors[3], ctx.saved_tensors[4:]
-    upstream = upstream * scale
-    found = (None if x is None else in_x(upstream, g, x) for x, g in zip(own, gradients, strict=True))
-    return *found, *(None,) * 19
+    own, inverse, gradients = ctx.saved_tensors[:3], ctx.saved_tensors[3], ctx.saved_tensors[4:]
+    if all(x is None for x in own):
+        return (None,) * 22
+    scaled = _scaled(upstream, inverse, *gradients, *own, ctx.backend)
+    return *(None if x is None else g for x, g in zip(own, scaled, strict=True)), *(None,) * 19
 
 
 def _fake_forward(logprobs: Tensor, *others: Any) -> tuple[Tensor, ...]:

@@ -96,7 +96,8 @@ def answer(call: Call) -> list[Tensor]:
         x = PPOInputs(p, q, q, p, q, p, p, q, p, p > 0, grad, None, sums)
         options = PPOOptions(0.2, 0.3, 3.0, 0.2, 0.5, 0.01, 0.05, 2.0, call.kind == 1, call.kind, 1)
         count = Denominator(None, 0.0)
-        ppo_loss.forward(x, options, count, count, results[3], results[:3], partials)
+        numbers = results[3][:1], results[3][1:18], results[3][18:19]
+        ppo_loss.forward(x, options, count, count, numbers, results[:3], partials)
     else:
         estimates = _compiled.KLEstimate("cpu")
         estimates.forward(p, q, None, call.kind, results[0])

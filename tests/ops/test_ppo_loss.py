@@ -623,6 +623,47 @@ def test_a_gradient_of_the_gradient_is_refused(kernel_backend: Backend) -> None:
         torch.autograd.grad(torch.autograd.grad(loss, logprobs, create_graph=True)[0].sum(), logprobs)
 
 
+def test_backward_again_gives_the_same_gradients_and_scales_them_anew(kernel_backend: Backend) -> None:
+    inputs = batch(2, 3, dtype=torch.float32)
+    own = [inputs[name].requires_grad_() for name in OWN]
+    loss, _ = kernel_backend(ops.ppo_loss, **inputs, **ALL_TERMS)
+    first = torch.autograd.grad(loss, own, retain_graph=True)
+    kept = [x.clone() for x in first]
+    twice = torch.autograd.grad(loss, own, grad_outputs=torch.tensor(2.0), retain_graph=True)
+    again = torch.autograd.grad(loss, own)
+    for a, b, c, d in zip(first, kept, twice, again, strict=True):
+        assert torch.equal(a, b) and torch.equal(c, 2 * b) and torch.equal(d, b)
+
+
+def test_beside_its_kernels_it_asks_for_memory_only() -> None:
+    """Each operation of PyTorch's would be a launch, which takes as long as a kernel of its own on a small batch."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from rlhf_fast.ops.ppo_loss import ppo_loss_forward, ppo_loss_gradients
+
+    class Record(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.operations: set[str] = set()
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.operations.add(str(function))
+            return function(*args, **(kwargs or {}))
+
+    x = batch(3, 7, dtype=torch.float32)
+    own, mask = [x[name] for name in OWN], cases.random(3, 7, seed=20) > -0.5
+    constants = [x[name] for name in ("old_logprobs", "advantages", "old_values", "returns", "ref_logprobs")]
+    numbers, needs = [0.2, 0.2, 3.0, 0.2, 0.5, 0.01, 0.05, 2.0], [True, True, True]
+    denominator, upstream = torch.tensor(9.0), torch.tensor(1.0)
+    with Record() as record:
+        _, _, *found = ppo_loss_forward(
+            *own, *constants, None, mask, None, None, SUMS, denominator, 0.0, True, numbers, "k3", "clip", needs,
+            torch.float32, "cpu",
+        )  # fmt: skip
+        ppo_loss_gradients(upstream, *found, *own, "cpu")
+    assert record.operations <= {"aten.new_empty.default", "aten.empty.memory_format"}, record.operations
+
+
 def test_compiles_with_changing_shapes_and_gradients() -> None:
     compiled = torch.compile(ops.ppo_loss, fullgraph=True, dynamic=True, backend="aot_eager")
     for n, aggregation in ((3, "token_mean"), (5, "token_mean"), (4, "sequence_mean")):
