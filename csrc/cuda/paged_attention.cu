@@ -210,37 +210,46 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) finish_kernel(PagedCache
     store_row<T>(c, q, n, head, all);
 }
 
-// A block a token: the halves of its keys and, in place, its queries are rotated, a pair of dimensions a thread.
+// A warp a head of a token: its key and value are written, or in place its query, turned if asked for; a lane has every
+// 32nd pair of dimensions of the halves.
 template <class T>
-__global__ void __launch_bounds__(kAttentionThreads, 2) write_kernel(PagedCache c, NewTokens x) {
-    const int64_t n = blockIdx.x, slot = x.slots[n], size = c.width * c.block_size, half = c.dim / 2;
-    const int64_t block = slot / c.block_size, at = slot % c.block_size;
-    T* const keys = static_cast<T*>(c.keys) + block * c.kv_heads * size + at;
-    T* const values = static_cast<T*>(c.values) + block * c.kv_heads * size + at * c.width;
-    const T* const key = static_cast<const T*>(x.key) + n * x.key_token_stride;
-    const T* const value = static_cast<const T*>(x.value) + n * x.value_token_stride;
-    for (int64_t i = threadIdx.x; i < c.kv_heads * c.dim; i += kAttentionThreads) {
-        const int64_t head = i / c.dim, d = i % c.dim;
-        values[head * size + d] = value[head * x.value_head_stride + d];
-        if (x.cos == nullptr) keys[head * size + d * c.block_size] = key[head * x.key_head_stride + d];
+__global__ void __launch_bounds__(kAttentionThreads) write_kernel(PagedCache c, NewTokens x, int64_t heads) {
+    const int lane = threadIdx.x % kLanes, dim = static_cast<int>(c.dim), half = dim / 2;
+    const int64_t index = int64_t{blockIdx.x} * kAttentionWarps + threadIdx.x / kLanes;
+    const int64_t n = index / heads, head = index % heads;
+    if (n >= x.count) return;
+    const bool turns = x.cos != nullptr, is_query = head >= c.kv_heads;
+    const T* const cos = turns ? static_cast<const T*>(x.cos) + n * dim : nullptr;
+    const T* const sin = turns ? static_cast<const T*>(x.sin) + n * dim : nullptr;
+    const T* from;
+    T* to;
+    int64_t stride = 1;  // of dimensions where they are written
+    if (is_query) {
+        to = static_cast<T*>(x.query) + n * x.query_token_stride + (head - c.kv_heads) * x.query_head_stride;
+        from = to;
+    } else {
+        from = static_cast<const T*>(x.key) + n * x.key_token_stride + head * x.key_head_stride;
+        const int64_t slot = x.slots[n], block = slot / c.block_size, at = slot % c.block_size;
+        const int64_t place = (block * c.kv_heads + head) * c.width * c.block_size;
+        to = static_cast<T*>(c.keys) + place + at;
+        stride = c.block_size;
+        const T* const value = static_cast<const T*>(x.value) + n * x.value_token_stride + head * x.value_head_stride;
+        T* const values = static_cast<T*>(c.values) + place + at * c.width;
+#pragma unroll 4
+        for (int d = lane; d < dim; d += kLanes) values[d] = value[d];
     }
-    if (x.cos == nullptr) return;
-    const T *const cos = static_cast<const T*>(x.cos) + n * c.dim, *const sin =
-                                                                       static_cast<const T*>(x.sin) + n * c.dim;
-    const auto rotate = [&](const T* from, int64_t d, T* low, T* high) {
-        const float a = widen(from[d]), b = widen(from[d + half]);
-        *low = narrow<T>(a * widen(cos[d]) - b * widen(sin[d]));
-        *high = narrow<T>(b * widen(cos[d + half]) + a * widen(sin[d + half]));
-    };
-    for (int64_t i = threadIdx.x; i < c.kv_heads * half; i += kAttentionThreads) {
-        T* const to = keys + i / half * size;
-        const int64_t d = i % half;
-        rotate(key + i / half * x.key_head_stride, d, to + d * c.block_size, to + (d + half) * c.block_size);
+#pragma unroll 2
+    for (int d = lane; d < half; d += kLanes) {
+        const T a = from[d], b = from[d + half];
+        T low = a, high = b;
+        if (turns) {
+            low = narrow<T>(widen(a) * widen(cos[d]) - widen(b) * widen(sin[d]));
+            high = narrow<T>(widen(b) * widen(cos[d + half]) + widen(a) * widen(sin[d + half]));
+        }
+        to[d * stride] = low;
+        to[(d + half) * stride] = high;
     }
-    for (int64_t i = threadIdx.x; x.query != nullptr && i < x.heads * half; i += kAttentionThreads) {
-        T* const query = static_cast<T*>(x.query) + n * x.query_token_stride + i / half * x.query_head_stride;
-        rotate(query, i % half, query + i % half, query + i % half + half);
-    }
+    if (dim % 2 != 0 && lane == 0) to[(dim - 1) * stride] = from[dim - 1];  // of no pair, and then nothing is turned
 }
 
 template <int rows, int wide>
@@ -282,8 +291,10 @@ void forward(const PagedCache& c, const PagedQueries& q, const Run& run) {
 void write(const PagedCache& c, const NewTokens& x, const Run& run) {
     if (x.count == 0) return;
     const OnDevice guard(run);
+    const int64_t heads = c.kv_heads + (x.query != nullptr ? x.heads : 0);
     with_element(c.dtype, [&](auto element) {
-        RLHF_FAST_LAUNCH(write_kernel<decltype(element)>, grid(x.count), kAttentionThreads, stream_of(run), c, x);
+        RLHF_FAST_LAUNCH(write_kernel<decltype(element)>, blocks_of(x.count * heads), kAttentionThreads,
+                         stream_of(run), c, x, heads);
     });
     check(cudaGetLastError(), "write_kv: forward");
 }
