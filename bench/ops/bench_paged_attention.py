@@ -29,8 +29,9 @@ def providers(case: Case, device: torch.device) -> dict[str, Call]:
     tables = torch.arange(sequences * each, dtype=torch.int32, device=device).view(sequences, each)
     tables[:, :shared] = tables[:1, :shared]
     counts = torch.arange(sequences + 1, dtype=torch.int32, device=device)
-    batch = PagedBatch.of(tables, counts, torch.full((sequences,), context, dtype=torch.int32, device=device))
-    together = batch._replace(groups=counts[[0, -1]].contiguous(), shared=counts[:1] + shared)
+    alone = PagedBatch.of(tables, counts, torch.full((sequences,), context, dtype=torch.int32, device=device))
+    together = alone._replace(groups=counts[[0, -1]].contiguous(), shared=counts[:1] + shared)
+    batch, together = alone.placed(sequences), together.placed(sequences)  # as the layers of a step are given it
     query = normal(sequences, heads, dim, dtype=case.dtype, device=device, seed=2)
 
     def gathered(query: Tensor) -> Tensor:

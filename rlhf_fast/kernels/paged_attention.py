@@ -220,18 +220,16 @@ def forward(
     number_of_parts = -(-batch.tables.shape[1] // blocks)
     wide = triton.next_power_of_2(max(width, 16))
     split = number_of_parts > 1 and 4 * n * heads * number_of_parts * (wide + 2) <= MOST_SPLIT
-    positions, shared = places(batch, n)
+    positions, shared, numbers, group_queries = batch.places
     parts = stats = None
     if split:
         parts = torch.empty(n, heads, number_of_parts, wide, device=query.device)
         stats = torch.empty(n, heads, number_of_parts, 2, device=query.device)
     sequences = batch.contexts.shape[0]
-    units = [(batch.cu_queries, batch.tables.shape[0], None, shared, False)]
+    units = [(batch.cu_queries, sequences, numbers, shared, False)]
     if split and batch.shared.shape[0] < sequences:
-        units.append((batch.cu_queries[batch.groups.long()], batch.shared.shape[0], batch.groups, batch.shared, True))
+        units.append((group_queries, batch.shared.shape[0], batch.groups, batch.shared, True))
     for starts, count, firsts, of_group, of_groups in units:
-        if firsts is None:
-            firsts = torch.arange(count, dtype=torch.int32, device=query.device)
         grid = (n // tokens + count, kv_heads, number_of_parts if split else 1)
         _forward[grid](
             query, cache.keys, cache.values, batch.tables, batch.tables.stride(0), starts, count, firsts, of_group,
@@ -246,15 +244,6 @@ def forward(
             parts, stats, positions, sinks, out, heads, window, number_of_parts, DIM=dim, WIDE=wide,
             PER_PART=block * blocks, HAS_SINKS=sinks is not None, num_warps=1,
         )  # fmt: skip
-
-
-def places(batch: Any, n: int) -> tuple[Tensor, Tensor]:
-    """The position of each query (N,), and how many blocks each sequence shares with its group (B,); int32."""
-    counts = batch.cu_queries.diff()
-    before = (batch.contexts - batch.cu_queries[1:]).repeat_interleave(counts, output_size=n)
-    positions = before + torch.arange(n, dtype=torch.int32, device=before.device)
-    sizes = batch.groups.diff()
-    return positions, batch.shared.repeat_interleave(sizes, output_size=batch.contexts.shape[0])
 
 
 @triton.jit

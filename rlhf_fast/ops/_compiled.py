@@ -355,7 +355,7 @@ class PagedAttention:
         sinks: Tensor | None,
         out: Tensor,
     ) -> None:
-        tables, cu_queries, contexts, groups, shared = batch
+        tables, cu_queries, contexts, groups, shared, _ = batch
         (tokens, heads, _), width, number = query.shape, cache.keys.shape[2], 1
         parts = None
         if self.splits:

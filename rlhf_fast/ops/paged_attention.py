@@ -40,6 +40,15 @@ class KVCache(NamedTuple):
         )
 
 
+class Places(NamedTuple):
+    """What follows from a batch, for kernels that would find it anew in every layer; int32 and contiguous."""
+
+    positions: Tensor  # (N,): of each query
+    shared: Tensor  # (B,): leading blocks that each sequence shares with its group
+    numbers: Tensor  # (B,): 0, 1, ...
+    group_queries: Tensor  # (G + 1,): where the queries of each group begin
+
+
 class PagedBatch(NamedTuple):
     """Where the packed queries of a step stand. All int32, contiguous, and on the device of the queries.
 
@@ -53,6 +62,20 @@ class PagedBatch(NamedTuple):
     contexts: Tensor  # (B,)
     groups: Tensor  # (G + 1,)
     shared: Tensor  # (G,)
+    places: Places | None = None  # as `placed` finds them
+
+    def placed(self, n: int) -> PagedBatch:
+        """The same with its places, for `n` queries in all: of use where several layers are given the same batch.
+
+        They are of the tensors as they are now: a tensor that changes later, or is replaced, needs them anew.
+        """
+        counts, sizes = self.cu_queries.diff(), self.groups.diff()
+        sequences = self.contexts.shape[0]
+        before = (self.contexts - self.cu_queries[1:]).repeat_interleave(counts, output_size=n)
+        numbers = torch.arange(max(n, sequences), dtype=torch.int32, device=before.device)
+        shared = self.shared.repeat_interleave(sizes, output_size=sequences)
+        found = Places(before + numbers[:n], shared, numbers[:sequences], self.cu_queries[self.groups.long()])
+        return self._replace(places=found)
 
     @staticmethod
     def of(tables: Tensor, cu_queries: Tensor, contexts: Tensor) -> PagedBatch:
@@ -112,6 +135,8 @@ def paged_attention(
     out = torch.empty(n, heads, dim, dtype=query.dtype, device=query.device)
     if query.stride(2) != 1:
         query = query.contiguous()
+    if backend == "triton" and batch.places is None:
+        batch = batch.placed(n)
     kernels(backend).forward(query, cache, batch, scale, softcap, window, sinks, out)
     return out
 
@@ -168,7 +193,7 @@ def _backends(cache: KVCache) -> tuple[str, ...]:
 
 
 def _check_places(batch: PagedBatch, cache: KVCache, n: int) -> None:
-    for name, x in batch._asdict().items():
+    for name, x in zip(batch._fields, batch[:5], strict=False):
         if x.dtype != torch.int32 or not x.is_contiguous():
             raise TypeError(f"batch.{name}: {x.dtype} with strides {x.stride()}, expected int32 and contiguous")
     if not _checks.values_are_checked(batch.tables) or not batch.contexts.numel():

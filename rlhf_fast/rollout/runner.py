@@ -115,9 +115,12 @@ class ModelRunner:
             _leading_equal(tables[a:b], int(starts[a:b].min()) // self.block_size)
             for a, b in itertools.pairwise(groups)
         ]
-        place = PagedBatch(
-            *(self._tensor(x, torch.int32) for x in (tables, np.cumsum([0, *counts]), starts + counts, groups, shared))
+        tables_there, cu_queries, contexts, of_groups, shared_there = (
+            self._tensor(x, torch.int32) for x in (tables, np.cumsum([0, *counts]), starts + counts, groups, shared)
         )
+        place = PagedBatch(tables_there, cu_queries, contexts, of_groups, shared_there)
+        if self.device.type != "cpu":
+            place = place.placed(len(ids))
         return order, (self._tensor(ids), self._tensor(at), self._tensor(slots), place)
 
     def _forward(

@@ -14,7 +14,7 @@ from torch import Tensor
 from rlhf_fast import ops
 from rlhf_fast.kernels import _sizes
 from rlhf_fast.ops import _compiled
-from rlhf_fast.ops.paged_attention import KVCache, PagedBatch
+from rlhf_fast.ops.paged_attention import KVCache, PagedBatch, kernels
 from tests.ops import cases
 from tests.ops.compare import assert_no_worse_than_torch
 from tests.ops.conftest import INTERPRETED, Backend
@@ -178,6 +178,37 @@ def test_reading_shared_blocks_once_changes_no_bit(
             groups=torch.tensor(groups, dtype=torch.int32), shared=torch.tensor(shared, dtype=torch.int32)
         )
         assert torch.equal(kernel_backend(ops.paged_attention, p.query, p.cache, batch, **options), alone)
+
+
+def test_a_batch_with_its_places_gives_the_same_bits_and_finds_no_place_again(kernel_backend: Backend) -> None:
+    """So that positions are found once for all layers of a step."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Record(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.operations: set[str] = set()
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.operations.add(str(function))
+            return function(*args, **(kwargs or {}))
+
+    p = problem([50, 60, 49, 75], [1, 3, 1, 2], shared=2)
+    groups = p.batch._replace(groups=torch.tensor([0, 3, 4]).int(), shared=torch.tensor([2, 0]).int())
+    for batch in (p.batch, groups):
+        placed = batch.placed(7)
+        assert placed.places is not None and placed[:5] == batch[:5]
+        assert placed.places.positions.tolist() == [49, 57, 58, 59, 48, 73, 74]
+        want = kernel_backend(ops.paged_attention, p.query, p.cache, batch)
+        assert torch.equal(kernel_backend(ops.paged_attention, p.query, p.cache, placed), want)
+    cache, query = kernel_backend._to(p.cache), kernel_backend._to(p.query)
+    placed, out = kernel_backend._to(placed), torch.empty_like(query)
+    with Record() as finding:
+        groups.placed(7)
+    with Record() as record:
+        kernels(kernel_backend.name).forward(query, cache, placed, 0.25, 0.0, 0, None, out)
+    assert torch.equal(out.cpu(), want)
+    assert len(finding.operations) > 5 and not finding.operations & record.operations
 
 
 def test_long_contexts_in_parts_of_their_own_change_no_bit_in_triton(monkeypatch: pytest.MonkeyPatch) -> None:
