@@ -103,6 +103,21 @@ def test_what_is_known_of_the_distribution_is_right(backend: Backend, dtype: tor
     assert all(kept[row, token] for row, token in enumerate(found.tokens.tolist()))
 
 
+@pytest.mark.parametrize(
+    "cuts", [(1.0, 1000, 1.0, 0.0), (1.0, 0, 0.5, 0.0), (0.5, 3000, 0.7, 0.0), (3.0, 4000, 0.9, 0.2)], ids=str
+)
+def test_of_equals_at_the_edge_the_first_are_kept(backend: Backend, cuts: Cuts) -> None:
+    """Of few values in a row of many: cuts go through the middle of equals, and those lie in all parts of the row."""
+    numbers = np.random.default_rng(1).choice([-2.0, -0.5, 0.25, 1.0, 1.5], (2, 5000), p=[0.3, 0.3, 0.2, 0.1, 0.1])
+    logits = torch.from_numpy(np.repeat(numbers, 2, axis=0)).float()
+    found = draw(backend, logits, torch.tensor([0.0, JUST_BELOW_ONE] * 2).double(), cuts)
+    for row, (tokens, kept) in enumerate(zip(found.tokens.view(2, 2), found.kept.view(2, 2), strict=True)):
+        there = np.flatnonzero(definition(numbers[row].tolist(), cuts))
+        assert tokens.tolist() == [there[0], there[-1]]
+        whole = np.exp(numbers[row] / cuts[0])
+        np.testing.assert_allclose(kept.numpy(), whole[there].sum() / whole.sum(), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_temperature_zero_takes_the_likeliest_token(backend: Backend, dtype: torch.dtype) -> None:
     logits = torch.tensor([LOGITS, LOGITS[::-1], [0.0, 1.0, 1.0] + 7 * [0.5]], dtype=dtype)
