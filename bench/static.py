@@ -175,7 +175,7 @@ def cuda_name(mangled: str) -> tuple[str, str, str, str, int]:
     sizes = re.search(r"_kernelI\w*?((?:Li\d+E)+)E", mangled)  # of paged_attention: rows, and vectors of a head
     if sizes:
         parts.append(" x ".join(re.findall(r"Li(\d+)E", sizes[1])))
-    elements = ELEMENTS.get(op[1], 4 if name == "float32" else 8)
+    elements = ELEMENTS.get(op[1], 4 if name in ("float32", "") else 8)
     return op[1], kernel[1], "cuda", ", ".join(part for part in parts if part), elements
 
 
@@ -221,6 +221,7 @@ POINTERS = {
     "sums": "*fp64",
     "advantage_sums": "*fp64",
     "partials": "*fp64",
+    "totals": "*fp64",
     "counts": "*i64",
 }
 
@@ -308,13 +309,13 @@ def _of_tokens(name: str, short: str) -> Iterator[Variant]:
     flags = {**flags, "NEED": True, "NEED_VALUES": True, "NEED_ENTROPY": True, "CLIPS_VALUES": True, "DUAL": True}
     flags = {**flags, "CISPO": False, "HAS_ROLLOUT": True, "HAS_LOG_RATIOS": False, "WHITENS": True}
     flags = {**flags, "KL": 2, "KL_SLOPE": 2, "BLOCK": tokens, "SUMS": ppo_loss.SUMS}
-    flags = {**flags, "EDGES": ppo_loss.EDGES}
     yield Variant("ppo_loss", "_forward", f"{name}, everything", short, flags, _warps("ppo_loss"), tokens // 128)
     if short == "fp32":
         flags = {"FINISH": ppo_loss.FINISH, "SUMS": ppo_loss.SUMS, "DENOMINATOR": 0, "TOKENS": 0}
-        flags = {**flags, "EDGES": ppo_loss.EDGES}
         flags = {**flags, "VALUES_COUNT": True, "ENTROPY_COUNTS": True, "KL_COUNTS": True}
-        yield Variant("ppo_loss", "_finish", "many ranges", short, flags, {"num_warps": 4}, 16)
+        yield Variant("ppo_loss", "_finish", "many ranges", short, flags, {"num_warps": ppo_loss.FINISH_WARPS}, 16)
+        flags = {"NEED": True, "NEED_VALUES": True, "NEED_ENTROPY": True, "BLOCK": ppo_loss.SCALE}
+        yield Variant("ppo_loss", "_scale", "float32", short, flags, {"num_warps": 4}, ppo_loss.SCALE // 128)
 
 
 def _of_pairs(name: str, short: str) -> Iterator[Variant]:
@@ -435,8 +436,8 @@ def faults(one: Static) -> list[str]:
         return found  # reads a few states a row, some tens of pairs, or sequences that start anywhere
     if one.op in ("paged_attention", "sample"):
         return found  # a key or a value a lane, blocks through shared memory; sweeps of a row that is in the cache
-    itemsize = 4 if "float32" in one.variant else 2
-    rows = {"token_logprobs": 1, "ppo_loss": 8}.get(one.op, 2)
+    itemsize = 4 if "float32" in one.variant or one.kernel == "scale" else 2
+    rows = 3 if one.kernel == "scale" else {"token_logprobs": 1, "ppo_loss": 8}.get(one.op, 2)
     needed = rows * one.elements * itemsize // 16
     if one.op == "kl_estimate" and one.kernel == "gradient":
         needed += one.elements * 4 // 16  # the upstream gradients, one an element

@@ -133,36 +133,36 @@ def of_ppo(n: int, dtype: str, backend: str, values: bool, count: int = 1) -> li
     """Policy, and value if asked for: a range of tokens a program, then one program over the ranges' sums. The counted
     path has all terms in it, so its instructions are too many.
 
-    A program adds up 34 numbers over its threads, about ten of them in the time of a trip; the last one does as many to
-    find the range of the ratios.
+    A program adds up 34 numbers over its threads: in Triton eight at a time, with five barriers each, a trip's time for
+    all; in CUDA C++ 32 at a time, which takes half as long as a trip, but it loads float32 in two trips. The last one
+    reads the ranges' sums in as many trips as it has rounds of loads under way at once, adds those of its threads up,
+    and finds the statistics side by side.
     """
     triton, size = backend == "triton", 4 if dtype == "float32" else 2
     tokens = 1024 if triton else 2048  # of a range
     ranges = math.ceil(n / tokens)
     threads = 128 if triton else 256
-    rounds = math.ceil(ranges / (32 if triton else 256))
+    loads = math.ceil(ranges / 30)  # of a thread
+    rounds = math.ceil(ranges / 256) if triton else loads // 8 + loads % 8
     inputs, gradients = (6, 2) if values else (3, 1)
     return [
-        small("zeros", count),
         Kernel(
             "ppo_loss", "forward", (dtype,), n * (inputs * size + 1 + 4 * gradients), n, special=2 * n,
-            programs=ranges, threads=threads, trips=4.5, count=count,
+            programs=ranges, threads=threads, trips=2 if triton else size // 2 + 0.5, count=count,
         ),
         Kernel(
-            "ppo_loss", "finish", (), ranges * 34 * 8, passes=threads * rounds, threads=threads, trips=rounds + 4,
-            count=count,
+            "ppo_loss", "finish", (), ranges * 34 * 8, passes=512 * rounds if triton else 1024,
+            threads=512 if triton else 1024, trips=rounds + 2 if triton else rounds + 1.5, count=count,
         ),
-        small("loss, statistics, divisor", 3 * count),
     ]  # fmt: skip
 
 
 def ppo_loss(case: Case, backend: str) -> list[Part]:
     (n,) = case.shape
-    return [
-        *of_ppo(n, dtype_of(case), backend, values=True),
-        small("the loss's gradient", 1),
-        Torch("gradients times that of the loss", 8 * n, count=2),
-    ]
+    scale = Kernel(
+        "ppo_loss", "scale", (), 2 * 8 * n, n, programs=math.ceil(n / 1024), threads=128 if backend == "triton" else 256
+    )
+    return [*of_ppo(n, dtype_of(case), backend, values=True), scale]
 
 
 def of_pairs(n: int, backend: str) -> list[Part]:
@@ -302,22 +302,25 @@ def sample(case: Case, backend: str) -> list[Part]:
     """Sweeps over a row that stays in the L2 cache: a program a row, 2,048 columns at a time in Triton, 8,192 in CUDA
     C++ (2,048 to find the token, half of them on average, with two scans each).
 
-    Triton: 5 sweeps, and to find where top_p cuts 34 more, for it bisects the weights' 30 bits. The counted path holds
-    12 sweeps of 8 elements a thread. CUDA C++: 3 sweeps and the search, with top_p 4 more; the counted path holds 6 of
-    32 elements and a search of 8, which is 200 where the table says 8.
+    Triton: 4 sweeps, and to find where top_p cuts 13 more: one to weigh, and of a bisection over the weights' bits as
+    many as 0.9 of normal logits in bfloat16 take (float32: 7 to 20). Its loops are counted one by one, for sm_90: 7
+    instructions an element to find the largest, 16 for the sum, 19 for what is kept, 65 to find the token; 15 to weigh,
+    21 a sweep to cut. CUDA C++: 3 sweeps and the search, with top_p 4 more; the counted path holds 6 of 32 elements and
+    a search of 8, which is 200 where the table says 8.
     """
     (rows, columns), cut = case.shape, "top_p" in case.profile
     n, own = rows * columns, 4  # the settings that the benchmark's case makes
     if backend == "triton":
-        sweeps = 39 if cut else 5
-        trips, of_path = sweeps * math.ceil(columns / 2048), sweeps / 12
+        sweeps = 17 if cut else 4
+        trips, of_path = sweeps * math.ceil(columns / 2048), 0.0
+        instructions = n * (7 + 16 + 19 + 65 + (15 + 12 * 21 if cut else 0))
     else:
         sweeps = 7 if cut else 3
         trips = sweeps * math.ceil(columns / 8192) + math.ceil(columns / 2048)
-        of_path = (sweeps + 0.5) * 8 / 200
+        of_path, instructions = (sweeps + 0.5) * 8 / 200, 0
     kernel = Kernel(
-        "sample", "forward", (dtype_of(case),), n * case.dtype.itemsize, n * of_path, special=sweeps * n,
-        programs=rows, trips=trips, cached=True,
+        "sample", "forward", (dtype_of(case),), n * case.dtype.itemsize, n * of_path, instructions=instructions,
+        special=sweeps * n, programs=rows, trips=trips, cached=True,
     )  # fmt: skip
     return [small("settings", own), kernel]
 
@@ -360,11 +363,10 @@ def paged_attention(case: Case, backend: str) -> list[Part]:
         )  # fmt: skip
 
     found: list[Part] = [
-        small("positions of the tokens", 12),
         launch(sequences, context - together, key * sequences * (context - together) + states + out),
     ]
     if together:  # the heads of four tokens share a tile of 16 rows
-        found += [small("the groups", 3), launch(math.ceil(sequences / 4), together, key * together + states)]
+        found.append(launch(math.ceil(sequences / 4), together, key * together + states))
     return [*found, *_parts_together(split, states, sequences * heads, 32, parts_of, (dtype_of(case),))]
 
 
@@ -379,16 +381,16 @@ def _parts_together(
 
 
 def write_kv(case: Case, backend: str) -> list[Part]:
-    """A program a token, or in Triton a token's head: keys, values and queries, turned. Dimensions of a key lie a block
-    apart, each in a sector of 32 bytes."""
+    """A warp a head of a token: keys, values and queries, turned. Dimensions of a key lie a block apart, each in a
+    sector of 32 bytes."""
     tokens, heads, kv_heads, dim = case.shape
     size, triton = case.dtype.itemsize, backend == "triton"
-    programs, threads = (tokens * (heads + kv_heads), 32) if triton else (tokens, 128)
-    loops = sum(math.ceil(x * dim / 128) for x in (kv_heads, kv_heads / 2, heads / 2))  # values, pairs of keys, queries
+    warps = tokens * (heads + kv_heads)
+    programs, threads = (warps, 32) if triton else (math.ceil(warps / 4), 128)
     moved = dim * (kv_heads * (3 * size + 32) + 2 * heads * size + 2 * size)
     kernel = Kernel(
         "paged_attention", "write", (dtype_of(case),), tokens * moved, passes=programs * threads, programs=programs,
-        threads=threads, trips=2 if triton else loops,
+        threads=threads, trips=2,
     )  # fmt: skip
     return [kernel]
 

@@ -1,7 +1,7 @@
 """What `bench.gpu`'s rollouts should take: step by step, what a step reads and multiplies, and what it launches.
 
 A step of new tokens reads all weights, and the keys and values of every sequence. Beside that stand its launches: the
-layers are transformers' own, kernel by kernel and without CUDA graphs, 50 to 70 launches each. Small models are bound
+layers are transformers' own, kernel by kernel and without CUDA graphs, 40 to 60 launches each. Small models are bound
 by those and not by memory; that is why a step takes the longer of what the device does and what Python launches.
 
 The roofline is that of `bench.rollout.run.limit` at the data sheet's rates: memory alone, all sequences at once.
@@ -23,11 +23,11 @@ from bench.predict.cards import BYTES, CARDS, LAUNCH, PRODUCTS, START, TRIP, Car
 from bench.rollout import run
 
 # The launches of a layer of transformers 5.24, which tests/test_predict.py counts, and those of its attention:
-# write_kv, then positions and parts (12 of PyTorch's), keys in parts, parts together.
+# write_kv, keys in parts, parts together.
 LAYER = {"qwen2": 37, "qwen3": 53}
-ATTENTION_TORCH, ATTENTION_TRITON = 12, 3
+ATTENTION = 3
 WIDTHS = 100  # that the small kernels of a layer read and write for a token, in widths of bfloat16; two norms are 32
-REST = 40  # launches around the layers: embedding, rotation, norm, states, logits, sampling
+REST = 54  # launches around the layers: embedding, rotation, norm, states, logits, sampling; 14 for the batch's places
 STEP = 4e-3  # seconds that the scheduler and its batch take for 256 sequences: a guess, for on a CPU all that is no
 # kernel takes 6 to 12 ms a step (`profile_ms` of rollout-cpu.jsonl), the Python of 30 layers included
 MOST_TOKENS, MOST_SEQUENCES = 2048, 256  # of a step: Generator's defaults
@@ -48,8 +48,7 @@ class Model:
     @property
     def launches(self) -> tuple[int, int]:
         """Of a step: PyTorch's, and Triton's."""
-        own = 1 + self.layers * ATTENTION_TRITON
-        return REST + self.layers * (LAYER[self.kind] + ATTENTION_TORCH), own
+        return REST + self.layers * LAYER[self.kind], 1 + self.layers * ATTENTION
 
     @property
     def call(self) -> float:
