@@ -293,8 +293,8 @@ void write(const PagedCache& c, const NewTokens& x, const Run& run) {
     const OnDevice guard(run);
     const int64_t heads = c.kv_heads + (x.query != nullptr ? x.heads : 0);
     with_element(c.dtype, [&](auto element) {
-        RLHF_FAST_LAUNCH(write_kernel<decltype(element)>, blocks_of(x.count * heads), kAttentionThreads,
-                         stream_of(run), c, x, heads);
+        RLHF_FAST_LAUNCH(write_kernel<decltype(element)>, blocks_of(x.count * heads), kAttentionThreads, stream_of(run),
+                         c, x, heads);
     });
     check(cudaGetLastError(), "write_kv: forward");
 }

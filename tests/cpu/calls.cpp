@@ -94,8 +94,8 @@ int main() {
             const PPOOptions o = {0.2f, 0.3f, 3.0f, 0.2f, 0.5f, 0.01f, 0.05f, 2.0f, call.kind == 1, kind, Estimate::k2};
             const Denominator of_count = {nullptr, 0.0f};
             float* const numbers = at(3);
-            const PPOResults out = {numbers, numbers + 1,    numbers + 1 + kPPOStats, at(0), at(1),
-                                    at(2),   partials.data()};
+            const PPOResults out = {numbers, numbers + 1, numbers + 1 + kPPOStats, at(0),
+                                    at(1),   at(2),       partials.data()};
             cpu::ppo_loss.forward(in, o, of_count, of_count, out, run);
         } else {
             const Estimate kind = static_cast<Estimate>(call.kind);
