@@ -183,6 +183,9 @@ class PPOConfig:
     min_reward_agreement: float = 0.6  # held-out agreement below which PPO refuses to start
     reward_timeout: float | None = 300.0  # seconds for a call of a reward function or URL; none: no limit
     reward_retries: int = 2  # calls more, after growing pauses, when one fails
+    reward_batch: int | None = None  # responses in a call of a URL or async function, made as they end; none: all
+    lag: int = 0  # 1: sample a step ahead, so that scores come while the policy learns, with an older policy's samples
+    rollout_cap: float = 2.0  # most that a token of an older policy's samples weighs
     max_length: int = 1024  # tokens of prompt and response
     dtype: Literal["float32", "bfloat16"] = "float32"  # of all models; what is trained is kept in float32
     seed: int = 0
@@ -192,9 +195,12 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         _check(self, count="steps prompts_per_step samples_per_prompt max_new_tokens epochs minibatches max_length")
-        _check(self, positive="temperature kl_target kl_horizon max_kl max_update_kl reward_timeout")
+        _check(self, count="reward_batch")
+        _check(self, positive="temperature kl_target kl_horizon max_kl max_update_kl reward_timeout rollout_cap")
         _check(self, not_negative="kl_coef value_coef missing_eos_penalty critic_warmup reward_retries seed")
         _check(self, limit="clip_low clip_high value_clip reward_clip", share="gamma lam min_reward_agreement")
+        if self.lag not in (0, 1):
+            raise ValueError(f"lag: {self.lag}; expected 0 or 1")
         if self.critic_warmup and self.advantage != "gae":
             raise ValueError(
                 f"critic_warmup: {self.critic_warmup}; expected 0, as advantage {self.advantage!r} has no critic"

@@ -90,7 +90,8 @@ def seconds(config: TrainerConfig, counts: Counts, data: Data, machine: Machine)
     prompts = config.steps * config.prompts_per_step
     tokens, scored = prompt + samples * response, samples * response  # of a prompt with all its responses
     once = forward(counts, tokens, scored, prompt + response)
-    passes = 2 if config.dtype == "float32" else 3  # reference, reward; policy again if narrow
+    again = config.dtype != "float32" or config.lag > 0  # otherwise the sampler's numbers are the policy's
+    passes = 3 if again else 2  # reference, reward, policy
     return {
         "rollouts": config.steps * _rollout_seconds(config, counts, prompt, response, machine),
         "scoring": prompts * passes * once / rate,

@@ -32,11 +32,12 @@ KEYS = {
         ppo.stop_token_ids ppo.temperature ppo.epochs ppo.minibatches ppo.kl_coef ppo.kl_target ppo.kl_horizon
         ppo.max_kl ppo.max_update_kl ppo.advantage ppo.critic ppo.critic_warmup ppo.gamma ppo.lam ppo.clip_low
         ppo.clip_high ppo.value_clip ppo.value_coef ppo.whiten_rewards ppo.reward_clip ppo.missing_eos
-        ppo.missing_eos_penalty ppo.min_reward_agreement ppo.reward_timeout ppo.reward_retries ppo.max_length
-        ppo.dtype ppo.seed ppo.lora.r ppo.lora.alpha ppo.optim.lr ppo.optim.schedule ppo.optim.warmup
-        ppo.optim.weight_decay ppo.optim.adam_eps ppo.optim.max_grad_norm ppo.optim.max_tokens_per_microbatch
-        ppo.optim.checkpointing ppo.optim.max_skipped ppo.run.save_every ppo.run.keep_last ppo.run.trackers
-        evaluation.samples_per_prompt evaluation.max_new_tokens evaluation.temperature evaluation.seed
+        ppo.missing_eos_penalty ppo.min_reward_agreement ppo.reward_timeout ppo.reward_retries ppo.reward_batch
+        ppo.lag ppo.rollout_cap ppo.max_length ppo.dtype ppo.seed ppo.lora.r ppo.lora.alpha ppo.optim.lr
+        ppo.optim.schedule ppo.optim.warmup ppo.optim.weight_decay ppo.optim.adam_eps ppo.optim.max_grad_norm
+        ppo.optim.max_tokens_per_microbatch ppo.optim.checkpointing ppo.optim.max_skipped ppo.run.save_every
+        ppo.run.keep_last ppo.run.trackers evaluation.samples_per_prompt evaluation.max_new_tokens
+        evaluation.temperature evaluation.seed
     """,
     "sft": """
         data out model sft.epochs sft.batch_size sft.heldout sft.turns sft.packing sft.samples
@@ -65,10 +66,11 @@ KEYS = {
         ppo.stop_token_ids ppo.temperature ppo.epochs ppo.minibatches ppo.kl_coef ppo.kl_target ppo.kl_horizon
         ppo.max_kl ppo.max_update_kl ppo.advantage ppo.critic ppo.critic_warmup ppo.gamma ppo.lam ppo.clip_low
         ppo.clip_high ppo.value_clip ppo.value_coef ppo.whiten_rewards ppo.reward_clip ppo.missing_eos
-        ppo.missing_eos_penalty ppo.min_reward_agreement ppo.reward_timeout ppo.reward_retries ppo.max_length
-        ppo.dtype ppo.seed ppo.lora.r ppo.lora.alpha ppo.optim.lr ppo.optim.schedule ppo.optim.warmup
-        ppo.optim.weight_decay ppo.optim.adam_eps ppo.optim.max_grad_norm ppo.optim.max_tokens_per_microbatch
-        ppo.optim.checkpointing ppo.optim.max_skipped ppo.run.save_every ppo.run.keep_last ppo.run.trackers
+        ppo.missing_eos_penalty ppo.min_reward_agreement ppo.reward_timeout ppo.reward_retries ppo.reward_batch
+        ppo.lag ppo.rollout_cap ppo.max_length ppo.dtype ppo.seed ppo.lora.r ppo.lora.alpha ppo.optim.lr
+        ppo.optim.schedule ppo.optim.warmup ppo.optim.weight_decay ppo.optim.adam_eps ppo.optim.max_grad_norm
+        ppo.optim.max_tokens_per_microbatch ppo.optim.checkpointing ppo.optim.max_skipped ppo.run.save_every
+        ppo.run.keep_last ppo.run.trackers
     """,
     "generate": """
         prompts prompt out model n temperature top_k top_p min_p repetition_penalty presence_penalty
@@ -80,7 +82,8 @@ KEYS = {
     """,
     "bench": "suite op seconds out",
     "doctor": """
-        config model device memory price tflops bandwidth utilisation sequences prompt_tokens response_tokens json
+        config model device memory price tflops bandwidth utilisation sequences prompt_tokens response_tokens
+        json
     """,
 }
 

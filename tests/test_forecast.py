@@ -197,6 +197,14 @@ def test_generation_is_bound_by_reading_until_there_are_enough_sequences() -> No
     assert rollouts(128, 10.0) == rollouts(128, 20.0), "products take longer"
 
 
+def test_samples_of_an_older_policy_are_read_once_more() -> None:
+    def scoring(**options: Any) -> float:
+        config = PPOConfig(**options)
+        return cost.seconds(config, cost.count(config, SHAPE), DATA, MACHINE)["scoring"]
+
+    assert scoring(lag=1) == scoring(dtype="bfloat16") == pytest.approx(1.5 * scoring())
+
+
 # The pages that hold its figures ------------------------------------------------------------------------------------
 
 

@@ -1,31 +1,29 @@
-"""What a step of PPO learns from: responses sampled from the policy, their scores, and an advantage for every token."""
+"""What a step of PPO learns from: of the policy's responses and their scores, an advantage for every token."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from rlhf_fast import models, ops
 from rlhf_fast.config import PPOConfig
-from rlhf_fast.data.batches import Batch, Example, by_prompt, shuffled
-from rlhf_fast.data.chat import encode_prompt, prompt_text
+from rlhf_fast.data.batches import Batch, Example, by_prompt
+from rlhf_fast.data.chat import prompt_text
 from rlhf_fast.data.records import PromptRecord
 from rlhf_fast.models.adapters import Model
 from rlhf_fast.rates import DeviceRates
-from rlhf_fast.rollout.generator import Generator
 from rlhf_fast.rollout.rollouts import Rollouts
-from rlhf_fast.rollout.sampling import SamplingParams
 from rlhf_fast.run_folder import RunFolder
 from rlhf_fast.trainers.advantages import AdvantageFunction, Scored
 from rlhf_fast.trainers.budget import TokenBudget
 from rlhf_fast.trainers.critic import Critic
 from rlhf_fast.trainers.loop import per_example
-from rlhf_fast.trainers.rewards import Rewards, Scores
+from rlhf_fast.trainers.sampler import Sampled, Sampler
+from rlhf_fast.trainers.scoring import Scores, Scoring
 
 SHOWN = 4  # samples that are kept of a step
 
@@ -35,7 +33,8 @@ class Experience:
     """One step's rollouts with all that PPO's loss needs. Lists hold one tensor (response length,) a sequence."""
 
     examples: list[Example]
-    old_logprobs: list[torch.Tensor]
+    old_logprobs: list[torch.Tensor]  # of the policy that the update starts from
+    rollout_logprobs: list[torch.Tensor]  # of the policy that sampled, where it may be an older one; else empty
     old_values: list[torch.Tensor]  # empty without a critic, like returns
     advantages: list[torch.Tensor]
     advantage_sums: torch.Tensor | None  # (3,) by which the loss whitens them
@@ -45,13 +44,12 @@ class Experience:
 
 
 class Collector:
-    """Samples from a policy as it is now, and scores what it said.
+    """Makes of what a policy said, and was paid for it, what it learns from.
 
     Args:
         policy, reference: the model that is trained, and the one that it is kept near.
         critic: whose values go with the samples, if the advantage takes any.
-        tokenizer: the policy's.
-        prompts: of which each step takes the next.
+        sampler: of the policy's responses.
         shared: as in `pad`.
     """
 
@@ -60,77 +58,77 @@ class Collector:
         policy: Model,
         reference: Model,
         critic: Critic | None,
-        tokenizer: Any,
-        reward: Rewards,
-        prompts: Sequence[PromptRecord],
+        sampler: Sampler,
         advantage: AdvantageFunction,
         config: PPOConfig,
         budget: TokenBudget,
         shared: int,
     ) -> None:
-        self.policy, self.reference, self.critic, self.tokenizer = policy, reference, critic, tokenizer
-        self.reward, self.prompts, self.advantage, self.config = reward, prompts, advantage, config
-        self.budget, self.shared = budget, shared
+        self.policy, self.reference, self.critic, self.sampler = policy, reference, critic, sampler
+        self.advantage, self.config, self.budget, self.shared = advantage, config, budget, shared
         self.weight = models.output_head(policy).weight
-        # Values as a by-product of sampling, where they are a head's on the policy's states.
-        value_head = critic.head if critic is not None and critic.model is None else None
-        self.generator = Generator(policy, tokenizer, value_head=value_head)
 
     def collect(self, run: RunFolder, step: int, kl_coef: float, rates: DeviceRates | None = None) -> Experience:
-        """Sample responses to this step's prompts and turn their scores into advantages for every token."""
-        config = self.config
+        """Turn the scores of responses to this step's prompts into advantages for every token."""
         started = time.monotonic()
-        records = step_prompts(self.prompts, config, step)
-        # No top-k or top-p: the ratio is only right when sampling and training use the same distribution.
-        params = SamplingParams(
-            n=config.samples_per_prompt,
-            temperature=config.temperature,
-            max_new_tokens=config.max_new_tokens,
-            stop_token_ids=config.stop_token_ids,
-            seed=config.seed + step,
-        )
-        rollouts = self.generator.generate([record.prompt for record in records], params)
-        statistics = self.generator.statistics
-        self.generator.release_memory()
+        sampled, lag = self.sampler.take(step)
+        seconds = time.monotonic() - started
+        experience = self._experience(run, step, sampled, kl_coef, lag)
+        if rates is not None and sampled.statistics is not None:
+            experience.metrics["decode_roofline"] = sampled.statistics.roofline(rates.read, rates.product)
+        experience.metrics["seconds_rollout"] = seconds
+        experience.metrics["seconds_scoring"] = time.monotonic() - started - seconds
+        return experience
+
+    def _experience(self, run: RunFolder, step: int, sampled: Sampled, kl_coef: float, lag: int) -> Experience:
+        """What there is to learn from samples of the policy as it was `lag` updates ago.
+
+        Log-probabilities, values, and with them advantages and the KL penalty in them, are those of the models as they
+        are now, which the update starts from. What the metrics tell of the samples is of the policy that drew them.
+        """
+        config, rollouts = self.config, sampled.rollouts
         examples = rollouts.examples()
-        sampled = time.monotonic()
-
-        rewarded, paid = self._paid(records, rollouts)
-        baselines = self._baselines(records, params) if config.advantage == "remax" else None
-        old_logprobs, entropies, old_values = self._policy_outputs(rollouts, examples)
-        (ref_logprobs,) = self._each(examples, self._reference_logprobs)
-
         lengths = [len(example.response) for example in examples]
         device = self.weight.device
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
-        kl = ops.kl_estimate(torch.cat(old_logprobs), torch.cat(ref_logprobs), kind="k1")  # (R,)
+
+        old_logprobs, entropies, old_values = self._policy_outputs(rollouts, examples, lag)
+        (ref_logprobs,) = self._each(examples, self._reference_logprobs)
+        reference = torch.cat(ref_logprobs)  # (R,)
+        kl = ops.kl_estimate(torch.cat(old_logprobs), reference, kind="k1")  # (R,)
+        drawn_logprobs = rollouts.logprobs[rollouts.response_mask]  # (R,)
+        drawn_kl, drawn_entropy = kl, torch.cat(entropies)
+        if lag:
+            drawn_kl = ops.kl_estimate(drawn_logprobs, reference, kind="k1")
+            drawn_entropy = rollouts.entropy[rollouts.response_mask]
+
+        rewarded, paid = self._paid(rollouts, sampled.scoring)
         scored = Scored(
             torch.tensor(paid, device=device),
             kl,
             cu_seqlens,
             torch.cat(old_values) if old_values else None,
-            baselines,
+            self._baselines(sampled),
         )
         found = self.advantage(scored, kl_coef, config)
 
-        sequence_kl = ops.sequence_sum(kl, cu_seqlens=cu_seqlens)  # (B,)
-        self._keep_samples(run, step, records, rollouts, rewarded.scores, sequence_kl.tolist())
+        sequence_kl = ops.sequence_sum(drawn_kl, cu_seqlens=cu_seqlens)  # (B,)
+        self._keep_samples(run, step, sampled.records, rollouts, rewarded.scores, sequence_kl.tolist())
         metrics = {
             "score": float(np.mean(rewarded.scores)),
             **{f"score/{name}": mean for name, mean in rewarded.means.items()},
             "reward": float(np.mean(paid)) - kl_coef * float(sequence_kl.mean()),
             "kl": float(sequence_kl.mean()),
-            "entropy": float(torch.cat(entropies).mean()),
+            "entropy": float(drawn_entropy.mean()),
             "response_tokens": float(np.mean(lengths)),
             "finished": float(np.mean([reason == "stop" for reason in rollouts.finish_reasons])),
-            "seconds_rollout": sampled - started,
-            "seconds_scoring": time.monotonic() - sampled,
         }
-        if rates is not None:
-            metrics["decode_roofline"] = statistics.roofline(rates.read, rates.product)
+        if config.lag:
+            metrics["lag"] = float(lag)
         return Experience(
             examples=examples,
             old_logprobs=old_logprobs,
+            rollout_logprobs=list(drawn_logprobs.split(lengths)) if config.lag else [],
             old_values=old_values,
             advantages=list(found.advantages.split(lengths)),
             advantage_sums=found.sums,
@@ -139,10 +137,10 @@ class Collector:
             metrics=metrics,
         )
 
-    def _paid(self, records: Sequence[PromptRecord], rollouts: Rollouts) -> tuple[Scores, list[float]]:
+    def _paid(self, rollouts: Rollouts, scoring: Scoring) -> tuple[Scores, list[float]]:
         """The scores of all responses, and what is paid for them."""
         config = self.config
-        rewarded = self.reward([records[i] for i in rollouts.prompt_index.tolist()], rollouts.texts)
+        rewarded = scoring.result()
         paid = [min(max(score, -config.reward_clip), config.reward_clip) for score in rewarded.scores]
         for i, reason in enumerate(rollouts.finish_reasons):
             if reason != "stop":
@@ -150,22 +148,22 @@ class Collector:
                 paid[i] = kept - config.missing_eos_penalty
         return rewarded, paid
 
-    def _baselines(self, records: Sequence[PromptRecord], params: SamplingParams) -> torch.Tensor:
-        """What is paid for the likeliest response to each prompt, for each of its samples: (B,)."""
-        greedy = self.generator.generate([r.prompt for r in records], replace(params, n=1, temperature=0.0))
-        self.generator.release_memory()
-        _, paid = self._paid(records, greedy)
-        return torch.tensor(paid, device=self.weight.device).repeat_interleave(params.n)
+    def _baselines(self, sampled: Sampled) -> torch.Tensor | None:
+        """For ReMax, what is paid for the likeliest response to each prompt, for each of its samples: (B,)."""
+        if sampled.greedy is None:
+            return None
+        _, paid = self._paid(*sampled.greedy)
+        return torch.tensor(paid, device=self.weight.device).repeat_interleave(self.config.samples_per_prompt)
 
-    def _policy_outputs(self, rollouts: Rollouts, examples: list[Example]) -> list[list[torch.Tensor]]:
+    def _policy_outputs(self, rollouts: Rollouts, examples: list[Example], lag: int = 0) -> list[list[torch.Tensor]]:
         """Log-probability, entropy and value (without a critic none) of each response token, as training has them, so
         that ratios begin at 1.
 
-        In float32 the sampler's are the same to rounding; in narrower dtypes it rounds elsewhere than training does,
-        and they are computed again.
+        In float32 the sampler's are the same to rounding, if the weights are still those that it had; in narrower
+        dtypes it rounds elsewhere than training does. Then they are computed again.
         """
         own_critic = self.critic is not None and self.critic.model is not None
-        if self.weight.dtype == torch.float32:
+        if self.weight.dtype == torch.float32 and not lag:
             lengths = [len(example.response) for example in examples]
             found = (rollouts.logprobs, rollouts.entropy, rollouts.values)
             outputs = [[] if x is None else list(x[rollouts.response_mask].split(lengths)) for x in found]
@@ -210,25 +208,6 @@ class Collector:
                 for i in chosen
             ],
         )
-
-
-def check_lengths(prompts: Sequence[PromptRecord], tokenizer: Any, config: PPOConfig) -> None:
-    """Refuse prompts that leave no room for a response, before any work is done."""
-    for record in prompts:
-        tokens = len(encode_prompt(tokenizer, record.prompt)) + config.max_new_tokens
-        if tokens > config.max_length:
-            raise ValueError(
-                f"{record.name or 'a prompt'}: with max_new_tokens = {config.max_new_tokens} it comes to {tokens} "
-                f"tokens, more than ppo.max_length = {config.max_length}; shorten it or raise the setting"
-            )
-
-
-def step_prompts(prompts: Sequence[PromptRecord], config: PPOConfig, step: int) -> list[PromptRecord]:
-    """The prompts of a step: consecutive ones of a permutation that is drawn anew for every pass."""
-    first = (step - 1) * config.prompts_per_step
-    skipped, start = divmod(first, len(prompts))  # a step takes from two passes at most
-    two_passes = [p for lap in (skipped, skipped + 1) for p in shuffled(prompts, config.seed + lap)]
-    return two_passes[start : start + config.prompts_per_step]
 
 
 def minibatches(examples: Sequence[Example], count: int, rng: np.random.Generator) -> list[list[int]]:

@@ -25,17 +25,19 @@ from rlhf_fast.trainers.advantages import FUNCTIONS, AdvantageFunction
 from rlhf_fast.trainers.budget import TokenBudget
 from rlhf_fast.trainers.checkpoints import Checkpoints, Goal
 from rlhf_fast.trainers.checks import check_first_update, check_start
-from rlhf_fast.trainers.collect import Collector, Experience, check_lengths, minibatches
+from rlhf_fast.trainers.collect import Collector, Experience, minibatches
 from rlhf_fast.trainers.critic import make_critic
 from rlhf_fast.trainers.kl_controller import KLController
 from rlhf_fast.trainers.loop import Stats, concatenated, learn, run_steps
 from rlhf_fast.trainers.optimizer import Optimizer
 from rlhf_fast.trainers.rewards import Reward, resolve_reward
+from rlhf_fast.trainers.sampler import Sampler, check_lengths
 from rlhf_fast.trainers.state import digest, fingerprint
 
 Loss = Callable[..., tuple[torch.Tensor, Stats]]
 # Of the loss's statistics those that are logged; a loss of the user's own may have any others.
 LOGGED = {"policy_loss", "value_loss", "clip_fraction", "approx_kl", "approx_kl_k3", "ratio_mean", "ratio_max"}
+OF_LAG = {"rollout_weight", "rollout_clip_fraction"}  # and these where samples may be of an older policy
 
 
 class PPOTrainer:
@@ -77,6 +79,7 @@ class PPOTrainer:
             config.reward_timeout,
             config.reward_retries,
             self.dtype,
+            config.reward_batch,
         )
         self.reward.require_columns(self.prompts)
         self.model = models.trainable(loaded, config.lora, config.seed)
@@ -92,13 +95,14 @@ class PPOTrainer:
                 models.recompute_activations(self.critic.model)
         self.budget = TokenBudget(config.optim.max_tokens_per_microbatch)
         self.loss = loss
+        # Values as a by-product of sampling, where they are a head's on the policy's states.
+        value_head = self.critic.head if self.critic is not None and self.critic.model is None else None
+        self.sampler = Sampler(self.model, self.tokenizer, self.reward, self.prompts, config, value_head)
         self.collector = Collector(
             self.model,
             self.reference,
             self.critic,
-            self.tokenizer,
-            self.reward,
-            self.prompts,
+            self.sampler,
             advantage or FUNCTIONS[config.advantage],
             config,
             self.budget,
@@ -116,17 +120,20 @@ class PPOTrainer:
         """Run all steps, save the checkpoint, and return the run's result."""
         config = self.config
         run = RunFolder(self.out, "ppo", self.config_yaml, config.run.trackers)
-        outcome = run_steps(
-            run,
-            config.steps,
-            lambda n: self.step(run, n),
-            self.optimizer,
-            Checkpoints(run, config.run, Goal("reward", higher=True), self._save),
-            identity={"prompts": digest(self.prompts), "policy": fingerprint(self.model)},
-            every=config.run.save_every or config.steps,
-            over=self._over,
-            stateful={"kl_controller": self.kl_controller},
-        )
+        try:
+            outcome = run_steps(
+                run,
+                config.steps,
+                lambda n: self.step(run, n),
+                self.optimizer,
+                Checkpoints(run, config.run, Goal("reward", higher=True), self._save),
+                identity={"prompts": digest(self.prompts), "policy": fingerprint(self.model)},
+                every=config.run.save_every or config.steps,
+                over=self._over,
+                stateful={"kl_controller": self.kl_controller, "sampler": self.sampler},
+            )
+        finally:
+            self.reward.forget()
         row = outcome.row
         kept = ("score", "reward", "kl", "kl_coef", "entropy", "finished")
         return run.finish({name: row[name] for name in kept}, outcome.step)
@@ -210,6 +217,12 @@ class PPOTrainer:
                     "value_clip": config.value_clip,
                     "value_coef": config.value_coef,
                 }
+            of_lag: dict[str, Any] = {}
+            if experience.rollout_logprobs:
+                of_lag = {
+                    "rollout_logprobs": concatenated(experience.rollout_logprobs, part),
+                    "rollout_cap": config.rollout_cap,
+                }
             loss, stats = self.loss(
                 states,
                 head.weight.detach() if warming else head.weight,
@@ -219,13 +232,14 @@ class PPOTrainer:
                 **head.options(),
                 temperature=config.temperature,
                 **of_critic,
+                **of_lag,
                 cu_seqlens=batch.cu_seqlens,
                 clip_low=config.clip_low,
                 clip_high=config.clip_high,
                 denominator=tokens,
                 advantage_sums=experience.advantage_sums,
             )
-            unused = set(STATS) - LOGGED | (set() if self.critic else {"value_loss"})
+            unused = set(STATS) - LOGGED - (OF_LAG if of_lag else set()) | (set() if self.critic else {"value_loss"})
             yield loss, {name: x for name, x in stats.items() if name not in unused}
 
     # Records --------------------------------------------------------------------------------------------------------

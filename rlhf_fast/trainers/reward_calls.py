@@ -205,6 +205,11 @@ def _awaited(awaitable: Awaitable[Any], seconds: float | None, who: str) -> Any:
     return result
 
 
+def is_async(function: Any) -> bool:
+    """Whether a call of `function` gives something to wait for, as far as that can be seen before it is made."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
 # Scores --------------------------------------------------------------------------------------------------------------
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +16,14 @@ from rlhf_fast.data.chat import Prompt, encode
 from rlhf_fast.data.records import PromptRecord
 from rlhf_fast.models.checkpoint import read_extra, resolve
 from rlhf_fast.trainers.loop import per_example
-from rlhf_fast.trainers.reward_calls import Wants, checked, patient, wants
+from rlhf_fast.trainers.reward_calls import is_async, patient, wants
 from rlhf_fast.trainers.reward_url import RewardURL
+from rlhf_fast.trainers.scoring import Background, Part, RewardFunction, Scores, Scoring
 from rlhf_fast.trainers.verifiers import rule
 
-# (prompts, responses, columns by name) -> one score a response, None for one that it cannot score; async too
-RewardFunction = Callable[..., Any]
 Reward = str | Path | RewardFunction | Sequence[tuple[float, Any]]
 
 _WEIGHT = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?\*"  # of a part of a list that is written as text
-
-
-@dataclass(frozen=True)
-class Part:
-    weight: float
-    name: str
-    function: RewardFunction
-    wants: Wants
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Of responses: `scores` one each, and by the name of each part of a weighted list the mean of what it gave."""
-
-    scores: list[float]
-    means: dict[str, float]  # unweighted; empty for a reward of one part
 
 
 class Rewards:
@@ -48,45 +31,27 @@ class Rewards:
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = _with_names_of_their_own(parts)
+        self._background = Background()
 
     def require_columns(self, records: Sequence[PromptRecord]) -> None:
         """Raise RecordError for a row that lacks a column which a part asks for."""
         for part in self.parts:
             part.wants.of(records, part.name)
 
+    def start(self, records: Sequence[PromptRecord]) -> Scoring:
+        """Begin to score responses to `records`, one each, that are still to come."""
+        return Scoring(self.parts, records, self._background)
+
+    def forget(self) -> None:
+        """No scores are wanted any more: calls that have not begun are not made."""
+        self._background.forget()
+
     def __call__(self, records: Sequence[PromptRecord], responses: Sequence[str]) -> Scores:
-        """Score `responses[i]` to `records[i]`.
-
-        A part that gives None to a response is left out of its sum.
-
-        Raises:
-            RewardError: a part failed, and failed again.
-            ValueError: a part gave a wrong number of scores, or one that is not finite, or none gave one to a response.
-        """
-        prompts = [record.prompt for record in records]
-        found = []
-        for part in self.parts:
-            columns = part.wants.of(records, part.name)
-            scores = part.function(prompts, list(responses), **columns)
-            found.append(checked(scores, part.name, records, responses))
-        totals = []
-        for i, row in enumerate(zip(*found, strict=True)):
-            paid = [part.weight * score for part, score in zip(self.parts, row, strict=True) if score is not None]
-            if not paid:
-                raise ValueError(
-                    f"reward: response {i}, to {records[i].name or 'a prompt'}, was scored by none of "
-                    f"{', '.join(part.name for part in self.parts)}; at least one must not return None"
-                )
-            totals.append(math.fsum(paid))
-        return Scores(totals, self._means(found))
-
-    def _means(self, found: list[list[float | None]]) -> dict[str, float]:
-        means = {}
-        for part, scores in zip(self.parts, found, strict=True):
-            given = [score for score in scores if score is not None]
-            if given and len(self.parts) > 1:
-                means[part.name] = math.fsum(given) / len(given)
-        return means
+        """Score `responses[i]` to `records[i]`; raises as `Scoring` says."""
+        scoring = self.start(records)
+        for i, response in enumerate(responses):
+            scoring.finished(i, response)
+        return scoring.result()
 
 
 class RewardModel:
@@ -144,6 +109,7 @@ def resolve_reward(
     timeout: float | None = None,
     retries: int = 0,
     dtype: torch.dtype = torch.float32,
+    batch: int | None = None,
 ) -> Rewards:
     """What `reward` means: docs/rewards.md has the forms.
 
@@ -153,9 +119,11 @@ def resolve_reward(
         timeout: seconds for one call of a function or one request to a URL, None without a limit.
         retries: calls more when one fails.
         dtype: of the weights of reward models.
+        batch: responses in a call of a URL or an async function, None for all.
 
     Raises:
-        ValueError: a reward model whose held-out agreement is below `min_agreement`, an unknown rule, a bad weight.
+        ValueError: a reward model whose held-out agreement is below `min_agreement`, an unknown rule, a bad weight, a
+            `batch` for what always gets all responses.
         TypeError: none of the known forms.
     """
 
@@ -169,20 +137,27 @@ def resolve_reward(
             return [Part(weight, source.split(":")[1], checker, wants(checker, source))]
         if isinstance(source, str) and source.startswith(("http://", "https://")):
             url = RewardURL(source, timeout, retries)
-            return [Part(weight, url.name, url, wants(url, url.name))]
+            return [Part(weight, url.name, url, wants(url, url.name), waits=True, batch=batch)]
         if isinstance(source, str | Path):
             model = RewardModel(source, max_length=max_length, dtype=dtype)
             require_agreement(model, min_agreement, source)
             return [Part(weight, Path(source).name, model, wants(model, str(source)))]
         if callable(source):
             name = _function_name(source)
-            return [Part(weight, name, patient(source, name, timeout, retries), wants(source, name))]
+            function = patient(source, name, timeout, retries)
+            return [Part(weight, name, function, wants(source, name), waits=is_async(source), batch=batch)]
         raise TypeError(
             f"reward: got {type(source).__name__}; expected a checkpoint, a function (prompts, responses) -> scores, "
             "a URL, rule:NAME, or a list of (weight, one of those)"
         )
 
-    return Rewards(part(1.0, reward))
+    parts = part(1.0, reward)
+    if batch is not None and not any(each.waits for each in parts):
+        raise ValueError(
+            f"ppo.reward_batch: {batch}, but the reward is neither a URL nor an async function, and gets all responses "
+            "at once; leave the setting out, or make the function async"
+        )
+    return Rewards(parts)
 
 
 def reward_models(reward: str) -> list[str]:

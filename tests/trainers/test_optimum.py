@@ -56,14 +56,15 @@ def train(folder: Path, out: Path, reward: Any, seed: int, **options: Any) -> PP
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("advantage", ["gae", "rloo"])
 @pytest.mark.parametrize("seed", range(5))
 def test_a_bandit_over_tokens_comes_to_the_closed_form(
-    advantage: str, seed: int, tiny_folder: Path, tmp_path: Path
+    advantage: str, seed: int, lag: int, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    """The objective within 2 % of its best, and the KL that of the best policy."""
+    """The objective within 2 % of its best, and the KL that of the best policy; from an older policy's samples too."""
     b = 0.1
-    trainer = train(tiny_folder, tmp_path, bandit, seed, advantage=advantage, kl_coef=b, steps=40)
+    trainer = train(tiny_folder, tmp_path, bandit, seed, advantage=advantage, kl_coef=b, steps=40, lag=lag)
     letters = [trainer.tokenizer.decode([token]) for token in range(len(trainer.tokenizer))]
     rewards = torch.tensor([letter_reward(letter) for letter in letters], dtype=torch.float64)  # (V,)
     reached = best = kl = best_kl = 0.0

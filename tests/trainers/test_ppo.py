@@ -21,11 +21,12 @@ from rlhf_fast.data.chat import Prompt
 from rlhf_fast.ops import reference
 from rlhf_fast.rollout.sampling import SamplingParams
 from rlhf_fast.run_folder import RunFolder
-from rlhf_fast.trainers.collect import Experience, minibatches, step_prompts
+from rlhf_fast.trainers.collect import Experience, minibatches
 from rlhf_fast.trainers.kl_controller import KLController
 from rlhf_fast.trainers.loop import per_example
 from rlhf_fast.trainers.ppo import PPOTrainer
 from rlhf_fast.trainers.rewards import resolve_reward
+from rlhf_fast.trainers.sampler import step_prompts
 
 TIMED = ("seconds", "decode_roofline", "training_utilisation", "busy")  # metrics that no two runs have the same
 PROMPTS = [{"prompt": f"question {i}"} for i in range(12)]
@@ -359,7 +360,7 @@ def test_only_in_float32_the_samplers_log_probabilities_are_taken_for_trainings(
 ) -> None:
     trainer = make(tiny_folder, tmp_path)
     trainer.model.to(dtype)
-    rollouts = trainer.collector.generator.generate(["a", "b"], SamplingParams(max_new_tokens=8))
+    rollouts = trainer.sampler.generator.generate(["a", "b"], SamplingParams(max_new_tokens=8))
     examples = rollouts.examples()
     logprobs, entropies, values = (torch.cat(x) for x in trainer.collector._policy_outputs(rollouts, examples))
     batch = pad(examples)
@@ -384,7 +385,7 @@ def test_without_a_critic_a_response_is_held_against_the_others_of_its_prompt(
                 parameter += 0.02
     seen: dict[str, Any] = {}
     reward = resolve_reward(lambda p, r: seen.setdefault("scores", [i % 5 for i in range(len(r))]), 0.0, 99)
-    trainer.collector.reward = reward
+    trainer.sampler.reward = reward
     experience = collect(trainer, tmp_path, step=2)
     (reference,) = per_example(experience.examples, trainer.collector._reference_logprobs, 4096, "cpu")
     kl = [float((old - ref).sum()) for old, ref in zip(experience.old_logprobs, reference, strict=True)]

@@ -24,7 +24,7 @@ from rlhf_fast.trainers.optimizer import Optimizer
 from rlhf_fast.trainers.sft import SFTTrainer
 from rlhf_fast.trainers.state import TrainState, fingerprint
 
-METHODS = ("ppo", "grpo", "dpo", "reward", "sft")
+METHODS = ("ppo", "grpo", "ppo-lag", "remax-lag", "dpo", "reward", "sft")
 TIMED = ("seconds", "decode_roofline", "training_utilisation", "busy")  # metrics that no two runs have the same
 
 # Trains NAME from FOLDER into OUT, keeping the state after every step, at a pace at which it can be hit.
@@ -54,9 +54,13 @@ elif name == "reward":
 elif name == "dpo":
     trainer = DPOTrainer(folder, pairs, out, DPOConfig(batch_size=2, epochs=3, heldout=0.4, **words))
 else:
+    options = dict(
+        advantage=name.removesuffix("-lag") if name in ("grpo", "remax-lag") else "gae", lag=int(name.endswith("-lag")),
+        **(dict(critic="separate", critic_warmup=1) if name == "ppo" else {})
+    )
     config = PPOConfig(
-        steps=6, prompts_per_step=3, samples_per_prompt=2, minibatches=2, max_new_tokens=8, kl_target=0.5,
-        **(dict(advantage="grpo") if name == "grpo" else dict(critic="separate", critic_warmup=1)), **words
+        steps=6, prompts_per_step=3, samples_per_prompt=2, minibatches=2, max_new_tokens=8, kl_target=0.5, **options,
+        **words
     )
     prompts = [{"prompt": f"q{i}"} for i in range(5)]
     trainer = PPOTrainer(folder, lambda prompts, texts: [float(len(text)) for text in texts], prompts, out, config)
@@ -88,7 +92,7 @@ def outcome(out: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_a_killed_run_ends_as_the_unbroken_one(tiny_folder: Path, tmp_path: Path) -> None:
-    """All five methods, two at a time: most of it is the start of processes."""
+    """All methods, two at a time: most of it is the start of processes."""
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda name: kill_and_resume(name, tiny_folder, tmp_path / name), METHODS))
 

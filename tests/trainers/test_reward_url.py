@@ -103,6 +103,22 @@ def test_prompts_responses_and_columns_are_sent_as_they_are_in_batches(service: 
     assert service.headers[0]["Content-Type"] == "application/json" and service.headers[0]["Authorization"] is None
 
 
+def test_a_batch_of_consecutive_responses_is_asked_for_as_soon_as_they_have_ended(service: Service) -> None:
+    texts = ["x" * i for i in range(10)]
+    rows = [{"prompt": f"p{i}", "answer": i} for i in range(10)]
+    scoring = resolve_reward(service.url, 0.6, 100, batch=4).start(read_prompts(rows))
+    for i in (9, 4, 5, 7, 6):
+        scoring.finished(i, texts[i])
+    deadline = time.monotonic() + 30
+    while not service.requests and time.monotonic() < deadline:
+        threading.Event().wait(0.001)
+    assert [request["responses"] for request in service.requests] == [texts[4:8]]
+    for i in (0, 1, 2, 3, 8):
+        scoring.finished(i, texts[i])
+    assert scoring.result().scores == [float(i) for i in range(10)]
+    assert sorted(request["answer"] for request in service.requests) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
 def test_null_is_no_score(service: Service) -> None:
     service.answer = always(*good([None, 2]))
     reward = resolve_reward([(1.0, service.url), (1.0, "rule:length:1")], 0.6, 100)

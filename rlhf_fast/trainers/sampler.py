@@ -1,0 +1,157 @@
+"""Responses of the policy to a step's prompts, with their scores on the way; with a lag, a step ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from rlhf_fast.config import PPOConfig
+from rlhf_fast.data.batches import shuffled
+from rlhf_fast.data.chat import encode_prompt
+from rlhf_fast.data.records import PromptRecord
+from rlhf_fast.models.adapters import Model
+from rlhf_fast.rollout import sequence as rollout
+from rlhf_fast.rollout.engine import Statistics
+from rlhf_fast.rollout.generator import Generator
+from rlhf_fast.rollout.requests import sequences_for
+from rlhf_fast.rollout.rollouts import Rollouts
+from rlhf_fast.rollout.sampling import SamplingParams
+from rlhf_fast.trainers.rewards import Rewards
+from rlhf_fast.trainers.scoring import Scoring
+
+KEPT = ("response", "logprobs", "entropies", "finish_reason")  # of a sequence, to learn from it in another process
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A step's responses, and their scores, which may still be on their way."""
+
+    step: int
+    records: list[PromptRecord]
+    rollouts: Rollouts
+    scoring: Scoring
+    greedy: tuple[Rollouts, Scoring] | None  # the likeliest response to each prompt, for ReMax
+    statistics: Statistics | None  # None in a run that went on with them
+
+
+class Sampler:
+    """Samples from a policy as it is now, and asks for the scores of what it said.
+
+    Args:
+        tokenizer: the policy's.
+        prompts: of which each step takes the next.
+        value_head: as in `Generator`.
+    """
+
+    def __init__(
+        self,
+        policy: Model,
+        tokenizer: Any,
+        reward: Rewards,
+        prompts: Sequence[PromptRecord],
+        config: PPOConfig,
+        value_head: nn.Module | None = None,
+    ) -> None:
+        self.policy, self.tokenizer, self.reward = policy, tokenizer, reward
+        self.prompts, self.config = prompts, config
+        self.generator = Generator(policy, tokenizer, value_head=value_head)
+        self.ahead: Sampled | None = None  # the next step's, with ppo.lag
+
+    def take(self, step: int) -> tuple[Sampled, int]:
+        """The samples of a step, and how many updates the policy has had since.
+
+        With `ppo.lag` they were drawn a step ago, and the next step's are drawn now: their scores may come while this
+        step is learned from.
+        """
+        ahead, self.ahead = self.ahead, None
+        sampled = ahead or self._sample(step)
+        if self.config.lag and step < self.config.steps:
+            self.ahead = self._sample(step + 1)
+        return sampled, 0 if ahead is None else 1
+
+    def _sample(self, step: int) -> Sampled:
+        """Responses of the policy as it is now to the prompts of `step`, and scores on their way."""
+        records = step_prompts(self.prompts, self.config, step)
+        params = self._params(step)
+        rollouts, scoring = self._scored_rollouts(records, params)
+        statistics = self.generator.statistics
+        greedy = self._scored_rollouts(records, _greedy(params)) if self.config.advantage == "remax" else None
+        self.generator.release_memory()
+        return Sampled(step, records, rollouts, scoring, greedy, statistics)
+
+    def _params(self, step: int) -> SamplingParams:
+        # No top-k or top-p: the ratio is only right when sampling and training use the same distribution.
+        return SamplingParams(
+            n=self.config.samples_per_prompt,
+            temperature=self.config.temperature,
+            max_new_tokens=self.config.max_new_tokens,
+            stop_token_ids=self.config.stop_token_ids,
+            seed=self.config.seed + step,
+        )
+
+    def _scored_rollouts(self, records: Sequence[PromptRecord], params: SamplingParams) -> tuple[Rollouts, Scoring]:
+        scoring = self.reward.start([record for record in records for _ in range(params.n)])
+
+        def finished(sequence: rollout.Sequence) -> None:
+            scoring.finished(sequence.prompt_index * params.n + sequence.sample, self.generator.text(sequence))
+
+        return self.generator.generate([r.prompt for r in records], params, on_finish=finished), scoring
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the next step's samples what cannot be computed again, since the weights that drew them are gone."""
+        if self.ahead is None:
+            return {}
+        groups = [self.ahead.rollouts] + ([self.ahead.greedy[0]] if self.ahead.greedy else [])
+        return {
+            "step": self.ahead.step,
+            "rollouts": [[{name: getattr(s, name) for name in KEPT} for s in group.sequences] for group in groups],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what was kept; it is scored again."""
+        if not state:
+            return
+        step = state["step"]
+        records, params = step_prompts(self.prompts, self.config, step), self._params(step)
+        rollouts, *greedy = [
+            self._again(records, p, kept) for p, kept in zip((params, _greedy(params)), state["rollouts"], strict=False)
+        ]
+        self.ahead = Sampled(step, records, *rollouts, greedy[0] if greedy else None, statistics=None)
+
+    def _again(
+        self, records: Sequence[PromptRecord], params: SamplingParams, kept: list[dict[str, Any]]
+    ) -> tuple[Rollouts, Scoring]:
+        sequences = sequences_for(self.policy, self.tokenizer, [record.prompt for record in records], params)
+        scoring = self.reward.start([records[sequence.prompt_index] for sequence in sequences])
+        for i, (sequence, values) in enumerate(zip(sequences, kept, strict=True)):
+            for name in KEPT:
+                setattr(sequence, name, values[name])
+            scoring.finished(i, self.generator.text(sequence))
+        texts = [self.generator.text(sequence) for sequence in sequences]
+        return Rollouts.of(sequences, texts, self.generator.runner.device), scoring
+
+
+def _greedy(params: SamplingParams) -> SamplingParams:
+    return replace(params, n=1, temperature=0.0)
+
+
+def check_lengths(prompts: Sequence[PromptRecord], tokenizer: Any, config: PPOConfig) -> None:
+    """Refuse prompts that leave no room for a response, before any work is done."""
+    for record in prompts:
+        tokens = len(encode_prompt(tokenizer, record.prompt)) + config.max_new_tokens
+        if tokens > config.max_length:
+            raise ValueError(
+                f"{record.name or 'a prompt'}: with max_new_tokens = {config.max_new_tokens} it comes to {tokens} "
+                f"tokens, more than ppo.max_length = {config.max_length}; shorten it or raise the setting"
+            )
+
+
+def step_prompts(prompts: Sequence[PromptRecord], config: PPOConfig, step: int) -> list[PromptRecord]:
+    """The prompts of a step: consecutive ones of a permutation that is drawn anew for every pass."""
+    first = (step - 1) * config.prompts_per_step
+    skipped, start = divmod(first, len(prompts))  # a step takes from two passes at most
+    two_passes = [p for lap in (skipped, skipped + 1) for p in shuffled(prompts, config.seed + lap)]
+    return two_passes[start : start + config.prompts_per_step]
