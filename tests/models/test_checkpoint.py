@@ -150,7 +150,7 @@ def test_untied_weights_are_both_saved(family_config: Callable[..., Any], tmp_pa
 def test_weights_are_safetensors_only_and_extras_come_back(policy: Any, tiny: tuple[Any, Any], tmp_path: Path) -> None:
     head = nn.Linear(64, 1)
     extra = {"step": 3, "kl_controller": {"coef": 0.1}}
-    models.save(tmp_path / "a", policy, tiny[1], extra, heads=head)
+    models.save(tmp_path / "a", policy, tiny[1], extra, head.state_dict())
     names = {path.name for path in (tmp_path / "a").rglob("*")}
     assert {Path(name).suffix for name in names} <= {".safetensors", ".json", ".jinja", ".md"}
     assert {"value_head.safetensors", "rlhf_fast.json", "tokenizer.json"} <= names
@@ -204,10 +204,10 @@ def test_a_full_disk_leaves_nothing_behind_and_the_old_checkpoint_untouched(
     elif place == "tokenizer":
         monkeypatch.setattr(type(tokenizer), "save_pretrained", full)
     else:
-        monkeypatch.setattr("safetensors.torch.save_file", full)
+        monkeypatch.setattr("rlhf_fast.models.checkpoint.save_file", full)
     for name in ("a", "b"):
         with pytest.raises(OSError, match=f"no space left while writing .*{name}") as caught:
-            models.save(tmp_path / name, policy, tokenizer, {"step": 2}, heads=nn.Linear(2, 1))
+            models.save(tmp_path / name, policy, tokenizer, {"step": 2}, nn.Linear(2, 1).state_dict())
         assert caught.value.errno == errno.ENOSPC
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
