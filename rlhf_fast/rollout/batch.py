@@ -95,28 +95,34 @@ def step_batch(work: list[tuple[Sequence, int]], block_size: int) -> tuple[list[
         families.setdefault(sequence.family or sequence, []).append(i)
     order = [i for members in families.values() for i in members]
     ids: list[int] = []
-    ranges: list[np.ndarray] = []
-    tables = np.zeros((len(work), max(len(sequence.blocks) for sequence, _ in work)), np.int64)
-    for row, i in enumerate(order):
+    for i in order:
         sequence, count = work[i]
-        begin = sequence.computed
-        ids += sequence.tokens(begin, begin + count)
-        ranges.append(np.arange(begin, begin + count))
-        tables[row, : len(sequence.blocks)] = sequence.blocks
+        ids += sequence.tokens(sequence.computed, sequence.computed + count)
     counts = np.array([work[i][1] for i in order])
     starts = np.array([work[i][0].computed for i in order])
-    rows, positions = np.repeat(np.arange(len(order)), counts), np.concatenate(ranges)
+    cu_queries = np.concatenate([[0], np.cumsum(counts)])
+    rows = np.repeat(np.arange(len(order)), counts)
+    positions = np.arange(len(ids)) - (cu_queries[:-1] - starts)[rows]
+    tables = _padded([work[i][0].blocks for i in order])
     slots = tables[rows, positions // block_size] * block_size + positions % block_size
     groups = np.cumsum([0, *map(len, families.values())])
-    shared = [_leading_equal(tables[a:b], int(starts[a:b].min()) // block_size) for a, b in itertools.pairwise(groups)]
-    cu_queries = np.cumsum([0, *counts])
-    return order, StepBatch(np.array(ids), positions, slots, tables, cu_queries, groups, np.array(shared))
+    shared = np.zeros(len(families), np.int64)
+    for g in np.flatnonzero(np.diff(groups) > 1):  # one alone shares with nobody
+        members = slice(groups[g], groups[g + 1])
+        shared[g] = _leading_equal(tables[members], int(starts[members].min()) // block_size)
+    return order, StepBatch(np.array(ids), positions, slots, tables, cu_queries, groups, shared)
+
+
+def _padded(rows: list[list[int]]) -> np.ndarray:
+    """Rows of one length, with zeros behind."""
+    lengths = np.array([len(row) for row in rows])
+    table = np.zeros((len(rows), lengths.max()), np.int64)
+    table[np.arange(table.shape[1]) < lengths[:, None]] = list(itertools.chain.from_iterable(rows))
+    return table
 
 
 def _leading_equal(tables: np.ndarray, most: int) -> int:
-    """How many leading blocks, at most so many, are the same in all rows; 0 for one row, which shares with nobody."""
-    if len(tables) == 1 or most == 0:
-        return 0
+    """How many leading blocks, at most so many, are the same in all rows."""
     same = (tables[:, :most] == tables[:1, :most]).all(0)
     return most if same.all() else int(same.argmin())
 

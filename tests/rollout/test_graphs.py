@@ -15,10 +15,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_fast import Generator, SamplingParams, models
-from rlhf_fast.config import LoRAConfig
+from rlhf_fast.config import LoRAConfig, PPOConfig
+from rlhf_fast.data.records import PromptRecord
 from rlhf_fast.ops import _compiled
 from rlhf_fast.rollout import graphs, layers
 from rlhf_fast.rollout.rollouts import Rollouts
+from rlhf_fast.trainers import sampler
+from rlhf_fast.trainers.rewards import resolve_reward
 
 PROMPTS: list[list[int]] = [[5], list(range(20, 45)), [7, 8, 9, 10, 11], [50, 60], [70, 71, 72, 73]]
 MANY_STOPS = tuple(range(4, 30))
@@ -175,6 +178,21 @@ def test_a_model_that_reads_from_the_device_goes_on_without(
 def test_without_a_gpu_graphs_are_refused(tiny: tuple[Any, Any]) -> None:
     with pytest.raises(ValueError, match="cuda_graphs: the model is on cpu; expected a CUDA device"):
         Generator(*tiny, cuda_graphs=True)
+
+
+def test_a_sampler_with_graphs_keeps_the_memory_that_they_read(
+    tiny: tuple[Any, Any], recorded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        sampler, "Generator", lambda *args, cuda_graphs, **options: recorded(Generator(*args, **options))
+    )
+    reward = resolve_reward(lambda prompts, responses: [1.0] * len(responses), 0.0, 64)
+    prompts = [PromptRecord(f"{i}", f"prompt {i}") for i in range(2)]
+    for cuda_graphs in (True, False):
+        config = PPOConfig(prompts_per_step=2, samples_per_prompt=2, max_new_tokens=8, cuda_graphs=cuda_graphs)
+        drawing = sampler.Sampler(*tiny, reward, prompts, config)
+        drawing.take(1)
+        assert bool(drawing.generator.runner.graphs.recordings) == cuda_graphs
 
 
 @pytest.mark.gpu
