@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_OUT ?= runs/demo
+TEST_PROCESSES ?= 2
 
 # The torch to install. Whether this is a CPU or a GPU build depends on the package index that pip is set up with;
 # `make install TORCH=torch` takes the newest default build of that index. A torch that is already there and fits is
@@ -26,11 +27,13 @@ install: $(STAMP) ## virtual environment, dependencies, compiled kernels, demo m
 demo: $(STAMP) ## the whole pipeline on a small model; the run goes to DEMO_OUT (runs/demo)
 	$(BIN)/rlhf-fast demo --out $(DEMO_OUT)
 
-# Triton decides when it is imported whether its kernels run on the CPU, so those tests need a process of their own. Its
-# interpreter takes one core, beside the rest, and what it says is shown at the end.
+# Triton decides when it is imported whether its kernels run on the CPU, so those tests need a process of their own. It
+# runs beside the rest, and what it says is shown at the end. Small models gain nothing from threads, which would wait
+# for each other busily: one thread to a process, and TEST_PROCESSES of them.
 test: $(STAMP) ## run the tests
-	@mkdir -p build; TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/ops -k triton > build/triton-tests.log 2>&1 & \
-	  triton=$$!; trap "kill $$triton 2>/dev/null" EXIT; $(BIN)/python -m pytest -q; rest=$$?; \
+	@mkdir -p build; export OMP_NUM_THREADS=1; TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/ops -k triton > build/triton-tests.log 2>&1 & \
+	  triton=$$!; trap "kill $$triton 2>/dev/null" EXIT; \
+	  $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist worksteal; rest=$$?; \
 	  wait $$triton; found=$$?; cat build/triton-tests.log; trap - EXIT; exit $$((rest || found))
 
 lint: $(STAMP) ## ruff, mypy and clang-format

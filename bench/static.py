@@ -413,8 +413,8 @@ def compile_variant(job: tuple[Variant, int]) -> list[Static]:
         return [dataclasses.replace(one, shared=shared) for one in found]
 
 
-def triton_kernels(targets: Sequence[int]) -> Iterator[Static]:
-    work = [(variant, target) for variant in triton_variants() for target in targets]
+def triton_kernels(targets: Sequence[int], every: int = 1) -> Iterator[Static]:
+    work = [(variant, target) for variant in list(triton_variants())[::every] for target in targets]
     environment = {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
     os.environ.update(environment)  # before triton is imported in the workers; multiplying and adding at once is meant
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
@@ -471,9 +471,10 @@ def sources() -> str:
     return state.hexdigest()
 
 
-def collect(targets: Sequence[int] = TARGETS) -> list[Static]:
-    """The CUDA kernels of all targets, which are compiled already, and the Triton kernels of these."""
-    return sorted([*cuda_kernels(), *triton_kernels(targets)], key=lambda one: one.key)
+def collect(targets: Sequence[int] = TARGETS, every: int = 1) -> list[Static]:
+    """The CUDA kernels of all targets, which are compiled already, and of the Triton kernels of these targets every
+    so-and-so-manieth."""
+    return sorted([*cuda_kernels(), *triton_kernels(targets, every)], key=lambda one: one.key)
 
 
 def write(kernels: list[Static]) -> None:

@@ -186,6 +186,7 @@ class PPOConfig:
     reward_batch: int | None = None  # responses in a call of a URL or async function, made as they end; none: all
     lag: int = 0  # 1: sample a step ahead, so that scores come while the policy learns, with an older policy's samples
     rollout_cap: float = 2.0  # most that a token of an older policy's samples weighs
+    cuda_graphs: bool = False  # launch a step of sampling at once on a GPU; its keys and values stay while training
     max_length: int = 1024  # tokens of prompt and response
     dtype: Literal["float32", "bfloat16"] = "float32"  # of all models; what is trained is kept in float32
     seed: int = 0

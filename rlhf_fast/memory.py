@@ -137,6 +137,9 @@ class _Run:
         sizes = [4 * p.numel() for p in self.trained]
         working = sum(sizes) if self.device == "cuda" else 2 * max(sizes)
         phases["optimiser step"] = {**standing, "gradients": sum(sizes), "workspace": working}
+        if isinstance(config, PPOConfig) and config.cuda_graphs:
+            for phase in ("scoring", "training", "optimiser step"):
+                phases[phase]["keys and values"] = phases["rollouts"]["keys and values"]
         return Prediction(phases)
 
     def _standing(self) -> Parts:

@@ -16,28 +16,27 @@ from rlhf_fast.settings import describe, keys
 # purpose only.
 KEYS = {
     "demo": """
-        out tiny model sft.epochs sft.batch_size sft.heldout sft.turns sft.packing sft.samples
-        sft.sample_tokens sft.patience sft.max_length sft.dtype sft.seed sft.lora.r sft.lora.alpha sft.optim.lr
-        sft.optim.schedule sft.optim.warmup sft.optim.weight_decay sft.optim.adam_eps sft.optim.max_grad_norm
+        out tiny model sft.epochs sft.batch_size sft.heldout sft.turns sft.packing sft.samples sft.sample_tokens
+        sft.patience sft.max_length sft.dtype sft.seed sft.lora.r sft.lora.alpha sft.optim.lr sft.optim.schedule
+        sft.optim.warmup sft.optim.weight_decay sft.optim.adam_eps sft.optim.max_grad_norm
         sft.optim.max_tokens_per_microbatch sft.optim.checkpointing sft.optim.max_skipped sft.run.save_every
         sft.run.keep_last sft.run.trackers comparisons.prompts comparisons.samples_per_prompt
         comparisons.max_new_tokens comparisons.temperature comparisons.seed comparisons.annotator.error_rate
-        comparisons.annotator.tie_margin comparisons.annotator.seed reward.epochs reward.batch_size
-        reward.heldout reward.center_coef reward.heads reward.lcb reward.normalize_samples
-        reward.max_new_tokens reward.patience reward.max_length reward.dtype reward.seed reward.lora.r
-        reward.lora.alpha reward.optim.lr reward.optim.schedule reward.optim.warmup reward.optim.weight_decay
-        reward.optim.adam_eps reward.optim.max_grad_norm reward.optim.max_tokens_per_microbatch
-        reward.optim.checkpointing reward.optim.max_skipped reward.run.save_every reward.run.keep_last
-        reward.run.trackers ppo.steps ppo.prompts_per_step ppo.samples_per_prompt ppo.max_new_tokens
-        ppo.stop_token_ids ppo.temperature ppo.epochs ppo.minibatches ppo.kl_coef ppo.kl_target ppo.kl_horizon
-        ppo.max_kl ppo.max_update_kl ppo.advantage ppo.critic ppo.critic_warmup ppo.gamma ppo.lam ppo.clip_low
-        ppo.clip_high ppo.value_clip ppo.value_coef ppo.whiten_rewards ppo.reward_clip ppo.missing_eos
-        ppo.missing_eos_penalty ppo.min_reward_agreement ppo.reward_timeout ppo.reward_retries ppo.reward_batch
-        ppo.lag ppo.rollout_cap ppo.max_length ppo.dtype ppo.seed ppo.lora.r ppo.lora.alpha ppo.optim.lr
-        ppo.optim.schedule ppo.optim.warmup ppo.optim.weight_decay ppo.optim.adam_eps ppo.optim.max_grad_norm
-        ppo.optim.max_tokens_per_microbatch ppo.optim.checkpointing ppo.optim.max_skipped ppo.run.save_every
-        ppo.run.keep_last ppo.run.trackers evaluation.samples_per_prompt evaluation.max_new_tokens
-        evaluation.temperature evaluation.seed
+        comparisons.annotator.tie_margin comparisons.annotator.seed reward.epochs reward.batch_size reward.heldout
+        reward.center_coef reward.heads reward.lcb reward.normalize_samples reward.max_new_tokens reward.patience
+        reward.max_length reward.dtype reward.seed reward.lora.r reward.lora.alpha reward.optim.lr
+        reward.optim.schedule reward.optim.warmup reward.optim.weight_decay reward.optim.adam_eps
+        reward.optim.max_grad_norm reward.optim.max_tokens_per_microbatch reward.optim.checkpointing
+        reward.optim.max_skipped reward.run.save_every reward.run.keep_last reward.run.trackers ppo.steps
+        ppo.prompts_per_step ppo.samples_per_prompt ppo.max_new_tokens ppo.stop_token_ids ppo.temperature ppo.epochs
+        ppo.minibatches ppo.kl_coef ppo.kl_target ppo.kl_horizon ppo.max_kl ppo.max_update_kl ppo.advantage ppo.critic
+        ppo.critic_warmup ppo.gamma ppo.lam ppo.clip_low ppo.clip_high ppo.value_clip ppo.value_coef ppo.whiten_rewards
+        ppo.reward_clip ppo.missing_eos ppo.missing_eos_penalty ppo.min_reward_agreement ppo.reward_timeout
+        ppo.reward_retries ppo.reward_batch ppo.lag ppo.rollout_cap ppo.cuda_graphs ppo.max_length ppo.dtype ppo.seed
+        ppo.lora.r ppo.lora.alpha ppo.optim.lr ppo.optim.schedule ppo.optim.warmup ppo.optim.weight_decay
+        ppo.optim.adam_eps ppo.optim.max_grad_norm ppo.optim.max_tokens_per_microbatch ppo.optim.checkpointing
+        ppo.optim.max_skipped ppo.run.save_every ppo.run.keep_last ppo.run.trackers evaluation.samples_per_prompt
+        evaluation.max_new_tokens evaluation.temperature evaluation.seed
     """,
     "sft": """
         data out model sft.epochs sft.batch_size sft.heldout sft.turns sft.packing sft.samples
@@ -66,8 +65,8 @@ KEYS = {
         ppo.stop_token_ids ppo.temperature ppo.epochs ppo.minibatches ppo.kl_coef ppo.kl_target ppo.kl_horizon
         ppo.max_kl ppo.max_update_kl ppo.advantage ppo.critic ppo.critic_warmup ppo.gamma ppo.lam ppo.clip_low
         ppo.clip_high ppo.value_clip ppo.value_coef ppo.whiten_rewards ppo.reward_clip ppo.missing_eos
-        ppo.missing_eos_penalty ppo.min_reward_agreement ppo.reward_timeout ppo.reward_retries ppo.reward_batch
-        ppo.lag ppo.rollout_cap ppo.max_length ppo.dtype ppo.seed ppo.lora.r ppo.lora.alpha ppo.optim.lr
+        ppo.missing_eos_penalty ppo.min_reward_agreement ppo.reward_timeout ppo.reward_retries ppo.reward_batch ppo.lag
+        ppo.rollout_cap ppo.cuda_graphs ppo.max_length ppo.dtype ppo.seed ppo.lora.r ppo.lora.alpha ppo.optim.lr
         ppo.optim.schedule ppo.optim.warmup ppo.optim.weight_decay ppo.optim.adam_eps ppo.optim.max_grad_norm
         ppo.optim.max_tokens_per_microbatch ppo.optim.checkpointing ppo.optim.max_skipped ppo.run.save_every
         ppo.run.keep_last ppo.run.trackers

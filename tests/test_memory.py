@@ -166,6 +166,12 @@ def test_keys_and_values_take_at_most_half_of_what_is_free() -> None:
     assert free["keys and values"] == 64 * 1024 * memory.kv_bytes_per_token(LLAMA, torch.float32)
 
 
+def test_with_cuda_graphs_keys_and_values_stay() -> None:
+    phases = predict(PPOConfig(cuda_graphs=True), LLAMA).phases
+    assert len({parts["keys and values"] for parts in phases.values()}) == 1
+    assert "keys and values" not in predict(PPOConfig(), LLAMA).phases["training"]
+
+
 def test_a_gpu_has_larger_blocks_of_logits() -> None:
     wide = LlamaConfig(**{**LLAMA.to_dict(), "vocab_size": 150_000, "num_hidden_layers": 1})
     parts = {device: predict(SFTConfig(), wide, device).phases["training"] for device in ("cpu", "cuda")}

@@ -53,18 +53,21 @@ def test_a_spill_and_a_narrow_load_are_faults() -> None:
 @triton_only
 @pytest.mark.slow
 def test_no_kernel_spills_or_loads_narrow_on_any_target_and_the_table_is_up_to_date() -> None:
-    """The table is of these very sources. One target's Triton kernels are compiled again, and all CUDA kernels read."""
+    """The table is of these very sources. A third of one target's Triton kernels is compiled again, and all CUDA
+    kernels are read."""
     versions, sources, table = static.read()
     assert sources == static.sources(), "run: python -m bench.static"
     assert {(one.backend, one.target) for one in table} == {(b, t) for b in ("triton", "cuda") for t in static.TARGETS}
-    backends = {"triton", "cuda"} if _compiled.cuda is not None else {"triton"}
-    kernels = static.collect([90])
-    listed = {one.key: one for one in table if one.backend in backends and (one.backend == "cuda" or one.target == 90)}
-    assert {one.key for one in kernels} == set(listed), "run: python -m bench.static"
+    kernels = static.collect([90], every=3)
+    listed = {one.key: one for one in table}
+    in_cuda = {key for key, one in listed.items() if one.backend == "cuda" and _compiled.cuda is not None}
+    assert {one.key for one in kernels if one.backend == "cuda"} == in_cuda, "run: python -m bench.static"
+    compiled = [one for one in listed.values() if one.backend == "triton" and one.target == 90]
+    assert len(kernels) - len(in_cuda) >= len(compiled) // 3 and len(compiled) >= len(list(static.triton_variants()))
     wrong = [f"{one.key}: {fault}" for one in (*kernels, *table) for fault in static.faults(one)]
     assert not wrong
     if versions == static.versions():  # another compiler makes another table
-        assert kernels == sorted(listed.values(), key=lambda one: one.key), "run: python -m bench.static"
+        assert kernels == [listed.get(one.key) for one in kernels], "run: python -m bench.static"
 
 
 @triton_only

@@ -89,7 +89,8 @@ def put_predictions(page: Path, card: str = "H100") -> None:
         ),
         "", f"| rollout, {card} | predicted, tokens/s | of the roofline | what binds | goal |", "|---|---|---|---|---|",
         *(
-            f"| {one['case']} | {one['tokens_per_second']:,.0f} | {one['share']:.0%} | {one['binds']} | "
+            f"| {one['case']}{', CUDA graphs' * one['graphs']} | {one['tokens_per_second']:,.0f} | {one['share']:.0%} | "
+            f"{one['binds']} | "
             f"{goal_text(one['goal'])} |"
             for one in whole["rollouts"]
             if one["card"] == card
@@ -201,7 +202,8 @@ def _predicted(records: list[Record]) -> list[str]:
         for one in whole["predictions"]
     }
     for one in whole["rollouts"]:
-        expected[one["card"], f"rollout: {one['case']}", "", ""] = 1e3 * one["seconds"], one["binds"]
+        way = "CUDA graphs" if one["graphs"] else ""
+        expected[one["card"], f"rollout: {one['case']}", "", way] = 1e3 * one["seconds"], one["binds"]
     rows = []
     for r in records:
         if "device" not in r or "provider" not in r:

@@ -113,7 +113,7 @@ def build(context: Context) -> None:
 
 
 def tests(context: Context) -> None:
-    """Every op on every backend on this device."""
+    """Every op on every backend on this device, and generation with CUDA graphs."""
     needs("pytest")
     words = ["tests/ops", "-m", "gpu"]
     if context.rehearse:
@@ -121,6 +121,8 @@ def tests(context: Context) -> None:
         which = "(values or likeliest or worse or same_bits) and (triton or cuda)"
         words = [*(f"tests/ops/test_{name}.py" for name in some), "-k", which]
     _pytest(context, "tests", python("-m", "pytest"), words)
+    if not context.rehearse and all(importlib.util.find_spec(name) for name in ("transformers", "peft")):
+        _pytest(context, "tests of rollouts", python("-m", "pytest"), ["tests/rollout/test_graphs.py", "-m", "gpu"])
 
 
 def sanitizer(context: Context) -> None:

@@ -56,10 +56,19 @@ def rollouts(context: Context) -> None:
     for name, config in shapes.items():
         model, _ = models.load(config, dtype=dtype, device=context.device)
         for case in cases(config.vocab_size, context):
+            rollout.ours(dataclasses.replace(case, prompts=case.prompts[:2], new_tokens=[4, 4]), model)()  # compiles
             runs = {"rlhf-fast": rollout.ours(case, model)}
             if case.n == 1 and name in ("tiny", "Qwen3-0.6B") and len(set(case.new_tokens)) == 1:
                 runs["generate_batch"] = rollout.generate_batch(case, model)
             records = rollout.timed(case, runs, rollout.limit(case, model, rates), about, rates, rounds=1)
+            if context.device.type == "cuda":
+                runs.clear()  # and the memory of their keys and values
+                torch.cuda.empty_cache()
+                recorded = rollout.ours(case, model, cuda_graphs=True)
+                recorded()  # what is recorded serves the next call, as from step to step of PPO
+                way = {"rlhf-fast, CUDA graphs": recorded}
+                (record,) = rollout.timed(case, way, rollout.limit(case, model, rates), about, rates, rounds=1)
+                records.append({**record, "speedup": record["seconds"] / records[0]["seconds"]})
             for record in records:
                 context.record(**{**record, "op": f"rollout: {name}, {case.name}"})
         del model
@@ -107,7 +116,8 @@ def _steps(context: Context, name: str, shape: Any, folder: Path) -> Iterator[di
     config = PPOConfig(
         steps=3, prompts_per_step=2 if small else 32, samples_per_prompt=2 if small else 8, minibatches=2,
         max_new_tokens=8 if small else 256, epochs=1, lora=LoRAConfig(r=16), min_reward_agreement=0.0,
-        dtype="bfloat16" if cuda else "float32", optim=OptimConfig(max_tokens_per_microbatch=1024 if small else 16384),
+        dtype="bfloat16" if cuda else "float32", cuda_graphs=cuda,
+        optim=OptimConfig(max_tokens_per_microbatch=1024 if small else 16384),
     )  # fmt: skip
     prompts = [
         {"prompt": f"{i}: " + "a question of some length. " * (1 if small else 8)}

@@ -139,8 +139,8 @@ def main() -> None:
         )
     for one in of_rollouts:
         print(
-            f"{one['card']:5} {one['case']:50} {one['tokens_per_second']:9,.0f} tokens/s, "
-            f"{one['share']:4.0%} of the roofline  {one['binds']}"
+            f"{one['card']:5} {one['case']:50} {'CUDA graphs' * one['graphs']:11} {one['tokens_per_second']:9,.0f} "
+            f"tokens/s, {one['share']:4.0%} of the roofline  {one['binds']}"
         )
     print(f"{len(found) + len(of_rollouts)} predictions written to {OUT}, those of one card to {report.PAGE}")
 

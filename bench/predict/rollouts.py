@@ -1,8 +1,8 @@
 """What `bench.gpu`'s rollouts should take: step by step, what a step reads and multiplies, and what it launches.
 
-A step of new tokens reads all weights, and the keys and values of every sequence. Beside that stand its launches: the
-layers are transformers' own, kernel by kernel and without CUDA graphs, 40 to 60 launches each. Small models are bound
-by those and not by memory; that is why a step takes the longer of what the device does and what Python launches.
+A step of new tokens reads all weights, and the keys and values of every sequence. Beside that stand its launches, 16
+or 18 a layer: small models are bound by those and not by memory. A step takes the longer of what the device does and
+what Python launches; where each sequence has one token, a CUDA graph launches all layers at once.
 
 The roofline is that of `bench.rollout.run.limit` at the data sheet's rates: memory alone, all sequences at once.
 """
@@ -22,14 +22,17 @@ from bench.gpu.steps import Context
 from bench.predict.cards import BYTES, CARDS, LAUNCH, PRODUCTS, START, TRIP, Card
 from bench.rollout import run
 
-# The launches of a layer of transformers 5.24, which tests/test_predict.py counts, and those of its attention:
-# write_kv, keys in parts, parts together.
-LAYER = {"qwen2": 37, "qwen3": 53}
+# The launches of a layer as rollout/torch_layers.py has it, which tests/test_predict.py counts, and those of its
+# attention: write_kv, keys in parts, parts together.
+LAYER = {"qwen2": 13, "qwen3": 15}
 ATTENTION = 3
-WIDTHS = 100  # that the small kernels of a layer read and write for a token, in widths of bfloat16; two norms are 32
-REST = 54  # launches around the layers: embedding, rotation, norm, states, logits, sampling; 14 for the batch's places
-STEP = 4e-3  # seconds that the scheduler and its batch take for 256 sequences: a guess, for on a CPU all that is no
-# kernel takes 6 to 12 ms a step (`profile_ms` of rollout-cpu.jsonl), the Python of 30 layers included
+WIDTHS = 40  # that the small kernels of a layer read and write for a token, in widths of bfloat16; two norms are 4, the
+# product of gate and up, 3 times as wide as a state, is 15
+REST = 36  # launches around the layers: 12 for embedding, rotation and last norm; copies, states, logits, sampling
+INSIDE = 12  # of those, what a graph launches with the layers
+GRAPH = 15e-6  # seconds that Python takes to launch a graph, after its two copies
+NEXT = 1.3e-6  # seconds from the end of one kernel of a graph to the first instruction of the next
+STEP = 2e-3  # seconds that the scheduler, the batch and drawing take for 256 sequences: `python -m bench.rollout.host`
 MOST_TOKENS, MOST_SEQUENCES = 2048, 256  # of a step: Generator's defaults
 GOAL = 0.55  # of the roofline, where no prompt has several samples
 
@@ -50,11 +53,15 @@ class Model:
         """Of a step: PyTorch's, and Triton's."""
         return REST + self.layers * LAYER[self.kind], 1 + self.layers * ATTENTION
 
-    @property
-    def call(self) -> float:
+    def call(self, in_graph: bool) -> float:
         """Seconds that Python takes for a step."""
-        torchs, tritons = self.launches
-        return STEP + torchs * LAUNCH["torch"] + tritons * LAUNCH["triton"]
+        torchs, tritons = (REST - INSIDE, 1) if in_graph else self.launches
+        return STEP + torchs * LAUNCH["torch"] + tritons * LAUNCH["triton"] + in_graph * GRAPH
+
+    def starts(self, in_graph: bool) -> float:
+        """Seconds in which the device goes from kernel to kernel."""
+        outside = REST - INSIDE + 1 if in_graph else sum(self.launches)
+        return outside * (START + TRIP) + (sum(self.launches) - outside) * (NEXT + TRIP)
 
 
 def predictions() -> Iterator[dict[str, Any]]:
@@ -69,9 +76,9 @@ def predictions() -> Iterator[dict[str, Any]]:
             for card_name, card in CARDS.items():
                 rates = harness.Rates(card.bandwidth, card.bandwidth, card.products)
                 limit = run.limit(case, model, rates)
-                yield {
-                    "card": card_name, "case": f"{name}, {case.name}", **predicted(case, steps, about, card, limit),
-                }  # fmt: skip
+                for graphs in (False, True):
+                    found = predicted(case, steps, about, card, limit, graphs)
+                    yield {"card": card_name, "case": f"{name}, {case.name}", "graphs": graphs, **found}
 
 
 def model_of(config: PretrainedConfig, weights: int) -> Model:
@@ -91,6 +98,11 @@ class Step:
     tokens: int
     sampled: int
     read: int
+
+    @property
+    def decodes(self) -> bool:
+        """Whether each sequence has one token, as in what is recorded."""
+        return self.tokens == self.sampled
 
 
 def steps_of(case: run.Case) -> Iterator[Step]:
@@ -118,10 +130,12 @@ def steps_of(case: run.Case) -> Iterator[Step]:
         running = [one for one in running if one[1] < one[2]]
 
 
-def predicted(case: run.Case, steps: list[Step], model: Model, card: Card, limit: float) -> dict[str, Any]:
+def predicted(
+    case: run.Case, steps: list[Step], model: Model, card: Card, limit: float, graphs: bool
+) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     for step in steps:
-        binds, its = step_seconds(step, model, card)
+        binds, its = step_seconds(step, model, card, graphs and step.decodes)
         seconds[binds] = seconds.get(binds, 0.0) + its
     took = sum(seconds.values())
     share = limit / took
@@ -129,12 +143,12 @@ def predicted(case: run.Case, steps: list[Step], model: Model, card: Card, limit
     return {
         "tokens_per_second": round(case.tokens() / took, 1), "seconds": round(took, 4), "steps": len(steps),
         "binds": max(seconds, key=lambda name: seconds[name]), "limit_seconds": round(limit, 4),
-        "share": round(share, 4), "call_ms_a_step": round(1e3 * model.call, 4), "launches_a_step": sum(model.launches),
+        "share": round(share, 4), "call_ms_a_step": round(1e3 * model.call(graphs), 4), "launches_a_step": sum(model.launches),
         "goal": goal if case.n == 1 else None,
     }  # fmt: skip
 
 
-def step_seconds(step: Step, model: Model, card: Card) -> tuple[str, float]:
+def step_seconds(step: Step, model: Model, card: Card, in_graph: bool = False) -> tuple[str, float]:
     """What binds a step, and its time.
 
     The device goes from launch to launch: products that read the weights, attention that reads the keys, and small
@@ -145,11 +159,11 @@ def step_seconds(step: Step, model: Model, card: Card) -> tuple[str, float]:
     memory = weights / (BYTES * card.bandwidth)
     read = model.key * step.read / (BYTES * card.bandwidth)
     widths = 2.0 * WIDTHS * model.layers * model.width * step.tokens / (BYTES * card.bandwidth)
-    starts = sum(model.launches) * (START + TRIP)
+    starts = model.starts(in_graph)
     seconds = {"bytes": read, "products": 0.0, "latency": 0.0}
     seconds["products" if multiply > memory else "bytes"] += max(multiply, memory)
     seconds["bytes" if widths > starts else "latency"] += max(widths, starts)
     device = sum(seconds.values())
-    if model.call > device:
-        return "call", model.call
+    if model.call(in_graph) > device:
+        return "call", model.call(in_graph)
     return max(seconds, key=lambda name: seconds[name]), device

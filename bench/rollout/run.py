@@ -185,13 +185,14 @@ def main(only: str, out: Path) -> None:
 def timed(
     case: Case, runs: dict[str, Run], least: float, about: dict[str, Any], rates: harness.Rates, rounds: int = ROUNDS
 ) -> list[dict[str, Any]]:
-    """Time everybody, ours first; prints a line for each and returns their records."""
+    """Time everybody, whom the others are compared with first; prints a line for each and returns their records."""
     times = _interleaved(runs, rounds)
+    first = next(iter(times.values()), [])
     records: list[dict[str, Any]] = []
     tqdm.write(f"\n{case.name}: {case.tokens()} new tokens, limit {case.tokens() / least:.0f} tokens/s")
     for name, took in times.items():
         middle = statistics.median(took)
-        ratio = statistics.median(t / o for t, o in zip(took, times["rlhf-fast"], strict=True))
+        ratio = statistics.median(t / o for t, o in zip(took, first, strict=True))
         tqdm.write(
             f"  {name:28} {case.tokens() / middle:8.1f} tokens/s   {100 * least / middle:4.0f} % of the limit"
             f"   {ratio:6.2f} x our time"

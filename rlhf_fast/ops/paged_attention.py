@@ -157,7 +157,7 @@ def write_kv(
         key, value: (N, kv_heads, dim), in the cache's dtype.
         slots: (N,) int64: block * block_size + position in the block.
         cos, sin: (N, dim): the keys, and `query` (N, heads, dim) in place, become x * cos + rotate_half(x) * sin
-            first (RoPE, Su et al. 2021, arXiv 2104.09864).
+            first (RoPE, Su et al. 2021, arXiv 2104.09864). In the cache's dtype, like `query`.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit.
@@ -166,8 +166,9 @@ def write_kv(
     _checks.devices(keys=cache.keys, key=key, value=value, slots=slots)
     expected = (slots.shape[0], cache.keys.shape[1], cache.dim)
     _checks.shapes(expected, "the cache", key=key, value=value)
-    if key.dtype != cache.keys.dtype:
-        raise TypeError(f"key: {key.dtype}, expected {cache.keys.dtype} like the cache")
+    for name, x in (("key", key), ("value", value), ("cos", cos), ("sin", sin), ("query", query)):
+        if x is not None and x.dtype != cache.keys.dtype:
+            raise TypeError(f"{name}: {x.dtype}, expected {cache.keys.dtype} like the cache")
     _checks.shapes((slots.shape[0], cache.dim), "the cache", cos=cos, sin=sin)
     if (cos is None) != (sin is None) or (query is not None and cos is None):
         raise ValueError("cos, sin: expected both or neither, and both with a query, which is there to be rotated")

@@ -84,13 +84,13 @@ class Engine:
         moves: list[tuple[int, int]] = []
         row = 0
         for one in work:
-            samples = one.samples
             one.sequence.computed += one.count
-            if samples:
+            if one.samples:
                 asking.append((row, one.sequence))
-                for sibling, move in self.scheduler.fork(one.sequence):
-                    asking.append((row, sibling))
-                    moves += [] if move is None else [move]
+                if not one.sequence.response:  # the prompt is computed
+                    for sibling, move in self.scheduler.fork(one.sequence):
+                        asking.append((row, sibling))
+                        moves += [] if move is None else [move]
                 row += 1
         self.runner.copy(moves)
         return asking
@@ -118,17 +118,21 @@ class Engine:
 
     def _draw(self, logits: torch.Tensor, sequences: abc.Sequence[Sequence]) -> Samples:
         params, device = [s.params for s in sequences], logits.device
+        alike = all(one is params[0] for one in params)
 
-        def column(values: list[float], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)
+        def column(name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            if alike:  # nothing to send
+                return torch.full((len(params),), getattr(params[0], name), dtype=dtype, device=device)
+            return torch.tensor([getattr(one, name) for one in params], dtype=dtype, device=device)
 
+        uniforms = [s.uniforms[len(s.response)] for s in sequences]
         return ops.sample(
             logits,
-            column([s.uniforms[len(s.response)] for s in sequences], torch.float64),
-            column([p.temperature for p in params]),
-            column([p.top_k for p in params], torch.int32),
-            column([p.top_p for p in params]),
-            column([p.min_p for p in params]),
+            torch.tensor(uniforms, dtype=torch.float64, device=device),
+            column("temperature"),
+            column("top_k", torch.int32),
+            column("top_p"),
+            column("min_p"),
         )
 
     def _column(self, sequences: abc.Sequence[Sequence], rows: list[int]) -> torch.Tensor:

@@ -71,6 +71,8 @@ class Generator:
         share_prefixes: compute a prompt, or the beginning that prompts have in common, once.
         fast: use this project's kernels for the model's own layers where they serve (float32 on a CPU).
         value_head: from states (S, H) in float32 to values (S, 1); the rollouts then have each token's value.
+        cuda_graphs: record the layers' kernels for steps of one token a sequence, and launch them all at once. A
+            model that cannot be recorded goes on without, with a warning.
 
     Raises:
         ValueError: the model cannot be served; says why.
@@ -87,6 +89,7 @@ class Generator:
         share_prefixes: bool = True,
         fast: bool = True,
         value_head: nn.Module | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
         for name, value in (("max_batch_tokens", max_batch_tokens), ("max_sequences", max_sequences)):
             if value < 1:
@@ -96,7 +99,9 @@ class Generator:
         self.model, self.tokenizer = model, tokenizer
         self.max_batch_tokens, self.max_sequences = max_batch_tokens, max_sequences
         self.share_prefixes = share_prefixes
-        self.runner = ModelRunner(model, fast, value_head)
+        self.runner = ModelRunner(model, fast, value_head, cuda_graphs)
+        if cuda_graphs and self.runner.device.type != "cuda":
+            raise ValueError(f"cuda_graphs: the model is on {self.runner.device}; expected a CUDA device, or False")
         self.statistics = Statistics()
         self.weight_version = 0
         self._budget = Budget(self.runner, block_size, kv_bytes)

@@ -18,14 +18,20 @@ from torch import nn
 
 from rlhf_fast.models.adapters import Model
 from rlhf_fast.models.forward import output_head
+from rlhf_fast.ops import _compiled
 from rlhf_fast.ops._compiled import Linear, PagedAttention
 from rlhf_fast.ops.linear import Weight, rms_norm, usable
 from rlhf_fast.ops.paged_attention import MOST_DIM
-from rlhf_fast.rollout import attention
+from rlhf_fast.rollout import attention, torch_layers
 
 KINDS = ("linear", "norm", "mlp", "attention", "layer")
 Forward = Callable[..., Any]
 Options = dict[int, attention.Options]  # those that the attention of each layer was called with
+
+
+def compiled_for(states: torch.Tensor) -> bool:
+    """Whether the kernels of these layers serve states such as these."""
+    return _compiled.cpu is not None and states.device.type == "cpu" and states.dtype == torch.float32
 
 
 @contextlib.contextmanager
@@ -224,4 +230,5 @@ _FASTER: dict[str, Callable[[Any, Options], Forward | None]] = {
     "mlp": _mlp,
     "attention": _attention,
     "layer": _layer,
+    **torch_layers.KINDS,
 }

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from rlhf_fast.models.forward import evaluating
-from rlhf_fast.ops import _compiled
 from rlhf_fast.ops.paged_attention import KVCache, PagedBatch
-from rlhf_fast.rollout import attention, layers
+from rlhf_fast.rollout import attention, layers, torch_layers
 
 BLOCK = 16
 PROMPTS = (5, 7)  # tokens of two sequences; the second comes in two chunks
@@ -49,8 +48,9 @@ def probe(inner: Any, device: torch.device, fast: bool = True) -> Served:
     vocabulary = inner.get_input_embeddings().weight.shape[0]
     ids = torch.tensor([(11 * i + 5) % vocabulary for i in range(sum(PROMPTS))], device=device)
     want = _plain(inner, ids)
+    calls: torch_layers.Calls = {}
     try:
-        got, step = _in_blocks(inner, ids, (), {})
+        got, step = _in_blocks(inner, ids, (), {}, calls)
     except (ValueError, TypeError, AttributeError, RuntimeError, IndexError, KeyError) as error:
         raise ValueError(f"model: {name} cannot be served from paged keys and values: {error}") from error
     expected, asked = inner.config.get_text_config().num_hidden_layers, sorted(step.options)
@@ -61,18 +61,20 @@ def probe(inner: Any, device: torch.device, fast: bool = True) -> Served:
             "(state-space layers, compressed or shared caches and attention biases are not supported)"
         )
     caches = {layer: (c.keys.shape[1], c.dim, c.keys[:0]) for layer, c in step.caches.items()}
-    return Served(caches, step.options, _faster(inner, ids, got, step.options) if fast else ())
+    return Served(caches, step.options, _faster(inner, ids, got, step.options, calls) if fast else ())
 
 
-def _faster(inner: Any, ids: torch.Tensor, want: torch.Tensor, options: dict[int, Any]) -> tuple[str, ...]:
+@torch.no_grad()
+def _faster(
+    inner: Any, ids: torch.Tensor, want: torch.Tensor, options: dict[int, Any], calls: torch_layers.Calls
+) -> tuple[str, ...]:
     """As many kinds of faster layers as give the same states; the most particular is the first to go."""
-    if _compiled.cpu is None or want.device.type != "cpu" or want.dtype != torch.float32:
-        return ()
-    for count in range(len(layers.KINDS), 0, -1):
-        kinds = layers.KINDS[:count]
+    with attention.paged(inner):
+        kinds = layers.KINDS if layers.compiled_for(want) else torch_layers.that_serve(calls, options)
+    for count in range(len(kinds), 0, -1):
         with contextlib.suppress(ValueError, TypeError, AttributeError, RuntimeError, IndexError):  # not that model
-            if _same(_in_blocks(inner, ids, kinds, options)[0], want):
-                return kinds
+            if _same(_in_blocks(inner, ids, kinds[:count], options)[0], want):
+                return kinds[:count]
     return ()
 
 
@@ -93,8 +95,14 @@ def _plain(inner: Any, ids: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def _in_blocks(
-    inner: Any, ids: torch.Tensor, kinds: tuple[str, ...], options: dict[int, Any]
+    inner: Any,
+    ids: torch.Tensor,
+    kinds: tuple[str, ...],
+    options: dict[int, Any],
+    calls: torch_layers.Calls | None = None,
 ) -> tuple[torch.Tensor, attention.Step]:
+    watched = contextlib.nullcontext() if calls is None else torch_layers.watched(inner, calls)
+
     def new_cache(layer: int, kv_heads: int, dim: int, like: torch.Tensor) -> KVCache:
         return KVCache.new(3, kv_heads, dim, BLOCK, like)
 
@@ -105,7 +113,7 @@ def _in_blocks(
         (torch.cat([first, second[:3]]), (5, 3), (5, 3), (2, 1)),
         (second[3:], (4,), (7,), (1,)),
     )
-    with attention.paged(inner), layers.replaced(inner, kinds, options):
+    with attention.paged(inner), layers.replaced(inner, kinds, options), watched:
         for tokens, counts, contexts, blocks in chunks:
             at = np.concatenate([np.arange(end - count, end) for count, end in zip(counts, contexts, strict=True)])
             slots = np.repeat(blocks, counts) * BLOCK + at

@@ -15,14 +15,11 @@ from rlhf_fast.rollout.sequence import Sequence
 
 @dataclass(frozen=True)
 class Work:
-    """The next `count` tokens of a sequence. The step samples if they are its last ones."""
+    """The next `count` tokens of a sequence."""
 
     sequence: Sequence
     count: int
-
-    @property
-    def samples(self) -> bool:
-        return self.sequence.computed + self.count == len(self.sequence)
+    samples: bool  # whether they are its last ones
 
 
 class Scheduler:
@@ -82,7 +79,7 @@ class Scheduler:
     def _given(self, sequence: Sequence, count: int) -> Work:
         if self.share_prefixes:
             self.pool.register(sequence, sequence.computed + count)
-        return Work(sequence, count)
+        return Work(sequence, count, sequence.computed + count == len(sequence))
 
     def _spoken_for(self) -> int:
         """Free blocks that a new sequence must leave: one for each that runs and will need more, else one of them

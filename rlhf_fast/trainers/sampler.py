@@ -57,7 +57,7 @@ class Sampler:
     ) -> None:
         self.policy, self.tokenizer, self.reward = policy, tokenizer, reward
         self.prompts, self.config = prompts, config
-        self.generator = Generator(policy, tokenizer, value_head=value_head)
+        self.generator = Generator(policy, tokenizer, value_head=value_head, cuda_graphs=config.cuda_graphs)
         self.ahead: Sampled | None = None  # the next step's, with ppo.lag
 
     def take(self, step: int) -> tuple[Sampled, int]:
@@ -79,7 +79,8 @@ class Sampler:
         rollouts, scoring = self._scored_rollouts(records, params)
         statistics = self.generator.statistics
         greedy = self._scored_rollouts(records, _greedy(params)) if self.config.advantage == "remax" else None
-        self.generator.release_memory()
+        if not self.config.cuda_graphs:  # which are recorded with this memory
+            self.generator.release_memory()
         return Sampled(step, records, rollouts, scoring, greedy, statistics)
 
     def _params(self, step: int) -> SamplingParams:

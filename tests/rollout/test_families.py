@@ -3,7 +3,10 @@ family of models and under everything that the engine does to them; what cannot 
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ import transformers
 from rlhf_fast import Generator, SamplingParams, models, ops
 from rlhf_fast.data.batches import pad
 from rlhf_fast.ops import _compiled
+from rlhf_fast.rollout import layers
 from rlhf_fast.rollout.rollouts import Rollouts
 
 SMALL: dict[str, Any] = {
@@ -95,11 +99,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "as it comes": {},
     "chunks of 7, blocks of 16": {"max_batch_tokens": 7, "block_size": 16},
     "little memory": {"blocks": 8, "block_size": 16},
+    "layers with torch's products": {"torch": True},  # as on a GPU
     "without our layers": {"fast": False},
 }
 
 
-def generator(model: Any, blocks: int = 0, **options: Any) -> Generator:
+def generator(model: Any, blocks: int = 0, torch: bool = False, **options: Any) -> Generator:
+    with mock.patch.object(layers, "compiled_for", lambda states: False) if torch else contextlib.nullcontext():
+        return in_blocks(model, blocks, **options)
+
+
+def in_blocks(model: Any, blocks: int, **options: Any) -> Generator:
     made = Generator(model, **options)
     if blocks:
         made = Generator(model, kv_bytes=blocks * options["block_size"] * made.runner.served.bytes_per_token, **options)
@@ -168,6 +178,37 @@ def test_the_layers_of_ours_that_serve_are_used_and_taken_away_again(name: str, 
     with Generator(model).runner.ready():
         assert replaced() == set(expected.split())
     assert replaced() == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("llama", "LlamaAttention LlamaRMSNorm"),
+        ("qwen3", "Qwen3Attention Qwen3RMSNorm"),
+        ("olmo2", "Olmo2Attention Olmo2RMSNorm"),
+        ("gemma2", "Gemma2Attention"),  # its norms add 1 to their weights
+        ("cohere", ""),  # rotates pairs, not halves, and its norms take the mean away
+        ("gpt2", ""),
+    ],
+)
+def test_layers_with_few_launches_are_those_that_compute_the_same(name: str, expected: str) -> None:
+    model = built(*SERVED[name]).bfloat16()  # in which neither would show in the states
+    with Generator(model).runner.ready():
+        found = {type(m).__name__ for m in model.base_model.modules() if "forward" in vars(m)}
+    assert found == set(expected.split())
+
+
+def test_in_bfloat16_they_are_as_near_to_float32_as_the_models_own(prompts: list[list[int]]) -> None:
+    whole = built(*SERVED["qwen3"])
+    half = copy.deepcopy(whole).bfloat16()
+    params = SamplingParams(n=4, max_new_tokens=16, ignore_eos=True, seed=2)
+    found = []
+    for fast in (True, False):
+        rollouts = Generator(half, fast=fast).generate(prompts, params)
+        with torch.no_grad():
+            truth, _ = models.response_logprobs(whole, pad(rollouts.examples()))
+        found.append((rollouts.logprobs[rollouts.response_mask] - truth).abs().mean())
+    assert found[0] <= 1.1 * found[1] and found[1] < 0.02
 
 
 def test_a_backend_that_was_asked_for_is_the_one_that_generates(prompts: list[list[int]]) -> None:

@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock  # comes with torch
+
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-w"]
@@ -66,8 +68,20 @@ def module() -> Any:
     state.update(f"{sys.version} {pybind11.__version__}".encode())
     folder = ROOT / "build" / "simt" / state.hexdigest()[:16]
     path = folder / f"_simt{sysconfig.get_config_var('EXT_SUFFIX')}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):  # several processes test
+        _build(path, sources, folder)
+    spec = importlib.util.spec_from_file_location("_simt", path)
+    assert spec is not None and spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def _build(path: Path, sources: list[Path], folder: Path) -> None:
+    import pybind11
+
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         flags = [
             "-c",
             '-DRLHF_FAST_CUDA="simt"',
@@ -81,8 +95,3 @@ def module() -> Any:
         aside = path.with_suffix(f".{os.getpid()}")
         subprocess.run(["g++", "-shared", *map(str, objects), "-o", str(aside)], check=True)
         aside.replace(path)
-    spec = importlib.util.spec_from_file_location("_simt", path)
-    assert spec is not None and spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
