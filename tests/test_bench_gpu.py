@@ -146,8 +146,9 @@ def test_the_report_ranks_what_is_furthest_from_its_limit_by_the_best_of_ours(tm
         if (r["card"], r["case"], r["graphs"]) == ("H100", case, True)
     )
     rollout = {
-        "op": f"rollout: {case}", "case": "256 prompts of 512, 256 new", "tokens": 65536, "provider": "rlhf-fast, CUDA graphs",
-        "seconds": 2 * expected["seconds"], "limit_seconds": 5.0, "speedup": 1.0, "device": "NVIDIA H100 80GB HBM3",
+        "op": f"rollout: {case}", "case": "256 prompts of 512, 256 new", "provider": "rlhf-fast, CUDA graphs",
+        "tokens": 65536, "seconds": 2 * expected["seconds"], "limit_seconds": 5.0, "speedup": 1.0,
+        "device": "NVIDIA H100 80GB HBM3",
     }  # fmt: skip
     text = report.write({}, [rollout], path)[0].read_text()
     assert f"| rollout: {case} | " in text and f"| {expected['binds']} | " in text and " | 2.00 |" in text

@@ -191,6 +191,6 @@ def test_a_model_that_needs_values_is_an_error_that_names_it() -> None:
 @pytest.mark.parametrize("verb", ["sft", "reward", "dpo", "ppo"])
 def test_runs_take_at_their_peak_what_was_predicted(verb: str, tmp_path: Path) -> None:
     model = measured.random_llama(tmp_path / "model")
-    found = measured.compare(verb, model, measured.settings(verb, tokens=1024, length=128))
-    assert found["measured"] > 3e8
+    found = measured.compare(verb, model, measured.settings(verb, tokens=512, length=64))
+    assert found["measured"] > 2.5e8
     assert 0.95 < found["predicted"] / found["measured"] < 1.15

@@ -89,9 +89,8 @@ def put_predictions(page: Path, card: str = "H100") -> None:
         ),
         "", f"| rollout, {card} | predicted, tokens/s | of the roofline | what binds | goal |", "|---|---|---|---|---|",
         *(
-            f"| {one['case']}{', CUDA graphs' * one['graphs']} | {one['tokens_per_second']:,.0f} | {one['share']:.0%} | "
-            f"{one['binds']} | "
-            f"{goal_text(one['goal'])} |"
+            f"| {one['case']}{', CUDA graphs' * one['graphs']} | {one['tokens_per_second']:,.0f} | "
+            f"{one['share']:.0%} | {one['binds']} | {goal_text(one['goal'])} |"
             for one in whole["rollouts"]
             if one["card"] == card
         ),

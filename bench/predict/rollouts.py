@@ -143,8 +143,8 @@ def predicted(
     return {
         "tokens_per_second": round(case.tokens() / took, 1), "seconds": round(took, 4), "steps": len(steps),
         "binds": max(seconds, key=lambda name: seconds[name]), "limit_seconds": round(limit, 4),
-        "share": round(share, 4), "call_ms_a_step": round(1e3 * model.call(graphs), 4), "launches_a_step": sum(model.launches),
-        "goal": goal if case.n == 1 else None,
+        "share": round(share, 4), "call_ms_a_step": round(1e3 * model.call(graphs), 4),
+        "launches_a_step": sum(model.launches), "goal": goal if case.n == 1 else None,
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""`python -m bench.rollout.host`: milliseconds a step of generation takes beside the model: scheduling, places, drawing.
+"""`python -m bench.rollout.host`: milliseconds that a step takes beside the model: scheduling, places, drawing.
 
 256 sequences draw 200 tokens each from states that are there already, of a model so small that its output layer and
 sampling take next to nothing. On a GPU the device waits for this where a step's layers are launched at once.

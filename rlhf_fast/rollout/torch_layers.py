@@ -35,7 +35,7 @@ def norm(module: Any, options: Options) -> Forward | None:
 
 def attend(module: Any, options: Options) -> Forward | None:
     layer, dim = getattr(module, "layer_idx", None), getattr(module, "head_dim", None)
-    projections = [getattr(module, name, None) for name in PROJECTIONS]
+    projections: list[Any] = [getattr(module, name, None) for name in PROJECTIONS]
     if layer not in options or not isinstance(dim, int) or dim > MOST_DIM or None in projections:
         return None
     of_query, of_key, of_value, of_output = projections

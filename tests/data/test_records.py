@@ -327,7 +327,9 @@ BAD_ROWS = [
 ]
 
 
-@pytest.mark.parametrize(("reader", "row", "message"), BAD_ROWS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("reader", "row", "message"), BAD_ROWS, ids=lambda value: getattr(value, "__name__", str(value))[:40]
+)
 def test_a_malformed_row_is_named_with_what_is_wrong(
     tmp_path: Path, reader: Reader, row: dict[str, Any], message: str
 ) -> None:

@@ -313,10 +313,10 @@ def test_bad_arguments_are_named() -> None:
         ops.write_kv(p.cache, key.double(), key.double(), slots)
     with pytest.raises(ValueError, match=r"slots: from 0 to 64, expected from 0 to 63"):
         ops.write_kv(p.cache, key, key, torch.tensor([0, 64]))
-    for name in ("value", "cos", "sin", "query"):
-        wrong = {"value": key, "cos": key[:, 0], "sin": key[:, 0], "query": key} | {name: torch.zeros(0).half()}
+    right = {"value": key, "cos": key[:, 0], "sin": key[:, 0], "query": key}
+    for name, x in right.items():
         with pytest.raises(TypeError, match=f"{name}: torch.float16, expected torch.float32 like the cache"):
-            ops.write_kv(p.cache, key, wrong.pop("value"), slots, **wrong)
+            ops.write_kv(p.cache, key, slots=slots, **{**right, name: x.half()})
     with pytest.raises(ValueError, match="cos, sin: expected both or neither"):
         ops.write_kv(p.cache, key, key, slots, cos=key[:, 0])
     with pytest.raises(TypeError, match=r"query: torch.float64, expected torch.float32 like the cache"):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
+import multiprocessing
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -23,56 +22,25 @@ from rlhf_fast.trainers import state as state_module
 from rlhf_fast.trainers.optimizer import Optimizer
 from rlhf_fast.trainers.sft import SFTTrainer
 from rlhf_fast.trainers.state import TrainState, fingerprint
+from tests.trainers import killed_run
 
 METHODS = ("ppo", "grpo", "ppo-lag", "remax-lag", "dpo", "reward", "sft")
 TIMED = ("seconds", "decode_roofline", "training_utilisation", "busy")  # metrics that no two runs have the same
 
-# Trains NAME from FOLDER into OUT, keeping the state after every step, at a pace at which it can be hit.
-SCRIPT = """
-import sys, time
-from rlhf_fast.config import DPOConfig, LoRAConfig, OptimConfig, PPOConfig, RewardConfig, RunConfig, SFTConfig
-from rlhf_fast.trainers import state
-from rlhf_fast.trainers.dpo import DPOTrainer
-from rlhf_fast.trainers.ppo import PPOTrainer
-from rlhf_fast.trainers.reward import RewardTrainer
-from rlhf_fast.trainers.sft import SFTTrainer
 
-name, folder, out, pause = sys.argv[1], sys.argv[2], sys.argv[3], float(sys.argv[4])
-state.EVERY, state.MOST = 0.0, 1e9
-after = state.TrainState.after
-def slowly(self, step):
-    after(self, step)
-    time.sleep(pause)
-state.TrainState.after = slowly
-words = dict(lora=LoRAConfig(r=4), optim=OptimConfig(lr=1e-3), run=RunConfig(save_every=2, keep_last=1))
-pairs = [{"prompt": f"q{i % 5}", "chosen": f"yes {i}", "rejected": "no"} for i in range(12)]
-if name == "sft":
-    data = [{"prompt": f"q{i}", "completion": f"answer {i}"} for i in range(12)]
-    trainer = SFTTrainer(folder, data, out, SFTConfig(batch_size=2, epochs=4, patience=2, **words))
-elif name == "reward":
-    trainer = RewardTrainer(folder, pairs, out, RewardConfig(batch_size=2, epochs=3, heldout=0.4, **words))
-elif name == "dpo":
-    trainer = DPOTrainer(folder, pairs, out, DPOConfig(batch_size=2, epochs=3, heldout=0.4, **words))
-else:
-    options = dict(
-        advantage=name.removesuffix("-lag") if name in ("grpo", "remax-lag") else "gae", lag=int(name.endswith("-lag")),
-        **(dict(critic="separate", critic_warmup=1) if name == "ppo" else {})
-    )
-    config = PPOConfig(
-        steps=6, prompts_per_step=3, samples_per_prompt=2, minibatches=2, max_new_tokens=8, kl_target=0.5, **options,
-        **words
-    )
-    prompts = [{"prompt": f"q{i}"} for i in range(5)]
-    trainer = PPOTrainer(folder, lambda prompts, texts: [float(len(text)) for text in texts], prompts, out, config)
-trainer.train()
-"""
+# Processes that are there as soon as they are asked for, each copied from one that has imported all.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["tests.trainers.killed_run"])
 
 
-def start(name: str, folder: Path, out: Path, pause: float = 0.0) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, name, str(folder), str(out), str(pause)], text=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+def start(name: str, folder: Path, out: Path, pause: float = 0.0) -> Any:
+    process = PROCESSES.Process(target=killed_run.train, args=(name, str(folder), str(out), pause, f"{out}.errors"))
+    process.start()
+    return process
+
+
+def said(out: Path) -> str:
+    return Path(f"{out}.errors").read_text()
 
 
 def outcome(out: Path) -> dict[str, Any]:
@@ -98,7 +66,10 @@ def test_a_killed_run_ends_as_the_unbroken_one(tiny_folder: Path, tmp_path: Path
 
 
 def kill_and_resume(name: str, folder: Path, out: Path) -> None:
-    unbroken = start(name, folder, out / "unbroken")
+    out.mkdir()
+    # This one is a Python of its own, whose sets and dicts of strings have another order.
+    command = [sys.executable, "-m", "tests.trainers.killed_run", name, str(folder), str(out / "unbroken"), "0"]
+    unbroken = subprocess.Popen(command, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     run, draw = out / "run", random.Random(name)
     resumed = []
     for lines in (draw.randint(2, 3), draw.randint(4, 5)):  # of metrics, that are there when it is killed
@@ -106,16 +77,18 @@ def kill_and_resume(name: str, folder: Path, out: Path) -> None:
         deadline = time.monotonic() + 120
         metrics = run / "metrics.jsonl"
         while not metrics.exists() or metrics.read_text().count("\n") < lines:
-            assert process.poll() is None and time.monotonic() < deadline, process.stderr and process.stderr.read()
+            assert process.is_alive() and time.monotonic() < deadline, said(run)
             time.sleep(0.002)
         time.sleep(draw.random() * 0.08)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.kill()
+        process.join()
         kept = run / "state" / "state.json"
         resumed.append(json.loads(kept.read_text())["step"] if kept.exists() else 0)
-    for process in (start(name, folder, run), unbroken):
-        _, said = process.communicate(timeout=120)
-        assert process.returncode == 0, said
+    process = start(name, folder, run)
+    process.join(120)
+    assert process.exitcode == 0, said(run)
+    _, its_errors = unbroken.communicate(timeout=120)
+    assert unbroken.returncode == 0, its_errors
     assert max(resumed) > 0 and not (run / "state").exists()
     there, expected = outcome(run), outcome(out / "unbroken")
     assert there.keys() == expected.keys()
@@ -129,14 +102,14 @@ def test_sigterm_ends_a_run_after_its_step_and_says_how_to_go_on(tiny_folder: Pa
     process = start("sft", tiny_folder, out, pause=0.2)
     deadline = time.monotonic() + 60
     while not (out / "state" / "state.json").exists():
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 0 and "by SIGTERM; the same command goes on from there" in said
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 0 and "by SIGTERM; the same command goes on from there" in said(out)
     assert not (out / "result.json").exists()
     step = json.loads((out / "state" / "state.json").read_text())["step"]
-    assert f"ended after step {step}" in said
+    assert f"ended after step {step}" in said(out)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert max(row["step"] for row in rows) == step
 
