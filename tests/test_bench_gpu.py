@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -183,3 +185,22 @@ def test_a_rehearsal_of_some_steps(tmp_path: Path) -> None:
     assert machine["rates"]["read"] > 1e8 and machine["rates"]["product_bf16"] > 1e6
     assert [r["op"] for r in found.records if r["step"] == "ppo"] == ["ppo: tiny"] * 2
     assert "## PPO" in file.with_suffix(".md").read_text()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
+def test_the_call_with_graphs_is_the_second_one_and_is_held_against_the_plain_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from bench.gpu import training
+
+    calls: list[str] = []
+
+    def ours(case: Any, model: Any, cuda_graphs: bool) -> Any:
+        return lambda: calls.append("called") or time.sleep(0.01)
+
+    monkeypatch.setattr(training.rollout, "ours", ours)
+    case = training.rollout.Case("some", [[1, 2]], [3])
+    rates = training.harness.Rates(1.0, 1.0, 1.0)
+    record = training._with_graphs(case, None, 0.005, {}, rates, plain=0.02)
+    assert len(calls) == 2 and record["provider"] == "rlhf-fast, CUDA graphs" and record["tokens"] == 3
+    assert record["speedup"] == pytest.approx(record["seconds"] / 0.02)

@@ -69,7 +69,8 @@ class Generator:
         block_size: positions in a block of keys and values: a multiple of 16, at most 128.
         kv_bytes: memory for keys and values; by default as much as the requests need, up to half of what is free.
         share_prefixes: compute a prompt, or the beginning that prompts have in common, once.
-        fast: use this project's kernels for the model's own layers where they serve (float32 on a CPU).
+        fast: compute the model's layers in faster ways where they come to the same: with this project's kernels
+            (float32 on a CPU), else with few launches.
         value_head: from states (S, H) in float32 to values (S, 1); the rollouts then have each token's value.
         cuda_graphs: record the layers' kernels for steps of one token a sequence, and launch them all at once. A
             model that cannot be recorded goes on without, with a warning.
