@@ -31,7 +31,8 @@ demo: $(STAMP) ## the whole pipeline on a small model; the run goes to DEMO_OUT 
 # runs beside the rest, and what it says is shown at the end. Small models gain nothing from threads, which would wait
 # for each other busily: one thread to a process, and TEST_PROCESSES of them.
 test: $(STAMP) ## run the tests
-	@mkdir -p build; export OMP_NUM_THREADS=1; TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/ops -k triton > build/triton-tests.log 2>&1 & \
+	@mkdir -p build; export OMP_NUM_THREADS=1; \
+	  TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/ops -k triton > build/triton-tests.log 2>&1 & \
 	  triton=$$!; trap "kill $$triton 2>/dev/null" EXIT; \
 	  $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist worksteal; rest=$$?; \
 	  wait $$triton; found=$$?; cat build/triton-tests.log; trap - EXIT; exit $$((rest || found))

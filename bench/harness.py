@@ -151,14 +151,15 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
     _compiled.release_memory()  # what is kept for the next results is part of what these need
     try:
         Path("/proc/self/clear_refs").write_text("5")  # forget the highest mark so far
-        before = _status("VmRSS")
+        before = status("VmRSS")
         call()
-        return max(_status("VmHWM") - before, 0)
+        return max(status("VmHWM") - before, 0)
     except (OSError, TypeError):  # not Linux
         return None
 
 
-def _status(key: str) -> int:
+def status(key: str) -> int:
+    """Bytes of resident pages, now (VmRSS) or at most so far (VmHWM); OSError where there is no /proc."""
     found = re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) * 1024

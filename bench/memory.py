@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, LlamaConfig, PreTrainedTokenizerBase
 
+from bench import harness
 from rlhf_fast import cli, memory, models
 from rlhf_fast.config import DPOConfig, LoRAConfig, OptimConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf_fast.data.chat import encode, encode_prompt
@@ -175,11 +176,11 @@ def _give_back() -> None:
 
 
 def _now() -> int:
-    return torch.cuda.memory_allocated() if torch.cuda.is_available() else _status("VmRSS")
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else harness.status("VmRSS")
 
 
 def _peak() -> int:
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else harness.status("VmHWM")
 
 
 def _forget_peak() -> None:
@@ -187,12 +188,6 @@ def _forget_peak() -> None:
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def _status(name: str) -> int:
-    """Bytes of resident pages, now (VmRSS) or at most so far (VmHWM)."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def main(words: list[str] | None = None) -> None:

@@ -168,19 +168,15 @@ def _attend(module: Any, options: Options) -> Attend | None:
     if any(norm is not None and getattr(norm, "weight", None) is None for norm in norms):
         return None
     inputs, output, kernels, option = Linear(weights[:3]), Linear(weights[3:]), PagedAttention("cpu"), options[layer]
-    heads, kv_heads = (one.weight.shape[0] // dim for one in weights[:2])
+    kv_heads = weights[1].weight.shape[0] // dim
     scale = dim**-0.5 if option.scale is None else option.scale
-
-    def normed(x: torch.Tensor, norm: Any, heads: int) -> torch.Tensor:
-        if norm is not None and norm.weight.shape[-1] != dim:  # of all heads together
-            x = norm(x)
-        x = x.view(-1, heads, dim)
-        return x if norm is None or norm.weight.shape[-1] != dim else norm(x)
 
     def attend(states: torch.Tensor, rotation: Any, add: torch.Tensor | None) -> torch.Tensor:
         step = attention.current()
         query, key, value = inputs(states)
-        queries, keys = normed(query, norms[0], heads), normed(key, norms[1], kv_heads)  # (N, heads, dim)
+        queries, keys = (
+            torch_layers.in_heads(x, dim, norm) for x, norm in zip((query, key), norms, strict=True)
+        )  # (N, heads, dim)
         cache = step.cache(layer, kv_heads, dim, keys)
         cos, sin = (x[0].contiguous() for x in rotation)  # (N, dim)
         if cos.shape != (len(states), dim):

@@ -33,6 +33,13 @@ def norm(module: Any, options: Options) -> Forward | None:
     return lambda x: nn.functional.rms_norm(x, weight.shape, weight, eps)
 
 
+def in_heads(x: torch.Tensor, dim: int, norm: Any) -> torch.Tensor:
+    """x (N, heads * dim) as (N, heads, dim), each head through its norm, or all together."""
+    whole = norm is not None and getattr(norm, "weight", x).shape[-1] != dim
+    x = (norm(x) if whole else x).view(len(x), -1, dim)
+    return x if norm is None or whole else norm(x)
+
+
 def attend(module: Any, options: Options) -> Forward | None:
     layer, dim = getattr(module, "layer_idx", None), getattr(module, "head_dim", None)
     projections: list[Any] = [getattr(module, name, None) for name in PROJECTIONS]
@@ -41,14 +48,9 @@ def attend(module: Any, options: Options) -> Forward | None:
     of_query, of_key, of_value, of_output = projections
     norms, option = [getattr(module, name, None) for name in ("q_norm", "k_norm")], options[layer]
 
-    def heads(x: torch.Tensor, norm: Any) -> torch.Tensor:  # (N, heads, dim)
-        whole = norm is not None and getattr(norm, "weight", x).shape[-1] != dim  # of all heads together
-        x = (norm(x) if whole else x).view(len(x), -1, dim)
-        return x if norm is None or whole else norm(x)
-
     def forward(hidden_states: torch.Tensor, position_embeddings: Any, **_: Any) -> tuple[torch.Tensor, None]:
         step, states = attention.current(), hidden_states[0]  # (N, H)
-        queries, keys = heads(of_query(states), norms[0]), heads(of_key(states), norms[1])
+        queries, keys = in_heads(of_query(states), dim, norms[0]), in_heads(of_key(states), dim, norms[1])
         cos, sin = (x[0].to(keys.dtype) for x in position_embeddings)  # (N, dim)
         cache = step.cache(layer, keys.shape[1], dim, keys)
         write_kv(cache, keys, of_value(states).view(keys.shape), step.slots, cos, sin, queries)

@@ -50,6 +50,15 @@ KERNELS = [_param(name) for name in ("cpu", "cuda", "triton")]
 ALL = [*KERNELS, _param("reference")]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def several_threads() -> Iterator[None]:
+    """Kernels are to cut their work up, also where `make test` gives each process one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if INTERPRETED else max(before, 2))
+    yield
+    torch.set_num_threads(before)
+
+
 def _round_to_bfloat16_as_hardware_does() -> None:
     """Triton's interpreter cuts float32 off where a GPU rounds it to the nearest bfloat16, ties to even."""
     import triton.language as tl
