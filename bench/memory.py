@@ -33,7 +33,7 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedTokenizerBase
 from bench import harness
 from rlhf_fast import cli, memory, models
 from rlhf_fast.config import DPOConfig, LoRAConfig, OptimConfig, PPOConfig, RewardConfig, SFTConfig
-from rlhf_fast.data.chat import encode, encode_prompt
+from rlhf_fast.data.tokenize import tokenize_example, tokenize_prompt
 from rlhf_fast.files import write_atomic
 from rlhf_fast.forecast import CONFIGS
 from rlhf_fast.ops import _compiled
@@ -135,7 +135,7 @@ def _trainer(verb: str, model: Any, config: Any, out: Path) -> Any:
     if verb == "ppo":
         room = length - config.max_new_tokens
         filler = "c" * room
-        while len(encode_prompt(tokenizer, f"0000{filler}")) > room:
+        while len(tokenize_prompt(tokenizer, f"0000{filler}")) > room:
             filler = filler[:-1]
         prompts = [{"prompt": f"{i:04}{filler}"} for i in range(config.prompts_per_step)]
         return PPOTrainer(model, lambda prompts, texts: [0.5] * len(texts), prompts, out, config)
@@ -157,7 +157,7 @@ def _tokenizer(model: str) -> PreTrainedTokenizerBase:
 def _text(tokenizer: PreTrainedTokenizerBase, prompt: str, length: int) -> str:
     """The longest response of one word after the other with which `prompt` has at most `length` tokens."""
     words = length
-    while len(encode(tokenizer, prompt, "ab" + "c" * words, 10**9, "")) > length:
+    while len(tokenize_example(tokenizer, prompt, "ab" + "c" * words)) > length:
         words -= 1
     return "ab" + "c" * words
 

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from rlhf_fast import DPOConfig, DPOTrainer, OptimConfig, RewardConfig, RewardTrainer, models
-from rlhf_fast.data.chat import encode
+from rlhf_fast.data import tokenize_record
 from rlhf_fast.data.records import read_comparisons
 
 
@@ -27,12 +27,7 @@ def main(words: list[str] | None = None) -> None:
     comparisons = read_comparisons(arguments.data)
     _, tokenizer = models.load(arguments.model)
     short = [
-        row
-        for row in comparisons
-        if all(
-            len(encode(tokenizer, row.prompt, text, 1 << 30, row.name)) <= arguments.max_tokens
-            for text in (row.chosen, row.rejected)
-        )
+        row for row in comparisons if all(len(side) <= arguments.max_tokens for side in tokenize_record(row, tokenizer))
     ]
     print(f"{len(short)} of {len(comparisons)} comparisons have at most {arguments.max_tokens} tokens a side")
     out, limit = Path(arguments.out), arguments.max_tokens

@@ -76,6 +76,9 @@ class GenerateCommand:
     max_new_tokens: int = 128  # tokens; an answer that has not ended by then is cut off
     min_new_tokens: int = 0  # tokens; no end before
     stop: str = ""  # a text that ends an answer
+    chat_template: str | None = None  # chatml, plain or the file of a Jinja template; none: the model's own
+    template_kwargs: dict[str, Any] = field(default_factory=dict)  # what it reads besides messages: enable_thinking
+    parse_special_tokens: bool = False  # special tokens that are spelled out in messages become tokens
     seed: int = 0
 
 
@@ -170,6 +173,7 @@ def _ppo(command: PPOCommand) -> None:
 def _generate(command: GenerateCommand) -> None:
     from rlhf_fast import models
     from rlhf_fast.data.records import read_prompts
+    from rlhf_fast.data.templates import use_template
     from rlhf_fast.files import write_jsonl
     from rlhf_fast.rollout.generator import Generator
     from rlhf_fast.rollout.sampling import SamplingParams
@@ -183,11 +187,12 @@ def _generate(command: GenerateCommand) -> None:
     asks = not (command.prompts or command.prompt)
     records = [] if asks else read_prompts(command.prompts or [{"prompt": command.prompt}])
     model, tokenizer = models.load(command.model, merged=True)
+    use_template(tokenizer, command.chat_template, command.template_kwargs, command.parse_special_tokens)
     generator = Generator(model, tokenizer)
     if asks:
         return _talk(generator, params)
     with progress_bar(len(records) * params.n, "generate", "reply") as bar:
-        rollouts = generator.generate([r.prompt for r in records], params, bar_updater(bar))
+        rollouts = generator.generate(records, params, bar_updater(bar))
     rows = [
         {"prompt": records[i].prompt, "completion": text, "finish_reason": reason}
         for i, text, reason in zip(rollouts.prompt_index.tolist(), rollouts.texts, rollouts.finish_reasons, strict=True)
@@ -210,13 +215,11 @@ def _talk(generator: Any, params: Any) -> None:
             return
         if not prompt.strip():
             continue
-        shown: dict[int, str] = {}
+        shown = ""
         for piece in generator.stream([prompt], params):
-            before = shown.get(piece.sample, "")
-            whole = piece.finish_reason or not piece.text.endswith("\ufffd")  # the last character may be half there
-            if params.n == 1 and piece.text.startswith(before) and whole:
-                print(_printable(piece.text[len(before) :]), end="", flush=True)
-                shown[0] = piece.text
+            if params.n == 1:
+                print(_printable(piece.text.removeprefix(shown)), end="", flush=True)
+                shown = piece.text
             elif params.n > 1 and piece.finish_reason:
                 print(f"[{piece.sample + 1}] {_printable(piece.text)}")
         print()

@@ -6,6 +6,7 @@ YAML and `PPOConfig(kl_coef=0.1)` in Python. settings.py turns the first two int
 
 from __future__ import annotations
 
+import datetime
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,13 @@ def _check(config: Any, **settings: str) -> None:
             value = getattr(config, name)
             if value is not None and not holds(value):
                 raise ValueError(f"{name}: {value}; expected {expected}")
+
+
+def _check_date(date: str | None) -> None:
+    try:
+        datetime.date.fromisoformat(date or "2026-01-01")
+    except ValueError as error:
+        raise ValueError(f"date: {date!r}; expected a day such as 2026-01-31") from error
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,10 @@ class SFTConfig:
     sample_tokens: int = 48  # tokens of such an answer at most
     patience: int | None = None  # evaluations without a lower loss until it ends with its best checkpoint
     max_length: int = 1024  # tokens; longer demonstrations are an error
+    chat_template: str | None = None  # chatml, plain or the file of a Jinja template; none: the model's own
+    template_kwargs: dict[str, Any] = field(default_factory=dict)  # what it reads besides messages: enable_thinking
+    parse_special_tokens: bool = False  # special tokens that are spelled out in messages become tokens
+    date: str | None = None  # the day that a template is told which asks for it; none: that of the run's start
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the model; what is trained is kept in float32
     seed: int = 0
     lora: LoRAConfig = field(default_factory=LoRAConfig)
@@ -98,6 +110,7 @@ class SFTConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        _check_date(self.date)
         _check(self, count="epochs batch_size max_length sample_tokens patience", part="heldout")
         _check(self, not_negative="samples seed")
 
@@ -116,6 +129,10 @@ class RewardConfig:
     max_new_tokens: int = 128  # tokens of such an answer
     patience: int | None = None  # evaluations without higher agreement until it ends with its best checkpoint
     max_length: int = 1024  # tokens of prompt and response; longer ones are an error
+    chat_template: str | None = None  # chatml, plain or the file of a Jinja template; none: the model's own
+    template_kwargs: dict[str, Any] = field(default_factory=dict)  # what it reads besides messages: enable_thinking
+    parse_special_tokens: bool = False  # special tokens that are spelled out in messages become tokens
+    date: str | None = None  # the day that a template is told which asks for it; none: that of the run's start
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the model; what is trained is kept in float32
     seed: int = 0
     lora: LoRAConfig = field(default_factory=LoRAConfig)
@@ -123,6 +140,7 @@ class RewardConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        _check_date(self.date)
         _check(self, count="epochs batch_size heads max_new_tokens max_length patience", part="heldout")
         _check(self, not_negative="center_coef lcb normalize_samples seed")
 
@@ -139,6 +157,10 @@ class DPOConfig:
     label_smoothing: float = 0.0  # share of comparisons presumed to be the wrong way round
     patience: int | None = None  # evaluations without a lower loss until it ends with its best checkpoint
     max_length: int = 1024  # tokens of prompt and response; longer ones are an error
+    chat_template: str | None = None  # chatml, plain or the file of a Jinja template; none: the model's own
+    template_kwargs: dict[str, Any] = field(default_factory=dict)  # what it reads besides messages: enable_thinking
+    parse_special_tokens: bool = False  # special tokens that are spelled out in messages become tokens
+    date: str | None = None  # the day that a template is told which asks for it; none: that of the run's start
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the model; what is trained is kept in float32
     seed: int = 0
     lora: LoRAConfig = field(default_factory=LoRAConfig)
@@ -146,6 +168,7 @@ class DPOConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        _check_date(self.date)
         _check(self, count="epochs batch_size max_length patience", part="heldout", positive="beta")
         _check(self, below_half="label_smoothing", not_negative="seed")
 
@@ -188,6 +211,10 @@ class PPOConfig:
     rollout_cap: float = 2.0  # most that a token of an older policy's samples weighs
     cuda_graphs: bool = False  # launch a step of sampling at once on a GPU; its keys and values stay while training
     max_length: int = 1024  # tokens of prompt and response
+    chat_template: str | None = None  # chatml, plain or the file of a Jinja template; none: the model's own
+    template_kwargs: dict[str, Any] = field(default_factory=dict)  # what it reads besides messages: enable_thinking
+    parse_special_tokens: bool = False  # special tokens that are spelled out in messages become tokens
+    date: str | None = None  # the day that a template is told which asks for it; none: that of the run's start
     dtype: Literal["float32", "bfloat16"] = "float32"  # of all models; what is trained is kept in float32
     seed: int = 0
     lora: LoRAConfig = field(default_factory=LoRAConfig)
@@ -195,6 +222,7 @@ class PPOConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        _check_date(self.date)
         _check(self, count="steps prompts_per_step samples_per_prompt max_new_tokens epochs minibatches max_length")
         _check(self, count="reward_batch")
         _check(self, positive="temperature kl_target kl_horizon max_kl max_update_kl reward_timeout rollout_cap")
@@ -235,6 +263,9 @@ class EvaluationConfig:
     samples_per_prompt: int = 2
     max_new_tokens: int = 128  # tokens; a response that has not ended by then is cut off
     temperature: float = 1.0  # 0.0 takes the likeliest token
+    chat_template: str | None = None  # chatml, plain or the file of a Jinja template; none: the model's own
+    template_kwargs: dict[str, Any] = field(default_factory=dict)  # what it reads besides messages: enable_thinking
+    parse_special_tokens: bool = False  # special tokens that are spelled out in messages become tokens
     seed: int = 1
 
     def __post_init__(self) -> None:

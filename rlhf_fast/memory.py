@@ -31,7 +31,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from rlhf_fast import models, ops
 from rlhf_fast.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf_fast.data.batches import LONGEST_ROW, Batch, Example, pad
-from rlhf_fast.data.conversations import Conversation, batch_of
+from rlhf_fast.data.conversations import Tokenized, batch_of
 from rlhf_fast.models.adapters import Model, unfreeze_adapter, with_adapter
 from rlhf_fast.ops import _head
 from rlhf_fast.rollout.generator import Generator
@@ -258,7 +258,7 @@ def _packed(tokens: int, longest: int) -> Batch:
     """Conversations of equal lengths in one row."""
     count = -(-tokens // longest)
     sizes = [max(tokens // count + (i < tokens % count), 2) for i in range(count)]
-    return batch_of([Conversation((0,) * n, (False,) + (True,) * (n - 1)) for n in sizes], packed=count > 1)
+    return batch_of([Tokenized((0,) * n, (False,) + (True,) * (n - 1)) for n in sizes], packed=count > 1)
 
 
 def longest_microbatch(config: TrainerConfig) -> int:

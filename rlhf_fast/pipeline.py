@@ -18,8 +18,8 @@ from transformers import LlamaConfig
 from rlhf_fast import models, settings
 from rlhf_fast.config import DemoConfig
 from rlhf_fast.data.batches import shuffled
-from rlhf_fast.data.chat import Prompt, prompt_text
-from rlhf_fast.data.records import PromptRecord, read_demonstrations, read_prompts
+from rlhf_fast.data.records import PromptRecord, prompt_text, read_demonstrations, read_prompts
+from rlhf_fast.data.templates import Prompt
 from rlhf_fast.evaluation.report import write_report
 from rlhf_fast.evaluation.reward_report import write_reward_report
 from rlhf_fast.evaluation.win_rate import evaluate, write_evaluation
@@ -101,7 +101,7 @@ class _Demo:
             seed=config.seed,
         )
         with progress_bar(len(prompts) * params.n, "comparisons", "reply") as bar:
-            rollouts = Generator(model, tokenizer).generate([p.prompt for p in prompts], params, bar_updater(bar))
+            rollouts = Generator(model, tokenizer).generate(prompts, params, bar_updater(bar))
         annotator = SimulatedAnnotator(config.annotator)
         comparisons = []
         for i, prompt in enumerate(prompts):

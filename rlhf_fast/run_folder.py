@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from rlhf_fast import settings
 from rlhf_fast.files import append_line, restore_folder, write_atomic
 from rlhf_fast.trackers import Tracker, open_trackers
@@ -108,6 +110,15 @@ class RunFolder:
         write_atomic(self.path / "result.json", json.dumps(result, indent=2) + "\n")
         _remove(self.state)
         return result
+
+
+def interrupted_settings(path: Path) -> dict[str, Any]:
+    """The settings, by dotted keys, of a run in this folder that is not finished; empty if there is none."""
+    try:
+        found = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return {} if is_finished(path) or not isinstance(found, dict) else settings.flatten(found)
 
 
 def is_finished(path: Path) -> bool:

@@ -1,7 +1,7 @@
 """How YAML and `--key value` become the dataclasses of config.py, and how --help describes them.
 
 Works on any dataclass whose fields are bool, int, float, str, a Literal, one of those or None, a tuple[int, ...] or
-tuple[str, ...], or such a dataclass.
+tuple[str, ...], a dict[str, Any], whose keys are anybody's, or such a dataclass.
 """
 
 from __future__ import annotations
@@ -89,11 +89,34 @@ def build(cls: type[ConfigT], file: Path | None, arguments: list[str], base: Con
 def from_flat(cls: type[ConfigT], values: dict[str, Any], base: ConfigT | None = None) -> ConfigT:
     """`base` (or the defaults) with the dotted keys of `values` replaced."""
     leaves = dict(_leaves(cls))
+    values = _with_mappings(values, leaves)
     for key in values:
         if key not in leaves:
             raise ConfigError(_unknown_key(key, list(leaves)))
     converted = {key: _convert(key, value, leaves[key]) for key, value in values.items()}
     return typing.cast(ConfigT, _assemble(cls, converted, base))
+
+
+def _mapping_of(key: str, leaves: dict[str, Any]) -> str:
+    """The setting that `key` is a key of, if that is a mapping: "sft.template_kwargs" of what is below it."""
+    names = (name for name, kind in leaves.items() if typing.get_origin(kind) is dict)
+    return next((name for name in names if key.startswith(f"{name}.")), "")
+
+
+def _with_mappings(values: dict[str, Any], leaves: dict[str, Any]) -> dict[str, Any]:
+    """The dotted keys below a mapping as one value."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = _mapping_of(key, leaves)
+        if not name:
+            found[key] = value
+            continue
+        *outer, last = key.removeprefix(f"{name}.").split(".")
+        inner = found.setdefault(name, {})
+        for part in outer:
+            inner = inner.setdefault(part, {})
+        inner[last] = value
+    return found
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -178,17 +201,27 @@ def _read_arguments(cls: type, arguments: list[str]) -> dict[str, Any]:
             raise ConfigError(f"{word!r} stands where a --key was expected")
         key, equals, value = word[2:].partition("=")
         key = key.replace("-", "_")
-        if key not in leaves:
+        below = _mapping_of(key, leaves)
+        if key not in leaves and not below:
             raise ConfigError(_unknown_key(key, list(leaves)))
         if equals:
             values[key] = value
         elif rest and not rest[0].startswith("--"):
             values[key] = rest.pop(0)
-        elif leaves[key] is bool:
+        elif not below and leaves[key] is bool:
             values[key] = True
         else:
             raise ConfigError(f"--{key} needs a value")
+        if below or typing.get_origin(leaves[key]) is dict:
+            values[key] = _from_yaml(key, values[key])
     return values
+
+
+def _from_yaml(key: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--{key}: {text!r} is not YAML: {error}") from error
 
 
 def _unknown_key(key: str, known: list[str]) -> str:
@@ -215,6 +248,10 @@ def _convert(key: str, value: Any, kind: Any) -> Any:
         raise ConfigError(f"--{key}: {value!r} is not one of {', '.join(map(repr, typing.get_args(option)))}")
     if typing.get_origin(option) is tuple:
         return _to_tuple(key, value, typing.get_args(option)[0])
+    if typing.get_origin(option) is dict:
+        if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+            raise ConfigError(f"--{key}: {value!r} is no mapping; give --{key}.NAME VALUE, or in YAML {{NAME: VALUE}}")
+        return value
     try:
         return _CONVERTERS[option](value)
     except (ValueError, TypeError, OverflowError) as error:
@@ -270,7 +307,7 @@ def describe(cls: type, base: Any = None) -> list[tuple[str, str, str, str]]:
             rows += [(f"{item.name}.{key}", *rest) for key, *rest in describe(typing.cast(type, kind), current)]
         else:
             default = (
-                "required" if current is dataclasses.MISSING else "none" if current in (None, ()) else str(current)
+                "required" if current is dataclasses.MISSING else "none" if current in (None, (), {}) else str(current)
             )
             rows.append((item.name, _kind_name(kind), default, _source_comments(cls).get(item.name, "")))
     return rows  # type: ignore[return-value]
@@ -282,6 +319,8 @@ def _kind_name(kind: Any) -> str:
         return "|".join(map(str, options))
     if typing.get_origin(kind) is tuple:
         return f"{options[0].__name__},..."
+    if typing.get_origin(kind) is dict:
+        return ".NAME any"
     if options:
         return " or ".join("none" if option is type(None) else option.__name__ for option in options)
     return str(kind.__name__)

@@ -17,14 +17,15 @@ from rlhf_fast.settings import describe, keys
 KEYS = {
     "demo": """
         out tiny model sft.epochs sft.batch_size sft.heldout sft.turns sft.packing sft.samples sft.sample_tokens
-        sft.patience sft.max_length sft.dtype sft.seed sft.lora.r sft.lora.alpha sft.optim.lr sft.optim.schedule
-        sft.optim.warmup sft.optim.weight_decay sft.optim.adam_eps sft.optim.max_grad_norm
-        sft.optim.max_tokens_per_microbatch sft.optim.checkpointing sft.optim.max_skipped sft.run.save_every
-        sft.run.keep_last sft.run.trackers comparisons.prompts comparisons.samples_per_prompt
-        comparisons.max_new_tokens comparisons.temperature comparisons.seed comparisons.annotator.error_rate
-        comparisons.annotator.tie_margin comparisons.annotator.seed reward.epochs reward.batch_size reward.heldout
-        reward.center_coef reward.heads reward.lcb reward.normalize_samples reward.max_new_tokens reward.patience
-        reward.max_length reward.dtype reward.seed reward.lora.r reward.lora.alpha reward.optim.lr
+        sft.patience sft.max_length sft.chat_template sft.template_kwargs sft.parse_special_tokens sft.date sft.dtype
+        sft.seed sft.lora.r sft.lora.alpha sft.optim.lr sft.optim.schedule sft.optim.warmup sft.optim.weight_decay
+        sft.optim.adam_eps sft.optim.max_grad_norm sft.optim.max_tokens_per_microbatch sft.optim.checkpointing
+        sft.optim.max_skipped sft.run.save_every sft.run.keep_last sft.run.trackers comparisons.prompts
+        comparisons.samples_per_prompt comparisons.max_new_tokens comparisons.temperature comparisons.seed
+        comparisons.annotator.error_rate comparisons.annotator.tie_margin comparisons.annotator.seed reward.epochs
+        reward.batch_size reward.heldout reward.center_coef reward.heads reward.lcb reward.normalize_samples
+        reward.max_new_tokens reward.patience reward.max_length reward.chat_template reward.template_kwargs
+        reward.parse_special_tokens reward.date reward.dtype reward.seed reward.lora.r reward.lora.alpha reward.optim.lr
         reward.optim.schedule reward.optim.warmup reward.optim.weight_decay reward.optim.adam_eps
         reward.optim.max_grad_norm reward.optim.max_tokens_per_microbatch reward.optim.checkpointing
         reward.optim.max_skipped reward.run.save_every reward.run.keep_last reward.run.trackers ppo.steps
@@ -32,33 +33,36 @@ KEYS = {
         ppo.minibatches ppo.kl_coef ppo.kl_target ppo.kl_horizon ppo.max_kl ppo.max_update_kl ppo.advantage ppo.critic
         ppo.critic_warmup ppo.gamma ppo.lam ppo.clip_low ppo.clip_high ppo.value_clip ppo.value_coef ppo.whiten_rewards
         ppo.reward_clip ppo.missing_eos ppo.missing_eos_penalty ppo.min_reward_agreement ppo.reward_timeout
-        ppo.reward_retries ppo.reward_batch ppo.lag ppo.rollout_cap ppo.cuda_graphs ppo.max_length ppo.dtype ppo.seed
-        ppo.lora.r ppo.lora.alpha ppo.optim.lr ppo.optim.schedule ppo.optim.warmup ppo.optim.weight_decay
-        ppo.optim.adam_eps ppo.optim.max_grad_norm ppo.optim.max_tokens_per_microbatch ppo.optim.checkpointing
-        ppo.optim.max_skipped ppo.run.save_every ppo.run.keep_last ppo.run.trackers evaluation.samples_per_prompt
-        evaluation.max_new_tokens evaluation.temperature evaluation.seed
+        ppo.reward_retries ppo.reward_batch ppo.lag ppo.rollout_cap ppo.cuda_graphs ppo.max_length ppo.chat_template
+        ppo.template_kwargs ppo.parse_special_tokens ppo.date ppo.dtype ppo.seed ppo.lora.r ppo.lora.alpha ppo.optim.lr
+        ppo.optim.schedule ppo.optim.warmup ppo.optim.weight_decay ppo.optim.adam_eps ppo.optim.max_grad_norm
+        ppo.optim.max_tokens_per_microbatch ppo.optim.checkpointing ppo.optim.max_skipped ppo.run.save_every
+        ppo.run.keep_last ppo.run.trackers evaluation.samples_per_prompt evaluation.max_new_tokens
+        evaluation.temperature evaluation.chat_template evaluation.template_kwargs evaluation.parse_special_tokens
+        evaluation.seed
     """,
     "sft": """
-        data out model sft.epochs sft.batch_size sft.heldout sft.turns sft.packing sft.samples
-        sft.sample_tokens sft.patience sft.max_length sft.dtype sft.seed sft.lora.r sft.lora.alpha sft.optim.lr
-        sft.optim.schedule sft.optim.warmup sft.optim.weight_decay sft.optim.adam_eps sft.optim.max_grad_norm
-        sft.optim.max_tokens_per_microbatch sft.optim.checkpointing sft.optim.max_skipped sft.run.save_every
-        sft.run.keep_last sft.run.trackers
+        data out model sft.epochs sft.batch_size sft.heldout sft.turns sft.packing sft.samples sft.sample_tokens
+        sft.patience sft.max_length sft.chat_template sft.template_kwargs sft.parse_special_tokens sft.date sft.dtype
+        sft.seed sft.lora.r sft.lora.alpha sft.optim.lr sft.optim.schedule sft.optim.warmup sft.optim.weight_decay
+        sft.optim.adam_eps sft.optim.max_grad_norm sft.optim.max_tokens_per_microbatch sft.optim.checkpointing
+        sft.optim.max_skipped sft.run.save_every sft.run.keep_last sft.run.trackers
     """,
     "reward": """
-        data out model reward.epochs reward.batch_size reward.heldout reward.center_coef reward.heads
-        reward.lcb reward.normalize_samples reward.max_new_tokens reward.patience reward.max_length
-        reward.dtype reward.seed reward.lora.r reward.lora.alpha reward.optim.lr reward.optim.schedule
-        reward.optim.warmup reward.optim.weight_decay reward.optim.adam_eps reward.optim.max_grad_norm
-        reward.optim.max_tokens_per_microbatch reward.optim.checkpointing reward.optim.max_skipped
-        reward.run.save_every reward.run.keep_last reward.run.trackers
+        data out model reward.epochs reward.batch_size reward.heldout reward.center_coef reward.heads reward.lcb
+        reward.normalize_samples reward.max_new_tokens reward.patience reward.max_length reward.chat_template
+        reward.template_kwargs reward.parse_special_tokens reward.date reward.dtype reward.seed reward.lora.r
+        reward.lora.alpha reward.optim.lr reward.optim.schedule reward.optim.warmup reward.optim.weight_decay
+        reward.optim.adam_eps reward.optim.max_grad_norm reward.optim.max_tokens_per_microbatch
+        reward.optim.checkpointing reward.optim.max_skipped reward.run.save_every reward.run.keep_last
+        reward.run.trackers
     """,
     "dpo": """
         data out model dpo.epochs dpo.batch_size dpo.heldout dpo.loss dpo.beta dpo.label_smoothing dpo.patience
-        dpo.max_length dpo.dtype dpo.seed dpo.lora.r dpo.lora.alpha dpo.optim.lr dpo.optim.schedule
-        dpo.optim.warmup dpo.optim.weight_decay dpo.optim.adam_eps dpo.optim.max_grad_norm
-        dpo.optim.max_tokens_per_microbatch dpo.optim.checkpointing dpo.optim.max_skipped dpo.run.save_every
-        dpo.run.keep_last dpo.run.trackers
+        dpo.max_length dpo.chat_template dpo.template_kwargs dpo.parse_special_tokens dpo.date dpo.dtype dpo.seed
+        dpo.lora.r dpo.lora.alpha dpo.optim.lr dpo.optim.schedule dpo.optim.warmup dpo.optim.weight_decay
+        dpo.optim.adam_eps dpo.optim.max_grad_norm dpo.optim.max_tokens_per_microbatch dpo.optim.checkpointing
+        dpo.optim.max_skipped dpo.run.save_every dpo.run.keep_last dpo.run.trackers
     """,
     "ppo": """
         policy reward prompts out ppo.steps ppo.prompts_per_step ppo.samples_per_prompt ppo.max_new_tokens
@@ -66,23 +70,22 @@ KEYS = {
         ppo.max_kl ppo.max_update_kl ppo.advantage ppo.critic ppo.critic_warmup ppo.gamma ppo.lam ppo.clip_low
         ppo.clip_high ppo.value_clip ppo.value_coef ppo.whiten_rewards ppo.reward_clip ppo.missing_eos
         ppo.missing_eos_penalty ppo.min_reward_agreement ppo.reward_timeout ppo.reward_retries ppo.reward_batch ppo.lag
-        ppo.rollout_cap ppo.cuda_graphs ppo.max_length ppo.dtype ppo.seed ppo.lora.r ppo.lora.alpha ppo.optim.lr
-        ppo.optim.schedule ppo.optim.warmup ppo.optim.weight_decay ppo.optim.adam_eps ppo.optim.max_grad_norm
-        ppo.optim.max_tokens_per_microbatch ppo.optim.checkpointing ppo.optim.max_skipped ppo.run.save_every
-        ppo.run.keep_last ppo.run.trackers
+        ppo.rollout_cap ppo.cuda_graphs ppo.max_length ppo.chat_template ppo.template_kwargs ppo.parse_special_tokens
+        ppo.date ppo.dtype ppo.seed ppo.lora.r ppo.lora.alpha ppo.optim.lr ppo.optim.schedule ppo.optim.warmup
+        ppo.optim.weight_decay ppo.optim.adam_eps ppo.optim.max_grad_norm ppo.optim.max_tokens_per_microbatch
+        ppo.optim.checkpointing ppo.optim.max_skipped ppo.run.save_every ppo.run.keep_last ppo.run.trackers
     """,
     "generate": """
-        prompts prompt out model n temperature top_k top_p min_p repetition_penalty presence_penalty
-        frequency_penalty max_new_tokens min_new_tokens stop seed
+        prompts prompt out model n temperature top_k top_p min_p repetition_penalty presence_penalty frequency_penalty
+        max_new_tokens min_new_tokens stop chat_template template_kwargs parse_special_tokens seed
     """,
     "evaluate": """
         a b prompts out split evaluation.samples_per_prompt evaluation.max_new_tokens evaluation.temperature
-        evaluation.seed
+        evaluation.chat_template evaluation.template_kwargs evaluation.parse_special_tokens evaluation.seed
     """,
     "bench": "suite op seconds out",
     "doctor": """
-        config model device memory price tflops bandwidth utilisation sequences prompt_tokens response_tokens
-        json
+        config model device memory price tflops bandwidth utilisation sequences prompt_tokens response_tokens json
     """,
 }
 
@@ -334,3 +337,39 @@ def test_evaluate_writes_nothing_when_a_model_is_unknown(capsys: pytest.CaptureF
     words = ["--a", "unknown", "--b", "unknown", "--prompts", str(file), "--out", str(out)]
     assert "'unknown'" in error(capsys, 1, "evaluate", *words)
     assert not out.exists()
+
+
+def test_a_model_is_asked_with_the_template_and_settings_that_are_given(
+    tiny: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rlhf_fast import models
+    from rlhf_fast.rollout.generator import Generator
+
+    model, tokenizer = tiny
+    tokenizer.chat_template = None
+    models.save(tmp_path / "base", model, tokenizer)
+    asked: list[str] = []
+    monkeypatch.setattr(Generator, "generate", _noting(Generator.generate, asked))
+    messages = [{"role": "system", "content": "Be."}, {"role": "user", "content": "q"}]
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": messages}))
+    words = ["generate", "--model", str(tmp_path / "base"), "--prompts", str(tmp_path / "p.jsonl")]
+    words += ["--max_new_tokens", "2"]
+    assert cli.main(words) == 1
+    assert (
+        "line 1: the tokenizer has no chat template, which messages of the roles system, user"
+        in capsys.readouterr().err
+    )
+    file = tmp_path / "t.jinja"
+    file.write_text("{{ mood }}{% for m in messages %}<user>{{ m.content }}{% endfor %}")
+    more = ["--chat_template", str(file), "--template_kwargs.mood", "kind", "--parse_special_tokens"]
+    assert cli.main([*words, *more]) == 0
+    assert asked == ["kind<user>Be.<user>q"]
+
+
+def _noting(generate: Any, asked: list[str]) -> Any:
+    def noting(self: Any, *args: Any) -> Any:
+        rollouts = generate(self, *args)
+        asked.extend(self.tokenizer.decode(example.prompt) for example in rollouts.examples())
+        return rollouts
+
+    return noting

@@ -485,3 +485,39 @@ def test_what_was_given_in_python_is_described_the_same_in_every_process() -> No
 
     text = run_yaml("ppo", PPOConfig(), reward=[(0.5, reward), (1.0, Judge())], policy="runs/sft")
     assert "0x" not in text and "reward" in text and "Judge object" in text and "policy: runs/sft" in text
+
+
+# Mappings -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mapped:
+    inner: Inner = field(default_factory=Inner)
+    options: dict[str, Any] = field(default_factory=dict)  # of anybody
+
+
+def test_the_keys_of_a_mapping_are_anybodys(tmp_path: Path) -> None:
+    words = [
+        "--options.loud",
+        "false",
+        "--options.deep.er=[1, x]",
+        "--options.name",
+        "yes sir",
+        "--inner.ratio",
+        "0.25",
+    ]
+    expected = Mapped(Inner(ratio=0.25), {"loud": False, "deep": {"er": [1, "x"]}, "name": "yes sir"})
+    assert build(Mapped, None, words) == expected
+    file = write(tmp_path, to_yaml(expected))
+    assert build(Mapped, file, []) == expected
+    assert build(Mapped, file, ["--options", "{loud: true}"]).options == {"loud": True}
+    assert build(Mapped, None, []).options == {} and "options" in keys(Mapped)
+    assert ("options", ".NAME any", "none", "of anybody") in describe(Mapped)
+    with pytest.raises(ConfigError, match=r"--options: 3 is no mapping; give --options\.NAME VALUE, or in YAML"):
+        build(Mapped, None, ["--options", "3"])
+    with pytest.raises(ConfigError, match=r"--options\.a: '\[' is not YAML"):
+        build(Mapped, None, ["--options.a", "["])
+    with pytest.raises(ConfigError, match=r"--options\.a needs a value"):
+        build(Mapped, None, ["--options.a"])
+    with pytest.raises(ConfigError, match=r"unknown setting --optoins\.a; the nearest one is --options"):
+        build(Mapped, None, ["--optoins.a", "1"])

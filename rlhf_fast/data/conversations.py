@@ -12,20 +12,22 @@ from rlhf_fast.data.batches import Batch, microbatches
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """Tokens, and which of them are learned: answers with their end tokens, never the first token."""
+class Tokenized:
+    """Tokens, and which of them are learned: answers through the tokens that end them, never the first token."""
 
-    ids: tuple[int, ...]
+    input_ids: tuple[int, ...]
     loss_mask: tuple[bool, ...]  # of each token
 
     def __post_init__(self) -> None:
-        if len(self.ids) != len(self.loss_mask):
-            raise ValueError(f"loss_mask: {len(self.loss_mask)} for {len(self.ids)} tokens; expected one for each")
-        if not any(self.loss_mask) or self.loss_mask[0]:
-            raise ValueError("loss_mask: expected a token to learn, and not the first, which nothing stands before")
+        if len(self.input_ids) != len(self.loss_mask):
+            raise ValueError(
+                f"loss_mask: {len(self.loss_mask)} for {len(self.input_ids)} tokens; expected one for each"
+            )
+        if self.loss_mask and self.loss_mask[0]:
+            raise ValueError("loss_mask: the first token is to be learned, which nothing stands before")
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.input_ids)
 
     @property
     def learned(self) -> int:
@@ -33,7 +35,7 @@ class Conversation:
         return sum(self.loss_mask)
 
 
-def batch_of(conversations: Sequence[Conversation], device: torch.device | str = "cpu", packed: bool = False) -> Batch:
+def batch_of(conversations: Sequence[Tokenized], device: torch.device | str = "cpu", packed: bool = False) -> Batch:
     """Conversations as a batch whose response tokens are those that are learned: each in a row of its own, padded on
     the right with id 0, or packed one after another in a single row without padding.
 
@@ -45,7 +47,7 @@ def batch_of(conversations: Sequence[Conversation], device: torch.device | str =
     ids = np.zeros(width if packed else width * len(lengths), np.int64)
     learned = [start + np.flatnonzero(each.loss_mask) for start, each in zip(starts, conversations, strict=True)]
     for start, conversation in zip(starts, conversations, strict=True):
-        ids[start : start + len(conversation)] = conversation.ids
+        ids[start : start + len(conversation)] = conversation.input_ids
     places = np.concatenate(learned)  # (R,)
     positions = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])[None]) if packed else None
     return Batch(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,8 +9,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_fast.data.batches import Example, shape, shuffled
-from rlhf_fast.data.chat import encode, encode_prompt
+from rlhf_fast.data.conversations import Tokenized
 from rlhf_fast.data.records import Comparison
+from rlhf_fast.data.tokenize import tokenize_record
 
 
 @dataclass
@@ -49,24 +49,25 @@ def group_pairs(
 ) -> list[PairGroup]:
     """Encode comparisons and group them by prompt, in order of first appearance. Prompts are the same when their tokens
     are: a text and that text as a user's message, say."""
-    encoded: dict[str, tuple[int, ...]] = {}
     groups: dict[tuple[int, ...], PairGroup] = {}
-    indices: dict[tuple[tuple[int, ...], str], int] = {}
+    indices: dict[Example, int] = {}
     for comparison in comparisons:
-        said = json.dumps(comparison.prompt, sort_keys=True)
-        if said not in encoded:
-            encoded[said] = encode_prompt(tokenizer, comparison.prompt)
-        key = encoded[said]
-        group = groups.setdefault(key, PairGroup())
-        for text, side in ((comparison.chosen, group.chosen), (comparison.rejected, group.rejected)):
-            if (key, text) not in indices:
-                indices[key, text] = len(group.examples)
-                group.examples.append(encode(tokenizer, comparison.prompt, text, max_length, comparison.name))
-            side.append(indices[key, text])
+        examples = [_example(side) for side in tokenize_record(comparison, tokenizer, max_length=max_length)]
+        group = groups.setdefault(examples[0].prompt, PairGroup())
+        for example, side in zip(examples, (group.chosen, group.rejected), strict=True):
+            if example not in indices:
+                indices[example] = len(group.examples)
+                group.examples.append(example)
+            side.append(indices[example])
         group.margins.append(comparison.margin)
         group.confidences.append(comparison.confidence)
         group.comparisons.append(comparison)
     return list(groups.values())
+
+
+def _example(side: Tokenized) -> Example:
+    begin = side.loss_mask.index(True)
+    return Example(side.input_ids[:begin], side.input_ids[begin:])
 
 
 def split_as_labelled(groups: Sequence[PairGroup]) -> tuple[list[PairGroup], list[PairGroup]]:

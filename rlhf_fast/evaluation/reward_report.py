@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rlhf_fast.data.chat import prompt_text
+from rlhf_fast.data.records import prompt_text
 from rlhf_fast.evaluation import plots
 from rlhf_fast.evaluation.page import esc, figure, fmt, table_of, whisker, whole_page
 from rlhf_fast.files import write_atomic
@@ -208,7 +208,7 @@ def _disagreements(samples: list[Figures]) -> str:
         prompt = _text(prompt_text(row["prompt"]))
         sides = "".join(
             f'<div class="reply {colour}"><p class="who"><b>{side}</b><b>{fmt(row[f"{side}_score"])}</b></p>'
-            f'<p class="said" dir="auto">{_text(row[side])}</p></div>'
+            f'<p class="said" dir="auto">{_text(prompt_text(row[side]))}</p></div>'
             for side, colour in (("chosen", "a"), ("rejected", "b"))
         )
         folded.append(

@@ -13,8 +13,8 @@ import torch
 
 from rlhf_fast import models, ops
 from rlhf_fast.config import EvaluationConfig
-from rlhf_fast.data.chat import user_text
-from rlhf_fast.data.records import PromptRecord
+from rlhf_fast.data.records import PromptRecord, user_text
+from rlhf_fast.data.templates import use_template
 from rlhf_fast.data.text_metrics import repetition, words
 from rlhf_fast.feedback.simulated import WEIGHTS, Rating, SimulatedAnnotator
 from rlhf_fast.files import write_atomic
@@ -61,6 +61,8 @@ def evaluate(
     config = config or EvaluationConfig()
     model_a, tokenizer_a = models.load(a, merged=True)
     model_b, tokenizer_b = models.load(b, merged=True)
+    for tokenizer in (tokenizer_a, tokenizer_b):
+        use_template(tokenizer, config.chat_template, config.template_kwargs, config.parse_special_tokens)
     judge = SimulatedAnnotator()
     side_a = _sample(model_a, tokenizer_a, prompts, config, judge, names[0])
     side_b = _sample(model_b, tokenizer_b, prompts, config, judge, names[1])
@@ -113,7 +115,7 @@ def _sample(
         seed=config.seed,
     )
     with progress_bar(len(prompts) * params.n, f"evaluate {name}", "reply") as bar:
-        rollouts = Generator(model, tokenizer).generate([p.prompt for p in prompts], params, bar_updater(bar))
+        rollouts = Generator(model, tokenizer).generate(prompts, params, bar_updater(bar))
     asked = [prompts[i] for i in rollouts.prompt_index.tolist()]
     return Side(rollouts, [judge.rate(p.prompt, p.category, t) for p, t in zip(asked, rollouts.texts, strict=True)])
 

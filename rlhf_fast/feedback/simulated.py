@@ -22,8 +22,8 @@ import re
 from dataclasses import dataclass
 
 from rlhf_fast.config import AnnotatorConfig
-from rlhf_fast.data.chat import Prompt, user_text
-from rlhf_fast.data.records import Comparison
+from rlhf_fast.data.records import Comparison, user_text
+from rlhf_fast.data.templates import Prompt
 from rlhf_fast.data.text_metrics import repetition
 
 NAME = "simulated"

@@ -2,6 +2,7 @@
 
 from rlhf_fast.models.adapters import copy_weights, frozen_copy, trainable, trainable_copy
 from rlhf_fast.models.checkpoint import resolve, save
+from rlhf_fast.models.ends import end_tokens
 from rlhf_fast.models.forward import (
     Head,
     hidden_states,
@@ -20,6 +21,7 @@ __all__ = [
     "Head",
     "copy_weights",
     "critic_from",
+    "end_tokens",
     "frozen_copy",
     "hidden_states",
     "load",

@@ -21,7 +21,7 @@ from torch import nn
 
 from rlhf_fast import ops
 from rlhf_fast.data.batches import LONGEST_ROW, Batch, Example, pad
-from rlhf_fast.data.conversations import Conversation, batch_of
+from rlhf_fast.data.conversations import Tokenized, batch_of
 from rlhf_fast.models.packed_attention import packed
 
 
@@ -171,7 +171,7 @@ def longest_packed(model: nn.Module) -> int:
     """
     vocabulary = unwrapped(model).get_input_embeddings().weight.shape[0]
     ids = [tuple(i % vocabulary for i in row) for row in ((5, 6, 7, 8), (9, 10), (11, 12, 13))]
-    conversations = [Conversation(row, (False, *[True] * (len(row) - 1))) for row in ids]
+    conversations = [Tokenized(row, (False, *[True] * (len(row) - 1))) for row in ids]
     device = next(model.parameters()).device
     batch = batch_of(conversations, device, packed=True)
     with evaluating(model):

@@ -155,7 +155,7 @@ class Engine:
         self.statistics.sampled_tokens += 1
         if token in sequence.stop_token_ids:
             self.scheduler.finish(sequence, "stop")
-        elif sequence.params.stop and (end := self._stop_text(sequence)) is not None:
+        elif sequence.stop_texts and (end := self._stop_text(sequence)) is not None:
             sequence.text_end = end
             self.scheduler.finish(sequence, "stop")
         elif len(sequence.response) >= sequence.params.max_new_tokens:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_fast.data.chat import decode_response
+from rlhf_fast.data.tokenize import decode_response
 from rlhf_fast.models.adapters import Model
 from rlhf_fast.rollout.engine import Engine, Statistics
 from rlhf_fast.rollout.memory import Budget
@@ -22,6 +22,7 @@ from rlhf_fast.rollout.runner import ModelRunner
 from rlhf_fast.rollout.sampling import SamplingParams
 from rlhf_fast.rollout.scheduler import Scheduler
 from rlhf_fast.rollout.sequence import Sequence
+from rlhf_fast.rollout.shown import Shown
 
 Progress = Callable[[int, int], None]
 Params = SamplingParams | abc.Sequence[SamplingParams] | None
@@ -49,7 +50,7 @@ class Piece:
     prompt_index: int
     sample: int
     token: int
-    text: str  # the response so far, without special tokens
+    text: str  # the response so far, without special tokens: what is certain of it, which the next piece begins with
     logprob: float
     finish_reason: str  # empty while it goes on
 
@@ -146,13 +147,18 @@ class Generator:
         return self._finish(list(rollouts.sequences), progress, until, on_finish)
 
     def stream(self, prompts: Prompts, params: Params = None) -> Iterator[Piece]:
-        """Yield each token as it comes. Closing the iterator early ends the generation."""
+        """Yield each token as it comes. Closing the iterator early ends the generation.
+
+        The text of a piece is never taken back: what is no whole character yet, or may become a stop text, comes later.
+        """
         sequences = sequences_for(self.model, self.tokenizer, prompts, params)
+        shown = {id(sequence): Shown(self.tokenizer, sequence) for sequence in sequences} if self.tokenizer else {}
         with self._engine_for(sequences) as engine:
             for step in engine.steps():
                 for sequence in step:
                     if sequence.response:
-                        last = sequence.response[-1], self.text(sequence), sequence.logprobs[-1]
+                        text = shown[id(sequence)].grown() if shown else ""
+                        last = sequence.response[-1], text, sequence.logprobs[-1]
                         yield Piece(sequence.prompt_index, sequence.sample, *last, sequence.finish_reason)
 
     def abort(self, prompt_index: int, sample: int | None = None) -> None:
@@ -232,15 +238,20 @@ class Generator:
             _warn_of_errors(going)
 
     def _stop_text(self, sequence: Sequence) -> int | None:
-        """Where the first stop text of a response begins, if it is there."""
+        """Where the first stop text of a response begins, if it is there and does not end too early."""
         assert self.tokenizer is not None
+        least = sequence.params.min_new_tokens
+        if len(sequence.response) <= least:
+            return None
         # Looked for in the last tokens first: one that ends here has at most four to a character, as bytes have.
-        window = 4 * max(map(len, sequence.params.stop)) + 4
+        window = 4 * max(map(len, sequence.stop_texts)) + 4
         end = decode_response(self.tokenizer, sequence.response[-window:])
-        if not any(stop in end for stop in sequence.params.stop):
+        if not any(stop in end for stop in sequence.stop_texts):
             return None
         text = decode_response(self.tokenizer, sequence.response)
-        return min((at for stop in sequence.params.stop if (at := text.find(stop)) >= 0), default=None)
+        early = len(decode_response(self.tokenizer, sequence.response[:least])) if least else 0
+        places = (text.find(stop, max(early - len(stop) + 1, 0)) for stop in sequence.stop_texts)
+        return min((at for at in places if at >= 0), default=None)
 
 
 def _reached(until: Until, statistics: Statistics, share: float, seconds: float) -> bool:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections import abc
+from typing import Any
 
+import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_fast.data.chat import Message, encode_prompt
+from rlhf_fast.data.records import PromptRecord, read_record
+from rlhf_fast.data.templates import Message, added_tokens
+from rlhf_fast.data.tokenize import tokenize_record
 from rlhf_fast.models.adapters import Model
+from rlhf_fast.models.ends import end_tokens
 from rlhf_fast.models.forward import unwrapped
 from rlhf_fast.rollout.sampling import SamplingParams, Uniforms
 from rlhf_fast.rollout.sequence import Sequence
 
-Prompts = abc.Sequence[str | list[Message] | abc.Sequence[int]]
+TokenIds = abc.Sequence[int] | torch.Tensor | np.ndarray
+Prompts = abc.Sequence[str | list[Message] | PromptRecord | TokenIds]
 
 
 def sequences_for(
@@ -26,16 +33,17 @@ def sequences_for(
     Raises:
         TypeError, ValueError: what `Generator.generate` says.
     """
-    if isinstance(prompts, str):
-        raise TypeError("prompts: got one string; expected a list of prompts")
+    if isinstance(prompts, str | dict | torch.Tensor | np.ndarray):
+        raise TypeError(f"prompts: got one {type(prompts).__name__}; expected a list of prompts")
+    prompts = list(prompts)
     if not prompts:
         raise ValueError("prompts: the list is empty")
     each = [params or SamplingParams()] * len(prompts) if not isinstance(params, abc.Sequence) else list(params)
     if len(each) != len(prompts):
         raise ValueError(f"params: {len(each)} for {len(prompts)} prompts; expected one, or one for each")
-    config = unwrapped(model).config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = context_length(unwrapped(model).config.get_text_config())
     vocabulary = unwrapped(model).get_input_embeddings().weight.shape[0]
+    ends = frozenset() if tokenizer is None else end_tokens(model, tokenizer)
     sequences = []
     for index, (prompt, one) in enumerate(zip(prompts, each, strict=True)):
         _check_params(one, tokenizer, vocabulary)
@@ -47,54 +55,124 @@ def sequences_for(
                 f"prompts: prompt {index} has {len(ids)} tokens, which with max_new_tokens = "
                 f"{one.max_new_tokens} exceeds the model's context of {limit}; shorten one of them"
             )
-        stops = set(one.stop_token_ids)
-        if tokenizer is not None and not one.ignore_eos:
-            stops.add(tokenizer.eos_token_id)
-        words = _bad_words(tokenizer, one)
+        texts, tokens = _stops(tokenizer, one)
+        stops = frozenset({*one.stop_token_ids, *tokens, *(() if one.ignore_eos else ends)})
+        words = _bad_words(tokenizer, one, vocabulary)
         for sample in range(one.n):
             numbers = Uniforms(one.seed, index, sample)
-            sequences.append(Sequence(index, sample, ids, one, frozenset(stops), numbers, words))
+            sequences.append(Sequence(index, sample, ids, one, stops, numbers, words, stop_texts=texts))
     return sequences
 
 
+def context_length(config: Any) -> int | None:
+    """How many positions a model is made for, None where its config does not say: those of its table, or, with YaRN
+    (arXiv 2309.00071), of the stretched one, which many configs leave to the factor."""
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in (ropes, *(inner for inner in ropes.values() if isinstance(inner, dict))):  # one, or one a kind of layer
+        if limit and rope.get("rope_type") == "yarn":
+            limit = max(limit, int(rope.get("original_max_position_embeddings", limit) * (rope.get("factor") or 1.0)))
+    return limit
+
+
 def _check_params(params: SamplingParams, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int) -> None:
+    if not isinstance(params, SamplingParams):
+        raise TypeError(f"params: got {type(params).__name__}; expected SamplingParams, such as SamplingParams(n=2)")
     if tokenizer is None:
         if not params.stop_token_ids and not params.ignore_eos:
             raise ValueError("stop_token_ids: without a tokenizer, say which tokens end a response, or set ignore_eos")
         if params.stop:
             raise ValueError("stop: stop texts need a tokenizer; give one, or use stop_token_ids")
     for name, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", tuple(params.logit_bias))):
-        outside = [token for token in tokens if not 0 <= token < vocabulary]
-        if outside:
-            raise ValueError(f"{name}: token {outside[0]} is outside the vocabulary of {vocabulary}")
+        _check_tokens(name, tokens, vocabulary)
 
 
-def _bad_words(tokenizer: PreTrainedTokenizerBase | None, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
-    """Each text both at the beginning of a response and after a space, as token ids."""
+def _check_tokens(name: str, tokens: abc.Iterable[Any], vocabulary: int) -> None:
+    for token in tokens:
+        if isinstance(token, bool) or not isinstance(token, int | np.integer):
+            raise TypeError(f"{name}: {token!r:.40} is no token id; expected a whole number")
+        if not 0 <= token < vocabulary:
+            raise ValueError(f"{name}: token {token} is outside the vocabulary of {vocabulary}")
+
+
+def _stops(tokenizer: PreTrainedTokenizerBase | None, params: SamplingParams) -> tuple[tuple[str, ...], list[int]]:
+    """(texts, tokens) of `params.stop`: the text of a special token is that token, for no response's text has it."""
+    texts: list[str] = []
+    tokens: list[int] = []
+    special = () if tokenizer is None else added_tokens(tokenizer).special
+    for stop in params.stop:
+        inside = next((token for token in special if token in stop), None)
+        if inside is None:
+            texts.append(stop)
+        elif inside == stop or stop in special:
+            tokens.append(int(tokenizer.convert_tokens_to_ids(stop)))  # type: ignore[union-attr, arg-type]
+        else:
+            raise ValueError(
+                f"stop: {stop!r} holds the special token {inside!r} beside other text, which no response's text has; "
+                "give the token alone"
+            )
+    return tuple(texts), tokens
+
+
+def _bad_words(
+    tokenizer: PreTrainedTokenizerBase | None, params: SamplingParams, vocabulary: int
+) -> tuple[tuple[int, ...], ...]:
+    """Each text both as it stands within a text and after a space, as token ids."""
     words: list[tuple[int, ...]] = []
     for word in params.bad_words:
         if not isinstance(word, str):
-            words.append(tuple(word))
+            _check_tokens("bad_words", word, vocabulary)
+            words.append(tuple(int(token) for token in word))
         elif tokenizer is None:
             raise ValueError(f"bad_words: {word!r} is text, which needs a tokenizer; give one, or token ids")
         else:
-            words += [tuple(tokenizer(form, add_special_tokens=False)["input_ids"]) for form in (word, " " + word)]
+            words += [_within(tokenizer, form) for form in (word, " " + word)]
+            words.append(tuple(tokenizer(word, add_special_tokens=False)["input_ids"]))
     return tuple(dict.fromkeys(words))
 
 
-def _encode(
-    tokenizer: PreTrainedTokenizerBase | None, prompt: str | abc.Sequence[Message] | abc.Sequence[int], index: int
-) -> tuple[int, ...]:
+def _within(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    """The tokens of a text that other text stands before: some tokenizers put a space before the first word."""
+    before, ids = (tokenizer(x, add_special_tokens=False)["input_ids"] for x in ("\n", "\n" + text))
+    if ids[: len(before)] == before:
+        return tuple(ids[len(before) :])
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase | None, prompt: Any, index: int) -> tuple[int, ...]:
     if isinstance(prompt, dict):
         raise TypeError(f"prompts: prompt {index} is one message; expected a list of messages")
-    if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
-        ids = tuple(prompt)
+    record = prompt if isinstance(prompt, PromptRecord) else None
+    if record is None and not isinstance(prompt, str) and not _is_messages(prompt):
+        ids = _token_ids(prompt, index)
     elif tokenizer is None:
         raise ValueError(f"prompts: prompt {index} is text, which needs a tokenizer; give one, or token ids")
-    elif not prompt or (isinstance(prompt, str) and not prompt.strip()):
+    elif record is None and (not prompt or (isinstance(prompt, str) and not prompt.strip())):
         ids = ()
     else:
-        ids = encode_prompt(tokenizer, prompt)  # type: ignore[arg-type]
+        ids = tokenize_record(record or read_record({"prompt": prompt}, f"prompts: prompt {index}"), tokenizer)[
+            0
+        ].input_ids
     if not ids:
         raise ValueError(f"prompts: prompt {index} is empty")
-    return ids  # type: ignore[return-value]
+    return ids
+
+
+def _is_messages(prompt: Any) -> bool:
+    return isinstance(prompt, list | tuple) and any(isinstance(one, dict) for one in prompt)
+
+
+def _token_ids(prompt: Any, index: int) -> tuple[int, ...]:
+    """Token ids as a list, a tensor or an array of one dimension."""
+    if isinstance(prompt, torch.Tensor):
+        prompt = prompt.detach().cpu().numpy()
+    try:
+        ids = np.asarray(prompt)
+    except ValueError as error:  # rows of several lengths
+        raise TypeError(f"prompts: prompt {index} is no list of token ids: {error}") from error
+    if ids.size and (ids.ndim != 1 or ids.dtype.kind not in "iu"):
+        raise TypeError(
+            f"prompts: prompt {index} is {type(prompt).__name__} of {ids.dtype} with shape {ids.shape}; expected text, "
+            "messages, or token ids: whole numbers in one dimension, without padding"
+        )
+    return tuple(ids.tolist())

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+LEAST_TEMPERATURE = 2.0**-149
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -28,12 +30,14 @@ class SamplingParams:
         presence_penalty: taken from the logits of tokens in the response so far.
         frequency_penalty: taken from them once for each time they are there.
         logit_bias: token id -> added to its logit.
-        bad_words: texts or token-id sequences that must not be completed.
+        bad_words: texts or token-id sequences that must not be completed; a text also within a longer word.
         max_new_tokens: a response that has not ended by then is cut, with finish reason "length".
-        min_new_tokens: no end token before that many tokens.
-        stop_token_ids: tokens that end a response, besides the tokenizer's end token.
-        stop: texts that end a response; the text stops before them, the tokens are kept as they were sampled.
-        ignore_eos: the tokenizer's end token does not end a response.
+        min_new_tokens: no end token before that many tokens, and no stop text that ends before.
+        stop_token_ids: tokens that end a response, besides those of the model, its tokenizer and its chat template
+            (models.end_tokens).
+        stop: texts that end a response; the text stops before them, the tokens are kept as they were sampled. The text
+            of a special token means that token.
+        ignore_eos: only stop_token_ids and stop end a response.
         seed: of the random numbers.
     """
 
@@ -63,8 +67,11 @@ class SamplingParams:
             raise ValueError(
                 f"min_new_tokens: {self.min_new_tokens}; expected 0 to max_new_tokens = {self.max_new_tokens}"
             )
-        if not 0.0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature: {self.temperature}; expected 0.0 (greedy) or a positive number")
+        if not 0.0 <= self.temperature < math.inf or 0.0 < self.temperature < LEAST_TEMPERATURE:
+            raise ValueError(
+                f"temperature: {self.temperature}; expected 0.0 (greedy) or at least {LEAST_TEMPERATURE:.1e}, which is "
+                "the smallest positive number of float32"
+            )
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p: {self.top_p}; expected more than 0.0 and at most 1.0")
         if not 0.0 <= self.min_p < 1.0:

@@ -24,6 +24,7 @@ class Sequence:
     sampled_logprobs: list[float] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
     values: list[float] = field(default_factory=list)  # of a generator with a value head
+    stop_texts: tuple[str, ...] = ()
     finish_reason: str = ""
     text_end: int | None = None  # where a stop text cuts the text
     weight_versions: list[int] = field(default_factory=list)  # of the weights that sampled each token

@@ -12,8 +12,7 @@ import torch
 from rlhf_fast import models, ops
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.data.batches import Batch, Example, by_prompt
-from rlhf_fast.data.chat import prompt_text
-from rlhf_fast.data.records import PromptRecord
+from rlhf_fast.data.records import PromptRecord, prompt_text
 from rlhf_fast.models.adapters import Model
 from rlhf_fast.rates import DeviceRates
 from rlhf_fast.rollout.rollouts import Rollouts

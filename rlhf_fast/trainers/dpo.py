@@ -22,6 +22,7 @@ from rlhf_fast.data.pairs import (
 from rlhf_fast.data.records import Comparison, Source, read_comparisons
 from rlhf_fast.run_folder import RunFolder
 from rlhf_fast.trainers.budget import TokenBudget
+from rlhf_fast.trainers.chat_settings import use_settings
 from rlhf_fast.trainers.checkpoints import Goal
 from rlhf_fast.trainers.loop import Stats, add_stats, fit, per_example, split_heldout
 
@@ -42,9 +43,10 @@ class DPOTrainer:
         out: str | Path = "runs/dpo",
         config: DPOConfig | None = None,
     ) -> None:
-        self.config = config = config or DPOConfig()
+        config = config or DPOConfig()
         comparisons = read_comparisons(data)
         loaded, self.tokenizer = models.load(model, getattr(torch, config.dtype))
+        self.config = config = use_settings(config, "dpo", out, self.tokenizer)
         self.model = models.trainable(loaded, config.lora, config.seed)
         if config.optim.checkpointing:
             models.recompute_activations(self.model)

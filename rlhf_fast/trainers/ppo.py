@@ -23,6 +23,7 @@ from rlhf_fast.ops.ppo_loss import STATS
 from rlhf_fast.run_folder import RunFolder
 from rlhf_fast.trainers.advantages import FUNCTIONS, AdvantageFunction
 from rlhf_fast.trainers.budget import TokenBudget
+from rlhf_fast.trainers.chat_settings import use_settings
 from rlhf_fast.trainers.checkpoints import Checkpoints, Goal
 from rlhf_fast.trainers.checks import check_first_update, check_start
 from rlhf_fast.trainers.collect import Collector, Experience, minibatches
@@ -30,7 +31,7 @@ from rlhf_fast.trainers.critic import make_critic
 from rlhf_fast.trainers.kl_controller import KLController
 from rlhf_fast.trainers.loop import Stats, concatenated, learn, run_steps
 from rlhf_fast.trainers.optimizer import Optimizer
-from rlhf_fast.trainers.rewards import Reward, resolve_reward
+from rlhf_fast.trainers.rewards import Reward, RewardModel, resolve_reward
 from rlhf_fast.trainers.sampler import Sampler, check_lengths
 from rlhf_fast.trainers.state import digest, fingerprint
 
@@ -63,7 +64,7 @@ class PPOTrainer:
         advantage: AdvantageFunction | None = None,
         loss: Loss = ops.linear_ppo_loss,
     ) -> None:
-        self.config = config = config or PPOConfig()
+        config = config or PPOConfig()
         self.prompts = read_prompts(prompts)
         if len(self.prompts) < config.prompts_per_step:
             raise ValueError(
@@ -71,6 +72,7 @@ class PPOTrainer:
             )
         self.dtype = getattr(torch, config.dtype)
         loaded, self.tokenizer = models.load(policy, self.dtype)
+        config = use_settings(config, "ppo", out, self.tokenizer)
         check_lengths(self.prompts, self.tokenizer, config)
         self.reward = resolve_reward(
             reward,
@@ -81,7 +83,9 @@ class PPOTrainer:
             self.dtype,
             config.reward_batch,
         )
-        self.reward.require_columns(self.prompts)
+        others = [part.function.tokenizer for part in self.reward.parts if isinstance(part.function, RewardModel)]
+        self.config = config = use_settings(config, "ppo", out, self.tokenizer, others)
+        self.reward.check(self.prompts)
         self.model = models.trainable(loaded, config.lora, config.seed)
         self.reference = models.frozen_copy(self.model)
         self.shared = models.longest_shared(self.model)

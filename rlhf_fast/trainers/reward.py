@@ -16,7 +16,6 @@ import torch
 from rlhf_fast import models, ops, settings
 from rlhf_fast.config import RewardConfig
 from rlhf_fast.data.batches import Example, pad
-from rlhf_fast.data.chat import encode_response
 from rlhf_fast.data.pairs import (
     PairGroup,
     Pairs,
@@ -26,7 +25,8 @@ from rlhf_fast.data.pairs import (
     microbatches_of_groups,
     split_as_labelled,
 )
-from rlhf_fast.data.records import Comparison, Source, read_comparisons
+from rlhf_fast.data.records import Comparison, PromptRecord, Source, read_comparisons
+from rlhf_fast.data.tokenize import tokenize_example
 from rlhf_fast.files import write_atomic
 from rlhf_fast.intervals import Interval, clustered_bootstrap
 from rlhf_fast.rollout.generator import Generator
@@ -34,6 +34,7 @@ from rlhf_fast.rollout.sampling import SamplingParams
 from rlhf_fast.run_folder import RunFolder
 from rlhf_fast.terminal import bar_updater, progress_bar
 from rlhf_fast.trainers.budget import TokenBudget
+from rlhf_fast.trainers.chat_settings import use_settings
 from rlhf_fast.trainers.checkpoints import Goal
 from rlhf_fast.trainers.loop import Stats, fit, per_example, split_heldout
 from rlhf_fast.trainers.reward_measures import Heldout, agrees, histogram, measure
@@ -60,11 +61,12 @@ class RewardTrainer:
         out: str | Path = "runs/reward",
         config: RewardConfig | None = None,
     ) -> None:
-        self.config = config = config or RewardConfig()
+        config = config or RewardConfig()
         self.start = model
         self.comparisons = read_comparisons(data)
         dtype = getattr(torch, config.dtype)
         self.model, self.tokenizer = models.reward_from(model, config.lora, config.seed, dtype, config.heads)
+        self.config = config = use_settings(config, "reward", out, self.tokenizer)
         if config.optim.checkpointing:
             models.recompute_activations(self.model)
         # Groups hold all comparisons of a prompt, so no prompt is in both parts; an interval needs two of them.
@@ -259,12 +261,17 @@ class RewardTrainer:
         """Responses of the model that this one started from, read as PPO's reward reads them: text, then an end."""
         config = self.config
         policy, tokenizer = models.load(self.start, getattr(torch, config.dtype), merged=True)
+        use_settings(config, "reward", self.out, tokenizer)
         params = SamplingParams(n=config.normalize_samples, max_new_tokens=config.max_new_tokens, seed=config.seed)
-        prompts = [group.examples[0].prompt for group in self.heldout]
+        rows = [group.comparisons[0] for group in self.heldout]
+        prompts = [PromptRecord(r.prompt, name=r.name, tools=r.tools, template_kwargs=r.template_kwargs) for r in rows]
         with progress_bar(len(prompts) * params.n, "reward", "reply") as bar:
             rollouts = Generator(policy, tokenizer).generate(prompts, params, bar_updater(bar))
         asked = [prompts[i] for i in rollouts.prompt_index.tolist()]
-        return [Example(p, encode_response(tokenizer, text)) for p, text in zip(asked, rollouts.texts, strict=True)]
+        return [
+            tokenize_example(tokenizer, p.prompt, text, p.tools, p.template_kwargs, name=p.name, strict=False)
+            for p, text in zip(asked, rollouts.texts, strict=True)
+        ]
 
 
 def poisson_weight(seed: int, head: int, prompt: tuple[int, ...]) -> int:

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from rlhf_fast import models
-from rlhf_fast.data.chat import Prompt, encode
-from rlhf_fast.data.records import PromptRecord
+from rlhf_fast.data.batches import Example
+from rlhf_fast.data.records import OPTIONAL_COLUMNS, PromptRecord, read_record
+from rlhf_fast.data.templates import Prompt
+from rlhf_fast.data.tokenize import tokenize_example
 from rlhf_fast.models.checkpoint import read_extra, resolve
 from rlhf_fast.trainers.loop import per_example
 from rlhf_fast.trainers.reward_calls import is_async, patient, wants
@@ -33,10 +35,17 @@ class Rewards:
         self.parts = _with_names_of_their_own(parts)
         self._background = Background()
 
-    def require_columns(self, records: Sequence[PromptRecord]) -> None:
-        """Raise RecordError for a row that lacks a column which a part asks for."""
+    def check(self, records: Sequence[PromptRecord]) -> None:
+        """Refuse prompts that could not be scored, before anything is sampled.
+
+        Raises:
+            RecordError: a row lacks a column that a part asks for.
+            ValueError: one that the chat template of a reward model does not render.
+        """
         for part in self.parts:
-            part.wants.of(records, part.name)
+            columns = part.wants.of(records, part.name)
+            if isinstance(part.function, RewardModel):
+                part.function.examples([record.prompt for record in records], ["."] * len(records), **columns)
 
     def start(self, records: Sequence[PromptRecord]) -> Scoring:
         """Begin to score responses to `records`, one each, that are still to come."""
@@ -78,16 +87,46 @@ class RewardModel:
         self.max_tokens, self.max_length = max_tokens, max_length
         self.shared = models.longest_shared(self.model)
 
-    def __call__(self, prompts: list[Prompt], responses: list[str]) -> list[float]:
-        return self.measure(prompts, responses)[0]
+    def __call__(
+        self,
+        prompts: list[Prompt],
+        responses: list[str],
+        tools: list[Any] | None = None,
+        chat_template_kwargs: list[Any] | None = None,
+    ) -> list[float]:
+        return self.measure(prompts, responses, tools, chat_template_kwargs)[0]
 
-    def measure(self, prompts: list[Prompt], responses: list[str]) -> tuple[list[float], list[float]]:
+    def examples(
+        self,
+        prompts: list[Prompt],
+        responses: list[str],
+        tools: list[Any] | None = None,
+        chat_template_kwargs: list[Any] | None = None,
+    ) -> list[Example]:
+        """Prompts and responses as the model's own tokenizer reads them, through the end of the turn, just as in its
+        training."""
+        none: list[Any] = [None] * len(prompts)
+        rows = zip(prompts, responses, tools or none, chat_template_kwargs or none, strict=True)
+        found = []
+        for i, (prompt, response, *others) in enumerate(rows):
+            record = read_record({"prompt": prompt, **dict(zip(OPTIONAL_COLUMNS, others, strict=True))})
+            assert isinstance(record, PromptRecord)
+            own, name = (record.tools, record.template_kwargs), f"response {i}"
+            example = tokenize_example(
+                self.tokenizer, prompt, response, *own, max_length=self.max_length, name=name, strict=False
+            )
+            found.append(example)
+        return found
+
+    def measure(
+        self,
+        prompts: list[Prompt],
+        responses: list[str],
+        tools: list[Any] | None = None,
+        chat_template_kwargs: list[Any] | None = None,
+    ) -> tuple[list[float], list[float]]:
         """The score of each response, and the deviation of its heads' scores in the same unit (0 for one head)."""
-        # The text is read with the reward model's own tokenizer and an end token, just as in its training.
-        examples = [
-            encode(self.tokenizer, prompt, response, self.max_length, f"response {i}")
-            for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
-        ]
+        examples = self.examples(prompts, responses, tools, chat_template_kwargs)
         if not examples:
             return [], []
         (parts,) = per_example(

@@ -10,8 +10,8 @@ from torch import nn
 
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.data.batches import shuffled
-from rlhf_fast.data.chat import encode_prompt
 from rlhf_fast.data.records import PromptRecord
+from rlhf_fast.data.tokenize import tokenize_record
 from rlhf_fast.models.adapters import Model
 from rlhf_fast.rollout import sequence as rollout
 from rlhf_fast.rollout.engine import Statistics
@@ -99,7 +99,7 @@ class Sampler:
         def finished(sequence: rollout.Sequence) -> None:
             scoring.finished(sequence.prompt_index * params.n + sequence.sample, self.generator.text(sequence))
 
-        return self.generator.generate([r.prompt for r in records], params, on_finish=finished), scoring
+        return self.generator.generate(records, params, on_finish=finished), scoring
 
     def state_dict(self) -> dict[str, Any]:
         """Of the next step's samples what cannot be computed again, since the weights that drew them are gone."""
@@ -125,7 +125,7 @@ class Sampler:
     def _again(
         self, records: Sequence[PromptRecord], params: SamplingParams, kept: list[dict[str, Any]]
     ) -> tuple[Rollouts, Scoring]:
-        sequences = sequences_for(self.policy, self.tokenizer, [record.prompt for record in records], params)
+        sequences = sequences_for(self.policy, self.tokenizer, records, params)
         scoring = self.reward.start([records[sequence.prompt_index] for sequence in sequences])
         for i, (sequence, values) in enumerate(zip(sequences, kept, strict=True)):
             for name in KEPT:
@@ -142,7 +142,8 @@ def _greedy(params: SamplingParams) -> SamplingParams:
 def check_lengths(prompts: Sequence[PromptRecord], tokenizer: Any, config: PPOConfig) -> None:
     """Refuse prompts that leave no room for a response, before any work is done."""
     for record in prompts:
-        tokens = len(encode_prompt(tokenizer, record.prompt)) + config.max_new_tokens
+        (asked,) = tokenize_record(record, tokenizer)
+        tokens = len(asked) + config.max_new_tokens
         if tokens > config.max_length:
             raise ValueError(
                 f"{record.name or 'a prompt'}: with max_new_tokens = {config.max_new_tokens} it comes to {tokens} "

@@ -14,18 +14,19 @@ import torch
 from rlhf_fast import models, ops, settings
 from rlhf_fast.config import SFTConfig
 from rlhf_fast.data.batches import Batch
-from rlhf_fast.data.chat import encode_conversation, encode_prompt, prompt_text
-from rlhf_fast.data.conversations import Conversation, batch_of, microbatches_of_conversations
-from rlhf_fast.data.records import Demonstration, Source, read_demonstrations
+from rlhf_fast.data.conversations import Tokenized, batch_of, microbatches_of_conversations
+from rlhf_fast.data.records import Demonstration, PromptRecord, Source, prompt_text, read_demonstrations
+from rlhf_fast.data.tokenize import tokenize_record
 from rlhf_fast.models.forward import unwrapped
 from rlhf_fast.rollout.generator import Generator
 from rlhf_fast.rollout.sampling import SamplingParams
 from rlhf_fast.run_folder import RunFolder
 from rlhf_fast.trainers.budget import TokenBudget
+from rlhf_fast.trainers.chat_settings import use_settings
 from rlhf_fast.trainers.checkpoints import Goal
 from rlhf_fast.trainers.loop import Stats, epoch_batches, fit, split_heldout
 
-Encoded = tuple[Conversation, ...]  # one demonstration: a conversation, or one for each answer that needs its own
+Encoded = tuple[Tokenized, ...]  # one demonstration: a conversation, or one for each answer that needs its own
 
 
 class SFTTrainer:
@@ -43,9 +44,10 @@ class SFTTrainer:
     def __init__(
         self, model: str | Path, data: Source, out: str | Path = "runs/sft", config: SFTConfig | None = None
     ) -> None:
-        self.config = config = config or SFTConfig()
+        config = config or SFTConfig()
         demonstrations = read_demonstrations(data)
         loaded, self.tokenizer = models.load(model, getattr(torch, config.dtype))
+        self.config = config = use_settings(config, "sft", out, self.tokenizer)
         self.model = models.trainable(loaded, config.lora, config.seed)
         if config.optim.checkpointing:
             models.recompute_activations(self.model)
@@ -53,13 +55,16 @@ class SFTTrainer:
         self.budget = TokenBudget(config.optim.max_tokens_per_microbatch)
         self.longest_packed = models.longest_packed(self.model) if config.packing else 0
         encoded: list[tuple[Demonstration, Encoded]] = [
-            (d, encode_conversation(self.tokenizer, d.prompt, d.completion, config.max_length, d.name, config.turns))
+            (d, tuple(tokenize_record(d, self.tokenizer, turns=config.turns, max_length=config.max_length)))
             for d in demonstrations
         ]
         _warn_of_many([conversations for _, conversations in encoded])
         training, heldout = split_heldout(encoded, config.heldout, config.seed)
         self.training, self.heldout = [of for _, of in training], [of for _, of in heldout]
-        self.asked = [d.prompt for d, _ in heldout[: config.samples]]
+        self.asked = [
+            PromptRecord(d.prompt, name=d.name, tools=d.tools, template_kwargs=d.template_kwargs)
+            for d, _ in heldout[: config.samples]
+        ]
         self.generator = self._generator() if config.samples else None
         self.out = Path(out)
         self.config_yaml = settings.run_yaml("sft", config, model=model, data=data, out=out)
@@ -120,19 +125,19 @@ class SFTTrainer:
         if self.generator is None:
             return
         limit = getattr(unwrapped(self.model).config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-        encoded = [encode_prompt(self.tokenizer, prompt) for prompt in self.asked]
-        rooms = [min(self.config.sample_tokens, limit - len(ids)) for ids in encoded]
+        rooms = [
+            min(self.config.sample_tokens, limit - len(tokenize_record(prompt, self.tokenizer)[0]))
+            for prompt in self.asked
+        ]
         asked = [i for i, room in enumerate(rooms) if room > 0]
         if not asked:
             return
         params = [SamplingParams(temperature=0.0, max_new_tokens=rooms[i]) for i in asked]
-        rollouts = self.generator.generate([encoded[i] for i in asked], params)
+        rollouts = self.generator.generate([self.asked[i] for i in asked], params)
         self.generator.release_memory()
-        said = zip(asked, rollouts.texts, rollouts.finish_reasons, strict=True)
-        run.samples(
-            step,
-            [{"prompt": prompt_text(self.asked[i]), "text": text, "finished": end == "stop"} for i, text, end in said],
-        )
+        shown = [prompt_text(self.asked[i].prompt) for i in asked]
+        said = zip(shown, rollouts.texts, rollouts.finish_reasons, strict=True)
+        run.samples(step, [{"prompt": prompt, "text": text, "finished": end == "stop"} for prompt, text, end in said])
 
 
 def _warn_of_many(demonstrations: list[Encoded]) -> None:
@@ -141,7 +146,7 @@ def _warn_of_many(demonstrations: list[Encoded]) -> None:
     if several:
         warnings.warn(
             f"{several} of {len(demonstrations)} demonstrations are read anew for some of their answers, since the "
-            "chat template renders earlier turns differently once others follow, or does not end them with the "
-            "tokenizer's end token; sft.turns = last learns the last answer only",
+            "chat template renders earlier turns differently once others follow; sft.turns = last learns the last "
+            "answer only",
             stacklevel=3,
         )

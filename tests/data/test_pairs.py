@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_fast.data.batches import LONGEST_ROW, pad
-from rlhf_fast.data.chat import decode_response, encode_prompt
 from rlhf_fast.data.pairs import (
     PairGroup,
     Pairs,
@@ -19,6 +18,7 @@ from rlhf_fast.data.pairs import (
     split_as_labelled,
 )
 from rlhf_fast.data.records import Comparison
+from rlhf_fast.data.tokenize import decode_response, tokenize_prompt
 from rlhf_fast.models.byte_tokenizer import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -55,7 +55,7 @@ def as_rows(pairs: Pairs) -> list[Row]:
 
 
 def expected_rows(rows: Sequence[Comparison]) -> list[Row]:
-    return [(encode_prompt(TOKENIZER, c.prompt), c.chosen, c.rejected, c.margin) for c in rows]
+    return [(tokenize_prompt(TOKENIZER, c.prompt), c.chosen, c.rejected, c.margin) for c in rows]
 
 
 @settings(max_examples=40, deadline=None)
@@ -69,7 +69,7 @@ def test_joined_groups_hold_every_comparison_once_and_the_right_way_round(rows: 
 @settings(max_examples=40, deadline=None)
 @given(comparisons)
 def test_groups_are_prompts_in_order_of_first_appearance(rows: list[Comparison]) -> None:
-    asked = [encode_prompt(TOKENIZER, row.prompt) for row in rows]
+    asked = [tokenize_prompt(TOKENIZER, row.prompt) for row in rows]
     order = list(dict.fromkeys(asked))
     groups = grouped(rows)
     assert len(groups) == len(order)

@@ -81,7 +81,7 @@ def test_prompts_of_one_split_are_picked_and_a_split_that_is_not_there_is_named(
         ({"prompt": [USER], "completion": "answer"}, [USER]),
         ({"prompt": [USER], "completion": [ANSWER]}, [USER]),
         ({"messages": [USER, ANSWER]}, [USER]),
-        ({"messages": [{**USER, "name": "extra"}, USER, ANSWER]}, [USER, USER]),
+        ({"messages": [{**USER, "name": "extra"}, USER, ANSWER]}, [{**USER, "name": "extra"}, USER]),
         ({"messages": [OTHER, USER, ANSWER]}, [OTHER, USER]),  # what is said first answers nothing
     ],
 )
@@ -92,7 +92,7 @@ def test_demonstrations_are_pairs_of_texts_or_conversations(row: dict[str, Any],
 @pytest.mark.parametrize(
     "row",
     [
-        {"messages": [USER, OTHER, {**USER, "name": "extra"}, ANSWER]},
+        {"messages": [USER, OTHER, {**USER, "name": None}, ANSWER]},
         {"prompt": [USER], "completion": [OTHER, USER, ANSWER]},
     ],
 )
@@ -262,7 +262,7 @@ BAD_PROMPTS = [
     ({"prompt": [{"content": "p"}]}, "a message of prompt should be"),
     ({"prompt": [{"role": "user"}]}, "the content of a message of prompt should be text, got NoneType"),
     ({"prompt": [{"role": "user", "content": " "}]}, "the content of a message of prompt is empty"),
-    ({"prompt": [{"role": "user", "content": [{"content": "p"}]}]}, "the content of a message of prompt should be"),
+    ({"prompt": [{"role": "user", "content": [{"content": "p"}]}]}, "the content of a message of prompt has a part of"),
     ({"prompt": "half \ud83d"}, r"prompt holds half a character ('\ud83d')"),
     ({"prompt": [{"role": "\ud83d", "content": "p"}]}, "the role of a message of prompt holds half a character"),
     ({"prompt": "p", "category": ["simple"]}, "category should be text, got list"),

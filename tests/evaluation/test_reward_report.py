@@ -64,6 +64,14 @@ def test_the_page_is_whole_escapes_everything_and_fetches_nothing(tmp_path: Path
 
 
 @pytest.mark.usefixtures("without_plots")
+def test_compared_calls_and_thoughts_are_shown_as_what_they_say(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "clock", "arguments": {}}}]}
+    thought = {"role": "assistant", "content": "noon", "reasoning_content": "Hm."}
+    run = run_of(tmp_path / "run", [{}, {"messages": (call, thought)}])
+    assert "assistant: clock({})" in plain(run) and "assistant: (Hm.)\nnoon" in plain(run)
+
+
+@pytest.mark.usefixtures("without_plots")
 def test_verdict_tables_and_cards_say_the_figures(tmp_path: Path) -> None:
     labels = [{"category": "a" if i < 4 else "b", "margin": float(i % 2), "confidence": 0.6} for i in range(10)]
     text = plain(run_of(tmp_path, labels))

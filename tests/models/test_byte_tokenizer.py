@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from rlhf_fast.data.chat import decode_response, encode_prompt, encode_response
+from rlhf_fast.data.tokenize import decode_response, tokenize_example, tokenize_prompt
 from rlhf_fast.models.byte_tokenizer import SPECIAL_TOKENS, VOCAB_SIZE, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -31,8 +31,8 @@ def test_special_tokens_have_the_first_ids_and_padding_is_not_the_end() -> None:
 def test_a_chat_shows_its_turns_and_a_response_ends_with_the_end_token() -> None:
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     a, b, c = (TOKENIZER(letter)["input_ids"][0] for letter in "abc")
-    assert encode_prompt(TOKENIZER, chat) == (2, a, 3, b, 1, 2, c, 3)
-    assert encode_response(TOKENIZER, "b") == (b, 1)
+    assert tokenize_prompt(TOKENIZER, chat) == (2, a, 3, b, 1, 2, c, 3)
+    assert tokenize_example(TOKENIZER, "a", "b").response == (b, 1)
     assert decode_response(TOKENIZER, [b, 1]) == "b"
 
 
@@ -42,4 +42,4 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
     assert loaded.get_vocab() == TOKENIZER.get_vocab()
     assert loaded.chat_template == TOKENIZER.chat_template
     assert (loaded.pad_token, loaded.eos_token) == ("<pad>", "<eos>")
-    assert encode_prompt(loaded, "Grüße, 世界 \n") == encode_prompt(TOKENIZER, "Grüße, 世界 \n")
+    assert tokenize_prompt(loaded, "Grüße, 世界 \n") == tokenize_prompt(TOKENIZER, "Grüße, 世界 \n")

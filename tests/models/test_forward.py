@@ -12,7 +12,7 @@ from transformers import BertConfig, BloomConfig, MistralConfig
 from rlhf_fast import models
 from rlhf_fast.config import LoRAConfig
 from rlhf_fast.data.batches import LONGEST_ROW, Example, pad
-from rlhf_fast.data.conversations import Conversation, batch_of
+from rlhf_fast.data.conversations import Tokenized, batch_of
 from rlhf_fast.models.forward import check_head
 from tests.conftest import SMALL
 
@@ -153,7 +153,7 @@ def test_packed_sequences_have_the_states_they_have_alone(family: Any) -> None:
     if family.model_type == "gemma2":
         return
     model, implementation = model.float(), model.config._attn_implementation
-    rows = [Conversation(e.prompt + e.response, (False, *[True] * (len(e) - 1))) for e in EXAMPLES]
+    rows = [Tokenized(e.prompt + e.response, (False, *[True] * (len(e) - 1))) for e in EXAMPLES]
     with torch.no_grad():
         alone = torch.cat([models.response_states(model, batch_of([row])) for row in rows])
         packed = models.response_states(model, batch_of(rows, packed=True))

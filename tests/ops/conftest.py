@@ -91,9 +91,26 @@ def _add_in_a_tree_as_hardware_does() -> None:
     interpreter.ReduceOps.sum = added
 
 
+def _multiply_in_one_order_as_hardware_does() -> None:
+    """Triton's interpreter leaves products to numpy, whose library sums a row in an order that depends on how many rows
+    there are, on some processors; a GPU's units do not. Summed in float64, every order rounds to the same float32."""
+    import numpy as np
+    from triton.runtime import interpreter
+
+    def multiplied(self: Any, a: Any, b: Any, d: Any, *precision: Any) -> Any:
+        if a.data.dtype != np.float32:
+            return multiply(self, a, b, d, *precision)
+        product = (a.data.astype(np.float64) @ b.data.astype(np.float64)).astype(d.data.dtype)
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+    multiply = interpreter.InterpreterBuilder.create_dot
+    interpreter.InterpreterBuilder.create_dot = multiplied
+
+
 if INTERPRETED and importlib.util.find_spec("triton") is not None:
     _round_to_bfloat16_as_hardware_does()
     _add_in_a_tree_as_hardware_does()
+    _multiply_in_one_order_as_hardware_does()
 
 
 class Backend:

@@ -10,7 +10,7 @@ import torch
 from rlhf_fast import Generator, SamplingParams, models
 from rlhf_fast.config import LoRAConfig
 from rlhf_fast.data.batches import pad
-from rlhf_fast.data.chat import encode_prompt
+from rlhf_fast.data.tokenize import tokenize_prompt
 from rlhf_fast.rollout.rollouts import Rollouts
 
 Nudge = Callable[..., None]
@@ -181,12 +181,12 @@ def test_prompts_may_be_text_messages_or_token_ids(lively: tuple[Any, Any]) -> N
     forms = [
         "Hi",
         [{"role": "user", "content": "Hi"}],
-        list(encode_prompt(tokenizer, "Hi")),
-        encode_prompt(tokenizer, "Hi"),
+        list(tokenize_prompt(tokenizer, "Hi")),
+        tokenize_prompt(tokenizer, "Hi"),
     ]
     results = [Generator(*lively).generate([form], params) for form in forms]
     assert len({tuple(responses(result)) for result in results}) == 1
-    assert results[0].examples()[0].prompt == encode_prompt(tokenizer, "Hi")
+    assert results[0].examples()[0].prompt == tokenize_prompt(tokenizer, "Hi")
     assert results[0].texts == [tokenizer.decode(responses(results[0])[0], skip_special_tokens=True)]
     together = Generator(*lively).generate(forms, params)
     assert len({example.prompt for example in together.examples()}) == 1

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from rlhf_fast import Generator, SamplingParams
+from rlhf_fast.data.records import read_prompts
+from rlhf_fast.models.byte_tokenizer import byte_tokenizer
 from rlhf_fast.rollout.processors import process
+from rlhf_fast.rollout.requests import _bad_words
 from rlhf_fast.rollout.rollouts import Rollouts
 from rlhf_fast.rollout.sampling import Uniforms
 from rlhf_fast.rollout.sequence import Sequence
+from rlhf_fast.rollout.shown import Shown
+from tests.data.test_tokenize import metaspace
 
 PROMPTS = [[5, 6, 7], [50, 60]]
 
@@ -165,3 +172,195 @@ def test_first_tokens_come_as_often_as_they_should(tiny: tuple[Any, Any], filter
     observed, wanted = ([*x[usual].tolist(), float(x[~usual].sum())] for x in (seen, expected))
     pairs = [(o, w) for o, w in zip(observed, wanted, strict=True) if w > 0]
     assert chisquare([o for o, _ in pairs], [w for _, w in pairs]).pvalue > 1e-4
+
+
+# Borders --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("word", "error", "message"),
+    [
+        ((260,), ValueError, "bad_words: token 260 is outside the vocabulary of 260"),
+        ((5, -1), ValueError, "bad_words: token -1 is outside the vocabulary of 260"),
+        ((5, 6.0), TypeError, r"bad_words: 6\.0 is no token id; expected a whole number"),
+        ((True,), TypeError, "bad_words: True is no token id; expected a whole number"),
+    ],
+)
+def test_ids_of_bad_words_are_checked(
+    tiny: tuple[Any, Any], word: tuple[Any, ...], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        Generator(*tiny).generate(["Hi"], SamplingParams(bad_words=(word,)))
+
+
+def test_a_bad_word_is_banned_within_a_text_as_well_whatever_the_tokenizer_puts_before_a_first_word() -> None:
+    tokenizer = metaspace("first")
+    (word, spaced) = (tokenizer.convert_tokens_to_ids(token) for token in ("hello", "▁hello"))
+    words = _bad_words(tokenizer, SamplingParams(bad_words=("hello",)), 100)
+    assert (word,) in words and (spaced,) in words
+
+
+def test_stop_texts_wait_for_the_least_length(tiny: tuple[Any, Any]) -> None:
+    generator = Generator(*tiny)
+    free = SamplingParams(max_new_tokens=60, ignore_eos=True, seed=3)
+    text = generator.generate(["Hi"], free).texts[0]
+    tokens = responses(generator.generate(["Hi"], free))[0]
+    stop = next(c for c in text if c.isascii() and text.count(c) > 1)
+    ends = [i + 1 for i in range(len(tokens)) if generator.tokenizer.decode([tokens[i]]) == stop]  # type: ignore[union-attr]
+    for least, end in ((0, ends[0]), (ends[0] - 1, ends[0]), (ends[0], ends[1])):
+        rollouts = generator.generate(["Hi"], replace(free, stop=(stop,), min_new_tokens=least))
+        assert len(responses(rollouts)[0]) == end, "a stop text counts from the token after the least length on"
+        assert rollouts.texts[0] == generator.tokenizer.decode(tokens[: end - 1])  # type: ignore[union-attr]
+
+
+def test_the_text_of_a_special_token_stops_like_the_token(tiny: tuple[Any, Any]) -> None:
+    tokenizer = tiny[1]
+    generator = Generator(*tiny)
+    free = SamplingParams(n=64, max_new_tokens=40, ignore_eos=True, seed=1)
+    user = tokenizer.convert_tokens_to_ids("<user>")
+    assert any(user in r for r in responses(generator.generate(["Hi"], free)))
+    by_text = generator.generate(["Hi"], replace(free, stop=("<user>",)))
+    by_token = generator.generate(["Hi"], replace(free, stop_token_ids=(user,)))
+    assert responses(by_text) == responses(by_token) and by_text.finish_reasons == by_token.finish_reasons
+    assert any(r[-1] == user for r in responses(by_text)) and all(user not in r[:-1] for r in responses(by_text))
+    with pytest.raises(ValueError, match="stop: '<user>Hi' holds the special token '<user>' beside other text"):
+        generator.generate(["Hi"], SamplingParams(stop=("<user>Hi",)))
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, None])
+def test_yarn_reaches_past_the_table_that_it_stretches(family_config: Any, rope: dict[str, Any] | None) -> None:
+    from rlhf_fast import models
+
+    config = family_config("llama")
+    if rope is not None:
+        config.rope_parameters = {**config.rope_parameters, **rope}
+    generator = Generator(*models.load(config))
+    params = SamplingParams(max_new_tokens=4, ignore_eos=True)
+    if rope is None:
+        with pytest.raises(ValueError, match="exceeds the model's context of 128"):
+            generator.generate([[5] * 200], params)
+        return
+    rollouts = generator.generate([[5 + i % 200 for i in range(200)]], params)
+    (example,) = rollouts.examples()
+    with torch.no_grad():
+        logits = generator.model(input_ids=torch.tensor([example.prompt + example.response])).logits[0]
+    truth = torch.log_softmax(logits, -1)[199:-1].gather(1, torch.tensor(example.response)[:, None])[:, 0]
+    torch.testing.assert_close(rollouts.logprobs[rollouts.response_mask], truth, rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="exceeds the model's context of 512"):
+        generator.generate([[5] * 510], params)
+
+
+@pytest.mark.parametrize("stop", [(), ("never there",), ("ab", "a"), ("\ufffd",)])
+def test_a_stream_gives_whole_characters_and_takes_nothing_back(tiny: tuple[Any, Any], stop: tuple[str, ...]) -> None:
+    """Also where the bytes are no text at all, or a character of four bytes that comes one byte at a time."""
+    model, tokenizer = tiny
+    generator = Generator(model, tokenizer)
+    face = tokenizer("a\U0001f600b€c", add_special_tokens=False)["input_ids"]
+    order = {(*tokenizer("q", add_special_tokens=False)["input_ids"], *face[:i]): face[i] for i in range(len(face))}
+    for params in (
+        SamplingParams(n=6, max_new_tokens=30, ignore_eos=True, seed=5, stop=stop),
+        *(SamplingParams(logit_bias={token: 1e4}, temperature=0.0, max_new_tokens=1) for token in order.values()),
+    ):
+        shown: dict[int, str] = {}
+        for piece in generator.stream(["q"], params):
+            before = shown.get(piece.sample, "")
+            assert piece.text.startswith(before), "nothing is taken back"
+            assert piece.finish_reason or not piece.text.endswith("\ufffd"), "no half character"
+            assert piece.finish_reason or not any(
+                piece.text.endswith(text[:n]) for text in stop for n in range(1, len(text))
+            ), "nothing that may become a stop text"
+            shown[piece.sample] = piece.text
+        assert [shown[i] for i in range(params.n)] == generator.generate(["q"], params).texts
+
+
+def test_characters_of_several_tokens_come_at_once() -> None:
+    tokenizer = byte_tokenizer()
+    text = "a\U0001f600b€ ü"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    sequence = Sequence(0, 0, (5,), SamplingParams(max_new_tokens=50), frozenset(), Uniforms(0, 0, 0))
+    shown, steps = Shown(tokenizer, sequence), []
+    for i in ids:
+        sequence.response.append(i)
+        steps.append(shown.grown())
+    assert list(dict.fromkeys(steps)) == [text[:n] for n in (1, 2, 3, 4, 5, 6)]
+    sequence.response.append(ids[1])  # a character that is cut off
+    assert shown.grown() == text
+    sequence.finish_reason = "length"
+    assert shown.grown() == text + "\ufffd"
+
+
+@pytest.mark.parametrize("temperature", [2.0**-149, 1e-40, 1e-30, 1e-8])
+def test_the_smallest_temperatures_are_as_good_as_none(tiny: tuple[Any, Any], temperature: float) -> None:
+    generator = Generator(*tiny)
+    greedy = generator.generate(PROMPTS, SamplingParams(temperature=0.0, max_new_tokens=12, ignore_eos=True))
+    found = generator.generate(PROMPTS, SamplingParams(temperature=temperature, max_new_tokens=12, ignore_eos=True))
+    assert responses(found) == responses(greedy) and set(found.finish_reasons) == {"length"}
+    assert found.logprobs.abs().max() == 0 and found.entropy.abs().max() == 0
+    with pytest.raises(ValueError, match=r"temperature: 1e-60; expected 0\.0 \(greedy\) or at least 1\.4e-45"):
+        SamplingParams(temperature=1e-60)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        torch.tensor, lambda ids: torch.tensor(ids, dtype=torch.int32), np.array, lambda ids: np.array(ids, np.uint16),
+        tuple, lambda ids: [np.int64(i) for i in ids], lambda ids: torch.tensor([0, *ids])[1:],
+    ],
+)  # fmt: skip
+def test_prompts_may_be_tensors_and_arrays(tiny: tuple[Any, Any], made: Any) -> None:
+    generator, params = Generator(*tiny), SamplingParams(max_new_tokens=4, seed=2)
+    plain = generator.generate(PROMPTS, params)
+    found = generator.generate([made(prompt) for prompt in PROMPTS], params)
+    assert responses(found) == responses(plain) and torch.equal(found.input_ids, plain.input_ids)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "error", "message"),
+    [
+        (torch.tensor([[5, 6], [7, 8]]), TypeError, "prompts: got one Tensor; expected a list of prompts"),
+        (
+            [torch.tensor([[5, 6]])],
+            TypeError,
+            r"prompts: prompt 0 is .* with shape \(1, 2\); expected text",
+        ),
+        ([torch.tensor([0.5])], TypeError, "prompts: prompt 0 is .* of float32 with shape"),
+        ([[True, False]], TypeError, "prompts: prompt 0 is list of bool"),
+        ([[[1, 2], [3]]], TypeError, "prompts: prompt 0 is no list of token ids"),
+        ([[]], ValueError, "prompts: prompt 0 is empty"),
+        ([torch.tensor([], dtype=torch.int64)], ValueError, "prompts: prompt 0 is empty"),
+        (
+            [[{"role": "user", "content": None}]],
+            ValueError,
+            "prompt 0: the content of a message of prompt should be text",
+        ),
+        (
+            [[{"role": "user"}]],
+            ValueError,
+            "prompt 0: the content of a message of prompt should be text",
+        ),
+        (
+            [[{"from": "human", "value": "Hi"}]],
+            ValueError,
+            'prompt 0: a message of prompt should be {"role"',
+        ),
+    ],
+)
+def test_prompts_that_are_none_are_named(
+    tiny: tuple[Any, Any], prompts: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        Generator(*tiny).generate(prompts)
+
+
+def test_settings_that_are_none_are_named(tiny: tuple[Any, Any]) -> None:
+    with pytest.raises(TypeError, match="params: got dict; expected SamplingParams, such as SamplingParams"):
+        Generator(*tiny).generate(["Hi"], {"n": 2})  # type: ignore[arg-type]
+
+
+def test_a_record_brings_its_tools_and_settings(tiny: tuple[Any, Any]) -> None:
+    model, tokenizer = tiny
+    tokenizer.chat_template = "{{ tools[0].name if tools else '' }}{{ word }}" + str(tokenizer.chat_template)
+    row = {"prompt": "Hi", "tools": [{"name": "clock"}], "chat_template_kwargs": {"word": "!"}}
+    generator = Generator(model, tokenizer)
+    plain, own = (generator.generate(read_prompts([{"prompt": "Hi"}, row])).examples()[i].prompt for i in (0, 1))
+    assert tokenizer.decode(own) == "clock!" + tokenizer.decode(plain)

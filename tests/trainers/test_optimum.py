@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from rlhf_fast.config import LoRAConfig, OptimConfig, PPOConfig
-from rlhf_fast.data.chat import Prompt, encode_prompt
+from rlhf_fast.data.templates import Prompt
+from rlhf_fast.data.tokenize import tokenize_prompt
 from rlhf_fast.trainers.ppo import PPOTrainer
 
 BEST = "etaoinshrdlu"  # the reward of a letter: the earlier, the better
@@ -34,7 +35,7 @@ def bandit(prompts: list[Prompt], responses: list[str]) -> list[float]:
 @torch.no_grad()
 def first_token(model: Any, tokenizer: Any, prompt: str) -> torch.Tensor:
     """Log-probabilities of the first token of a response: (V,), float64."""
-    ids = torch.tensor([encode_prompt(tokenizer, prompt)])
+    ids = torch.tensor([tokenize_prompt(tokenizer, prompt)])
     return torch.log_softmax(model(input_ids=ids).logits[0, -1].double(), -1)
 
 

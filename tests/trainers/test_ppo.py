@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from rlhf_fast import models, ops
 from rlhf_fast.config import LoRAConfig, OptimConfig, PPOConfig
 from rlhf_fast.data.batches import Example, pad
-from rlhf_fast.data.chat import Prompt
+from rlhf_fast.data.templates import Prompt
 from rlhf_fast.ops import reference
 from rlhf_fast.rollout.sampling import SamplingParams
 from rlhf_fast.run_folder import RunFolder

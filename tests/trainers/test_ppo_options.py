@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from rlhf_fast import models, ops
 from rlhf_fast.config import LoRAConfig, OptimConfig, PPOConfig, RewardConfig, RunConfig
 from rlhf_fast.data.batches import pad
-from rlhf_fast.data.chat import Prompt, encode
+from rlhf_fast.data.templates import Prompt
+from rlhf_fast.data.tokenize import tokenize_example
 from rlhf_fast.run_folder import RunFolder
 from rlhf_fast.trainers.advantages import Advantages, Scored
 from rlhf_fast.trainers.collect import Experience
@@ -112,7 +113,7 @@ def test_a_critic_can_begin_as_the_reward_model(reward_model: Path, tiny_folder:
     assert all("lora_" in name for name, p in critic.model.named_parameters() if p.requires_grad)
     prompts, responses = ["q1", "q2"], ["aaaa!", "bbb"]
     score = RewardModel(reward_model)
-    examples = [encode(score.tokenizer, p, r, 100, "x") for p, r in zip(prompts, responses, strict=True)]
+    examples = [tokenize_example(score.tokenizer, p, r, name="x") for p, r in zip(prompts, responses, strict=True)]
     with torch.no_grad():
         batch = pad(examples)
         states = models.hidden_states(critic.model, batch.input_ids).flatten(0, 1)[batch.last]

@@ -15,9 +15,9 @@ from transformers import AutoModelForSequenceClassification
 from rlhf_fast import models
 from rlhf_fast.config import LoRAConfig, OptimConfig, RewardConfig
 from rlhf_fast.data.batches import pad
-from rlhf_fast.data.chat import encode
 from rlhf_fast.data.pairs import join
 from rlhf_fast.data.records import read_comparisons
+from rlhf_fast.data.tokenize import tokenize_example
 from rlhf_fast.models.checkpoint import read_extra
 from rlhf_fast.rollout.generator import Generator
 from rlhf_fast.rollout.sampling import SamplingParams
@@ -71,7 +71,7 @@ def test_the_score_is_read_at_the_last_real_token(trained: tuple[RewardTrainer, 
     """Detail 8, against transformers' own classifier, one row at a time and padded together."""
     trainer, _ = trained
     texts = ["", "a", "abc!", "b" * 30]
-    examples = [encode(trainer.tokenizer, "question", text, 100, "row") for text in texts]
+    examples = [tokenize_example(trainer.tokenizer, "question", text, name="row") for text in texts]
     with torch.no_grad():
         together = models.score_last(trainer.model, pad(examples))
         for example, score in zip(examples, together, strict=True):
@@ -190,7 +190,7 @@ def test_the_score_of_an_ensemble_is_its_lower_bound_and_comes_back_from_its_che
     trainer, out = ensemble
     reward = RewardModel(out)
     scores, spread = reward.measure(["question"] * 3, ["a!", "bbb", "other"])
-    examples = [encode(trainer.tokenizer, "question", text, 100, "row") for text in ("a!", "bbb", "other")]
+    examples = [tokenize_example(trainer.tokenizer, "question", text, name="row") for text in ("a!", "bbb", "other")]
     with torch.no_grad():
         by_head = models.score_last(trainer.model, pad(examples)).double()
     assert by_head.shape == (3, 3) and (by_head.std(dim=1) > 1e-4).all()

@@ -141,8 +141,8 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_and_its_batch_kept(tiny_fold
     trainer.train()
     skipped = rows(tmp_path, "skipped")
     assert [row["step"] for row in skipped] == [2, 3] and skipped[0]["loss"] is None
-    found = {tuple(part["ids"]) for row in skipped for item in row["examples"] for part in item}
-    assert found <= {part.ids for of in trainer.training for part in of} and len(skipped[0]["examples"]) == 4
+    found = {tuple(part["input_ids"]) for row in skipped for item in row["examples"] for part in item}
+    assert found <= {part.input_ids for of in trainer.training for part in of} and len(skipped[0]["examples"]) == 4
     after = [p for p in trainer.model.parameters() if p.requires_grad]
     assert all(p.isfinite().all() for p in after)
     assert any(not torch.equal(p, old) for p, old in zip(after, before, strict=True))

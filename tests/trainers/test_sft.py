@@ -45,7 +45,7 @@ def test_the_loss_is_on_every_answer_and_its_end_only(tiny_folder: Path, tmp_pat
     rows = [{"messages": CHAT}, {"messages": CHAT[:2]}]
     sft = SFTTrainer(tiny_folder, rows, tmp_path, SFTConfig(lora=LoRAConfig(r=0), samples=0))
     (conversation,) = max(sft.training + sft.heldout, key=lambda of: len(of[0]))
-    ids, eos = conversation.ids, sft.tokenizer.eos_token_id
+    ids, eos = conversation.input_ids, sft.tokenizer.eos_token_id
     logits = sft.model(input_ids=torch.tensor([ids])).logits[0].detach()
     logprobs = torch.log_softmax(logits.double(), -1)
     learned, answers = 0.0, ["first", "second one"]
