@@ -66,9 +66,15 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=48, help="of a response")
     arguments = parser.parse_args(words)
 
-    # Any advantage but "gae" trains without a critic.
+    # Any advantage but "gae" trains without a critic. The KL penalty is in the reward, above: as a term of the loss it
+    # would come with ref_logprobs, kl_coef and kl, as ops.linear_ppo_loss has them.
     config = PPOConfig(
-        advantage="grpo", steps=arguments.steps, max_new_tokens=arguments.tokens, clip_low=3e-4, clip_high=4e-4
+        advantage="grpo",
+        kl_in="reward",
+        steps=arguments.steps,
+        max_new_tokens=arguments.tokens,
+        clip_low=3e-4,
+        clip_high=4e-4,
     )
     prompts = [{"prompt": f"Tell me about the number {i}."} for i in range(64)]
     trainer = PPOTrainer(arguments.model, by_length, prompts, arguments.out, config, advantage=better_half, loss=gspo)

@@ -191,6 +191,9 @@ class PPOConfig:
     max_kl: float | None = None  # nats a sequence; a step whose samples are further from the reference ends the run
     max_update_kl: float | None = None  # nats a token; a step ends its updates when they have moved the policy further
     advantage: Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce++", "remax"] = "gae"  # only gae has a critic
+    kl_in: Literal["loss", "reward"] | None = None  # where the KL penalty is; none: where the advantage's paper has it
+    scale: Literal["group", "batch", "none"] | None = None  # deviation of scores that grpo, dr_grpo, rloo divide by
+    resample: int = 0  # times that prompts whose responses all score alike are replaced by others in a step (DAPO)
     critic: Literal["shared", "separate", "reward"] = "shared"  # policy with a head, own model, or reward model
     critic_warmup: int = 0  # first steps, in which only the critic learns
     gamma: float = 1.0  # discount a token
@@ -226,7 +229,7 @@ class PPOConfig:
         _check(self, count="steps prompts_per_step samples_per_prompt max_new_tokens epochs minibatches max_length")
         _check(self, count="reward_batch")
         _check(self, positive="temperature kl_target kl_horizon max_kl max_update_kl reward_timeout rollout_cap")
-        _check(self, not_negative="kl_coef value_coef missing_eos_penalty critic_warmup reward_retries seed")
+        _check(self, not_negative="kl_coef value_coef missing_eos_penalty critic_warmup reward_retries resample seed")
         _check(self, limit="clip_low clip_high value_clip reward_clip", share="gamma lam min_reward_agreement")
         if self.lag not in (0, 1):
             raise ValueError(f"lag: {self.lag}; expected 0 or 1")
@@ -239,9 +242,27 @@ class PPOConfig:
                 f"samples_per_prompt: {self.samples_per_prompt}; expected at least 2 for advantage {self.advantage!r}, "
                 "which compares the responses of a prompt"
             )
+        if self.scale is not None and self.advantage not in ("grpo", "dr_grpo", "rloo"):
+            raise ValueError(f"scale: {self.scale!r}; expected none, as advantage {self.advantage!r} has its own")
+        if self.resample and self.advantage in ("gae", "remax"):
+            raise ValueError(
+                f"resample: {self.resample}; expected 0, as equal scores do say something to advantage "
+                f"{self.advantage!r}"
+            )
+        if self.resample and self.lag:
+            raise ValueError(
+                f"resample: {self.resample} with lag: {self.lag}; expected one of them to be 0, as who is sampled "
+                "again hangs on scores, which are still on their way"
+            )
         sequences = self.prompts_per_step * self.samples_per_prompt
         if self.minibatches > sequences:
             raise ValueError(f"minibatches: {self.minibatches}; expected at most the {sequences} sequences of a step")
+
+    @property
+    def kl_estimator(self) -> str | None:
+        """Of the KL penalty as a term of the loss: that of the advantage's paper. None: it is in the reward."""
+        in_papers = {"grpo": "k3", "dr_grpo": "k3", "reinforce++": "k2"}
+        return None if self.kl_in == "reward" else in_papers.get(self.advantage, "k3" if self.kl_in else None)
 
 
 @dataclass(frozen=True)

@@ -30,16 +30,16 @@ KEYS = {
         reward.optim.max_grad_norm reward.optim.max_tokens_per_microbatch reward.optim.checkpointing
         reward.optim.max_skipped reward.run.save_every reward.run.keep_last reward.run.trackers ppo.steps
         ppo.prompts_per_step ppo.samples_per_prompt ppo.max_new_tokens ppo.stop_token_ids ppo.temperature ppo.epochs
-        ppo.minibatches ppo.kl_coef ppo.kl_target ppo.kl_horizon ppo.max_kl ppo.max_update_kl ppo.advantage ppo.critic
-        ppo.critic_warmup ppo.gamma ppo.lam ppo.clip_low ppo.clip_high ppo.value_clip ppo.value_coef ppo.whiten_rewards
-        ppo.reward_clip ppo.missing_eos ppo.missing_eos_penalty ppo.min_reward_agreement ppo.reward_timeout
-        ppo.reward_retries ppo.reward_batch ppo.lag ppo.rollout_cap ppo.cuda_graphs ppo.max_length ppo.chat_template
-        ppo.template_kwargs ppo.parse_special_tokens ppo.date ppo.dtype ppo.seed ppo.lora.r ppo.lora.alpha ppo.optim.lr
-        ppo.optim.schedule ppo.optim.warmup ppo.optim.weight_decay ppo.optim.adam_eps ppo.optim.max_grad_norm
-        ppo.optim.max_tokens_per_microbatch ppo.optim.checkpointing ppo.optim.max_skipped ppo.run.save_every
-        ppo.run.keep_last ppo.run.trackers evaluation.samples_per_prompt evaluation.max_new_tokens
-        evaluation.temperature evaluation.chat_template evaluation.template_kwargs evaluation.parse_special_tokens
-        evaluation.seed
+        ppo.minibatches ppo.kl_coef ppo.kl_target ppo.kl_horizon ppo.max_kl ppo.max_update_kl ppo.advantage ppo.kl_in
+        ppo.scale ppo.resample ppo.critic ppo.critic_warmup ppo.gamma ppo.lam ppo.clip_low ppo.clip_high ppo.value_clip
+        ppo.value_coef ppo.whiten_rewards ppo.reward_clip ppo.missing_eos ppo.missing_eos_penalty
+        ppo.min_reward_agreement ppo.reward_timeout ppo.reward_retries ppo.reward_batch ppo.lag ppo.rollout_cap
+        ppo.cuda_graphs ppo.max_length ppo.chat_template ppo.template_kwargs ppo.parse_special_tokens ppo.date ppo.dtype
+        ppo.seed ppo.lora.r ppo.lora.alpha ppo.optim.lr ppo.optim.schedule ppo.optim.warmup ppo.optim.weight_decay
+        ppo.optim.adam_eps ppo.optim.max_grad_norm ppo.optim.max_tokens_per_microbatch ppo.optim.checkpointing
+        ppo.optim.max_skipped ppo.run.save_every ppo.run.keep_last ppo.run.trackers evaluation.samples_per_prompt
+        evaluation.max_new_tokens evaluation.temperature evaluation.chat_template evaluation.template_kwargs
+        evaluation.parse_special_tokens evaluation.seed
     """,
     "sft": """
         data out model sft.epochs sft.batch_size sft.heldout sft.turns sft.packing sft.samples sft.sample_tokens
@@ -67,13 +67,14 @@ KEYS = {
     "ppo": """
         policy reward prompts out ppo.steps ppo.prompts_per_step ppo.samples_per_prompt ppo.max_new_tokens
         ppo.stop_token_ids ppo.temperature ppo.epochs ppo.minibatches ppo.kl_coef ppo.kl_target ppo.kl_horizon
-        ppo.max_kl ppo.max_update_kl ppo.advantage ppo.critic ppo.critic_warmup ppo.gamma ppo.lam ppo.clip_low
-        ppo.clip_high ppo.value_clip ppo.value_coef ppo.whiten_rewards ppo.reward_clip ppo.missing_eos
-        ppo.missing_eos_penalty ppo.min_reward_agreement ppo.reward_timeout ppo.reward_retries ppo.reward_batch ppo.lag
-        ppo.rollout_cap ppo.cuda_graphs ppo.max_length ppo.chat_template ppo.template_kwargs ppo.parse_special_tokens
-        ppo.date ppo.dtype ppo.seed ppo.lora.r ppo.lora.alpha ppo.optim.lr ppo.optim.schedule ppo.optim.warmup
-        ppo.optim.weight_decay ppo.optim.adam_eps ppo.optim.max_grad_norm ppo.optim.max_tokens_per_microbatch
-        ppo.optim.checkpointing ppo.optim.max_skipped ppo.run.save_every ppo.run.keep_last ppo.run.trackers
+        ppo.max_kl ppo.max_update_kl ppo.advantage ppo.kl_in ppo.scale ppo.resample ppo.critic ppo.critic_warmup
+        ppo.gamma ppo.lam ppo.clip_low ppo.clip_high ppo.value_clip ppo.value_coef ppo.whiten_rewards ppo.reward_clip
+        ppo.missing_eos ppo.missing_eos_penalty ppo.min_reward_agreement ppo.reward_timeout ppo.reward_retries
+        ppo.reward_batch ppo.lag ppo.rollout_cap ppo.cuda_graphs ppo.max_length ppo.chat_template ppo.template_kwargs
+        ppo.parse_special_tokens ppo.date ppo.dtype ppo.seed ppo.lora.r ppo.lora.alpha ppo.optim.lr ppo.optim.schedule
+        ppo.optim.warmup ppo.optim.weight_decay ppo.optim.adam_eps ppo.optim.max_grad_norm
+        ppo.optim.max_tokens_per_microbatch ppo.optim.checkpointing ppo.optim.max_skipped ppo.run.save_every
+        ppo.run.keep_last ppo.run.trackers
     """,
     "generate": """
         prompts prompt out model n temperature top_k top_p min_p repetition_penalty presence_penalty frequency_penalty

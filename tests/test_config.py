@@ -393,6 +393,7 @@ BAD = {
         "reward_timeout": [0.0, -1.0, math.inf],
         "reward_retries": [-1],
         "reward_batch": [0],
+        "resample": [-1],
         "lag": [-1, 2],
         "rollout_cap": [0.0, -1.0, math.inf],
         "max_length": [0],
@@ -422,6 +423,33 @@ def test_responses_are_only_compared_with_others() -> None:
     with pytest.raises(ValueError, match="samples_per_prompt: 1; expected at least 2 for advantage 'rloo', which"):
         PPOConfig(samples_per_prompt=1, advantage="rloo")
     assert PPOConfig(samples_per_prompt=1).advantage == "gae"
+
+
+def test_what_compares_responses_is_asked_for_where_they_are_compared() -> None:
+    with pytest.raises(ValueError, match="scale: 'group'; expected none, as advantage 'gae' has its own"):
+        PPOConfig(scale="group")
+    with pytest.raises(
+        ValueError, match="resample: 2; expected 0, as equal scores do say something to advantage 'gae'"
+    ):
+        PPOConfig(resample=2)
+    with pytest.raises(ValueError, match="resample: 1 with lag: 1; expected one of them to be 0"):
+        PPOConfig(resample=1, lag=1, advantage="grpo")
+
+
+@pytest.mark.parametrize(
+    ("advantage", "papers", "loss"),
+    [
+        ("gae", None, "k3"),
+        ("grpo", "k3", "k3"),
+        ("dr_grpo", "k3", "k3"),
+        ("rloo", None, "k3"),
+        ("reinforce++", "k2", "k2"),
+        ("remax", None, "k3"),
+    ],
+)
+def test_the_kl_penalty_is_where_the_paper_has_it_unless_told(advantage: Any, papers: str | None, loss: str) -> None:
+    found = [PPOConfig(advantage=advantage, kl_in=kl_in).kl_estimator for kl_in in (None, "loss", "reward")]
+    assert found == [papers, loss, None]
 
 
 def test_a_warmup_needs_a_critic_and_a_tracker_a_name() -> None:

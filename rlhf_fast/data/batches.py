@@ -127,7 +127,7 @@ def shape(examples: Sequence[Example], shared: int) -> tuple[int, int]:
     return len(rows), max(_width(examples, row) for row in rows)
 
 
-def shuffled(items: Sequence[Item], seed: int) -> list[Item]:
+def shuffled(items: Sequence[Item], seed: int | tuple[int, ...]) -> list[Item]:
     """A permutation of `items` that depends on the seed only."""
     return [items[i] for i in np.random.default_rng(seed).permutation(len(items))]
 

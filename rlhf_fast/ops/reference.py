@@ -304,7 +304,9 @@ def group_advantages(
         real = inside if mask is None else to_padded(mask, inside)
         return group_advantages(to_padded(rewards, inside), kind, real, None, eps)[inside]  # (N,)
     mask = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
-    rewards = keep(rewards, mask)  # (G, n)
+    rewards = keep(rewards, mask, math.inf)  # (G, n)
+    # Less the least of them, so that equal ones are apart by exactly nothing.
+    rewards = keep(rewards - (rewards.amin(1, keepdim=True) if rewards.numel() else 0.0), mask)
     n = mask.sum(1, keepdim=True).to(rewards.dtype)  # (G, 1)
     total, others = rewards.sum(1, keepdim=True), (n - 1).clamp(min=1)
     apart = keep(rewards - total / n.clamp(min=1), mask)

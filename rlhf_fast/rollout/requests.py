@@ -34,7 +34,8 @@ def sequences_for(
         TypeError, ValueError: what `Generator.generate` says.
     """
     if isinstance(prompts, str | dict | torch.Tensor | np.ndarray):
-        raise TypeError(f"prompts: got one {type(prompts).__name__}; expected a list of prompts")
+        kind = "string" if isinstance(prompts, str) else type(prompts).__name__
+        raise TypeError(f"prompts: got one {kind}; expected a list of prompts")
     prompts = list(prompts)
     if not prompts:
         raise ValueError("prompts: the list is empty")

@@ -6,12 +6,15 @@ function in place of these.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 
 from rlhf_fast import ops
 from rlhf_fast.config import PPOConfig
+
+EPS = 1e-6  # is added to a deviation of scores, as in ops.group_advantages
 
 
 class Scored(NamedTuple):
@@ -32,6 +35,8 @@ class Advantages(NamedTuple):
 
 
 class AdvantageFunction(Protocol):
+    """`kl_coef` is what the KL penalty weighs in the reward: 0 where it is a term of the loss (`ppo.kl_in`)."""
+
     def __call__(self, scored: Scored, kl_coef: float, config: PPOConfig) -> Advantages: ...
 
 
@@ -51,20 +56,46 @@ def against_critic(scored: Scored, kl_coef: float, config: PPOConfig) -> Advanta
 
 
 def against_each_other(scored: Scored, kl_coef: float, config: PPOConfig) -> Advantages:
-    """One advantage for all tokens of a response: its score less the KL penalty, beside those of its prompt's others.
+    """One advantage for all tokens of a response: its score beside those of its prompt's others, scaled, and only then
+    less the KL penalty beside theirs.
 
-    The penalty is part of the reward, as in RLOO: in the loss, as GRPO's paper has it, its gradient would be another
-    one. REINFORCE++ with a baseline is what `dr_grpo` gives, whitened over all tokens of the step.
+    Scaled with the scores, a penalty would be as large as they are, whatever it weighs: `kl_coef` would cancel where
+    scores are equal, and small scores would be drowned.
     """
-    kind = "dr_grpo" if config.advantage == "reinforce++" else config.advantage
-    rewards = _penalised(scored, kl_coef).view(-1, config.samples_per_prompt)
-    advantages = _of_tokens(ops.group_advantages(rewards, kind).flatten(), scored)
-    if config.advantage != "reinforce++":
-        return Advantages(advantages, None, None)
-    exact = advantages.double()
-    number = torch.full_like(exact.sum(), exact.numel())
-    sums = torch.stack([number, exact.sum(), exact.square().sum()])
-    return Advantages(advantages, None, sums)
+    against = "rloo" if config.advantage == "rloo" else "dr_grpo"
+    advantages = _scaled(scored.scores.view(-1, config.samples_per_prompt), against, config)  # (G, n)
+    if kl_coef:
+        kl = ops.sequence_sum(scored.kl, cu_seqlens=scored.cu_seqlens).view_as(advantages)
+        advantages = advantages - kl_coef * ops.group_advantages(kl, against)
+    return Advantages(_of_tokens(advantages.flatten(), scored), None, None)
+
+
+def _scaled(scores: torch.Tensor, against: str, config: PPOConfig) -> torch.Tensor:
+    """Scores less their group's mean (of the others in it, for RLOO), over the deviation that `ppo.scale` names."""
+    scale = config.scale or ("group" if config.advantage == "grpo" else "none")
+    if scale == "group":
+        others = scores.shape[1] - 1
+        return ops.group_advantages(scores, "grpo") * (scores.shape[1] / others if against == "rloo" else 1.0)
+    apart = ops.group_advantages(scores, against)  # (G, n)
+    return apart / (scores.double().std() + EPS).float() if scale == "batch" else apart
+
+
+def against_the_step(scored: Scored, kl_coef: float, config: PPOConfig) -> Advantages:
+    """REINFORCE++ with a baseline (arXiv 2501.03262): a score less its group's mean, whitened over the step's tokens.
+
+    A penalty in the reward comes after that, on each token what it and those that follow pay.
+    """
+    scores = scored.scores.view(-1, config.samples_per_prompt)  # (G, n)
+    advantages = _of_tokens(ops.group_advantages(scores, "dr_grpo").flatten(), scored)  # (R,)
+    if not kl_coef:
+        exact = advantages.double()
+        number = torch.full_like(exact.sum(), exact.numel())
+        return Advantages(advantages, None, torch.stack([number, exact.sum(), exact.square().sum()]))
+    to_come, _ = ops.gae(
+        rewards=kl_coef * scored.kl, values=torch.zeros_like(scored.kl), gamma=1.0, lam=1.0,
+        cu_seqlens=scored.cu_seqlens,
+    )  # fmt: skip
+    return Advantages(ops.whiten(advantages) - to_come, None, None)
 
 
 def against_greedy(scored: Scored, kl_coef: float, config: PPOConfig) -> Advantages:
@@ -73,11 +104,14 @@ def against_greedy(scored: Scored, kl_coef: float, config: PPOConfig) -> Advanta
     That response's own penalty is left out, for it would change no gradient in expectation.
     """
     assert scored.baselines is not None
-    return Advantages(_of_tokens(_penalised(scored, kl_coef) - scored.baselines, scored), None, None)
+    kl = ops.sequence_sum(scored.kl, cu_seqlens=scored.cu_seqlens)  # (B,)
+    return Advantages(_of_tokens(scored.scores - kl_coef * kl - scored.baselines, scored), None, None)
 
 
-def _penalised(scored: Scored, kl_coef: float) -> torch.Tensor:
-    return scored.scores - kl_coef * ops.sequence_sum(scored.kl, cu_seqlens=scored.cu_seqlens)  # (B,)
+def equal_groups(scores: Sequence[float], size: int) -> list[int]:
+    """The prompts whose `size` responses all have the same score: they say nothing about each other."""
+    groups = [scores[i : i + size] for i in range(0, len(scores), size)]
+    return [g for g, group in enumerate(groups) if len(set(group)) == 1]
 
 
 def _of_tokens(of_responses: torch.Tensor, scored: Scored) -> torch.Tensor:
@@ -91,6 +125,6 @@ FUNCTIONS: dict[str, AdvantageFunction] = {
     "grpo": against_each_other,
     "dr_grpo": against_each_other,
     "rloo": against_each_other,
-    "reinforce++": against_each_other,
+    "reinforce++": against_the_step,
     "remax": against_greedy,
 }

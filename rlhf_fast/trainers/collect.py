@@ -17,12 +17,11 @@ from rlhf_fast.models.adapters import Model
 from rlhf_fast.rates import DeviceRates
 from rlhf_fast.rollout.rollouts import Rollouts
 from rlhf_fast.run_folder import RunFolder
-from rlhf_fast.trainers.advantages import AdvantageFunction, Scored
+from rlhf_fast.trainers.advantages import AdvantageFunction, Scored, equal_groups
 from rlhf_fast.trainers.budget import TokenBudget
 from rlhf_fast.trainers.critic import Critic
 from rlhf_fast.trainers.loop import per_example
-from rlhf_fast.trainers.sampler import Sampled, Sampler
-from rlhf_fast.trainers.scoring import Scores, Scoring
+from rlhf_fast.trainers.sampler import Sampled, Sampler, paid
 
 SHOWN = 4  # samples that are kept of a step
 
@@ -33,6 +32,7 @@ class Experience:
 
     examples: list[Example]
     old_logprobs: list[torch.Tensor]  # of the policy that the update starts from
+    ref_logprobs: list[torch.Tensor]  # of the reference, where the KL penalty is in the loss; else empty
     rollout_logprobs: list[torch.Tensor]  # of the policy that sampled, where it may be an older one; else empty
     old_values: list[torch.Tensor]  # empty without a critic, like returns
     advantages: list[torch.Tensor]
@@ -101,22 +101,24 @@ class Collector:
             drawn_kl = ops.kl_estimate(drawn_logprobs, reference, kind="k1")
             drawn_entropy = rollouts.entropy[rollouts.response_mask]
 
-        rewarded, paid = self._paid(rollouts, sampled.scoring)
+        rewarded = sampled.scoring.result()
+        rewards = paid(rewarded.scores, rollouts.finish_reasons, config)
         scored = Scored(
-            torch.tensor(paid, device=device),
+            torch.tensor(rewards, device=device),
             kl,
             cu_seqlens,
             torch.cat(old_values) if old_values else None,
             self._baselines(sampled),
         )
-        found = self.advantage(scored, kl_coef, config)
+        in_loss = config.kl_estimator is not None
+        found = self.advantage(scored, 0.0 if in_loss else kl_coef, config)
 
         sequence_kl = ops.sequence_sum(drawn_kl, cu_seqlens=cu_seqlens)  # (B,)
         self._keep_samples(run, step, sampled.records, rollouts, rewarded.scores, sequence_kl.tolist())
         metrics = {
             "score": float(np.mean(rewarded.scores)),
             **{f"score/{name}": mean for name, mean in rewarded.means.items()},
-            "reward": float(np.mean(paid)) - kl_coef * float(sequence_kl.mean()),
+            "reward": float(np.mean(rewards)) - kl_coef * float(sequence_kl.mean()),
             "kl": float(sequence_kl.mean()),
             "entropy": float(drawn_entropy.mean()),
             "response_tokens": float(np.mean(lengths)),
@@ -124,9 +126,14 @@ class Collector:
         }
         if config.lag:
             metrics["lag"] = float(lag)
+        if config.advantage not in ("gae", "remax"):
+            metrics["equal_groups"] = len(equal_groups(rewards, config.samples_per_prompt)) / len(sampled.records)
+        if config.resample:
+            metrics["resampled"] = float(sampled.resampled)
         return Experience(
             examples=examples,
             old_logprobs=old_logprobs,
+            ref_logprobs=ref_logprobs if in_loss else [],
             rollout_logprobs=list(drawn_logprobs.split(lengths)) if config.lag else [],
             old_values=old_values,
             advantages=list(found.advantages.split(lengths)),
@@ -136,23 +143,13 @@ class Collector:
             metrics=metrics,
         )
 
-    def _paid(self, rollouts: Rollouts, scoring: Scoring) -> tuple[Scores, list[float]]:
-        """The scores of all responses, and what is paid for them."""
-        config = self.config
-        rewarded = scoring.result()
-        paid = [min(max(score, -config.reward_clip), config.reward_clip) for score in rewarded.scores]
-        for i, reason in enumerate(rollouts.finish_reasons):
-            if reason != "stop":
-                kept = paid[i] if config.missing_eos == "subtract" else 0.0
-                paid[i] = kept - config.missing_eos_penalty
-        return rewarded, paid
-
     def _baselines(self, sampled: Sampled) -> torch.Tensor | None:
         """For ReMax, what is paid for the likeliest response to each prompt, for each of its samples: (B,)."""
         if sampled.greedy is None:
             return None
-        _, paid = self._paid(*sampled.greedy)
-        return torch.tensor(paid, device=self.weight.device).repeat_interleave(self.config.samples_per_prompt)
+        rollouts, scoring = sampled.greedy
+        found = paid(scoring.result().scores, rollouts.finish_reasons, self.config)
+        return torch.tensor(found, device=self.weight.device).repeat_interleave(self.config.samples_per_prompt)
 
     def _policy_outputs(self, rollouts: Rollouts, examples: list[Example], lag: int = 0) -> list[list[torch.Tensor]]:
         """Log-probability, entropy and value (without a critic none) of each response token, as training has them, so

@@ -227,6 +227,13 @@ class PPOTrainer:
                     "rollout_logprobs": concatenated(experience.rollout_logprobs, part),
                     "rollout_cap": config.rollout_cap,
                 }
+            of_kl: dict[str, Any] = {}
+            if experience.ref_logprobs:
+                of_kl = {
+                    "ref_logprobs": concatenated(experience.ref_logprobs, part),
+                    "kl_coef": self.kl_controller.coef,
+                    "kl": config.kl_estimator,
+                }
             loss, stats = self.loss(
                 states,
                 head.weight.detach() if warming else head.weight,
@@ -237,6 +244,7 @@ class PPOTrainer:
                 temperature=config.temperature,
                 **of_critic,
                 **of_lag,
+                **of_kl,
                 cu_seqlens=batch.cu_seqlens,
                 clip_low=config.clip_low,
                 clip_high=config.clip_high,

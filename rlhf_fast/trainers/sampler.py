@@ -19,8 +19,9 @@ from rlhf_fast.rollout.generator import Generator
 from rlhf_fast.rollout.requests import sequences_for
 from rlhf_fast.rollout.rollouts import Rollouts
 from rlhf_fast.rollout.sampling import SamplingParams
+from rlhf_fast.trainers.advantages import equal_groups
 from rlhf_fast.trainers.rewards import Rewards
-from rlhf_fast.trainers.scoring import Scoring
+from rlhf_fast.trainers.scoring import Scores, Scoring
 
 KEPT = ("response", "logprobs", "entropies", "finish_reason")  # of a sequence, to learn from it in another process
 
@@ -32,9 +33,10 @@ class Sampled:
     step: int
     records: list[PromptRecord]
     rollouts: Rollouts
-    scoring: Scoring
+    scoring: Scoring | Scores
     greedy: tuple[Rollouts, Scoring] | None  # the likeliest response to each prompt, for ReMax
     statistics: Statistics | None  # None in a run that went on with them
+    resampled: int = 0  # prompts whose responses all scored alike, and which others stand in for
 
 
 class Sampler:
@@ -77,11 +79,50 @@ class Sampler:
         records = step_prompts(self.prompts, self.config, step)
         params = self._params(step)
         rollouts, scoring = self._scored_rollouts(records, params)
-        statistics = self.generator.statistics
+        statistics = self.generator.statistics  # of the first round, the large one
         greedy = self._scored_rollouts(records, _greedy(params)) if self.config.advantage == "remax" else None
+        sampled = Sampled(step, records, rollouts, scoring, greedy, statistics)
+        for again in range(1, self.config.resample + 1):
+            sampled = self._varied(sampled, again)
         if not self.config.cuda_graphs:  # which are recorded with this memory
             self.generator.release_memory()
-        return Sampled(step, records, rollouts, scoring, greedy, statistics)
+        return sampled
+
+    def _varied(self, sampled: Sampled, again: int) -> Sampled:
+        """With other prompts in place of those whose responses are all paid alike (dynamic sampling: DAPO,
+        arXiv 2503.14476), as far as there are any that are not in the step."""
+        scores = sampled.scoring.result()
+        size, records, step = self.config.samples_per_prompt, list(sampled.records), sampled.step
+        found = paid(scores.scores, sampled.rollouts.finish_reasons, self.config)
+        names = set(map(id, records))
+        fresh = [p for p in shuffled(self.prompts, (self.config.seed, step, again)) if id(p) not in names]
+        equal = equal_groups(found, size)[: len(fresh)]
+        if not equal:
+            return replace(sampled, scoring=scores)
+        fresh = fresh[: len(equal)]
+        params = self._params(step)
+        # Random numbers belong to a seed and a place among the prompts; those of this step have been used.
+        rollouts, scoring = self._scored_rollouts(fresh, replace(params, seed=params.seed + (again << 32)))
+        new, sequences = scoring.result(), list(sampled.rollouts.sequences)
+        texts, totals = list(sampled.rollouts.texts), list(scores.scores)
+        parts = {name: list(given) for name, given in scores.parts.items()}
+        for number, (place, record) in enumerate(zip(equal, fresh, strict=True)):
+            there, here = slice(place * size, (place + 1) * size), slice(number * size, (number + 1) * size)
+            records[place] = record
+            sequences[there], texts[there] = rollouts.sequences[here], rollouts.texts[here]
+            totals[there] = new.scores[here]
+            for name, given in parts.items():
+                given[there] = new.parts[name][here]
+            for sequence in sequences[there]:
+                sequence.prompt_index = place
+        together = Rollouts.of(sequences, texts, self.generator.runner.device)
+        return replace(
+            sampled,
+            records=records,
+            rollouts=together,
+            scoring=Scores(totals, parts),
+            resampled=sampled.resampled + len(equal),
+        )
 
     def _params(self, step: int) -> SamplingParams:
         # No top-k or top-p: the ratio is only right when sampling and training use the same distribution.
@@ -133,6 +174,15 @@ class Sampler:
             scoring.finished(i, self.generator.text(sequence))
         texts = [self.generator.text(sequence) for sequence in sequences]
         return Rollouts.of(sequences, texts, self.generator.runner.device), scoring
+
+
+def paid(scores: Sequence[float], finish_reasons: Sequence[str], config: PPOConfig) -> list[float]:
+    """What responses get for their scores: within `ppo.reward_clip`, and less where they did not end by themselves."""
+    found = [min(max(score, -config.reward_clip), config.reward_clip) for score in scores]
+    for i, reason in enumerate(finish_reasons):
+        if reason != "stop":
+            found[i] = (found[i] if config.missing_eos == "subtract" else 0.0) - config.missing_eos_penalty
+    return found
 
 
 def _greedy(params: SamplingParams) -> SamplingParams:

@@ -39,10 +39,20 @@ class Part:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of responses: `scores` one each, and by the name of each part of a weighted list the mean of what it gave."""
+    """Of responses: `scores` one each, and by the name of each part of a weighted list what it gave to each."""
 
     scores: list[float]
-    means: dict[str, float]  # unweighted; empty for a reward of one part
+    parts: dict[str, list[float | None]]  # unweighted; empty for a reward of one part
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Of what each part gave; a part that gave nothing is left out."""
+        given = {name: [score for score in scores if score is not None] for name, scores in self.parts.items()}
+        return {name: math.fsum(scores) / len(scores) for name, scores in given.items() if scores}
+
+    def result(self) -> Scores:
+        """These, as a `Scoring` gives them that has ended."""
+        return self
 
 
 class Background:
@@ -122,7 +132,8 @@ class Scoring:
         """
         here = {n: self._call(n, slice(None)) for n, part in enumerate(self.parts) if not part.waits}
         found = [here[n] if n in here else self._answers(n) for n in range(len(self.parts))]
-        return Scores(self._totals(found), self._means(found))
+        parts = {part.name: scores for part, scores in zip(self.parts, found, strict=True)} if len(found) > 1 else {}
+        return Scores(self._totals(found), parts)
 
     def _answers(self, number: int) -> list[float | None]:
         calls = sorted((first, future) for (part, first), future in self._asked.items() if part == number)
@@ -147,11 +158,3 @@ class Scoring:
                 )
             totals.append(math.fsum(paid))
         return totals
-
-    def _means(self, found: list[list[float | None]]) -> dict[str, float]:
-        means = {}
-        for part, scores in zip(self.parts, found, strict=True):
-            given = [score for score in scores if score is not None]
-            if given and len(self.parts) > 1:
-                means[part.name] = math.fsum(given) / len(given)
-        return means

@@ -83,6 +83,69 @@ def test_a_bandit_over_tokens_comes_to_the_closed_form(
     assert kl == pytest.approx(best_kl, rel=0.05)
 
 
+@torch.no_grad()
+def objective(trainer: PPOTrainer, policy: Any, rewards: torch.Tensor, b: float) -> tuple[float, float, float]:
+    """(reward, less b times KL(reference || policy), that KL) of `policy(reference)`, or of the trained one."""
+    reward = held = distance = 0.0
+    for prompt in PROMPTS:
+        reference = first_token(trainer.reference, trainer.tokenizer, prompt["prompt"])
+        found = first_token(trainer.model, trainer.tokenizer, prompt["prompt"])
+        found = found if policy is None else policy(reference.exp()).log()
+        kl = float((reference.exp() * (reference - found)).sum())
+        paid = float((found.exp() * rewards).sum())
+        reward, held, distance = reward + paid / 2, held + (paid - b * kl) / 2, distance + kl / 2
+    return reward, held, distance
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_with_k3_in_the_loss_a_bandit_comes_to_the_closed_form_of_its_gradient(
+    seed: int, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """The mean gradient of k3 under the policy's own samples is that of KL(reference || policy). With b of it the best
+    policy is b * reference / (l - reward), l such that this adds up to 1."""
+    b = 0.1
+    trainer = train(tiny_folder, tmp_path, bandit, seed, advantage="dr_grpo", kl_coef=b, steps=40)
+    letters = [trainer.tokenizer.decode([token]) for token in range(len(trainer.tokenizer))]
+    rewards = torch.tensor([letter_reward(letter) for letter in letters], dtype=torch.float64)  # (V,)
+
+    def ideal(reference: torch.Tensor) -> torch.Tensor:
+        low, high = float(rewards.max()), float(rewards.max()) + b + 1
+        for _ in range(100):
+            middle = (low + high) / 2
+            low, high = (middle, high) if float((b * reference / (middle - rewards)).sum()) > 1 else (low, middle)
+        return b * reference / (high - rewards)
+
+    _, reached, _ = objective(trainer, None, rewards, b)
+    _, best, _ = objective(trainer, ideal, rewards, b)
+    _, start, _ = objective(trainer, lambda reference: reference, rewards, b)
+    assert start < 0.1 * best
+    assert 0.98 * best <= reached <= best + 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo", "reinforce++"])
+def test_a_small_reward_is_learned_and_the_penalty_holds_it_back(kind: str, tiny_folder: Path, tmp_path: Path) -> None:
+    """A hundredth of the letters' reward. What scales scores sees it as any other, what does not needs a penalty that
+    is as small."""
+
+    def small(prompts: list[Prompt], responses: list[str]) -> list[float]:
+        return [score / 100 for score in bandit(prompts, responses)]
+
+    letters: torch.Tensor | None = None
+    found = []
+    for kl_coef in (0.0, 0.3 if kind in ("grpo", "reinforce++") else 0.001):
+        out = tmp_path / str(kl_coef)
+        trainer = train(tiny_folder, out, small, 0, advantage=kind, kl_coef=kl_coef, steps=40)
+        if letters is None:
+            texts = [trainer.tokenizer.decode([token]) for token in range(len(trainer.tokenizer))]
+            letters = torch.tensor([letter_reward(text) for text in texts], dtype=torch.float64)
+        found.append(objective(trainer, None, letters, 0.0))
+    (free, _, far), (held, _, near) = found
+    assert free > 0.8 and held > 0.8  # from 0.02
+    assert near < 0.8 * far
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_a_length_is_learned(seed: int, tiny_folder: Path, tmp_path: Path) -> None:

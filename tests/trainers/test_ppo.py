@@ -23,9 +23,7 @@ from rlhf_fast.rollout.sampling import SamplingParams
 from rlhf_fast.run_folder import RunFolder
 from rlhf_fast.trainers.collect import Experience, minibatches
 from rlhf_fast.trainers.kl_controller import KLController
-from rlhf_fast.trainers.loop import per_example
 from rlhf_fast.trainers.ppo import PPOTrainer
-from rlhf_fast.trainers.rewards import resolve_reward
 from rlhf_fast.trainers.sampler import step_prompts
 
 TIMED = ("seconds", "decode_roofline", "training_utilisation", "busy")  # metrics that no two runs have the same
@@ -370,43 +368,6 @@ def test_only_in_float32_the_samplers_log_probabilities_are_taken_for_trainings(
     for got, want in ((logprobs, expected), (entropies, entropy), (values, trainer.critic.head(states.float())[:, 0])):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
     assert torch.equal(logprobs, rollouts.logprobs[rollouts.response_mask]) == (dtype == torch.float32)
-
-
-@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo", "reinforce++"])
-def test_without_a_critic_a_response_is_held_against_the_others_of_its_prompt(
-    kind: str, tiny_folder: Path, tmp_path: Path
-) -> None:
-    """All tokens of a response have its advantage: that of its score less the KL penalty, by the papers' formulas."""
-    trainer = make(tiny_folder, tmp_path, advantage=kind, samples_per_prompt=3, kl_coef=0.7, steps=1)
-    assert trainer.critic is None
-    with torch.no_grad():  # away from the reference, for a penalty
-        for parameter in trainer.model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.02
-    seen: dict[str, Any] = {}
-    reward = resolve_reward(lambda p, r: seen.setdefault("scores", [i % 5 for i in range(len(r))]), 0.0, 99)
-    trainer.sampler.reward = reward
-    experience = collect(trainer, tmp_path, step=2)
-    (reference,) = per_example(experience.examples, trainer.collector._reference_logprobs, 4096, "cpu")
-    kl = [float((old - ref).sum()) for old, ref in zip(experience.old_logprobs, reference, strict=True)]
-    assert max(map(abs, kl)) > 1e-3
-    cut = [example.response[-1] != trainer.tokenizer.eos_token_id for example in experience.examples]
-    rewards = torch.tensor([s - c - 0.7 * k for s, c, k in zip(seen["scores"], cut, kl, strict=True)]).view(-1, 3)
-    others = (rewards.sum(1, keepdim=True) - rewards) / 2
-    expected = {
-        "grpo": (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6),
-        "rloo": rewards - others,
-    }.get(kind, rewards - rewards.mean(1, keepdim=True))
-    for got, want, example in zip(experience.advantages, expected.flatten(), experience.examples, strict=True):
-        torch.testing.assert_close(got, want.float().expand(len(example.response)), rtol=1e-4, atol=1e-4)
-    assert experience.old_values == experience.returns == []
-    if kind == "reinforce++":
-        tokens = torch.cat(experience.advantages).double()
-        exact = torch.stack([torch.tensor(float(len(tokens))).double(), tokens.sum(), tokens.square().sum()])
-        assert experience.advantage_sums is not None
-        torch.testing.assert_close(experience.advantage_sums, exact)
-    else:
-        assert experience.advantage_sums is None
 
 
 def test_a_run_without_a_critic_learns_and_keeps_no_value_head(tiny_folder: Path, tmp_path: Path) -> None:
