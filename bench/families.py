@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import resource
 import sys
 import traceback
 import warnings
@@ -33,7 +34,8 @@ from rlhf_fast.data.conversations import Tokenized, batch_of
 from rlhf_fast.models.forward import check_head
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
-SECONDS = 90  # that one class may take
+SECONDS = 60  # that one class may take
+MEMORY = 12 << 30  # addresses, of which torch itself reserves most
 VOCABULARY = 320
 POSITIONS = 128
 WINDOW, CHUNK, ORIGINAL, FLOOR = 9, 16, 24, 8  # all passed by the longest sequences here
@@ -99,9 +101,12 @@ def _smaller(config_class: Any, changes: dict[str, Any]) -> Any:
     default = config_class()
     known = default.to_dict()
     options = {name: size for name, size in SIZES.items() if name in known and known[name] is not None}
-    for name, inner in (getattr(config_class, "sub_configs", None) or {}).items():
-        if name in known and hasattr(inner, "sub_configs"):
-            options[name] = _smaller(inner, changes.get(name, {})).to_dict()
+    if known.get("kv_lora_rank"):  # keys and values come from one product
+        options |= {"num_key_value_heads": 4, "head_dim": SIZES["qk_rope_head_dim"]}
+    for name, inner in known.items():
+        if isinstance(inner, dict) and inner.get("model_type") in CONFIG_MAPPING:
+            kind = inner["model_type"]
+            options[name] = tiny_config(kind, **changes.get(name, {})).to_dict()
     if "is_decoder" in known:
         options["is_decoder"] = True
     ends = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}
@@ -122,7 +127,18 @@ def tiny_model(config: Any, seed: int = 0) -> Any:
     return model
 
 
-OVERRIDES: dict[str, dict[str, Any]] = {}
+MIXED = ["sliding_attention", "full_attention"] * 2
+OVERRIDES: dict[str, dict[str, Any]] = {  # what the classes ask of sizes, and what would not be tried otherwise
+    "bamba": {"mamba_n_heads": 8},
+    "cohere_compass_text": {"layer_types": MIXED},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "gemma3n_text": {"layer_types": MIXED},
+    "gemma4_text": {"layer_types": MIXED},
+    "gemma4_unified_text": {"layer_types": MIXED},
+    "llama4_text": {"floor_scale": 4096},
+    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+}
 
 
 # What is right ------------------------------------------------------------------------------------------------------
@@ -265,12 +281,14 @@ def in_a_process(kind: str) -> Row:
 
     def work() -> None:
         torch.set_num_threads(1)
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             theirs.send(tried(kind))
 
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
+    theirs.close()
     row = None
     if ours.poll(SECONDS):
         try:

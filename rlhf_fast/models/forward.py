@@ -22,7 +22,9 @@ from torch import nn
 from rlhf_fast import ops
 from rlhf_fast.data.batches import LONGEST_ROW, Batch, Example, pad
 from rlhf_fast.data.conversations import Tokenized, batch_of
-from rlhf_fast.models.packed_attention import packed
+from rlhf_fast.models.logits import logits_of, measured
+from rlhf_fast.models.packed_attention import FAILURES, packed, trunk
+from rlhf_fast.models.sight import longest_row, reach_of, sights
 
 
 @dataclass(frozen=True)
@@ -55,16 +57,13 @@ def unwrapped(model: nn.Module) -> Any:
 
 
 def output_head(model: nn.Module) -> Head:
-    """The output layer of a causal language model, its adapter if it has one, and the scaling and soft cap of its
-    config."""
+    """The output layer of a causal language model, its adapter if it has one, and what becomes of its products."""
     inner = unwrapped(model)
-    layer, config = inner.get_output_embeddings(), inner.config
+    layer, made = inner.get_output_embeddings(), logits_of(inner)
     lora = None
     if isinstance(layer, LoraLayer):
         layer, lora = layer.get_base_layer(), _adapter(layer)
-    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(layer.weight, getattr(layer, "bias", None), lora, softcap, float(scale))
+    return Head(layer.weight, getattr(layer, "bias", None), lora, made.softcap, made.scale)
 
 
 def _adapter(layer: Any) -> tuple[torch.Tensor, torch.Tensor, float] | None:
@@ -86,6 +85,8 @@ def hidden_states(
 ) -> torch.Tensor:
     """Last hidden states (rows, T, H) of right-padded `input_ids` (rows, T); the rest as in Batch."""
     inner = unwrapped(model)
+    if positions is None and (longest := max(segments) if segments else input_ids.shape[1]) > reach_of(inner):
+        raise ValueError(too_long(inner, longest))
     where: dict[str, torch.Tensor] = {}
     if positions is not None:
         where["position_ids"] = positions
@@ -93,8 +94,16 @@ def hidden_states(
         scores = torch.zeros(mask.shape, dtype=inner.dtype, device=mask.device)
         where["attention_mask"] = scores.masked_fill_(~mask, torch.finfo(inner.dtype).min)
     with packed(inner, segments) if segments else contextlib.nullcontext():
-        states: torch.Tensor = inner.base_model(input_ids=input_ids, use_cache=False, **where).last_hidden_state
+        states: torch.Tensor = trunk(inner)(input_ids=input_ids, use_cache=False, **where).last_hidden_state
     return states
+
+
+def too_long(inner: Any, longest: int) -> str:
+    """What is said of a sequence past a model's reach."""
+    return (
+        f"model: {type(inner).__name__} rotates all tokens differently once a sequence of a batch is longer than "
+        f"{reach_of(inner)} (LongRoPE, dynamic NTK), and this one has {longest}; shorten max_length to {reach_of(inner)}"
+    )
 
 
 def response_states(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -155,11 +164,11 @@ def longest_shared(model: nn.Module) -> int:
                 float((response_states(model, each) - apart).abs().max())
                 for each in (batch, replace(batch, positions=None), replace(batch, mask=None))
             )
-        except (ValueError, TypeError, AttributeError, RuntimeError, IndexError):
+        except FAILURES:
             return 0
     if not 4 * right < min(no_positions, no_mask):  # rounding in any dtype is far below a quarter of either
         return 0
-    return min(LONGEST_ROW, _window(model))
+    return min(LONGEST_ROW, _window(model)) if longest_row(inner) >= LONGEST_ROW else 0
 
 
 @torch.no_grad()
@@ -169,6 +178,8 @@ def longest_packed(model: nn.Module) -> int:
     Found by trying: there are models whose attention is not transformers' to choose, and others that carry a state from
     token to token. A window narrower than a sequence would be lost, since attention is asked for each without a mask.
     """
+    if longest_row(unwrapped(model)) < sys.maxsize:
+        return 0
     vocabulary = unwrapped(model).get_input_embeddings().weight.shape[0]
     ids = [tuple(i % vocabulary for i in row) for row in ((5, 6, 7, 8), (9, 10), (11, 12, 13))]
     conversations = [Tokenized(row, (False, *[True] * (len(row) - 1))) for row in ids]
@@ -182,17 +193,22 @@ def longest_packed(model: nn.Module) -> int:
                 float((response_states(model, each) - apart).abs().max())
                 for each in (batch, replace(batch, positions=None, segments=None))
             )
-        except (ValueError, TypeError, AttributeError, RuntimeError, IndexError):
+        except FAILURES:
             return 0
     rounding = torch.finfo(apart.dtype).eps ** 0.5 * float(apart.abs().max())
     return _window(model) if right < rounding and 4 * right < one_sequence else 0
 
 
 def _window(model: nn.Module) -> int:
-    """How far back every layer of a model looks at least, in tokens."""
-    config = unwrapped(model).config.get_text_config()
-    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    return min([window for window in windows if window], default=sys.maxsize)
+    """How long sequences may be that every layer sees the whole of, in tokens; 0 where that cannot be known."""
+    inner = unwrapped(model)
+    try:
+        found = sights(inner)
+    except ValueError:
+        return 0
+    if not found:  # its attention is its own, and so are its masks
+        return 0
+    return min(reach_of(inner), *(min(one.window or sys.maxsize, one.longest) for one in found.values()))
 
 
 @contextlib.contextmanager
@@ -210,12 +226,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def check_head(model: nn.Module) -> None:
-    """Refuse a model whose logits are not its head applied to its states, rather than train it on wrong numbers."""
-    inner, head = unwrapped(model), output_head(model)
-    ids = torch.tensor([[5, 6, 7, 8]], device=head.weight.device)
-    truth = inner(input_ids=ids, use_cache=False).logits.float()
-    logits = head.logits(hidden_states(model, ids)).float()
-    if not torch.allclose(truth, logits, rtol=1e-2, atol=1e-2 * truth.abs().max().item()):
-        raise ValueError(
-            f"model: {type(inner).__name__} changes its logits after the output layer in a way not known here"
-        )
+    """Refuse a model whose logits are not its head applied to its states, or whose states depend on what follows or on
+    other rows, rather than train it on wrong numbers."""
+    inner = unwrapped(model)
+    name, device = type(inner).__name__, inner.device
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 9, 3], [5, 4, 7, 8]], device=device)
+    loose = 1e-4 if inner.dtype == torch.float32 else 2e-2
+
+    def is_same(got: torch.Tensor, want: torch.Tensor) -> bool:
+        return torch.allclose(got.float(), want.float(), rtol=0, atol=loose * float(want.float().abs().max()))
+
+    with evaluating(model):
+        measured(inner)
+        try:
+            truth = inner(input_ids=ids, use_cache=False).logits
+            states = hidden_states(model, ids)
+            alone = hidden_states(model, ids[:1, :2])
+        except FAILURES as error:
+            raise ValueError(f"model: {name} cannot be trained here: {error}") from error
+    if not is_same(output_head(model).logits(states), truth):
+        raise ValueError(f"model: {name} changes its logits after the output layer in a way not known here")
+    if not is_same(states[:2, :2], alone.expand(2, -1, -1)):
+        raise ValueError(f"model: {name} lets tokens see what follows them, or other rows; expected a causal model")
+    reach_of(inner)

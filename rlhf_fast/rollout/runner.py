@@ -13,6 +13,7 @@ from torch import nn
 
 from rlhf_fast.models.adapters import Model
 from rlhf_fast.models.forward import output_head, unwrapped
+from rlhf_fast.models.packed_attention import trunk
 from rlhf_fast.ops.paged_attention import KVCache
 from rlhf_fast.rollout import attention, layers
 from rlhf_fast.rollout.batch import Placed, step_batch
@@ -102,8 +103,8 @@ class ModelRunner:
         return (*(p.data_ptr() for p in self.model.parameters()), *adapters)
 
     def _forward(self, step: Placed) -> torch.Tensor:
-        with attention.using(attention.Step(self.caches, step.batch, step.slots, self._new_cache)):
-            out = self.inner.base_model(
+        with attention.using(attention.Step(self.caches, step.batch, step.slots, self._new_cache, self.served.windows)):
+            out = trunk(self.inner)(
                 input_ids=step.ids.unsqueeze(0), position_ids=step.positions.unsqueeze(0), use_cache=False
             )
         hidden: torch.Tensor = out.last_hidden_state[0]
