@@ -156,17 +156,7 @@ def longest_shared(model: nn.Module) -> int:
     examples = [Example(prompt, response) for response in responses]
     device = next(model.parameters()).device
     batch = pad(examples, device, shared=8)
-    with evaluating(model):
-        apart = response_states(model, pad(examples, device))
-        try:
-            # As it should be, and what came of it if the model heeded only the one or only the other.
-            right, no_positions, no_mask = (
-                float((response_states(model, each) - apart).abs().max())
-                for each in (batch, replace(batch, positions=None), replace(batch, mask=None))
-            )
-        except FAILURES:
-            return 0
-    if not 4 * right < min(no_positions, no_mask):  # rounding in any dtype is far below a quarter of either
+    if not _heeds(model, batch, pad(examples, device), replace(batch, positions=None), replace(batch, mask=None)):
         return 0
     return min(LONGEST_ROW, _window(model)) if longest_row(inner) >= LONGEST_ROW else 0
 
@@ -185,18 +175,24 @@ def longest_packed(model: nn.Module) -> int:
     conversations = [Tokenized(row, (False, *[True] * (len(row) - 1))) for row in ids]
     device = next(model.parameters()).device
     batch = batch_of(conversations, device, packed=True)
+    one_sequence = replace(batch, positions=None, segments=None)
+    return _window(model) if _heeds(model, batch, batch_of(conversations, device), one_sequence) else 0
+
+
+def _heeds(model: nn.Module, batch: Batch, apart: Batch, *others: Batch) -> bool:
+    """Whether a model gives a batch the states that its sequences have apart, and the other ones different states.
+
+    However little what they lack may weigh, or rounding blur it: a model that does not heed it gives the same bits.
+    """
     with evaluating(model):
-        apart = response_states(model, batch_of(conversations, device))
+        want = response_states(model, apart).float()
         try:
-            # As it should be, and what comes of it when each sees those before it.
-            right, one_sequence = (
-                float((response_states(model, each) - apart).abs().max())
-                for each in (batch, replace(batch, positions=None, segments=None))
-            )
+            got, again, *different = (response_states(model, each).float() for each in (batch, batch, *others))
         except FAILURES:
-            return 0
-    rounding = torch.finfo(apart.dtype).eps ** 0.5 * float(apart.abs().max())
-    return _window(model) if right < rounding and 4 * right < one_sequence else 0
+            return False
+    noise = (again - got).abs().max()  # 0, unless the sums of a device come in any order
+    near = torch.finfo(unwrapped(model).dtype).eps ** 0.5 * want.norm()
+    return bool((got - want).norm() <= near) and all(bool((one - got).abs().max() > 2 * noise) for one in different)
 
 
 def _window(model: nn.Module) -> int:
