@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from rlhf_fast.models.packed_attention import FAILURES, trunk
 
 IDS = (5, 6, 7, 8)  # what the model is run on; of no consequence
+BETWEEN = "there are layers between its trunk and its output layer"
 _KEPT = "_rlhf_fast_logits"  # of a model, and of its copies
 
 
@@ -76,8 +77,10 @@ def _measured(inner: Any, layer: nn.Module) -> Logits:
     states, products = powers(layer.weight.shape[1]), powers(layer.weight.shape[0])  # (1, rows, H), (1, rows, V)
     entered, small = _run(inner, layer, states, products * 2.0**-24)  # where any soft cap is a line
     before, scale = (float((x / y).median()) for x, y in ((entered, states), (small, products * 2.0**-24)))
-    if not scale > 0 or not before > 0:
-        _refuse(inner, f"its logits are {before * scale:g} times the products of its output layer")
+    if not before > 0:
+        _refuse(inner, BETWEEN)
+    if not scale > 0:
+        _refuse(inner, f"its logits are {scale:g} times the products of its output layer")
     largest = float(_run(inner, layer, states, products * 2.0**30 / scale)[1].abs().max())
     made = Logits(scale, largest if largest < 2.0**30 else None)
     near = 1e-5 if inner.dtype == torch.float32 else 1e-2
@@ -85,7 +88,7 @@ def _measured(inner: Any, layer: nn.Module) -> Logits:
         states, products = powers(states.shape[-1]) * width, powers(products.shape[-1]) * width / scale
         entered, logits = _run(inner, layer, states, products)
         if not torch.allclose(entered, states * before, rtol=near, atol=0):
-            _refuse(inner, "there are layers between its trunk and its output layer")
+            _refuse(inner, BETWEEN)
         if not torch.allclose(logits, made.of(products), rtol=near, atol=near * width):
             _refuse(inner, "its logits are not the products of its output layer times a number, soft-capped or not")
     if before != 1.0 and getattr(layer, "bias", None) is not None:
@@ -116,8 +119,9 @@ def _run(
 
     if trunk(inner) is inner:
         _refuse(inner, "it has no trunk of its own")
+    trunks = {trunk(inner), inner.get_decoder()}  # some call only a part of theirs
     hooks = [
-        trunk(inner).register_forward_hook(of_trunk),
+        *(one.register_forward_hook(of_trunk) for one in trunks if one is not inner),
         layer.register_forward_pre_hook(before_layer),
         layer.register_forward_hook(after_layer),
     ]

@@ -170,7 +170,7 @@ def reach_of(inner: Any) -> int:
 def _reach(inner: Any) -> int:
     """Two rows of the same tokens, one of which is moved further and further away, until it changes the other."""
     table = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(table, int) or table <= 2 * TOKENS:
+    if not isinstance(table, int) or table <= TOKENS:
         return UNLIMITED
     ids, at = _ids(inner, 2), torch.arange(TOKENS, device=inner.device)
 
@@ -179,12 +179,22 @@ def _reach(inner: Any) -> int:
         found: torch.Tensor = trunk(inner)(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
         return found[0]
 
+    far = table if _has_table(inner, table) else 2 * table  # where rotations that grow have grown
     try:
-        found = _furthest(states, TOKENS, table, inner.dtype)
+        found = _furthest(states, TOKENS, far, inner.dtype)
         states(TOKENS)  # rotations that grow are set back by a short sequence
     except FAILURES:  # it takes no positions
         return UNLIMITED
     return found
+
+
+def _has_table(inner: Any, positions: int) -> bool:
+    """Whether a model looks positions up, in which case there may be no more of them."""
+    words = inner.get_input_embeddings()
+    tables = [m.weight for m in inner.modules() if isinstance(m, nn.Embedding) and m is not words]
+    tables += [x for name, x in inner.named_parameters() if "pos" in name.rpartition(".")[2]]
+    tables += [x for x in inner.buffers() if x.dim() >= 2]
+    return any(positions <= size < positions + TOKENS for x in tables for size in x.shape[:-1])
 
 
 @torch.no_grad()
