@@ -3,9 +3,9 @@
     python -m bench.families            tries all and writes docs/models.md
     python -m bench.families llama phi3 tries these and prints their rows
 
-What is right is held against the model's own plain forward pass of each sequence alone, in float32: the log-probabilities
-that training takes (padded, with a shared prompt, packed), and those of sampled tokens, for sequences that run past the
-windows, chunks and original lengths of their tiny configs. Each class has a process of its own, and so many seconds.
+What is right is held against the model's own plain forward pass of each sequence alone, in float32: the
+log-probabilities that training takes (padded, with a shared prompt, packed), and those of sampled tokens, for sequences
+that run past the windows, chunks and original lengths of their tiny configs. Each class has a process of its own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rlhf_fast import Generator, SamplingParams, models
@@ -42,7 +42,7 @@ WINDOW, CHUNK, ORIGINAL, FLOOR = 9, 16, 24, 8  # all passed by the longest seque
 LONGEST = 60
 LENGTHS = (1, 5, 7, 17, 40)  # of prompts
 
-# What is made small, by the names that configs have for it. Lists that follow from these are left to the config's class.
+# What is made small, by the names that configs have for it. Lists that follow from these are left to the config.
 SIZES: dict[str, int | float | bool | None] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"), VOCABULARY),
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "word_embed_proj_dim", "lru_width",
@@ -50,10 +50,11 @@ SIZES: dict[str, int | float | bool | None] = {
     **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "n_inner", "dff", "decoder_ffn_dim", "encoder_ffn_dim",
                      "ffn_hidden_size", "shared_intermediate_size", "intermediate_size_mlp", "dim_ff",
                      "feed_forward_size", "block_ff_dim"), 64),
-    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers", "num_decoder_layers"), 4),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers",
+                     "num_decoder_layers"), 4),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads",
-                     "encoder_attention_heads", "num_decoder_attention_heads", "mamba_num_heads", "linear_num_value_heads",
-                     "linear_num_key_heads", "mamba_n_heads"), 4),
+                     "encoder_attention_heads", "num_decoder_attention_heads", "mamba_num_heads",
+                     "linear_num_value_heads", "linear_num_key_heads", "mamba_n_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "n_head_kv"), 2),
     **dict.fromkeys(("head_dim", "d_kv", "attention_head_dim", "mamba_d_head", "mamba_head_dim", "linear_key_head_dim",
                      "linear_value_head_dim", "global_head_dim"), 8),
@@ -73,7 +74,8 @@ SIZES: dict[str, int | float | bool | None] = {
     "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2, "laurel_rank": 4,
     "encoder_layers": 1, "num_encoder_layers": 1, "rotary_dim": 4, "dim_model_base": 16,
     "logits_scaling": 4.0, "logit_scale": 0.25, "lm_head_multiplier": 0.5, "logits_soft_cap": 3.0,
-    "final_logit_softcapping": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2,
+    "final_logit_softcapping": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5,
+    "attention_multiplier": 0.2,
 }  # fmt: skip
 
 
@@ -103,7 +105,8 @@ def tiny_config(kind: str, **changes: Any) -> Any:
 def _smaller(config_class: Any, changes: dict[str, Any]) -> Any:
     default = config_class()
     known = default.to_dict()
-    options = {name: size for name, size in SIZES.items() if name in known and (known[name] is not None or name == "num_experts_per_tok")}
+    set_here = {name for name in known if known[name] is not None or name == "num_experts_per_tok"}
+    options: dict[str, Any] = {name: size for name, size in SIZES.items() if name in set_here}
     if known.get("kv_lora_rank"):  # keys and values come from one product
         options |= {"num_key_value_heads": 4, "head_dim": SIZES["qk_rope_head_dim"]}
     for name, inner in known.items():
@@ -131,6 +134,7 @@ def tiny_model(config: Any, seed: int = 0) -> Any:
 
 
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
+ALPHA = {**ROPE, "rope_type": "dynamic", "factor": 1.0, "alpha": 100.0}
 MIXED = ["sliding_attention", "full_attention"] * 2
 OVERRIDES: dict[str, dict[str, Any]] = {  # what the classes ask of sizes, and what would not be tried otherwise
     "bamba": {"mamba_n_heads": 8},
@@ -145,8 +149,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {  # what the classes ask of sizes, and w
     "zamba2": {"layer_types": ["linear_attention", "hybrid"] * 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"mamba_n_heads": 8},
-    "hunyuan_v1_dense": {"head_dim": 8, "rope_parameters": {**ROPE, "rope_type": "dynamic", "factor": 1.0, "alpha": 100.0}},
-    "hunyuan_v1_moe": {"head_dim": 8, "rope_parameters": {**ROPE, "rope_type": "dynamic", "factor": 1.0, "alpha": 100.0}},
+    "hunyuan_v1_dense": {"head_dim": 8, "rope_parameters": ALPHA},
+    "hunyuan_v1_moe": {"head_dim": 8, "rope_parameters": ALPHA},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
     "dots3_note_text": {"num_key_value_heads": 4},
     "gemma3n_text": {"layer_types": MIXED},
@@ -219,18 +223,19 @@ def _forms(model: Any, rows: Sequence[Example]) -> Iterator[tuple[str, Any]]:
         yield "shared prompt", pad(rows, shared=shared)
     packed = models.longest_packed(model)
     if max(map(len, rows)) <= packed:
-        whole = [(False,) * len(e.prompt) + (True,) * len(e.response) for e in rows]
-        yield "packed", batch_of([Tokenized(e.prompt + e.response, m) for e, m in zip(rows, whole, strict=True)], packed=True)
+        whole = [Tokenized(e.prompt + e.response, (False,) * len(e.prompt) + (True,) * len(e.response)) for e in rows]
+        yield "packed", batch_of(whole, packed=True)
 
 
 def generation_is_right(model: Any, lengths: Sequence[int] = LENGTHS, new: int = 12) -> tuple[str, bool]:
-    """How sampled log-probabilities differ from the plain pass (empty: they do not), and whether any bit depends on what
-    else is in the batch."""
+    """How sampled log-probabilities differ from the plain pass (empty: they do not), and whether all bits are the same
+    whatever else is in the batch."""
     generator = torch.Generator().manual_seed(3)
     prompts = [torch.randint(3, 256, (n,), generator=generator).tolist() for n in lengths]
     params = SamplingParams(n=2, max_new_tokens=new, ignore_eos=True, seed=2)
     found = []
-    for options in ({}, {"max_sequences": 1}, {"max_batch_tokens": 7}):
+    settings: list[dict[str, Any]] = [{}, {"max_sequences": 1}, {"max_batch_tokens": 7}]
+    for options in settings:
         rollouts = Generator(model, block_size=16, **options).generate(prompts, params)
         want = torch.cat([plain(model, example) for example in rollouts.examples()])
         got = rollouts.logprobs[rollouts.response_mask]
@@ -275,7 +280,8 @@ def judged(model: Any) -> tuple[str, str, str, str]:
         return wrong
 
     generation, more = _up_to(sampled)
-    return training, generation, same if generation.startswith("right") else "-", "; ".join(dict.fromkeys(x for x in (why, more) if x))
+    words = "; ".join(dict.fromkeys(x for x in (why, more) if x))
+    return training, generation, same if generation.startswith("right") else "-", words
 
 
 def _up_to(wrong: Callable[[int], str]) -> tuple[str, str]:
@@ -291,7 +297,7 @@ def _up_to(wrong: Callable[[int], str]) -> tuple[str, str]:
             return "WRONG", _words(error, frames=True)
         if said:
             return "WRONG", said
-        return ("right" if longest == LONGEST else f"right, short"), words
+        return ("right" if longest == LONGEST else "right, short"), words
     return "refused", words
 
 

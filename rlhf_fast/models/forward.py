@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +22,7 @@ from rlhf_fast import ops
 from rlhf_fast.data.batches import LONGEST_ROW, Batch, Example, pad
 from rlhf_fast.data.conversations import Tokenized, batch_of
 from rlhf_fast.models.logits import logits_of, measured
-from rlhf_fast.models.packed_attention import FAILURES, packed, trunk
+from rlhf_fast.models.packed_attention import FAILURES, evaluating, packed, trunk
 from rlhf_fast.models.sight import longest_row, reach_of, sights
 
 
@@ -85,8 +84,8 @@ def hidden_states(
 ) -> torch.Tensor:
     """Last hidden states (rows, T, H) of right-padded `input_ids` (rows, T); the rest as in Batch."""
     inner = unwrapped(model)
-    if positions is None and (longest := max(segments) if segments else input_ids.shape[1]) > reach_of(inner):
-        raise ValueError(too_long(inner, longest))
+    if positions is None:  # else they share a row, which `longest_shared` allows or not
+        require_reach(model, max(segments) if segments else input_ids.shape[1])
     where: dict[str, torch.Tensor] = {}
     if positions is not None:
         where["position_ids"] = positions
@@ -98,12 +97,18 @@ def hidden_states(
     return states
 
 
-def too_long(inner: Any, longest: int) -> str:
-    """What is said of a sequence past a model's reach."""
-    return (
-        f"model: {type(inner).__name__} rotates all tokens differently once a sequence of a batch is longer than "
-        f"{reach_of(inner)} (LongRoPE, dynamic NTK), and this one has {longest}; shorten max_length to {reach_of(inner)}"
-    )
+def require_reach(model: nn.Module, longest: int) -> None:
+    """Refuse sequences of so many tokens where others in their batch would have other states for it.
+
+    Raises:
+        ValueError: names the model, and the length up to which it can be trained.
+    """
+    inner = unwrapped(model)
+    if longest > (reach := reach_of(inner)):
+        raise ValueError(
+            f"model: {type(inner).__name__} rotates all tokens of a batch differently once one sequence is longer than "
+            f"{reach} (LongRoPE, dynamic NTK); got max_length {longest}, expected at most {reach}"
+        )
 
 
 def response_states(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -207,19 +212,6 @@ def _window(model: nn.Module) -> int:
     return min(reach_of(inner), *(min(one.window or sys.maxsize, one.longest) for one in found.values()))
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout; afterwards every module is in its own mode again."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 @torch.no_grad()
 def check_head(model: nn.Module) -> None:
     """Refuse a model whose logits are not its head applied to its states, or whose states depend on what follows or on
@@ -239,7 +231,7 @@ def check_head(model: nn.Module) -> None:
             states = hidden_states(model, ids)
             alone = hidden_states(model, ids[:1, :2])
         except FAILURES as error:
-            raise ValueError(f"model: {name} cannot be trained here: {error}") from error
+            raise ValueError(f"model: {name} cannot be used here: {error}") from error
     if not is_same(output_head(model).logits(states), truth):
         raise ValueError(f"model: {name} changes its logits after the output layer in a way not known here")
     if not is_same(states[:2, :2], alone.expand(2, -1, -1)):

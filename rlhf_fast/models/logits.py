@@ -1,8 +1,8 @@
 """What a model makes of its last product, found by running it on made-up values: logits = softcap(scale * product).
 
 Settings of the same name multiply in one family and divide in the next, and some families have layers between their
-trunk and the last product. So the model itself is run, with made-up states in place of its trunk's and made-up numbers in
-place of its output layer's: whatever is not a scale and a soft cap is refused by the model's name.
+trunk and the last product. So the model itself is run, with made-up states in place of its trunk's and made-up numbers
+in place of its output layer's: whatever is not a scale and a soft cap is refused by the model's name.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from rlhf_fast.models.packed_attention import FAILURES, trunk
+from rlhf_fast.models.packed_attention import FAILURES, evaluating, trunk
 
 IDS = (5, 6, 7, 8)  # what the model is run on; of no consequence
 BETWEEN = "there are layers between its trunk and its output layer"
@@ -56,16 +56,17 @@ def measured(inner: Any) -> Logits:
     if own:
         _refuse(inner, f"its output layer has more than a weight and a bias: {', '.join(sorted(own))}")
     try:
-        found = _measured(inner, layer)
+        with evaluating(inner):
+            found = _measured(inner, layer)
     except FAILURES as error:
         if str(error).startswith("model: "):
             raise
-        raise ValueError(f"model: {type(inner).__name__} cannot be trained here: {error}") from error
+        raise ValueError(f"model: {type(inner).__name__} cannot be used here: {error}") from error
     setattr(inner, _KEPT, found)
     return found
 
 
-def _measured(inner: Any, layer: nn.Module) -> Logits:
+def _measured(inner: Any, layer: Any) -> Logits:
     generator = torch.Generator().manual_seed(0)
 
     def powers(columns: int) -> torch.Tensor:
@@ -96,15 +97,13 @@ def _measured(inner: Any, layer: nn.Module) -> Logits:
     return Logits(scale * before, made.softcap)
 
 
-def _run(
-    inner: Any, layer: nn.Module, states: torch.Tensor, products: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _run(inner: Any, layer: Any, states: torch.Tensor, products: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What enters the output layer, and the logits that come of its products, in float32."""
     entered: list[torch.Tensor] = []
 
     def of_trunk(_: nn.Module, __: Any, output: Any) -> Any:
         if output[0].shape != states.shape:
-            _refuse(inner, f"its trunk's states have {output[0].shape[-1]} numbers, its output layer takes {states.shape[-1]}")
+            _refuse(inner, f"{BETWEEN}, which take {output[0].shape[-1]} numbers and give {states.shape[-1]}")
         if isinstance(output, tuple):
             return (states, *output[1:])
         output.last_hidden_state = states
@@ -133,7 +132,8 @@ def _run(
     if len(entered) != 1 or entered[0].shape != states.shape:
         _refuse(inner, "its output layer does not take its trunk's states, once")
     if logits.shape != products.shape:
-        _refuse(inner, f"its logits have the shape {tuple(logits.shape)}, its output layer's products {tuple(products.shape)}")
+        shapes = f"{tuple(logits.shape)}, its output layer's products {tuple(products.shape)}"
+        _refuse(inner, f"its logits have the shape {shapes}")
     return entered[0], logits
 
 

@@ -1,8 +1,8 @@
-"""Which tokens each layer of a model sees, found by asking its own masks; and up to which length its rows are their own.
+"""Which tokens each layer of a model sees, found by asking its masks; and up to which length its rows are their own.
 
 Windows and chunks of attention show only in sequences longer than they are, too long to be tried. But a model that
-attends through transformers' interface also takes its masks from there, as a function of two positions: asked here about
-positions as far apart as one likes, without a sequence of that length.
+attends through transformers' interface also takes its masks from there, as a function of two positions: asked here
+about positions as far apart as one likes, without a sequence of that length.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from rlhf_fast.models.packed_attention import FAILURES, attending_by, trunk
+from rlhf_fast.models.packed_attention import FAILURES, attending_by, evaluating, trunk
 
 NAME, UNMASKED = "rlhf_fast_asked", "rlhf_fast_unmasked"
 FAR = 1 << 21  # positions that are asked about
@@ -56,10 +56,10 @@ class _Asking:
 _asking: ContextVar[_Asking | None] = ContextVar("rlhf_fast_asking", default=None)
 
 
-def _mask(*args: Any, mask_function: Callable[..., Any], **options: Any) -> torch.Tensor:
+def _mask(mask_function: Callable[..., Any], **options: Any) -> torch.Tensor:
     """A mask as sdpa's; what it was made from is noted."""
     options = {**options, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    made: Any = sdpa_mask(*args, mask_function=mask_function, **options)
+    made: Any = sdpa_mask(mask_function=mask_function, **options)
     if (asking := _asking.get()) is not None:
         asking.made.append((made, mask_function))
     return made
@@ -98,7 +98,7 @@ def sights(inner: Any) -> dict[int, Sight]:
     name, asking = type(inner).__name__, _Asking()
     token = _asking.set(asking)
     try:
-        with attending_by(inner, NAME):
+        with attending_by(inner, NAME), evaluating(inner):
             trunk(inner)(input_ids=_ids(inner, 1), use_cache=False)
     except FAILURES as error:
         raise ValueError(f"model: {name} cannot be asked what its layers see: {error}") from error
@@ -120,32 +120,27 @@ def _sight(name: str, layer: int, sees: Sees | None) -> Sight:
         try:
             return torch.as_tensor(sees(0, 0, query, key)).expand(query.shape)
         except FAILURES as error:
-            raise ValueError(f"model: {name} has a mask for layer {layer} that depends on more than positions") from error
+            what = f"a mask for layer {layer} that depends on more than positions"
+            raise ValueError(f"model: {name} has {what}") from error
 
-    # The first token that does not see the one at 0.
-    low, high = 0, FAR
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if bool(asked(torch.tensor([middle]), torch.tensor([0]))) else (low, middle)
-    first = high
-    generator = torch.Generator().manual_seed(0)
+    def is_right(window: int, longest: int) -> bool:
+        """Whether it sees that window in sequences of that length: at the edges of it, and at places drawn."""
+        drawn = torch.randint(0, longest, (2, 512), generator=torch.Generator().manual_seed(0))
+        queries = torch.cat([torch.arange(min(64, longest)), drawn[0]])
+        edges = torch.arange(-3, 4)
+        near = [queries.view(-1, 1) + edges, queries.view(-1, 1) - window + edges]
+        keys = torch.cat([*near, drawn[1][torch.arange(len(queries)) % 512].view(-1, 1)], dim=1)  # (queries, 15)
+        query, key = queries.view(-1, 1).expand_as(keys).flatten(), keys.flatten()
+        inside = (key >= 0) & (key < longest)
+        query, key = query[inside], key[inside]
+        return torch.equal(asked(query, key).bool(), (key <= query) & (query - key < window))
 
-    def right(window: int, longest: int) -> bool:
-        """Whether that is what it sees: at the edges, and at places drawn."""
-        near = torch.arange(-3, 4)
-        query = torch.cat([torch.arange(0, min(64, longest)), torch.randint(0, longest, (512,), generator=generator)])
-        key = torch.cat([query - window + 1, query, torch.randint(0, longest, (512,), generator=generator)])
-        query = torch.cat([query, query, query[:512]])[: len(key)]
-        pairs = torch.stack([query.repeat_interleave(7), (key.view(-1, 1) + near).flatten()])
-        query, key = pairs[:, (pairs >= 0).all(0) & (pairs < longest).all(0)]
-        want = (key <= query) & ((query - key < window) if window else torch.ones_like(key, dtype=torch.bool))
-        return torch.equal(asked(query, key).bool(), want)
-
-    if first == FAR and right(0, FAR):
+    first = 1 + _last(lambda place: bool(asked(torch.tensor([place]), torch.tensor([0]))), 0, FAR)
+    if first > FAR and is_right(FAR, FAR):
         return Sight()
-    if right(first, FAR):
+    if is_right(first, FAR):
         return Sight(window=first)
-    if right(0, first):
+    if is_right(first, first):
         return Sight(longest=first)  # a chunk, for instance
     raise ValueError(f"model: {name} sees in layer {layer} neither all that stands before nor a window of it")
 
@@ -181,8 +176,9 @@ def _reach(inner: Any) -> int:
 
     far = table if _has_table(inner, table) else 2 * table  # where rotations that grow have grown
     try:
-        found = _furthest(states, TOKENS, far, inner.dtype)
-        states(TOKENS)  # rotations that grow are set back by a short sequence
+        with evaluating(inner):
+            found = _furthest(states, TOKENS, far, inner.dtype)
+            states(TOKENS)  # rotations that grow are set back by a short sequence
     except FAILURES:  # it takes no positions
         return UNLIMITED
     return found
@@ -212,7 +208,8 @@ def longest_row(inner: Any) -> int:
         return found
 
     try:
-        found = _furthest(states, 0, FAR, inner.dtype)
+        with evaluating(inner):
+            found = _furthest(states, 0, FAR, inner.dtype)
         return found if found == UNLIMITED else found + 5
     except FAILURES:
         return 0
@@ -239,11 +236,17 @@ def _furthest(states: Callable[[int], torch.Tensor], near: int, far: int, dtype:
         got = states(place).float()
         return torch.equal(got, want) or bool((got - want).abs().max() <= loose)
 
-    if is_same(far):
-        return UNLIMITED
+    last = _last(is_same, near, far)
+    return UNLIMITED if last == far else last
+
+
+def _last(holds: Callable[[int], bool], near: int, far: int) -> int:
+    """The last place from near to far up to which that holds, as it does at `near`."""
+    if holds(far):
+        return far
     while far - near > 1:
         middle = (near + far) // 2
-        near, far = (middle, far) if is_same(middle) else (near, middle)
+        near, far = (middle, far) if holds(middle) else (near, middle)
     return near
 
 

@@ -38,7 +38,7 @@ class Step:
     batch: PagedBatch
     slots: torch.Tensor  # (N,) int64: where each token's key and value go
     new_cache: Any = None  # (layer, kv heads, dim, like) -> KVCache, for a layer that has none yet
-    windows: dict[int, int] = field(default_factory=dict)  # of layers, as their masks have them; else as attention is told
+    windows: dict[int, int] = field(default_factory=dict)  # of layers, as their masks have them; else as they say
     options: dict[int, Options] = field(default_factory=dict)  # of the layers that have called
 
     def cache(self, layer: int, kv_heads: int, dim: int, like: torch.Tensor) -> KVCache:
@@ -92,7 +92,8 @@ def attend(
     cache = step.cache(layer, keys.shape[1], keys.shape[2], keys)
     write_kv(cache, keys, values, step.slots)
     sinks = None if s_aux is None else s_aux.float().contiguous()
-    options = step.options[layer] = Options(scaling, softcap or 0.0, step.windows.get(layer, sliding_window or 0), sinks)
+    window = step.windows.get(layer, sliding_window or 0)
+    options = step.options[layer] = Options(scaling, softcap or 0.0, window, sinks)
     out = paged_attention(queries, cache, step.batch, **vars(options))
     return out.unsqueeze(0), None
 

@@ -104,8 +104,8 @@ class Generator:
         self.runner = ModelRunner(model, fast, value_head, cuda_graphs)
         if max_batch_tokens > self.runner.served.longest_step:
             raise ValueError(
-                f"max_batch_tokens: {max_batch_tokens}, but {type(self.runner.inner).__name__} scales its queries by their "
-                f"place in a step, from {self.runner.served.longest_step} tokens on; expected at most that many"
+                f"max_batch_tokens: {max_batch_tokens}, but {type(self.runner.inner).__name__} counts the tokens of a "
+                f"step by itself; expected at most {self.runner.served.longest_step}"
             )
         if cuda_graphs and self.runner.device.type != "cuda":
             raise ValueError(f"cuda_graphs: the model is on {self.runner.device}; expected a CUDA device, or False")

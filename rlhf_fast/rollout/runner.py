@@ -29,7 +29,7 @@ class ModelRunner:
         self, model: Model, fast: bool = True, value_head: nn.Module | None = None, graphs: bool = False
     ) -> None:
         self.model, self.inner, self.value_head = model, unwrapped(model), value_head
-        self.device = output_head(model).weight.device
+        self.device = self.inner.get_input_embeddings().weight.device
         self.served = probe(self.inner, self.device, fast)
         self.graphs = Graphs(self.device) if graphs else None
         self.caches: dict[int, KVCache] = {}
