@@ -60,14 +60,14 @@ def pad(examples: Sequence[Example], device: torch.device | str = "cpu", shared:
     rows = _rows(examples, shared)
     width = max(_width(examples, row) for row in rows)
     ids, parts = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.int64)  # part 0: the prompt
-    positions = np.tile(np.arange(width), (len(rows), 1))
+    positions = np.zeros((len(rows), width), np.int64)  # those of padding are no longer than the sequences are
     responses = [np.array(example.response, np.int64) for example in examples]
     before: list[np.ndarray] = []
     last: list[int] = []
     for r, row in enumerate(rows):
         prompt = examples[row[0]].prompt
         start = asked = len(prompt)
-        ids[r, :asked] = prompt
+        ids[r, :asked], positions[r, :asked] = prompt, np.arange(asked)
         for part, i in enumerate(row, start=1):
             end = start + len(responses[i])
             ids[r, start:end], parts[r, start:] = responses[i], part

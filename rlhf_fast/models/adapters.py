@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_fast.config import LoRAConfig
 from rlhf_fast.models.checkpoint import reading_errors
+from rlhf_fast.models.packed_attention import trunk
 
 Model = Any  # PreTrainedModel or PeftModel; the type hints of neither survive .to(), .eval() or a head's attribute
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -90,8 +91,8 @@ def _quietly(make: Callable[[], Model]) -> Model:
 
 
 def with_adapter(model: Model, lora: LoRAConfig, seed: int, task: str) -> Model:
-    trunk = model.base_model
-    targets = sorted({n.rpartition(".")[2] for n, m in trunk.named_modules() if isinstance(m, nn.Linear | Conv1D)})
+    inside = trunk(model)
+    targets = sorted({n.rpartition(".")[2] for n, m in inside.named_modules() if isinstance(m, nn.Linear | Conv1D)})
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft only multiplies by it
@@ -99,7 +100,7 @@ def with_adapter(model: Model, lora: LoRAConfig, seed: int, task: str) -> Model:
         target_modules=targets,
         task_type=task,
         modules_to_save=["score"] if task == "SEQ_CLS" else None,
-        fan_in_fan_out=any(isinstance(m, Conv1D) for m in trunk.modules()),
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in inside.modules()),
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

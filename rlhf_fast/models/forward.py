@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +21,9 @@ from torch import nn
 from rlhf_fast import ops
 from rlhf_fast.data.batches import LONGEST_ROW, Batch, Example, pad
 from rlhf_fast.data.conversations import Tokenized, batch_of
-from rlhf_fast.models.packed_attention import packed
+from rlhf_fast.models.logits import logits_of, measured
+from rlhf_fast.models.packed_attention import FAILURES, evaluating, packed, trunk
+from rlhf_fast.models.sight import longest_row, reach_of, sights
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,13 @@ def unwrapped(model: nn.Module) -> Any:
 
 
 def output_head(model: nn.Module) -> Head:
-    """The output layer of a causal language model, its adapter if it has one, and the scaling and soft cap of its
-    config."""
+    """The output layer of a causal language model, its adapter if it has one, and what becomes of its products."""
     inner = unwrapped(model)
-    layer, config = inner.get_output_embeddings(), inner.config
+    layer, made = inner.get_output_embeddings(), logits_of(inner)
     lora = None
     if isinstance(layer, LoraLayer):
         layer, lora = layer.get_base_layer(), _adapter(layer)
-    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(layer.weight, getattr(layer, "bias", None), lora, softcap, float(scale))
+    return Head(layer.weight, getattr(layer, "bias", None), lora, made.softcap, made.scale)
 
 
 def _adapter(layer: Any) -> tuple[torch.Tensor, torch.Tensor, float] | None:
@@ -86,6 +84,8 @@ def hidden_states(
 ) -> torch.Tensor:
     """Last hidden states (rows, T, H) of right-padded `input_ids` (rows, T); the rest as in Batch."""
     inner = unwrapped(model)
+    if positions is None:  # else they share a row, which `longest_shared` allows or not
+        require_reach(model, max(segments) if segments else input_ids.shape[1])
     where: dict[str, torch.Tensor] = {}
     if positions is not None:
         where["position_ids"] = positions
@@ -93,8 +93,22 @@ def hidden_states(
         scores = torch.zeros(mask.shape, dtype=inner.dtype, device=mask.device)
         where["attention_mask"] = scores.masked_fill_(~mask, torch.finfo(inner.dtype).min)
     with packed(inner, segments) if segments else contextlib.nullcontext():
-        states: torch.Tensor = inner.base_model(input_ids=input_ids, use_cache=False, **where).last_hidden_state
+        states: torch.Tensor = trunk(inner)(input_ids=input_ids, use_cache=False, **where).last_hidden_state
     return states
+
+
+def require_reach(model: nn.Module, longest: int) -> None:
+    """Refuse sequences of so many tokens where others in their batch would have other states for it.
+
+    Raises:
+        ValueError: names the model, and the length up to which it can be trained.
+    """
+    inner = unwrapped(model)
+    if longest > (reach := reach_of(inner)):
+        raise ValueError(
+            f"model: {type(inner).__name__} rotates all tokens of a batch differently once one sequence is longer than "
+            f"{reach} (LongRoPE, dynamic NTK); got max_length {longest}, expected at most {reach}"
+        )
 
 
 def response_states(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -147,19 +161,9 @@ def longest_shared(model: nn.Module) -> int:
     examples = [Example(prompt, response) for response in responses]
     device = next(model.parameters()).device
     batch = pad(examples, device, shared=8)
-    with evaluating(model):
-        apart = response_states(model, pad(examples, device))
-        try:
-            # As it should be, and what came of it if the model heeded only the one or only the other.
-            right, no_positions, no_mask = (
-                float((response_states(model, each) - apart).abs().max())
-                for each in (batch, replace(batch, positions=None), replace(batch, mask=None))
-            )
-        except (ValueError, TypeError, AttributeError, RuntimeError, IndexError):
-            return 0
-    if not 4 * right < min(no_positions, no_mask):  # rounding in any dtype is far below a quarter of either
+    if not _heeds(model, batch, pad(examples, device), replace(batch, positions=None), replace(batch, mask=None)):
         return 0
-    return min(LONGEST_ROW, _window(model))
+    return min(LONGEST_ROW, _window(model)) if longest_row(inner) >= LONGEST_ROW else 0
 
 
 @torch.no_grad()
@@ -169,53 +173,67 @@ def longest_packed(model: nn.Module) -> int:
     Found by trying: there are models whose attention is not transformers' to choose, and others that carry a state from
     token to token. A window narrower than a sequence would be lost, since attention is asked for each without a mask.
     """
+    if longest_row(unwrapped(model)) < sys.maxsize:
+        return 0
     vocabulary = unwrapped(model).get_input_embeddings().weight.shape[0]
     ids = [tuple(i % vocabulary for i in row) for row in ((5, 6, 7, 8), (9, 10), (11, 12, 13))]
     conversations = [Tokenized(row, (False, *[True] * (len(row) - 1))) for row in ids]
     device = next(model.parameters()).device
     batch = batch_of(conversations, device, packed=True)
+    one_sequence = replace(batch, positions=None, segments=None)
+    return _window(model) if _heeds(model, batch, batch_of(conversations, device), one_sequence) else 0
+
+
+def _heeds(model: nn.Module, batch: Batch, apart: Batch, *others: Batch) -> bool:
+    """Whether a model gives a batch the states that its sequences have apart, and the other ones different states.
+
+    However little what they lack may weigh, or rounding blur it: a model that does not heed it gives the same bits.
+    """
     with evaluating(model):
-        apart = response_states(model, batch_of(conversations, device))
+        want = response_states(model, apart).float()
         try:
-            # As it should be, and what comes of it when each sees those before it.
-            right, one_sequence = (
-                float((response_states(model, each) - apart).abs().max())
-                for each in (batch, replace(batch, positions=None, segments=None))
-            )
-        except (ValueError, TypeError, AttributeError, RuntimeError, IndexError):
-            return 0
-    rounding = torch.finfo(apart.dtype).eps ** 0.5 * float(apart.abs().max())
-    return _window(model) if right < rounding and 4 * right < one_sequence else 0
+            got, again, *different = (response_states(model, each).float() for each in (batch, batch, *others))
+        except FAILURES:
+            return False
+    noise = (again - got).abs().max()  # 0, unless the sums of a device come in any order
+    near = torch.finfo(unwrapped(model).dtype).eps ** 0.5 * want.norm()
+    return bool((got - want).norm() <= near) and all(bool((one - got).abs().max() > 2 * noise) for one in different)
 
 
 def _window(model: nn.Module) -> int:
-    """How far back every layer of a model looks at least, in tokens."""
-    config = unwrapped(model).config.get_text_config()
-    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    return min([window for window in windows if window], default=sys.maxsize)
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout; afterwards every module is in its own mode again."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
+    """How long sequences may be that every layer sees the whole of, in tokens; 0 where that cannot be known."""
+    inner = unwrapped(model)
     try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+        found = sights(inner)
+    except ValueError:
+        return 0
+    if not found:  # its attention is its own, and so are its masks
+        return 0
+    return min(reach_of(inner), *(min(one.window or sys.maxsize, one.longest) for one in found.values()))
 
 
 @torch.no_grad()
 def check_head(model: nn.Module) -> None:
-    """Refuse a model whose logits are not its head applied to its states, rather than train it on wrong numbers."""
-    inner, head = unwrapped(model), output_head(model)
-    ids = torch.tensor([[5, 6, 7, 8]], device=head.weight.device)
-    truth = inner(input_ids=ids, use_cache=False).logits.float()
-    logits = head.logits(hidden_states(model, ids)).float()
-    if not torch.allclose(truth, logits, rtol=1e-2, atol=1e-2 * truth.abs().max().item()):
-        raise ValueError(
-            f"model: {type(inner).__name__} changes its logits after the output layer in a way not known here"
-        )
+    """Refuse a model whose logits are not its head applied to its states, or whose states depend on what follows or on
+    other rows, rather than train it on wrong numbers."""
+    inner = unwrapped(model)
+    name, device = type(inner).__name__, inner.device
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 9, 3], [5, 4, 7, 8]], device=device)
+    loose = 1e-4 if inner.dtype == torch.float32 else 2e-2
+
+    def is_same(got: torch.Tensor, want: torch.Tensor) -> bool:
+        return torch.allclose(got.float(), want.float(), rtol=0, atol=loose * float(want.float().abs().max()))
+
+    with evaluating(model):
+        measured(inner)
+        try:
+            truth = inner(input_ids=ids, use_cache=False).logits
+            states = hidden_states(model, ids)
+            alone = hidden_states(model, ids[:1, :2])
+        except FAILURES as error:
+            raise ValueError(f"model: {name} cannot be used here: {error}") from error
+    if not is_same(output_head(model).logits(states), truth):
+        raise ValueError(f"model: {name} changes its logits after the output layer in a way not known here")
+    if not is_same(states[:2, :2], alone.expand(2, -1, -1)):
+        raise ValueError(f"model: {name} lets tokens see what follows them, or other rows; expected a causal model")
+    reach_of(inner)

@@ -38,6 +38,7 @@ class Step:
     batch: PagedBatch
     slots: torch.Tensor  # (N,) int64: where each token's key and value go
     new_cache: Any = None  # (layer, kv heads, dim, like) -> KVCache, for a layer that has none yet
+    windows: dict[int, int] = field(default_factory=dict)  # of layers, as their masks have them; else as they say
     options: dict[int, Options] = field(default_factory=dict)  # of the layers that have called
 
     def cache(self, layer: int, kv_heads: int, dim: int, like: torch.Tensor) -> KVCache:
@@ -75,17 +76,24 @@ def attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    is_causal: bool | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """query (1, heads, N, dim), key and value (1, kv heads, N, dim) of N packed tokens -> (1, N, heads, dim)."""
     step, layer = current(), int(module.layer_idx)  # type: ignore[arg-type]
     queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, dim)
+    if position_bias is not None or is_causal is False:
+        raise ValueError("a bias of its attention" if is_causal is not False else "attention that is not causal")
+    if len(keys) != len(queries):
+        raise ValueError(f"{len(keys)} keys for {len(queries)} tokens: keys that are compressed, or another layer's")
     if keys.shape != values.shape:
         raise ValueError(f"keys of {keys.shape[2]} and values of {values.shape[2]} dimensions")
     cache = step.cache(layer, keys.shape[1], keys.shape[2], keys)
     write_kv(cache, keys, values, step.slots)
     sinks = None if s_aux is None else s_aux.float().contiguous()
-    options = step.options[layer] = Options(scaling, softcap or 0.0, sliding_window or 0, sinks)
+    window = step.windows.get(layer, sliding_window or 0)
+    options = step.options[layer] = Options(scaling, softcap or 0.0, window, sinks)
     out = paged_attention(queries, cache, step.batch, **vars(options))
     return out.unsqueeze(0), None
 

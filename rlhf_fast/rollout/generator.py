@@ -102,6 +102,11 @@ class Generator:
         self.max_batch_tokens, self.max_sequences = max_batch_tokens, max_sequences
         self.share_prefixes = share_prefixes
         self.runner = ModelRunner(model, fast, value_head, cuda_graphs)
+        if max_batch_tokens > self.runner.served.longest_step:
+            raise ValueError(
+                f"max_batch_tokens: {max_batch_tokens}, but {type(self.runner.inner).__name__} counts the tokens of a "
+                f"step by itself; expected at most {self.runner.served.longest_step}"
+            )
         if cuda_graphs and self.runner.device.type != "cuda":
             raise ValueError(f"cuda_graphs: the model is on {self.runner.device}; expected a CUDA device, or False")
         self.statistics = Statistics()
@@ -133,7 +138,7 @@ class Generator:
                 or token ids outside the model's vocabulary.
             TypeError: `prompts` is one prompt instead of a list of them.
         """
-        sequences = sequences_for(self.model, self.tokenizer, prompts, params)
+        sequences = sequences_for(self.model, self.tokenizer, prompts, params, self.runner.served.longest)
         return self._finish(sequences, progress, until, on_finish)
 
     def resume(
@@ -151,7 +156,7 @@ class Generator:
 
         The text of a piece is never taken back: what is no whole character yet, or may become a stop text, comes later.
         """
-        sequences = sequences_for(self.model, self.tokenizer, prompts, params)
+        sequences = sequences_for(self.model, self.tokenizer, prompts, params, self.runner.served.longest)
         shown = {id(sequence): Shown(self.tokenizer, sequence) for sequence in sequences} if self.tokenizer else {}
         with self._engine_for(sequences) as engine:
             for step in engine.steps():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import abc
 from typing import Any
 
@@ -27,8 +28,9 @@ def sequences_for(
     tokenizer: PreTrainedTokenizerBase | None,
     prompts: Prompts,
     params: SamplingParams | abc.Sequence[SamplingParams] | None,
+    longest: int = sys.maxsize,
 ) -> list[Sequence]:
-    """n sequences for each prompt, in order.
+    """n sequences for each prompt, in order; none may get longer than `longest`.
 
     Raises:
         TypeError, ValueError: what `Generator.generate` says.
@@ -42,7 +44,7 @@ def sequences_for(
     each = [params or SamplingParams()] * len(prompts) if not isinstance(params, abc.Sequence) else list(params)
     if len(each) != len(prompts):
         raise ValueError(f"params: {len(each)} for {len(prompts)} prompts; expected one, or one for each")
-    limit = context_length(unwrapped(model).config.get_text_config())
+    limit = min(context_length(unwrapped(model).config.get_text_config()) or sys.maxsize, longest)
     vocabulary = unwrapped(model).get_input_embeddings().weight.shape[0]
     ends = frozenset() if tokenizer is None else end_tokens(model, tokenizer)
     sequences = []
@@ -51,10 +53,11 @@ def sequences_for(
         ids = _encode(tokenizer, prompt, index)
         if not 0 <= min(ids) <= max(ids) < vocabulary:
             raise ValueError(f"prompts: prompt {index} has token ids outside the vocabulary of {vocabulary}")
-        if limit and len(ids) + one.max_new_tokens > limit:
+        if len(ids) + one.max_new_tokens > limit:
             raise ValueError(
                 f"prompts: prompt {index} has {len(ids)} tokens, which with max_new_tokens = "
-                f"{one.max_new_tokens} exceeds the model's context of {limit}; shorten one of them"
+                f"{one.max_new_tokens} exceeds the model's context of {limit}"
+                f"{' here (see docs/models.md)' if limit == longest else ''}; shorten one of them"
             )
         texts, tokens = _stops(tokenizer, one)
         stops = frozenset({*one.stop_token_ids, *tokens, *(() if one.ignore_eos else ends)})

@@ -13,6 +13,7 @@ from torch import nn
 
 from rlhf_fast.models.adapters import Model
 from rlhf_fast.models.forward import output_head, unwrapped
+from rlhf_fast.models.packed_attention import trunk
 from rlhf_fast.ops.paged_attention import KVCache
 from rlhf_fast.rollout import attention, layers
 from rlhf_fast.rollout.batch import Placed, step_batch
@@ -28,7 +29,7 @@ class ModelRunner:
         self, model: Model, fast: bool = True, value_head: nn.Module | None = None, graphs: bool = False
     ) -> None:
         self.model, self.inner, self.value_head = model, unwrapped(model), value_head
-        self.device = output_head(model).weight.device
+        self.device = self.inner.get_input_embeddings().weight.device
         self.served = probe(self.inner, self.device, fast)
         self.graphs = Graphs(self.device) if graphs else None
         self.caches: dict[int, KVCache] = {}
@@ -102,8 +103,8 @@ class ModelRunner:
         return (*(p.data_ptr() for p in self.model.parameters()), *adapters)
 
     def _forward(self, step: Placed) -> torch.Tensor:
-        with attention.using(attention.Step(self.caches, step.batch, step.slots, self._new_cache)):
-            out = self.inner.base_model(
+        with attention.using(attention.Step(self.caches, step.batch, step.slots, self._new_cache, self.served.windows)):
+            out = trunk(self.inner)(
                 input_ids=step.ids.unsqueeze(0), position_ids=step.positions.unsqueeze(0), use_cache=False
             )
         hidden: torch.Tensor = out.last_hidden_state[0]

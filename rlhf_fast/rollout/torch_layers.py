@@ -95,7 +95,7 @@ def _serves(
     found = []
     with contextlib.suppress(ValueError, TypeError, AttributeError, RuntimeError, IndexError):  # not that layer
         for forward in (own, ours):
-            with attention.using(attention.Step({}, step.batch, step.slots, step.new_cache)):
+            with attention.using(attention.Step({}, step.batch, step.slots, step.new_cache, step.windows)):
                 out = forward(*_float(args), **_float(kwargs))
             found.append(out[0] if isinstance(out, tuple) else out)
     if len(found) < 2 or found[0].shape != found[1].shape:

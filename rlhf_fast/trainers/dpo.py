@@ -48,6 +48,7 @@ class DPOTrainer:
         loaded, self.tokenizer = models.load(model, getattr(torch, config.dtype))
         self.config = config = use_settings(config, "dpo", out, self.tokenizer)
         self.model = models.trainable(loaded, config.lora, config.seed)
+        models.require_reach(self.model, config.max_length)
         if config.optim.checkpointing:
             models.recompute_activations(self.model)
         self.device = models.output_head(self.model).weight.device

@@ -87,6 +87,7 @@ class PPOTrainer:
         self.config = config = use_settings(config, "ppo", out, self.tokenizer, others)
         self.reward.check(self.prompts)
         self.model = models.trainable(loaded, config.lora, config.seed)
+        models.require_reach(self.model, config.max_length)
         self.reference = models.frozen_copy(self.model)
         self.shared = models.longest_shared(self.model)
         self.critic = None

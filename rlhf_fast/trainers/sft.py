@@ -49,6 +49,7 @@ class SFTTrainer:
         loaded, self.tokenizer = models.load(model, getattr(torch, config.dtype))
         self.config = config = use_settings(config, "sft", out, self.tokenizer)
         self.model = models.trainable(loaded, config.lora, config.seed)
+        models.require_reach(self.model, config.max_length)
         if config.optim.checkpointing:
             models.recompute_activations(self.model)
         self.head = models.output_head(self.model)
