@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -21,6 +23,7 @@ from rlhf_fast.models.packed_attention import trunk
 
 Model = Any  # PreTrainedModel or PeftModel; the type hints of neither survive .to(), .eval() or a head's attribute
 ModelT = TypeVar("ModelT", bound=nn.Module)
+OUTPUT = "lm_head"  # what families call their output layer
 
 
 def trainable(model: Model, lora: LoRAConfig, seed: int = 0) -> Model:
@@ -30,8 +33,8 @@ def trainable(model: Model, lora: LoRAConfig, seed: int = 0) -> Model:
     if lora.r == 0:
         return model.requires_grad_(True)
     if isinstance(model, PeftModel):
-        config: Any = model.peft_config["default"]
-        require_same_rank(config.r, lora, "the checkpoint")
+        refuse_prompts_of_adapters(model)
+        require_same_rank(rank_of(model.active_peft_config), lora, "the checkpoint")
         model.requires_grad_(False)
         unfreeze_adapter(model)
         return model
@@ -64,20 +67,28 @@ def is_adapter(folder: str | Path) -> bool:
 def with_saved_adapter(model: Model, folder: str, merged: bool) -> Model:
     if not is_adapter(folder):
         return model
+    refuse_prompts(PeftConfig.from_pretrained(folder), folder)
     with reading_errors(folder):
         model = _quietly(lambda: PeftModel.from_pretrained(model, folder))
     return model.merge_and_unload() if merged else model
 
 
 def with_policy_adapter(model: Model, folder: str) -> Model:
-    """A classifier with the adapter of the policy in `folder`, its own scaling and all, beside a trainable head."""
+    """A classifier with the adapter of the policy in `folder`, its own scaling and all, beside a trainable head. What
+    that has on the policy's output layer is left out, as there is none here."""
     with reading_errors(folder):
-        config: Any = LoraConfig.from_pretrained(folder)
-        config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["score"], False
+        config: Any = PeftConfig.from_pretrained(folder)
+        refuse_prompts(config, folder)
+        copied = [name for name in config.modules_to_save or [] if name != OUTPUT]
+        config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", [*copied, "score"], False
+        if isinstance(config.target_modules, list | set):
+            config.target_modules = {name for name in config.target_modules if name != OUTPUT}
+        kept = load_peft_weights(folder, device="cpu")
+        kept = {name: x for name, x in kept.items() if OUTPUT not in name.split(".")}
         head = {f"base_model.model.score.{key}": value for key, value in model.score.state_dict().items()}
         with torch.random.fork_rng():
             model = _quietly(lambda: get_peft_model(model, config))
-        loaded: Any = set_peft_model_state_dict(model, {**load_peft_weights(folder, device="cpu"), **head})
+        loaded: Any = set_peft_model_state_dict(model, {**kept, **head})
     if loaded.unexpected_keys:
         raise ValueError(f"model: {folder}: the adapter does not fit: {loaded.unexpected_keys[:3]}")
     return model
@@ -108,8 +119,10 @@ def with_adapter(model: Model, lora: LoRAConfig, seed: int, task: str) -> Model:
 
 
 def unfreeze_adapter(model: PeftModel) -> None:
+    """What an adapter of whatever kind has beside the model's own weights, copies of whole layers too."""
+    own = (model.base_model.prefix, "modules_to_save", "trainable_tokens_")
     for name, parameter in model.named_parameters():
-        if "lora_" in name or "modules_to_save" in name:
+        if any(part in name for part in own) and parameter.is_floating_point():
             parameter.requires_grad_(True)
 
 
@@ -119,12 +132,52 @@ def adapter_config(folder: str) -> dict[str, Any]:
     return config
 
 
-def adapter_rank(folder: str) -> int:
-    return int(adapter_config(folder)["r"])
+def adapter_rank(folder: str) -> int | None:
+    return rank_of(PeftConfig.from_pretrained(folder))
 
 
-def require_same_rank(found: int, lora: LoRAConfig, name: str) -> None:
-    if lora.r not in (0, found):
+def rank_of(config: PeftConfig) -> int | None:
+    """Of an adapter, None for one of a kind that has none."""
+    rank = getattr(config, "r", None)
+    return rank if isinstance(rank, int) and rank > 0 else None
+
+
+def uses_of_adapters(model: nn.Module) -> tuple[Any, ...]:
+    """Of every layer that has adapters, of whatever kind: which are used, which are folded in, and how they are
+    scaled."""
+    return tuple(
+        (
+            layer._disable_adapters,
+            tuple(layer.active_adapters),
+            tuple(getattr(layer, "merged_adapters", ())),
+            tuple(sorted(getattr(layer, "scaling", {}).items())),
+        )
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    )
+
+
+def refuse_prompts_of_adapters(model: nn.Module) -> None:
+    """Refuse a model with an adapter that puts something before each prompt: it would be left out in silence.
+
+    Raises:
+        ValueError: names the adapter's kind.
+    """
+    for name, config in (model.peft_config if isinstance(model, PeftModel) else {}).items():
+        refuse_prompts(config, f"its adapter {name!r}")
+
+
+def refuse_prompts(config: PeftConfig, of: str) -> None:
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise ValueError(
+            f"model: {of} is an adapter of the kind {kind}, which puts learned states before every prompt; expected "
+            "one that changes layers, such as LoRA"
+        )
+
+
+def require_same_rank(found: int | None, lora: LoRAConfig, name: str) -> None:
+    if found is not None and lora.r not in (0, found):
         raise ValueError(
             f"lora.r: {lora.r} does not fit the adapter of {name}, which has rank {found}; "
             f"set lora.r to {found}, or to 0 to merge it and train all weights"

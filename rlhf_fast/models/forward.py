@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from rlhf_fast import ops
 from rlhf_fast.data.batches import LONGEST_ROW, Batch, Example, pad
 from rlhf_fast.data.conversations import Tokenized, batch_of
+from rlhf_fast.models.adapters import refuse_prompts_of_adapters
 from rlhf_fast.models.logits import logits_of, measured
+from rlhf_fast.models.output_layer import product_of
 from rlhf_fast.models.packed_attention import FAILURES, evaluating, packed, trunk
 from rlhf_fast.models.sight import longest_row, reach_of, sights
 
@@ -51,28 +52,23 @@ class Head:
 
 
 def unwrapped(model: nn.Module) -> Any:
-    """The transformers model itself, adapters in place, without peft's wrapper around it."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    """The transformers model itself, adapters in place, without peft's wrapper around it.
+
+    Raises:
+        ValueError: an adapter that works in that wrapper, before the model.
+    """
+    if not isinstance(model, PeftModel):
+        return model
+    refuse_prompts_of_adapters(model)
+    return model.get_base_model()
 
 
 def output_head(model: nn.Module) -> Head:
     """The output layer of a causal language model, its adapter if it has one, and what becomes of its products."""
     inner = unwrapped(model)
-    layer, made = inner.get_output_embeddings(), logits_of(inner)
-    lora = None
-    if isinstance(layer, LoraLayer):
-        layer, lora = layer.get_base_layer(), _adapter(layer)
-    return Head(layer.weight, getattr(layer, "bias", None), lora, made.softcap, made.scale)
-
-
-def _adapter(layer: Any) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-    """The adapter of an output layer as (a, b, scaling), or None while it is switched off or folded into the weight."""
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
-    if layer.disable_adapters or layer.merged or not names:
-        return None
-    if len(names) > 1:
-        raise ValueError(f"model: {len(names)} adapters on the output layer at once ({', '.join(names)}), expected one")
-    return layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight, float(layer.scaling[names[0]])
+    weight, bias, lora = product_of(inner.get_output_embeddings())
+    made = logits_of(inner)
+    return Head(weight, bias, lora, made.softcap, made.scale)
 
 
 def hidden_states(

@@ -145,11 +145,11 @@ def critic_from(
     elif not isinstance(model, PeftModel) and lora.r > 0:
         model = with_adapter(model, lora, seed, task="SEQ_CLS").eval()
     model.requires_grad_(lora.r == 0)
+    if isinstance(model, PeftModel):
+        unfreeze_adapter(model)
     for parameter_name, parameter in model.named_parameters():
         if "score" in parameter_name.split("."):  # the head in its place is `head`
             parameter.requires_grad_(False)
-        elif "lora_" in parameter_name:
-            parameter.requires_grad_(True)
     return model, head, tokenizer
 
 

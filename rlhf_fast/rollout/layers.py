@@ -18,6 +18,7 @@ from torch import nn
 
 from rlhf_fast.models.adapters import Model
 from rlhf_fast.models.forward import output_head
+from rlhf_fast.models.output_layer import heard
 from rlhf_fast.ops import _compiled
 from rlhf_fast.ops._compiled import Linear, PagedAttention
 from rlhf_fast.ops.linear import Weight, rms_norm, usable
@@ -40,8 +41,9 @@ def replaced(model: nn.Module, kinds: tuple[str, ...], options: Options) -> Iter
     done: list[nn.Module] = []
     inside: set[nn.Module] = set()  # of layers that are replaced as a whole, and call none of these
     try:
+        listened = _listened(model)
         for module in model.modules():  # a layer comes before what is in it
-            if module in inside or "forward" in vars(module):  # or somebody else has replaced it
+            if module in inside or module in listened:
                 continue
             found = next((f for kind in kinds if (f := _FASTER[kind](module, options)) is not None), None)
             if found is not None:
@@ -52,6 +54,17 @@ def replaced(model: nn.Module, kinds: tuple[str, ...], options: Options) -> Iter
     finally:
         for module in done:
             del module.forward
+
+
+def _listened(model: nn.Module) -> set[nn.Module]:
+    """Modules that cannot be replaced, since hooks of what is in them would not fire, or somebody else has replaced
+    them."""
+    found: set[nn.Module] = set()
+    for module in model.modules():
+        inside = [one for one in module.modules() if one is not module and heard(one)]
+        if inside or "forward" in vars(module):
+            found.add(module)
+    return found
 
 
 def head(model: Model) -> Callable[[torch.Tensor], torch.Tensor]:

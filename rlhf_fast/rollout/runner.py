@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from rlhf_fast.models.adapters import Model
+from rlhf_fast.models.adapters import Model, uses_of_adapters
+from rlhf_fast.models.fingerprint import fingerprint
 from rlhf_fast.models.forward import output_head, unwrapped
 from rlhf_fast.models.packed_attention import trunk
 from rlhf_fast.ops.paged_attention import KVCache
@@ -62,8 +62,9 @@ class ModelRunner:
         if self.graphs is not None:
             self.allocate_now()  # else the memory would be a recording's own
             self.graphs.keep_only_for(self._operations())
-        with attention.paged(self.inner), layers.replaced(self.inner, served.faster, served.options):
+        with torch.no_grad():  # before layers are replaced, the output layer among them
             self._head = layers.head(self.model) if served.faster else output_head(self.model).logits
+        with attention.paged(self.inner), layers.replaced(self.inner, served.faster, served.options):
             yield
 
     def run(self, work: list[Work]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -90,17 +91,12 @@ class ModelRunner:
                 cache.keys[target], cache.values[target] = cache.keys[source], cache.values[source]
 
     def weight_version(self) -> tuple[Any, ...]:
-        """Changes when weights change in place, or an adapter is switched or folded."""
-        return (*(p._version for p in self.model.parameters()), *self._operations())
+        """Changes when weights do, by whatever hand, or an adapter is switched, scaled or folded."""
+        return (*fingerprint(self.model), *self._operations())
 
     def _operations(self) -> tuple[Any, ...]:
         """Where weights are, and which adapters are used: what does not change when they are trained."""
-        adapters = [
-            (m.disable_adapters, m.merged, tuple(m.active_adapters), tuple(m.scaling.items()))
-            for m in self.inner.modules()
-            if isinstance(m, LoraLayer)
-        ]
-        return (*(p.data_ptr() for p in self.model.parameters()), *adapters)
+        return (*(p.data_ptr() for p in self.model.parameters()), *uses_of_adapters(self.inner))
 
     def _forward(self, step: Placed) -> torch.Tensor:
         with attention.using(attention.Step(self.caches, step.batch, step.slots, self._new_cache, self.served.windows)):

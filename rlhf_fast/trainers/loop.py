@@ -18,7 +18,7 @@ from rlhf_fast.terminal import Terminal
 from rlhf_fast.trainers.budget import TokenBudget
 from rlhf_fast.trainers.checkpoints import Checkpoints, Goal
 from rlhf_fast.trainers.optimizer import Optimizer
-from rlhf_fast.trainers.state import Stateful, TrainState, digest, fingerprint
+from rlhf_fast.trainers.state import Stateful, TrainState, digest, weights_digest
 
 Item = TypeVar("Item")
 Stats = dict[str, torch.Tensor]
@@ -121,7 +121,7 @@ def fit(
         step,
         optimizer,
         Checkpoints(run, config.run, goal, save, config.patience),
-        identity={"data": digest(data), "model": fingerprint(model)},
+        identity={"data": digest(data), "model": weights_digest(model)},
         every=config.run.save_every or math.ceil(len(batches) / config.epochs),
         evaluate=evaluate,
     )

@@ -33,7 +33,7 @@ from rlhf_fast.trainers.loop import Stats, concatenated, learn, run_steps
 from rlhf_fast.trainers.optimizer import Optimizer
 from rlhf_fast.trainers.rewards import Reward, RewardModel, resolve_reward
 from rlhf_fast.trainers.sampler import Sampler, check_lengths
-from rlhf_fast.trainers.state import digest, fingerprint
+from rlhf_fast.trainers.state import digest, weights_digest
 
 Loss = Callable[..., tuple[torch.Tensor, Stats]]
 # Of the loss's statistics those that are logged; a loss of the user's own may have any others.
@@ -132,7 +132,7 @@ class PPOTrainer:
                 lambda n: self.step(run, n),
                 self.optimizer,
                 Checkpoints(run, config.run, Goal("reward", higher=True), self._save),
-                identity={"prompts": digest(self.prompts), "policy": fingerprint(self.model)},
+                identity={"prompts": digest(self.prompts), "policy": weights_digest(self.model)},
                 every=config.run.save_every or config.steps,
                 over=self._over,
                 stateful={"kl_controller": self.kl_controller, "sampler": self.sampler},
@@ -207,11 +207,11 @@ class PPOTrainer:
         config = self.config
         examples = experience.examples
         tokens = sum(len(examples[row].response) for row in rows)
-        head = models.output_head(self.model)
         for group in microbatches_of_examples([examples[row] for row in rows], self.budget.tokens, self.shared):
             part = [rows[i] for i in group]
-            batch = pad([examples[row] for row in part], head.weight.device, self.shared)
+            batch = pad([examples[row] for row in part], self.model.device, self.shared)
             with torch.set_grad_enabled(not warming):
+                head = models.output_head(self.model)  # of this micro-batch's own graph, where it is computed
                 states = models.response_states(self.model, batch)  # (R, H)
             of_critic: dict[str, Any] = {}
             if self.critic is not None:
@@ -257,6 +257,7 @@ class PPOTrainer:
 
     # Records --------------------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def _operations(self, experience: Experience) -> float:
         """Of an epoch's training, in products with weights: forward, and backward for states and trained weights. Each
         token counts once, a prompt that is read once for all its samples too."""

@@ -52,7 +52,6 @@ class SFTTrainer:
         models.require_reach(self.model, config.max_length)
         if config.optim.checkpointing:
             models.recompute_activations(self.model)
-        self.head = models.output_head(self.model)
         self.budget = TokenBudget(config.optim.max_tokens_per_microbatch)
         self.longest_packed = models.longest_packed(self.model) if config.packing else 0
         encoded: list[tuple[Demonstration, Encoded]] = [
@@ -94,16 +93,13 @@ class SFTTrainer:
         conversations = [conversation for of in demonstrations for conversation in of]
         lengths, learned = map(len, conversations), sum(conversation.learned for conversation in conversations)
         for group, packed in microbatches_of_conversations(list(lengths), self.budget.tokens, self.longest_packed):
-            batch = batch_of([conversations[i] for i in group], self.head.weight.device, packed)
+            batch = batch_of([conversations[i] for i in group], self.model.device, packed)
             yield self._loss(batch, learned), {}
 
     def _loss(self, batch: Batch, denominator: int) -> torch.Tensor:
+        states, head = models.response_states(self.model, batch), models.output_head(self.model)
         return ops.linear_cross_entropy(
-            models.response_states(self.model, batch),
-            self.head.weight,
-            batch.response_tokens,
-            denominator=denominator,
-            **self.head.options(),
+            states, head.weight, batch.response_tokens, denominator=denominator, **head.options()
         )
 
     @torch.no_grad()

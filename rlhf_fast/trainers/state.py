@@ -22,12 +22,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rlhf_fast.files import write_folder_atomic
+from rlhf_fast.models.fingerprint import fingerprint
 from rlhf_fast.run_folder import RunFolder
 from rlhf_fast.trainers.optimizer import Optimizer
 
 EVERY = 60.0  # seconds from one time to the next, at least
 MOST = 0.05  # share of the time that keeping may take
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
 class Stateful(Protocol):
@@ -156,12 +156,6 @@ def digest(items: Iterable[Any]) -> str:
     return state.hexdigest()
 
 
-@torch.no_grad()
-def fingerprint(model: nn.Module) -> str:
-    """Of a model's weights: sums of their bits, and every thousandth of them. Tells models apart, not forgers."""
-    state = hashlib.blake2b(digest_size=16)
-    for name, parameter in model.named_parameters():
-        bits = parameter.detach().reshape(-1).view(BITS[parameter.itemsize])
-        state.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {int(bits.sum())}".encode())
-        state.update(bits[::997].cpu().numpy().tobytes())
-    return state.hexdigest()
+def weights_digest(model: nn.Module) -> str:
+    """Of a model's weights, with their names, shapes and dtypes."""
+    return digest([*((name, x.shape, x.dtype) for name, x in model.named_parameters()), fingerprint(model)])

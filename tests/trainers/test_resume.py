@@ -21,7 +21,7 @@ from rlhf_fast.run_folder import RunFolder
 from rlhf_fast.trainers import state as state_module
 from rlhf_fast.trainers.optimizer import Optimizer
 from rlhf_fast.trainers.sft import SFTTrainer
-from rlhf_fast.trainers.state import TrainState, fingerprint
+from rlhf_fast.trainers.state import TrainState, weights_digest
 from tests.trainers import killed_run
 
 METHODS = ("ppo", "grpo", "ppo-lag", "remax-lag", "dpo", "reward", "sft")
@@ -193,9 +193,9 @@ def test_the_state_is_kept_no_more_often_than_it_is_worth(
 
 def test_a_fingerprint_tells_weights_apart(tiny: tuple[Any, Any]) -> None:
     model, _ = tiny
-    before = fingerprint(model)
-    assert fingerprint(model) == before
+    before = weights_digest(model)
+    assert weights_digest(model) == before
     last = list(model.parameters())[-1]
     with torch.no_grad():
         last[-1] = torch.nextafter(last[-1], torch.tensor(9.0))
-    assert fingerprint(model) != before
+    assert weights_digest(model) != before
