@@ -2,7 +2,7 @@
 
 from rlhf_fast.models.adapters import copy_weights, frozen_copy, trainable, trainable_copy
 from rlhf_fast.models.checkpoint import resolve, save
-from rlhf_fast.models.ends import end_tokens
+from rlhf_fast.models.ends import end_tokens, pad_apart
 from rlhf_fast.models.forward import (
     Head,
     hidden_states,
@@ -31,6 +31,7 @@ __all__ = [
     "longest_shared",
     "lower_bound",
     "output_head",
+    "pad_apart",
     "recompute_activations",
     "require_reach",
     "resolve",

@@ -102,8 +102,6 @@ def reward_from(
     folder = resolve(name)
     tokenizer = _tokenizer(folder)
     model = _pretrained(AutoModelForSequenceClassification, folder, dtype, ("score.",), num_labels=heads)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
     if not hasattr(model, "score"):
         raise ValueError(f"model: {name} has no scalar head in transformers; choose a decoder such as Llama or Qwen")
     generator = torch.Generator().manual_seed(seed)

@@ -67,6 +67,7 @@ class RewardTrainer:
         dtype = getattr(torch, config.dtype)
         self.model, self.tokenizer = models.reward_from(model, config.lora, config.seed, dtype, config.heads)
         self.config = config = use_settings(config, "reward", out, self.tokenizer)
+        models.pad_apart(self.model, self.tokenizer)
         models.require_reach(self.model, config.max_length)
         if config.optim.checkpointing:
             models.recompute_activations(self.model)

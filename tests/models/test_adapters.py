@@ -11,7 +11,7 @@ import torch
 from torch.nn.utils import parametrize
 
 from rlhf_fast import Generator, SamplingParams, SFTTrainer, models
-from rlhf_fast.config import LoRAConfig, PPOConfig, RewardConfig, SFTConfig
+from rlhf_fast.config import LoRAConfig, PPOConfig, SFTConfig
 from rlhf_fast.data.batches import Example, pad
 from rlhf_fast.trainers.ppo import PPOTrainer
 

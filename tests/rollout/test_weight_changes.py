@@ -111,7 +111,7 @@ def test_a_change_of_adapters_is_seen(kind: str, use: str, tiny_folder: Path) ->
     model = peft.get_peft_model(model, KINDS[kind])
     model.add_adapter("other", KINDS[kind])
     for name, p in model.named_parameters():
-        if "layers" not in name or "base_layer" not in name and p.dim() and (".default" in name or ".other" in name):
+        if "layers" not in name or ("base_layer" not in name and p.dim() and (".default" in name or ".other" in name)):
             p.data += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))
     model.eval()
     scaled = [m for m in model.modules() if isinstance(getattr(m, "scaling", None), dict) and m.scaling]
