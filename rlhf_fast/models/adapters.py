@@ -120,7 +120,8 @@ def with_adapter(model: Model, lora: LoRAConfig, seed: int, task: str) -> Model:
 
 def unfreeze_adapter(model: PeftModel) -> None:
     """What an adapter of whatever kind has beside the model's own weights, copies of whole layers too."""
-    own = (model.base_model.prefix, "modules_to_save", "trainable_tokens_")
+    tuner: Any = model.base_model
+    own = (tuner.prefix, "modules_to_save", "trainable_tokens_")
     for name, parameter in model.named_parameters():
         if any(part in name for part in own) and parameter.is_floating_point():
             parameter.requires_grad_(True)

@@ -36,6 +36,7 @@ from rlhf_fast.models.forward import check_head, unwrapped
 from rlhf_fast.ops import _compiled
 
 
+@torch.inference_mode(False)  # else nobody could train what is loaded inside of it
 def load(
     name: str | Path | PreTrainedConfig,
     dtype: torch.dtype = torch.float32,
@@ -69,6 +70,7 @@ def load(
     return model, tokenizer
 
 
+@torch.inference_mode(False)
 def load_reward(
     name: str | Path,
     dtype: torch.dtype = torch.float32,
@@ -92,6 +94,7 @@ def load_reward(
     return _placed(model, device), _tokenizer(folder)
 
 
+@torch.inference_mode(False)
 def reward_from(
     name: str | Path, lora: LoRAConfig, seed: int = 0, dtype: torch.dtype = torch.float32, heads: int = 1
 ) -> tuple[Model, PreTrainedTokenizerBase]:
@@ -122,6 +125,7 @@ def reward_from(
     return _placed(model, None), tokenizer
 
 
+@torch.inference_mode(False)
 def critic_from(
     name: str | Path, lora: LoRAConfig, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> tuple[Model, nn.Linear, PreTrainedTokenizerBase]:

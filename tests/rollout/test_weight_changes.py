@@ -9,8 +9,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from rlhf_fast import Generator, SamplingParams, models
+from rlhf_fast.config import LoRAConfig
 from rlhf_fast.models.fingerprint import fingerprint
 
 PROMPTS = [list(range(3, 60)), list(range(3, 50))]
@@ -136,8 +138,10 @@ def test_a_change_of_adapters_is_seen(kind: str, use: str, tiny_folder: Path) ->
 
 
 def test_a_model_that_was_made_in_inference_mode_generates_and_is_watched(tiny_folder: Path) -> None:
+    tokenizer = models.load(tiny_folder)[1]
     with torch.inference_mode():
-        model, tokenizer = models.load(tiny_folder)
+        model = AutoModelForCausalLM.from_pretrained(tiny_folder).eval()
+    assert next(model.parameters()).is_inference()
     want = Generator(*models.load(tiny_folder)).generate(PROMPTS, PARAMS)
     generator = Generator(model, tokenizer)
     assert torch.equal(generator.generate(PROMPTS, PARAMS).logprobs, want.logprobs)
@@ -146,6 +150,14 @@ def test_a_model_that_was_made_in_inference_mode_generates_and_is_watched(tiny_f
         model.model.layers[1].mlp.up_proj.weight.mul_(3.0)
     changed = generator.generate(PROMPTS, PARAMS)
     assert generator.weight_version == 2 and not torch.equal(changed.logprobs, want.logprobs)
+
+
+def test_what_is_loaded_in_inference_mode_can_be_trained(tiny_folder: Path) -> None:
+    with torch.inference_mode():
+        model, _ = models.load(tiny_folder)
+    logits = models.trainable(model, LoRAConfig(r=0))(input_ids=torch.tensor([[5, 6, 7]])).logits
+    logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8, torch.bool])
