@@ -10,6 +10,7 @@ that run past the windows, chunks and original lengths of their tiny configs. Ea
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import multiprocessing
 import os
@@ -79,6 +80,9 @@ SIZES: dict[str, int | float | bool | None] = {
 }  # fmt: skip
 
 
+AND = " // "  # between the reasons of a row
+
+
 @dataclass(frozen=True)
 class Row:
     """What came of a class."""
@@ -143,10 +147,25 @@ OVERRIDES: dict[str, dict[str, Any]] = {  # what the classes ask of sizes, and w
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "ministral": {"head_dim": 8},
-    "nemotron": {"head_dim": 8},
+    "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 32,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+    },
+    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 16], "attn_layers": ["local", "lsh"]},
     "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
-    "zamba2": {"layer_types": ["linear_attention", "hybrid"] * 2},
+    "zamba2": {
+        "n_mamba_heads": 8,
+        "mamba_headdim": 8,
+        "attention_head_dim": 16,
+        "attention_hidden_size": 64,
+        "layer_types": ["linear_attention", "hybrid"] * 2,
+        "hybrid_layer_ids": [1, 3],
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"mamba_n_heads": 8},
     "hunyuan_v1_dense": {"head_dim": 8, "rope_parameters": ALPHA},
@@ -280,7 +299,7 @@ def judged(model: Any) -> tuple[str, str, str, str]:
         return wrong
 
     generation, more = _up_to(sampled)
-    words = "; ".join(dict.fromkeys(x for x in (why, more) if x))
+    words = AND.join(dict.fromkeys(x for x in (why, more) if x))
     return training, generation, same if generation.startswith("right") else "-", words
 
 
@@ -338,6 +357,56 @@ def in_a_process(kind: str) -> Row:
     return row
 
 
+# The page ------------------------------------------------------------------------------------------------------------
+
+INTRODUCTION = """# Models: what is right, and what is refused
+
+Made by `python -m bench.families`, with transformers {transformers} and torch {torch}. Do not edit.
+
+Every class that transformers maps to a causal language model, tiny, with random weights, in float32 on a CPU, and some
+of them again with a rotation, windows or scales of note. What is right gives the log-probabilities of the model's own
+plain forward pass of each sequence alone, in sequences that run past the windows, chunks and original lengths of their
+configs: **training** padded, with a prompt that several responses share, and packed; **generation** of sampled tokens,
+in any batch and any chunks. *Right, short* is so up to a length, beyond which it is refused. What is refused is refused by
+name, when a model is loaded, or when a generator is made. *Not made* are those that could not be built tiny here.
+
+**Same bits**: whether the log-probabilities of a response keep every bit whatever else is in the batch. Where that is
+"no", the last bits change with the batch, since some of the model's products are torch's (mixtures of experts, GPT-2's
+transposed weights, the small products between the layers of Gemma 3n and 4).
+
+{counts}
+
+| config | class | training | generation | same bits | why |
+|---|---|---|---|---|---|
+"""
+
+
+def page(rows: Sequence[Row]) -> str:
+    """docs/models.md."""
+    counts = [
+        f"{what}: " + ", ".join(f"{count} {result}" for result, count in collections.Counter(found).most_common())
+        for what, found in (
+            ("Training", [row.training for row in rows]),
+            ("Generation", [row.generation for row in rows if row.generation != "-"]),
+            ("Same bits", [row.same_bits for row in rows if row.same_bits != "-"]),
+        )
+    ]
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__.partition("+")[0]}
+    lines = [
+        f"| {' | '.join((row.kind, row.name, row.training, row.generation, row.same_bits, _short(row)))} |"
+        for row in rows
+    ]
+    return INTRODUCTION.format(**versions, counts=". ".join(counts) + ".") + "\n".join(lines) + "\n"
+
+
+def _short(row: Row) -> str:
+    """Its words, without what the table says already."""
+    said = [
+        one.replace(f"model: {row.name} ", "").partition("; expected a model such as")[0] for one in row.why.split(AND)
+    ]
+    return "; ".join(dict.fromkeys(said))
+
+
 def main() -> None:
     transformers.logging.set_verbosity_error()
     asked = sys.argv[1:]
@@ -345,6 +414,11 @@ def main() -> None:
     for kind in asked or sorted([*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS]):
         rows.append(in_a_process(kind))
         print(" | ".join(dataclasses.astuple(rows[-1])), flush=True)
+    if not asked:
+        PAGE.write_text(page(rows), encoding="utf-8")
+    wrong = [row.kind for row in rows if "WRONG" in (row.training, row.generation)]
+    if wrong:
+        sys.exit(f"wrong: {', '.join(wrong)}")
 
 
 if __name__ == "__main__":
