@@ -190,6 +190,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # of rotations, windows and
         "sliding_window": None, "original_max_position_embeddings": ORIGINAL,
         "rope_parameters": {**ROPE, "rope_type": "longrope", **LONG, "original_max_position_embeddings": ORIGINAL}}),
     "llama4_text, scaled from the 8th token on": ("llama4_text", {"floor_scale": FLOOR}),
+    "ministral3, scaled from the 24th position on": ("ministral3", {
+        "rope_parameters": {**ROPE, "rope_type": "yarn", "factor": 16.0, "llama_4_scaling_beta": 0.5,
+                            "original_max_position_embeddings": ORIGINAL}}),
     "qwen2, windows in some layers": ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}),
 }  # fmt: skip
 

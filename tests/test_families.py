@@ -24,7 +24,7 @@ FAMILIES: dict[str, tuple[str, str, str]] = {  # training, generation, and a wor
     "gemma4_text": (*RIGHT, ""),
     "llama4_text": ("right", "right, short", "exceeds the model's context of 16 here"),
     "llama4_text, scaled from the 8th token on": ("right", "refused", "its states come out different"),
-    "ministral3": (*RIGHT, ""),  # scales queries by position
+    "ministral3, scaled from the 24th position on": (*RIGHT, ""),
     "phi3, LongRoPE": ("right, short", "right, short", "got max_length 60, expected at most 24"),
     "llama, dynamic NTK": ("right, short", "right, short", "got max_length 60, expected at most 23"),
     "qwen2, windows in some layers": (*RIGHT, ""),
