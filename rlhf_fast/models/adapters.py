@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_fast.config import LoRAConfig
 from rlhf_fast.models.checkpoint import reading_errors
-from rlhf_fast.models.packed_attention import trunk
+from rlhf_fast.models.inner import trunk
 
 Model = Any  # PreTrainedModel or PeftModel; the type hints of neither survive .to(), .eval() or a head's attribute
 ModelT = TypeVar("ModelT", bound=nn.Module)

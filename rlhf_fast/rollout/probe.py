@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf_fast.models.forward import evaluating
-from rlhf_fast.models.packed_attention import FAILURES, trunk
+from rlhf_fast.models.inner import FAILURES, evaluating, trunk
 from rlhf_fast.models.sight import longest_row, reach_of, sights
 from rlhf_fast.ops.paged_attention import KVCache, PagedBatch
 from rlhf_fast.rollout import attention, layers, torch_layers
