@@ -30,6 +30,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rlhf_fast import Generator, SamplingParams, models
+from rlhf_fast.config import LoRAConfig
 from rlhf_fast.data.batches import Example, pad
 from rlhf_fast.data.conversations import Tokenized, batch_of
 from rlhf_fast.models.forward import check_head
@@ -238,6 +239,19 @@ def training_is_right(model: Any, longest: int) -> str:
     return ""
 
 
+def adapter_is_right(model: Any) -> str:
+    """How a fresh adapter changes log-probabilities, or gets no gradient; empty if neither. The model keeps it."""
+    rows = examples(WINDOW - 2)
+    want = torch.cat([plain(model, example) for example in rows])
+    policy = models.trainable(model, LoRAConfig(r=2, alpha=4))
+    got, _ = models.response_logprobs(policy, pad(rows))
+    got.sum().backward()
+    if not is_near(got.detach(), want):
+        return "a fresh adapter changes log-probabilities"
+    moved = any(p.grad is not None and bool(p.grad.abs().max() > 0) for p in policy.parameters())
+    return "" if moved else "an adapter gets no gradient"
+
+
 def _forms(model: Any, rows: Sequence[Example]) -> Iterator[tuple[str, Any]]:
     yield "padded", pad(rows)
     shared = models.longest_shared(model)
@@ -302,6 +316,12 @@ def judged(model: Any) -> tuple[str, str, str, str]:
         return wrong
 
     generation, more = _up_to(sampled)
+    try:
+        lost = adapter_is_right(model)
+    except Exception as error:
+        lost = _words(error, frames=True)
+    if lost:
+        training, why = "WRONG", lost
     words = AND.join(dict.fromkeys(x for x in (why, more) if x))
     return training, generation, same if generation.startswith("right") else "-", words
 
@@ -369,8 +389,8 @@ Made by `python -m bench.families`, with transformers {transformers} and torch {
 Every class that transformers maps to a causal language model, tiny, with random weights, in float32 on a CPU, and some
 of them again with a rotation, windows or scales of note. What is right gives the log-probabilities of the model's own
 plain forward pass of each sequence alone, in sequences that run past the windows, chunks and original lengths of their
-configs: **training** padded, with a prompt that several responses share, and packed; **generation** of sampled tokens,
-in any batch and any chunks. *Right, short* is so up to a length, beyond which it is refused. What is refused is refused
+configs: **training** padded, with a prompt that several responses share, packed, and with an adapter; **generation** of
+sampled tokens, in any batch and any chunks. *Right, short* is so up to a length, beyond which it is refused. What is refused is refused
 by name, when a model is loaded, or when a generator is made. *Not made* are those that could not be built tiny here.
 
 **Same bits**: whether the log-probabilities of a response keep every bit whatever else is in the batch. Where that is

@@ -86,6 +86,17 @@ def test_beyond_it_models_are_refused_by_name_before_anything_is_done(tmp_path: 
     assert not (tmp_path / "sft").exists()
 
 
+def test_ppo_says_at_once_how_long_responses_may_be(tmp_path: Any) -> None:
+    from rlhf_fast import PPOConfig, PPOTrainer
+
+    models.save(tmp_path / "base", *models.load(tiny_config("llama4_text")))
+    config = PPOConfig(prompts_per_step=2, samples_per_prompt=2, max_new_tokens=4, max_length=40)
+    said = "ppo.max_length: 40, but Llama4ForCausalLM generates rightly up to 16 tokens only"
+    with pytest.raises(ValueError, match=said):
+        PPOTrainer(tmp_path / "base", lambda *_: [0.0], [{"prompt": "a"}] * 2, tmp_path / "ppo", config)
+    assert not (tmp_path / "ppo").exists()
+
+
 def test_padding_takes_no_positions_that_no_sequence_has() -> None:
     """Else a wide row would be one long sequence to a rotation that goes by the longest."""
     examples = [Example((5, 6, 7), response) for response in ((8, 9, 10), (11,), (12, 13))]
