@@ -390,8 +390,9 @@ Every class that transformers maps to a causal language model, tiny, with random
 of them again with a rotation, windows or scales of note. What is right gives the log-probabilities of the model's own
 plain forward pass of each sequence alone, in sequences that run past the windows, chunks and original lengths of their
 configs: **training** padded, with a prompt that several responses share, packed, and with an adapter; **generation** of
-sampled tokens, in any batch and any chunks. *Right, short* is so up to a length, beyond which it is refused. What is refused is refused
-by name, when a model is loaded, or when a generator is made. *Not made* are those that could not be built tiny here.
+sampled tokens, in any batch and any chunks. *Right, short* is so up to a length, beyond which it is refused. What is
+refused is refused by name, when a model is loaded, or when a generator is made. *Not made* are those that could not be
+built tiny here.
 
 **Same bits**: whether the log-probabilities of a response keep every bit whatever else is in the batch. Where that is
 "no", the last bits change with the batch, since some of the model's products are torch's (mixtures of experts, GPT-2's
