@@ -36,7 +36,7 @@ from rlhf_fast.data.conversations import Tokenized, batch_of
 from rlhf_fast.models.forward import check_head
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
-SECONDS = 150  # that one class may take
+SECONDS = 600  # that one class may take
 MEMORY = 12 << 30  # addresses, of which torch itself reserves most
 VOCABULARY = 320
 POSITIONS = 128

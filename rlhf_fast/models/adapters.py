@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_fast.config import LoRAConfig
 from rlhf_fast.models.checkpoint import reading_errors
-from rlhf_fast.models.inner import trunk
+from rlhf_fast.models.inner import FAILURES, trunk
 
 # Whose kernels read the weights of "out_proj" and "conv1d" without calling them; peft refuses adapters there.
 MAMBA = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
@@ -125,8 +125,11 @@ def _is_product(layer: Any) -> bool:
     """Whether a linear layer gives what linear layers give; families have kinds of their own."""
     if not type(layer).__module__.startswith("transformers.models."):
         return True
-    with torch.no_grad():
-        made = layer(layer.weight.new_zeros(1, layer.in_features))
+    try:
+        with torch.no_grad():
+            made = layer(layer.weight.new_zeros(1, layer.in_features))
+    except FAILURES:
+        return False
     return isinstance(made, torch.Tensor) and made.shape == (1, layer.out_features)
 
 
