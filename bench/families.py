@@ -10,6 +10,7 @@ that run past the windows, chunks and original lengths of their tiny configs. Ea
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import multiprocessing
 import os
@@ -29,12 +30,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rlhf_fast import Generator, SamplingParams, models
+from rlhf_fast.config import LoRAConfig
 from rlhf_fast.data.batches import Example, pad
 from rlhf_fast.data.conversations import Tokenized, batch_of
 from rlhf_fast.models.forward import check_head
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
-SECONDS = 150  # that one class may take
+SECONDS = 600  # that one class may take
 MEMORY = 12 << 30  # addresses, of which torch itself reserves most
 VOCABULARY = 320
 POSITIONS = 128
@@ -77,6 +79,9 @@ SIZES: dict[str, int | float | bool | None] = {
     "final_logit_softcapping": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5,
     "attention_multiplier": 0.2,
 }  # fmt: skip
+
+
+AND = " // "  # between the reasons of a row
 
 
 @dataclass(frozen=True)
@@ -143,10 +148,25 @@ OVERRIDES: dict[str, dict[str, Any]] = {  # what the classes ask of sizes, and w
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "ministral": {"head_dim": 8},
-    "nemotron": {"head_dim": 8},
+    "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 32,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+    },
+    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 16], "attn_layers": ["local", "lsh"]},
     "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
-    "zamba2": {"layer_types": ["linear_attention", "hybrid"] * 2},
+    "zamba2": {
+        "n_mamba_heads": 8,
+        "mamba_headdim": 8,
+        "attention_head_dim": 16,
+        "attention_hidden_size": 64,
+        "layer_types": ["linear_attention", "hybrid"] * 2,
+        "hybrid_layer_ids": [1, 3],
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"mamba_n_heads": 8},
     "hunyuan_v1_dense": {"head_dim": 8, "rope_parameters": ALPHA},
@@ -171,6 +191,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # of rotations, windows and
         "sliding_window": None, "original_max_position_embeddings": ORIGINAL,
         "rope_parameters": {**ROPE, "rope_type": "longrope", **LONG, "original_max_position_embeddings": ORIGINAL}}),
     "llama4_text, scaled from the 8th token on": ("llama4_text", {"floor_scale": FLOOR}),
+    "ministral3, scaled from the 24th position on": ("ministral3", {
+        "rope_parameters": {**ROPE, "rope_type": "yarn", "factor": 16.0, "llama_4_scaling_beta": 0.5,
+                            "original_max_position_embeddings": ORIGINAL}}),
     "qwen2, windows in some layers": ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}),
 }  # fmt: skip
 
@@ -214,6 +237,19 @@ def training_is_right(model: Any, longest: int) -> str:
         if not is_near(got, want):
             return f"{form}: off by {float((got - want).abs().max()):.1e} of {scale} at {longest} tokens"
     return ""
+
+
+def adapter_is_right(model: Any) -> str:
+    """How a fresh adapter changes log-probabilities, or gets no gradient; empty if neither. The model keeps it."""
+    rows = examples(WINDOW - 2)
+    want = torch.cat([plain(model, example) for example in rows])
+    policy = models.trainable(model, LoRAConfig(r=2, alpha=4))
+    got, _ = models.response_logprobs(policy, pad(rows))
+    got.sum().backward()
+    if not is_near(got.detach(), want):
+        return "a fresh adapter changes log-probabilities"
+    moved = any(p.grad is not None and bool(p.grad.abs().max() > 0) for p in policy.parameters())
+    return "" if moved else "an adapter gets no gradient"
 
 
 def _forms(model: Any, rows: Sequence[Example]) -> Iterator[tuple[str, Any]]:
@@ -280,7 +316,13 @@ def judged(model: Any) -> tuple[str, str, str, str]:
         return wrong
 
     generation, more = _up_to(sampled)
-    words = "; ".join(dict.fromkeys(x for x in (why, more) if x))
+    try:
+        lost = adapter_is_right(model)
+    except Exception as error:
+        lost = _words(error, frames=True)
+    if lost:
+        training, why = "WRONG", lost
+    words = AND.join(dict.fromkeys(x for x in (why, more) if x))
     return training, generation, same if generation.startswith("right") else "-", words
 
 
@@ -338,6 +380,57 @@ def in_a_process(kind: str) -> Row:
     return row
 
 
+# The page ------------------------------------------------------------------------------------------------------------
+
+INTRODUCTION = """# Models: what is right, and what is refused
+
+Made by `python -m bench.families`, with transformers {transformers} and torch {torch}. Do not edit.
+
+Every class that transformers maps to a causal language model, tiny, with random weights, in float32 on a CPU, and some
+of them again with a rotation, windows or scales of note. What is right gives the log-probabilities of the model's own
+plain forward pass of each sequence alone, in sequences that run past the windows, chunks and original lengths of their
+configs: **training** padded, with a prompt that several responses share, packed, and with an adapter; **generation** of
+sampled tokens, in any batch and any chunks. *Right, short* is so up to a length, beyond which it is refused. What is
+refused is refused by name, when a model is loaded, or when a generator is made. *Not made* are those that could not be
+built tiny here.
+
+**Same bits**: whether the log-probabilities of a response keep every bit whatever else is in the batch. Where that is
+"no", the last bits change with the batch, since some of the model's products are torch's (mixtures of experts, GPT-2's
+transposed weights, the small products between the layers of Gemma 3n and 4).
+
+{counts}
+
+| config | class | training | generation | same bits | why |
+|---|---|---|---|---|---|
+"""
+
+
+def page(rows: Sequence[Row]) -> str:
+    """docs/models.md."""
+    counts = [
+        f"{what}: " + ", ".join(f"{count} {result}" for result, count in collections.Counter(found).most_common())
+        for what, found in (
+            ("Training", [row.training for row in rows]),
+            ("Generation", [row.generation for row in rows if row.generation != "-"]),
+            ("Same bits", [row.same_bits for row in rows if row.same_bits != "-"]),
+        )
+    ]
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__.partition("+")[0]}
+    lines = [
+        f"| {' | '.join((row.kind, row.name, row.training, row.generation, row.same_bits, _short(row)))} |"
+        for row in rows
+    ]
+    return INTRODUCTION.format(**versions, counts=". ".join(counts) + ".") + "\n".join(lines) + "\n"
+
+
+def _short(row: Row) -> str:
+    """Its words, without what the table says already."""
+    said = [
+        one.replace(f"model: {row.name} ", "").partition("; expected a model such as")[0] for one in row.why.split(AND)
+    ]
+    return "; ".join(dict.fromkeys(said))
+
+
 def main() -> None:
     transformers.logging.set_verbosity_error()
     asked = sys.argv[1:]
@@ -345,6 +438,11 @@ def main() -> None:
     for kind in asked or sorted([*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS]):
         rows.append(in_a_process(kind))
         print(" | ".join(dataclasses.astuple(rows[-1])), flush=True)
+    if not asked:
+        PAGE.write_text(page(rows), encoding="utf-8")
+    wrong = [row.kind for row in rows if "WRONG" in (row.training, row.generation)]
+    if wrong:
+        sys.exit(f"wrong: {', '.join(wrong)}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,10 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_fast.config import LoRAConfig
 from rlhf_fast.models.checkpoint import reading_errors
-from rlhf_fast.models.packed_attention import trunk
+from rlhf_fast.models.inner import FAILURES, trunk
+
+# Whose kernels read the weights of "out_proj" and "conv1d" without calling them; peft refuses adapters there.
+MAMBA = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 
 Model = Any  # PreTrainedModel or PeftModel; the type hints of neither survive .to(), .eval() or a head's attribute
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -103,7 +106,12 @@ def _quietly(make: Callable[[], Model]) -> Model:
 
 def with_adapter(model: Model, lora: LoRAConfig, seed: int, task: str) -> Model:
     inside = trunk(model)
-    targets = sorted({n.rpartition(".")[2] for n, m in inside.named_modules() if isinstance(m, nn.Linear | Conv1D)})
+    within = set(inside.modules())
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m in within}
+    others = {_target(n) for n, m in linear.items() if not _is_product(m)}  # a router, for instance
+    if model.config.model_type in MAMBA:
+        others |= {"out_proj", "conv1d"}
+    targets = sorted({_target(n) for n in linear} - others)
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft only multiplies by it
@@ -116,6 +124,24 @@ def with_adapter(model: Model, lora: LoRAConfig, seed: int, task: str) -> Model:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return _quietly(lambda: get_peft_model(model, config))
+
+
+def _target(name: str) -> str:
+    """What peft finds a layer by: the last part of its name, unless that is a number, which others have too."""
+    last = name.rpartition(".")[2]
+    return name if last.isdigit() else last
+
+
+def _is_product(layer: Any) -> bool:
+    """Whether a linear layer gives what linear layers give; families have kinds of their own."""
+    if not type(layer).__module__.startswith("transformers.models."):
+        return True
+    try:
+        with torch.no_grad():
+            made = layer(layer.weight.new_zeros(1, layer.in_features))
+    except FAILURES:
+        return False
+    return isinstance(made, torch.Tensor) and made.shape == (1, layer.out_features)
 
 
 def unfreeze_adapter(model: PeftModel) -> None:

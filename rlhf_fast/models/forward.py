@@ -21,9 +21,10 @@ from rlhf_fast import ops
 from rlhf_fast.data.batches import LONGEST_ROW, Batch, Example, pad
 from rlhf_fast.data.conversations import Tokenized, batch_of
 from rlhf_fast.models.adapters import refuse_prompts_of_adapters
-from rlhf_fast.models.logits import logits_of, measured
+from rlhf_fast.models.inner import FAILURES, evaluating, forget_measures, is_near, trunk
+from rlhf_fast.models.logits import logits_of
 from rlhf_fast.models.output_layer import product_of
-from rlhf_fast.models.packed_attention import FAILURES, evaluating, packed, trunk
+from rlhf_fast.models.packed_attention import packed
 from rlhf_fast.models.sight import longest_row, reach_of, sights
 
 
@@ -213,23 +214,19 @@ def check_head(model: nn.Module) -> None:
     """Refuse a model whose logits are not its head applied to its states, or whose states depend on what follows or on
     other rows, rather than train it on wrong numbers."""
     inner = unwrapped(model)
-    name, device = type(inner).__name__, inner.device
-    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 9, 3], [5, 4, 7, 8]], device=device)
-    loose = 1e-4 if inner.dtype == torch.float32 else 2e-2
-
-    def is_same(got: torch.Tensor, want: torch.Tensor) -> bool:
-        return torch.allclose(got.float(), want.float(), rtol=0, atol=loose * float(want.float().abs().max()))
-
+    name = type(inner).__name__
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 9, 3], [5, 4, 7, 8]], device=inner.device)
+    forget_measures(inner)
     with evaluating(model):
-        measured(inner)
+        head = output_head(model)
         try:
             truth = inner(input_ids=ids, use_cache=False).logits
             states = hidden_states(model, ids)
             alone = hidden_states(model, ids[:1, :2])
         except FAILURES as error:
             raise ValueError(f"model: {name} cannot be used here: {error}") from error
-    if not is_same(output_head(model).logits(states), truth):
+    if not is_near(head.logits(states), truth, half=2e-2):
         raise ValueError(f"model: {name} changes its logits after the output layer in a way not known here")
-    if not is_same(states[:2, :2], alone.expand(2, -1, -1)):
+    if not is_near(states[:2, :2], alone.expand(2, -1, -1), half=0.1):  # whose rounding chooses experts, too
         raise ValueError(f"model: {name} lets tokens see what follows them, or other rows; expected a causal model")
     reach_of(inner)

@@ -7,6 +7,9 @@ in place of its output layer's: whatever is not a scale and a soft cap is refuse
 
 from __future__ import annotations
 
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -14,11 +17,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from rlhf_fast.models.packed_attention import FAILURES, evaluating, trunk
+from rlhf_fast.models.inner import FAILURES, evaluating, measured_once, trunk
 
 IDS = (5, 6, 7, 8)  # what the model is run on; of no consequence
 BETWEEN = "there are layers between its trunk and its output layer"
-_KEPT = "_rlhf_fast_logits"  # of a model, and of its copies
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,10 @@ def logits_of(inner: Any) -> Logits:
     Raises:
         ValueError: its logits are made in another way; says which.
     """
-    kept = vars(inner).get(_KEPT)
-    weight = inner.get_output_embeddings().weight
-    if kept is None and (weight.is_meta or isinstance(weight, FakeTensor)):  # without values there is nothing to run
+    weight = inner.get_input_embeddings().weight
+    if weight.is_meta or isinstance(weight, FakeTensor):  # without values there is nothing to run
         return Logits()
-    return measured(inner) if kept is None else kept
+    return measured_once(inner, "logits", measured)
 
 
 @torch.no_grad()
@@ -56,14 +57,12 @@ def measured(inner: Any) -> Logits:
     if own:
         _refuse(inner, f"its output layer has more than a weight and a bias: {', '.join(sorted(own))}")
     try:
-        with evaluating(inner):
-            found = _measured(inner, layer)
+        with evaluating(inner), _without_trunk(inner):
+            return _measured(inner, layer)
     except FAILURES as error:
         if str(error).startswith("model: "):
             raise
         raise ValueError(f"model: {type(inner).__name__} cannot be used here: {error}") from error
-    setattr(inner, _KEPT, found)
-    return found
 
 
 def _measured(inner: Any, layer: Any) -> Logits:
@@ -118,9 +117,8 @@ def _run(inner: Any, layer: Any, states: torch.Tensor, products: torch.Tensor) -
 
     if trunk(inner) is inner:
         _refuse(inner, "it has no trunk of its own")
-    trunks = {trunk(inner), inner.get_decoder()}  # some call only a part of theirs
     hooks = [
-        *(one.register_forward_hook(of_trunk) for one in trunks if one is not inner),
+        *(one.register_forward_hook(of_trunk) for one in _trunks(inner)),
         layer.register_forward_pre_hook(before_layer),
         layer.register_forward_hook(after_layer),
     ]
@@ -135,6 +133,38 @@ def _run(inner: Any, layer: Any, states: torch.Tensor, products: torch.Tensor) -
         shapes = f"{tuple(logits.shape)}, its output layer's products {tuple(products.shape)}"
         _refuse(inner, f"its logits have the shape {shapes}")
     return entered[0], logits
+
+
+def _trunks(inner: Any) -> set[nn.Module]:
+    """What may give the states to the output layer: some models call only a part of their trunk."""
+    return {trunk(inner), inner.get_decoder()} - {inner}
+
+
+@contextlib.contextmanager
+def _without_trunk(inner: Any) -> Iterator[None]:
+    """After a first run, the others take its trunk's output as it was: they replace the states in it anyway."""
+    outputs: dict[nn.Module, Any] = {}
+    before = {one: vars(one).get("forward") for one in _trunks(inner)}
+
+    def keep(module: nn.Module) -> Callable[..., Any]:
+        forward = module.forward
+
+        def once(*args: Any, **kwargs: Any) -> Any:
+            if module not in outputs:
+                outputs[module] = forward(*args, **kwargs)
+            return copy.copy(outputs[module])
+
+        return once
+
+    try:
+        for one in before:
+            one.forward = keep(one)
+        yield
+    finally:
+        for one, forward in before.items():
+            del one.forward
+            if forward is not None:
+                one.forward = forward
 
 
 def _refuse(inner: Any, why: str) -> NoReturn:

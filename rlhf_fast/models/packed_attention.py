@@ -16,7 +16,6 @@ from torch import nn
 from transformers import AttentionInterface
 
 NAME = "rlhf_fast_packed"
-FAILURES = (ValueError, TypeError, AttributeError, RuntimeError, IndexError, KeyError, NotImplementedError)  # of models
 
 _packed: ContextVar[tuple[Any, tuple[int, ...]] | None] = ContextVar("rlhf_fast_packed", default=None)
 
@@ -64,26 +63,6 @@ def packed(model: nn.Module, segments: tuple[int, ...]) -> Iterator[None]:
             yield
     finally:
         _packed.reset(token)
-
-
-def trunk(inner: Any) -> Any:
-    """What a model of transformers makes its states with; the model itself where it has no such part."""
-    if inner.base_model is not inner:
-        return inner.base_model
-    return next((found for name in ("model", "transformer") if (found := getattr(inner, name, None))), inner)
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout; afterwards every module is in its own mode again."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextlib.contextmanager

@@ -19,13 +19,13 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from rlhf_fast.models.packed_attention import FAILURES, attending_by, evaluating, trunk
+from rlhf_fast.models.inner import FAILURES, evaluating, is_near, measured_once, trunk
+from rlhf_fast.models.packed_attention import attending_by
 
 NAME, UNMASKED = "rlhf_fast_asked", "rlhf_fast_unmasked"
 FAR = 1 << 21  # positions that are asked about
 UNLIMITED = sys.maxsize
 TOKENS = 16  # of the sequence that the model is run on
-_KEPT = "_rlhf_fast_reach"  # of a model, and of its copies
 
 
 class Sight(NamedTuple):
@@ -88,13 +88,17 @@ AttentionInterface.register(UNMASKED, _attend_causally)
 AttentionMaskInterface.register(NAME, _mask)
 
 
-@torch.no_grad()
 def sights(inner: Any) -> dict[int, Sight]:
     """What each layer sees that attends through transformers' interface.
 
     Raises:
         ValueError: a layer's mask is the model's own, or neither a window nor all that stands before.
     """
+    return measured_once(inner, "sights", _sights)
+
+
+@torch.no_grad()
+def _sights(inner: Any) -> dict[int, Sight]:
     name, asking = type(inner).__name__, _Asking()
     token = _asking.set(asking)
     try:
@@ -151,14 +155,10 @@ def reach_of(inner: Any) -> int:
     Rotations that are chosen by the longest sequence of a batch (LongRoPE, dynamic NTK) change all its rows, and what
     was generated before: past that length there is no one right value.
     """
-    kept = vars(inner).get(_KEPT)
-    if kept is None:
-        weight = inner.get_input_embeddings().weight
-        if weight.is_meta or isinstance(weight, FakeTensor):
-            return UNLIMITED
-        kept = _reach(inner)
-        setattr(inner, _KEPT, kept)
-    return int(kept)
+    weight = inner.get_input_embeddings().weight
+    if weight.is_meta or isinstance(weight, FakeTensor):  # without values there is nothing to run
+        return UNLIMITED
+    return measured_once(inner, "reach", _reach)
 
 
 @torch.no_grad()
@@ -177,7 +177,7 @@ def _reach(inner: Any) -> int:
     far = table if _has_table(inner, table) else 2 * table  # where rotations that grow have grown
     try:
         with evaluating(inner):
-            found = _furthest(states, TOKENS, far, inner.dtype)
+            found = _furthest(states, TOKENS, far)
             states(TOKENS)  # rotations that grow are set back by a short sequence
     except FAILURES:  # it takes no positions
         return UNLIMITED
@@ -193,13 +193,17 @@ def _has_table(inner: Any, positions: int) -> bool:
     return any(positions <= size < positions + TOKENS for x in tables for size in x.shape[:-1])
 
 
-@torch.no_grad()
 def longest_row(inner: Any) -> int:
     """How many tokens a row may have in which a token's place in the row is not its position in its sequence.
 
     There are models that count the tokens of a row by themselves, and from some place on scale their queries by it
     (Llama 4). Found by having them count from further and further away, while positions are as they were.
     """
+    return measured_once(inner, "longest_row", _longest_row)
+
+
+@torch.no_grad()
+def _longest_row(inner: Any) -> int:
     ids, at = _ids(inner, 1)[:, :5], torch.arange(5, device=inner.device).unsqueeze(0)
 
     def states(offset: int) -> torch.Tensor:
@@ -209,7 +213,7 @@ def longest_row(inner: Any) -> int:
 
     try:
         with evaluating(inner):
-            found = _furthest(states, 0, FAR, inner.dtype)
+            found = _furthest(states, 0, FAR)
         return found if found == UNLIMITED else found + 5
     except FAILURES:
         return 0
@@ -227,16 +231,10 @@ class _CountingFrom(TorchFunctionMode):
         return made + self.offset if function is torch.arange and made.shape == (5,) else made
 
 
-def _furthest(states: Callable[[int], torch.Tensor], near: int, far: int, dtype: torch.dtype) -> int:
+def _furthest(states: Callable[[int], torch.Tensor], near: int, far: int) -> int:
     """The last place from near to far at which the states are those at `near`, or without end, if `far` is one."""
-    want = states(near).float()
-    loose = (1e-4 if dtype == torch.float32 else 2e-2) * float(want.abs().max())
-
-    def is_same(place: int) -> bool:
-        got = states(place).float()
-        return torch.equal(got, want) or bool((got - want).abs().max() <= loose)
-
-    last = _last(is_same, near, far)
+    want = states(near)
+    last = _last(lambda place: is_near(states(place), want, half=2e-2), near, far)
     return UNLIMITED if last == far else last
 
 

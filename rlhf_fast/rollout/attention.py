@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from rlhf_fast.models.forward import evaluating
+from rlhf_fast.models.inner import evaluating
 from rlhf_fast.models.packed_attention import attending_by
 from rlhf_fast.ops.paged_attention import KVCache, PagedBatch, paged_attention, write_kv
 

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf_fast.models.forward import evaluating
-from rlhf_fast.models.packed_attention import FAILURES, trunk
+from rlhf_fast.models.inner import FAILURES, evaluating, trunk
 from rlhf_fast.models.sight import longest_row, reach_of, sights
 from rlhf_fast.ops.paged_attention import KVCache, PagedBatch
 from rlhf_fast.rollout import attention, layers, torch_layers
@@ -67,7 +66,8 @@ def probe(inner: Any, device: torch.device, fast: bool = True) -> Served:
         want = _plain(inner, rows)
         got, step = _in_blocks(inner, rows, (), {}, calls)
     except FAILURES as error:
-        raise ValueError(f"model: {name} cannot be served from paged keys and values: {error}") from error
+        said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} in its own code: {error}"
+        raise ValueError(f"model: {name} cannot be served from paged keys and values: {said}") from error
     expected, asked = inner.config.get_text_config().num_hidden_layers, sorted(step.options)
     if len(asked) != expected or not _same(got, want):
         raise ValueError(

@@ -13,7 +13,7 @@ from torch import nn
 from rlhf_fast.models.adapters import Model, uses_of_adapters
 from rlhf_fast.models.fingerprint import fingerprint
 from rlhf_fast.models.forward import output_head, unwrapped
-from rlhf_fast.models.packed_attention import trunk
+from rlhf_fast.models.inner import trunk
 from rlhf_fast.ops.paged_attention import KVCache
 from rlhf_fast.rollout import attention, layers
 from rlhf_fast.rollout.batch import Placed, step_batch

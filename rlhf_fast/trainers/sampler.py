@@ -60,6 +60,11 @@ class Sampler:
         self.policy, self.tokenizer, self.reward = policy, tokenizer, reward
         self.prompts, self.config = prompts, config
         self.generator = Generator(policy, tokenizer, value_head=value_head, cuda_graphs=config.cuda_graphs)
+        if config.max_length > (longest := self.generator.runner.served.longest):
+            raise ValueError(
+                f"ppo.max_length: {config.max_length}, but {type(self.generator.runner.inner).__name__} generates "
+                f"rightly up to {longest} tokens only (see docs/models.md); lower it to that"
+            )
         self.ahead: Sampled | None = None  # the next step's, with ppo.lag
 
     def take(self, step: int) -> tuple[Sampled, int]:
