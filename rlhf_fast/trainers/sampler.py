@@ -96,37 +96,35 @@ class Sampler:
     def _varied(self, sampled: Sampled, again: int) -> Sampled:
         """With other prompts in place of those whose responses are all paid alike (dynamic sampling: DAPO,
         arXiv 2503.14476), as far as there are any that are not in the step."""
-        scores = sampled.scoring.result()
-        size, records, step = self.config.samples_per_prompt, list(sampled.records), sampled.step
-        found = paid(scores.scores, sampled.rollouts.finish_reasons, self.config)
-        names = set(map(id, records))
-        fresh = [p for p in shuffled(self.prompts, (self.config.seed, step, again)) if id(p) not in names]
-        equal = equal_groups(found, size)[: len(fresh)]
-        if not equal:
-            return replace(sampled, scoring=scores)
-        fresh = fresh[: len(equal)]
-        params = self._params(step)
+        old, n = sampled.scoring.result(), self.config.samples_per_prompt
+        there = set(map(id, sampled.records))
+        others = [p for p in shuffled(self.prompts, (self.config.seed, sampled.step, again)) if id(p) not in there]
+        equal = equal_groups(paid(old.scores, sampled.rollouts.finish_reasons, self.config), n)
+        places = dict(zip(equal, others, strict=False))  # where each of the others goes
+        if not places:
+            return replace(sampled, scoring=old)
         # Random numbers belong to a seed and a place among the prompts; those of this step have been used.
-        rollouts, scoring = self._scored_rollouts(fresh, replace(params, seed=params.seed + (again << 32)))
-        new, sequences = scoring.result(), list(sampled.rollouts.sequences)
-        texts, totals = list(sampled.rollouts.texts), list(scores.scores)
-        parts = {name: list(given) for name, given in scores.parts.items()}
-        for number, (place, record) in enumerate(zip(equal, fresh, strict=True)):
-            there, here = slice(place * size, (place + 1) * size), slice(number * size, (number + 1) * size)
-            records[place] = record
-            sequences[there], texts[there] = rollouts.sequences[here], rollouts.texts[here]
-            totals[there] = new.scores[here]
-            for name, given in parts.items():
-                given[there] = new.parts[name][here]
-            for sequence in sequences[there]:
-                sequence.prompt_index = place
-        together = Rollouts.of(sequences, texts, self.generator.runner.device)
+        params = replace(self._params(sampled.step), seed=self._params(sampled.step).seed + (again << 32))
+        rollouts, scoring = self._scored_rollouts(list(places.values()), params)
+        new = scoring.result()
+
+        def mixed(kept: Sequence[Any], fresh: Sequence[Any], size: int = n) -> list[Any]:
+            groups = [kept[i : i + size] for i in range(0, len(kept), size)]
+            for i, place in enumerate(places):
+                groups[place] = fresh[i * size : (i + 1) * size]
+            return [item for group in groups for item in group]
+
+        sequences = mixed(sampled.rollouts.sequences, rollouts.sequences)
+        for i, sequence in enumerate(sequences):
+            sequence.prompt_index = i // n
+        parts = {name: mixed(given, new.parts[name]) for name, given in old.parts.items()}
+        texts = mixed(sampled.rollouts.texts, rollouts.texts)
         return replace(
             sampled,
-            records=records,
-            rollouts=together,
-            scoring=Scores(totals, parts),
-            resampled=sampled.resampled + len(equal),
+            records=mixed(sampled.records, list(places.values()), 1),
+            rollouts=Rollouts.of(sequences, texts, self.generator.runner.device),
+            scoring=Scores(mixed(old.scores, new.scores), parts),
+            resampled=sampled.resampled + len(places),
         )
 
     def _params(self, step: int) -> SamplingParams:
