@@ -29,6 +29,7 @@ FAMILIES: dict[str, tuple[str, str, str]] = {  # training, generation, and a wor
     "llama, dynamic NTK": ("right, short", "right, short", "got max_length 60, expected at most 23"),
     "qwen2, windows in some layers": (*RIGHT, ""),
     "deepseek_v4": ("right", "refused", "makes a mask of its own for layer 3"),
+    "gpt_neo": ("right", "refused", "does not attend through"),  # windows of its own, which no shared row may lose
     "cpmant": ("refused", "refused", "lets tokens see what follows them"),
     "dory": ("refused", "refused", "its output layer has more than a weight and a bias: logit_scale"),
     "opt": (*RIGHT, ""),  # calls only a part of its trunk

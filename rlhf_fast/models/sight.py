@@ -112,17 +112,17 @@ def _sights(inner: Any) -> dict[int, Sight]:
     for layer, mask in sorted(asking.given.items()):
         found[layer] = Sight()  # without a mask the interface takes causal attention
         if mask is not None:
-            found[layer] = _sight(name, layer, asking.sees(mask))
+            found[layer] = _sight(name, layer, asking.sees(mask), mask.device)
     return found
 
 
-def _sight(name: str, layer: int, sees: Sees | None) -> Sight:
+def _sight(name: str, layer: int, sees: Sees | None, device: torch.device) -> Sight:
     if sees is None:
         raise ValueError(f"model: {name} makes a mask of its own for layer {layer}, of which no window can be known")
 
     def asked(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         try:
-            return torch.as_tensor(sees(0, 0, query, key)).expand(query.shape)
+            return torch.as_tensor(sees(0, 0, query.to(device), key.to(device))).expand(query.shape).cpu()
         except FAILURES as error:
             what = f"a mask for layer {layer} that depends on more than positions"
             raise ValueError(f"model: {name} has {what}") from error
