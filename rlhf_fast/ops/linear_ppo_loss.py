@@ -225,7 +225,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if upstream is None:
         return (None,) * 30
-    own, scale, gradients = ctx.saved_tensors[:6], ctx.saved_tensors[6], ctx.saved_tensors[7:]
+    saved = ctx.saved_tensors  # once: a checkpoint gives them once
+    own, scale, gradients = saved[:6], saved[6], saved[7:]
     upstream = upstream * scale
     found = (None if x is None else in_x(upstream, g, x, ctx.inplace) for x, g in zip(own, gradients, strict=True))
     return *found, *(None,) * 24
