@@ -190,7 +190,7 @@ void def_token_logprobs(py::module_& m, const TokenLogprobsKernels& kernels, Bac
         const Mask counts = mask(memory, flags, z.rows);
         expect(first_column >= 0, "first_column", first_column, "at least 0");
         const TokenLogprobs results = token_logprobs_results(memory, given_results, z.rows);
-        if (results.shift == nullptr) throw py::type_error("largest z: None, expected a tensor");
+        if (!std::get<2>(given_results).there) throw py::type_error("largest z: None, expected a tensor");
         const auto& [of_logprobs, of_entropy, of_log_sum, of_each] = grads;
         const float* const in_logprobs = memory.array_or_null<float>("grad of logprobs", of_logprobs, z.rows);
         const float* const in_entropy = memory.array_or_null<float>("grad of entropy", of_entropy, z.rows);
@@ -215,7 +215,7 @@ Logits ref_logits(const Memories& memory, const LogitsTuple& t, const Logits& li
 void def_full_kl(py::module_& m, const FullKLKernels& kernels, Backend backend) {
     m.def("full_kl_forward",
           [=](const LogitsTuple& given_p, const LogitsTuple& given_q, const TransformTuple& t, const Given& flags,
-              int divergence, const Given& given_scratch, const NineGiven& out, const RunTuple& where) {
+              int64_t divergence, const Given& given_scratch, const NineGiven& out, const RunTuple& where) {
               const Memories memory = backend.memories(where);
               const Logits p = logits(memory, "logits", given_p), q = ref_logits(memory, given_q, p);
               const Transform form = transform(memory, t, p.rows);
@@ -232,7 +232,7 @@ void def_full_kl(py::module_& m, const FullKLKernels& kernels, Backend backend) 
           });
     m.def("full_kl_gradient",
           [=](const LogitsTuple& given_p, const LogitsTuple& given_q, const TransformTuple& t, const Given& flags,
-              int divergence, const NineGiven& given_results, const Given& given_grad, const Given& out_p,
+              int64_t divergence, const NineGiven& given_results, const Given& given_grad, const Given& out_p,
               const Given& out_q, const RunTuple& where) {
               const Memories memory = backend.memories(where);
               const Logits p = logits(memory, "logits", given_p), q = ref_logits(memory, given_q, p);
@@ -250,8 +250,8 @@ void def_full_kl(py::module_& m, const FullKLKernels& kernels, Backend backend) 
 }
 
 void def_kl_estimate(py::module_& m, const KLEstimateKernels& kernels, Backend backend) {
-    m.def("kl_estimate_forward", [=](const Given& logprobs, const Given& ref_logprobs, const Given& flags, int estimate,
-                                     const Given& given_out, const RunTuple& where) {
+    m.def("kl_estimate_forward", [=](const Given& logprobs, const Given& ref_logprobs, const Given& flags,
+                                     int64_t estimate, const Given& given_out, const RunTuple& where) {
         const Memories memory = backend.memories(where);
         const DType dtype = memory.dtype("logprobs", logprobs);
         const int64_t count = logprobs.elements;
@@ -264,7 +264,7 @@ void def_kl_estimate(py::module_& m, const KLEstimateKernels& kernels, Backend b
         kernels.forward(p, q, dtype, count, counts, which, out, run(where));
     });
     m.def("kl_estimate_gradient",
-          [=](const Given& logprobs, const Given& ref_logprobs, const Given& flags, int estimate,
+          [=](const Given& logprobs, const Given& ref_logprobs, const Given& flags, int64_t estimate,
               const Given& given_grad, const Given& out, const Given& ref_out, const RunTuple& where) {
               const Memories memory = backend.memories(where);
               const DType dtype = memory.dtype("logprobs", logprobs);
@@ -314,7 +314,7 @@ void def_gae(py::module_& m, const GAEKernels& kernels, Backend backend) {
     });
 }
 
-using PPOOptionsTuple = std::tuple<float, float, float, float, float, float, float, float, bool, int, int>;
+using PPOOptionsTuple = std::tuple<float, float, float, float, float, float, float, float, bool, int64_t, int64_t>;
 using DenominatorTuple = std::tuple<Given, float>;
 
 Denominator denominator(const Memories& memory, const DenominatorTuple& t) {
@@ -394,7 +394,7 @@ void def_ppo_loss(py::module_& m, const PPOLossKernels& kernels, Backend backend
     });
 }
 
-using PairOptionsTuple = std::tuple<int, double, double, double, double>;
+using PairOptionsTuple = std::tuple<int64_t, double, double, double, double>;
 
 void def_pair_loss(py::module_& m, const PairLossKernels& kernels, Backend backend) {
     m.def("pair_loss_forward",
@@ -434,7 +434,7 @@ using PlaceTuple = std::tuple<Given, int64_t>;  // and the stride from row to ro
 void def_linear(py::module_& m, const LinearKernels& kernels, Backend backend) {
     m.def("linear_forward", [=](const PlaceTuple& given_x, int64_t rows, int64_t k,
                                 const std::vector<LinearTuple>& parts, const std::vector<PlaceTuple>& outs,
-                                const PlaceTuple& given_add, int gate, const RunTuple& where) {
+                                const PlaceTuple& given_add, int64_t gate, const RunTuple& where) {
         const Memories memory = backend.memories(where);
         const auto& [x, x_stride] = given_x;
         const auto& [add, add_stride] = given_add;
@@ -444,10 +444,12 @@ void def_linear(py::module_& m, const LinearKernels& kernels, Backend backend) {
         expect(gate != 0 ? count == 2 : count >= 1 && count <= kLinearParts, "weights", count,
                gate != 0 ? "2 with a gate" : "1 to " + std::to_string(kLinearParts));
         expect(results == (gate != 0 ? 1 : count), "results", results, "one for each product");
-        LinearProblem problem{memory.rows("x", x, dtype, rows, k, x_stride), x_stride, dtype, rows, k, {}, 0, gate};
+        LinearProblem problem{
+            memory.rows("x", x, dtype, rows, k, x_stride), x_stride, dtype, rows, k, {}, 0, static_cast<int>(gate)};
         for (const LinearTuple& part : parts) {
             const auto& [weight, weight_stride, n, bias, low, up, rank, scale] = part;
             const auto& [out, out_stride] = outs[gate != 0 ? 0 : static_cast<std::size_t>(problem.count)];
+            expect(rows <= 1 || out_stride >= n, "out", out_stride, "rows that do not overlap");
             expect(gate == 0 || n == std::get<2>(parts[0]), "weights", n, "as many rows in both with a gate");
             if (low.there != up.there) throw py::type_error("up: expected a tensor if low is one");
             problem.parts[problem.count++] = {
@@ -521,9 +523,8 @@ void expect_places(const PagedCache& c, int64_t blocks, const PagedQueries& q) {
             const int64_t queries = q.cu_queries[b + 1] - q.cu_queries[b], context = q.contexts[b];
             expect(context >= queries && context <= q.table_stride * c.block_size, "batch.contexts", context,
                    "at least each one's queries and at most " + std::to_string(q.table_stride * c.block_size));
-            if (queries > 0)
-                expect(q.shared[g] * c.block_size <= context - queries, "batch.shared", q.shared[g],
-                       "blocks before each one's queries");
+            expect(q.shared[g] * c.block_size <= context - queries, "batch.shared", q.shared[g],
+                   "blocks before each one's queries");
             for (int64_t i = 0; i * c.block_size < context; ++i) {
                 const int64_t block = q.tables[b * q.table_stride + i];
                 expect(block >= 0 && block < blocks, "batch.tables", block,
@@ -663,7 +664,7 @@ void def_sequence_sum(py::module_& m, const SequenceSumKernels& kernels, Backend
 
 void def_group_advantages(py::module_& m, const GroupAdvantagesKernels& kernels, Backend backend) {
     m.def("group_advantages_forward", [=](const SequencesTuple& where, const Given& rewards, const Given& flags,
-                                          int kind, double eps, const Given& given_out, const RunTuple& on) {
+                                          int64_t kind, double eps, const Given& given_out, const RunTuple& on) {
         const Memories memory = backend.memories(on);
         const DType dtype = memory.dtype("rewards", rewards);
         const int64_t count = rewards.elements;

@@ -137,7 +137,7 @@ inline void expect(bool fits, const char* name, int64_t came, const std::string&
 
 // An option that Python numbers 0 to most.
 template <class Option>
-Option option(const char* name, int number, Option most) {
+Option option(const char* name, int64_t number, Option most) {
     expect(number >= 0 && number <= static_cast<int>(most), name, number,
            "from 0 to " + std::to_string(static_cast<int>(most)));
     return static_cast<Option>(number);

@@ -141,6 +141,7 @@ inline void row(const SampleInputs& in, const Samples& out, int64_t r, float* we
     }
     for (int64_t j = from; found < 0 && j > 0; --j)
         if (weights[j - 1] > 0.0f) found = j - 1;
+    if (found < 0) return;  // options out of their range kept nothing
     out.tokens[r] = found;
     const double log_sum = std::log(total);
     out.logprobs[r] = static_cast<float>((static_cast<double>(to_float(z[found])) - top) * scale - log_sum);

@@ -1,8 +1,8 @@
 """Calls into rlhf_fast._C: tensors, strides and numbers. Serves the backends cpu and cuda alike.
 
-The public functions have checked what is asked; that all memory is there, in the dtype that a kernel reads, the compiled
-entries check themselves (csrc/given.h). Importing this never fails: without the compiled module, or without CUDA in it,
-``cpu`` or ``cuda`` is None.
+The public functions have checked what is asked; that all memory is there, in the dtype that a kernel reads, the
+compiled entries check themselves (csrc/given.h). Importing this never fails: without the compiled module, or without
+CUDA in it, ``cpu`` or ``cuda`` is None.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Every differentiable op under non-reentrant checkpointing, which gives an op its saved tensors once: the gradients are
-those of the plain call, bit for bit."""
+"""Every differentiable op under non-reentrant checkpointing, which gives an op its saved tensors once: the gradients
+are those of the plain call, bit for bit."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ for trunk, head, bias in CASES:
             logits = states @ weight.T + (0 if bias_of is None else bias_of.float())
         truth = logits.log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0]
         error = (found[1:] - truth)[counts[1:]].abs().max()
-        assert error < 0.02, f"{trunk}, {head}, {bias}: {error}"  # some digits of bfloat16, at log-probabilities near -4
+        assert error < 0.02, f"{trunk}, {head}, {bias}: {error}"  # of bfloat16, near -4
 """
 CASES = [
     (torch.bfloat16, torch.float32, None),
