@@ -738,7 +738,8 @@ def sample(
     logits = widen(logits)  # (B, V)
     columns = logits.shape[1]
     greedy = temperature == 0
-    logprobs = torch.log_softmax(logits / torch.where(greedy, 1, temperature)[:, None].to(logits.dtype), dim=-1)
+    below = logits - logits.amax(-1, keepdim=True)  # first, for a quotient may leave the range
+    logprobs = torch.log_softmax(below / torch.where(greedy, 1, temperature)[:, None].to(logits.dtype), dim=-1)
     probabilities = logprobs.double().exp()
     ordered, index = probabilities.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(columns, device=logits.device)
