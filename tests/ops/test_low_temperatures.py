@@ -1,4 +1,4 @@
-"""Temperatures down to the smallest float32: sampling becomes the likeliest token, and log-probabilities their limits."""
+"""Temperatures down to the smallest float32: sampling takes the likeliest token, log-probabilities are their limits."""
 
 from __future__ import annotations
 
