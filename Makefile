@@ -38,7 +38,7 @@ test: $(STAMP) ## run the tests
 	  wait $$triton; found=$$?; cat build/triton-tests.log; trap - EXIT; exit $$((rest || found))
 
 # A build of its own beside the ordinary one, which stays. Python leaks, so leaks are not looked for; libasan must be the
-# first library of the process. CI has the same fuzz, in short and without sanitizers, in `make test`: this build alone
+# first library of the process, and find that of C++, which throws. CI has the same fuzz, in short and without sanitizers, in `make test`: this build alone
 # takes longer than that.
 ASAN_FOLDER := build/asan
 asan: $(STAMP) ## the C++ kernels under address and undefined-behaviour sanitizers: op tests, 10,000 random calls
@@ -46,7 +46,7 @@ asan: $(STAMP) ## the C++ kernels under address and undefined-behaviour sanitize
 	  --build-lib $(ASAN_FOLDER) --build-temp $(ASAN_FOLDER)/objects
 	@export OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 RLHF_FAST_FUZZ_CALLS=10000 \
 	  RLHF_FAST_TEST_MODULE=$$(ls $(CURDIR)/$(ASAN_FOLDER)/rlhf_fast/_C*.so) \
-	  LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so); \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"; \
 	  $(BIN)/python -m pytest -q tests/ops -k "(cpu or fuzz) and not cuda and not triton and not reference"
 
 lint: $(STAMP) ## ruff, mypy and clang-format

@@ -1,8 +1,8 @@
 """The output layer of a language model, one block of logits at a time: (rows, columns) of hidden @ weight.T + ...,
 and the gradients that a block of logit gradients adds. Whole (N, V) logits never exist.
 
-Products are in float32. Narrower hidden states and weights are widened on the CPU, the weights a tile at a time, however
-few rows there are and so however wide a block is; on a GPU they are multiplied as they are, into float32.
+Products are in float32. Narrower hidden states and weights are widened on the CPU, the weights a tile at a time,
+however few rows there are and so however wide a block is; on a GPU they are multiplied as they are, into float32.
 """
 
 from __future__ import annotations
@@ -173,8 +173,8 @@ class HeadGradients:
                 self._sum("b", block.logits.T, head.adapted[rows] * lora.scaling, self.b[columns], rows)
 
     def _sum(self, name: str, x: Tensor, y: Tensor, out: Tensor, rows: slice) -> None:
-        """out = x @ y summed over the blocks of rows: in out itself if that is float32, else beside it, a tile at a time
-        where one block has all rows."""
+        """out = x @ y summed over the blocks of rows: in out itself if that is float32, else beside it, and a tile at
+        a time where one block has all rows."""
         direct = out.dtype == torch.float32
         if not direct and rows.start == 0 and rows.stop == self.head.hidden.shape[0]:
             for at in _tiles(out, torch.float32):
