@@ -190,7 +190,10 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1", mask: 
     d = keep(logprobs, mask) - keep(ref_logprobs, mask)
     k2 = d.square() / 2
     value = {"k1": d, "k2": k2, "k3": torch.expm1(-d) + d}[kind[:2]]
-    return value.detach() + (k2 - k2.detach()) if kind.endswith("+") else value
+    if not kind.endswith("+"):
+        return value
+    straight = torch.where(d.isinf(), 0, d).square() / 2  # infinity less itself would hide the value
+    return value.detach() + (straight - straight.detach())
 
 
 def full_kl(

@@ -24,7 +24,7 @@ from rlhf_fast import ops
 from rlhf_fast.ops import _compiled
 from rlhf_fast.ops.linear import Weight
 from rlhf_fast.ops.paged_attention import KVCache, PagedBatch
-from tests.ops.compare import assert_close, assert_no_worse_than_torch
+from tests.ops.compare import assert_close
 from tests.ops.entries import ENTRIES, Maker, sequences
 
 pytestmark = pytest.mark.skipif(_compiled.cpu is None, reason="rlhf_fast._C was not built")
@@ -419,10 +419,21 @@ def test_ops(case: Callable[[Call], Any], seed: int) -> None:
     with ops.use_backend("reference"):
         same = op(*arguments, **options)
         truth = op(*widened(arguments), **widened(options))
+    products = case in (linear_token_logprobs, linear_cross_entropy, linear_ppo_loss, linear_dpo_loss)
     has_statistics = isinstance(got, tuple) and isinstance(got[-1], dict)
+    finite = not has_statistics or bool(truth[0].isfinite())
     results = zip(flat_results(got).items(), flat_results(same).values(), flat_results(truth).values(), strict=True)
     for (name, mine), other, true in results:
-        if not has_statistics:
-            assert_no_worse_than_torch(mine, other, true, name)
-        elif bool(flat_results(truth)["0, result"].isfinite()):  # of differences of numbers up to some tens, in float32
-            assert_close(mine, true, 1e-5 * (1 + float(true.abs())), name)
+        if finite or name.startswith("0, "):  # statistics of a loss that is no number may be any
+            assert_right(mine, other, true, 1e-5 if products or has_statistics else 1e-6, name)
+
+
+def assert_right(mine: Tensor, other: Tensor, true: Tensor, slack: float, name: str) -> None:
+    """No worse than the reference in the same dtype, but for some roundings of numbers up to some tens."""
+    assert mine.dtype == other.dtype, name
+    true = torch.where(true.abs() > torch.finfo(mine.dtype).max, true.sign() * torch.inf, true)  # out of its range
+    true = torch.where(mine.isinf() & (mine == other), mine, true)  # and so was something on the way to it
+    both = true.isfinite() & other.isfinite()
+    errors, sizes = (other.double() - true).abs()[both], true.abs()[true.isfinite()]
+    worst, largest = (float(x.max()) if x.numel() else 0.0 for x in (errors, sizes))
+    assert_close(mine, true, 1.5 * worst + slack * (1 + largest), name)
