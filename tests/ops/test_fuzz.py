@@ -429,11 +429,12 @@ def test_ops(case: Callable[[Call], Any], seed: int) -> None:
 
 
 def assert_right(mine: Tensor, other: Tensor, true: Tensor, slack: float, name: str) -> None:
-    """No worse than the reference in the same dtype, but for some roundings of numbers up to some tens."""
+    """No worse than the reference in the same dtype, but for some roundings of numbers up to some tens, and one of a
+    narrow result: what an adapter's first factor gives is rounded on the way."""
     assert mine.dtype == other.dtype, name
     true = torch.where(true.abs() > torch.finfo(mine.dtype).max, true.sign() * torch.inf, true)  # out of its range
     true = torch.where(mine.isinf() & (mine == other), mine, true)  # and so was something on the way to it
     both = true.isfinite() & other.isfinite()
     errors, sizes = (other.double() - true).abs()[both], true.abs()[true.isfinite()]
     worst, largest = (float(x.max()) if x.numel() else 0.0 for x in (errors, sizes))
-    assert_close(mine, true, 1.5 * worst + slack * (1 + largest), name)
+    assert_close(mine, true, 1.5 * worst + max(slack, torch.finfo(mine.dtype).eps / 2) * (1 + largest), name)
