@@ -2,7 +2,8 @@
 
 Nothing here is required: without a C++ compiler the install succeeds without rlhf_fast._C, without nvcc it succeeds
 without the CUDA kernels in it, and either way it says so. MAX_JOBS limits how many files compile at once;
-RLHF_FAST_CUDA_ARCHS="90 100" replaces the list of CUDA architectures, and "" leaves CUDA out.
+RLHF_FAST_CUDA_ARCHS="90 100" replaces the list of CUDA architectures, and "" leaves CUDA out. RLHF_FAST_SANITIZE=1
+builds with the address and undefined-behaviour sanitizers (`make asan`).
 """
 
 import os
@@ -24,6 +25,12 @@ from setuptools.errors import BaseError, CCompilerError
 # no -march here. Results must not depend on the compiler's mood: it may not fuse a multiply with an add unasked
 # (-ffp-contract=off), and -ffast-math must never appear, for linking with it turns denormals off process-wide.
 COMPILE_ARGS = ["-O3", "-ffp-contract=off", "-Wall", "-Wextra"]
+LINK_ARGS = []
+if os.environ.get("RLHF_FAST_SANITIZE"):  # `make asan`: what reads or writes where it may not ends the process
+    SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    FEW_LINES = ["-fno-inline", "-DSIMD_INLINE=inline", "-DSIMD_INLINE_LAMBDA="]  # in a function, or GCC takes minutes
+    COMPILE_ARGS = ["-O1", "-g1", "-fno-omit-frame-pointer", *FEW_LINES, *SANITIZE, *COMPILE_ARGS[1:], "-Wno-psabi"]
+    LINK_ARGS = SANITIZE
 
 # Each runs on its whole family (80 on 86 and 89, say); the PTX of the last is for what is yet to come.
 CUDA_ARCHS = ["80", "90", "100", "120"]
@@ -101,6 +108,8 @@ class OptionalBuildExt(build_ext):
         try:
             super().build_extension(ext)
         except (BaseError, CCompilerError, OSError) as error:
+            if LINK_ARGS:
+                raise  # nothing takes the place of a sanitized one, and the ordinary one stays
             # One that an earlier build left in the source tree would not fit the Python code of today.
             Path("rlhf_fast", self.get_ext_filename("_C")).unlink(missing_ok=True)
             warn(
@@ -156,6 +165,7 @@ extension = Pybind11Extension(
     include_dirs=["csrc"],
     cxx_std=17,
     extra_compile_args=COMPILE_ARGS,
+    extra_link_args=LINK_ARGS,
     optional=True,
 )
 

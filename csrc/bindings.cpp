@@ -1,9 +1,12 @@
-// rlhf_fast._C: what the compiled kernels look like from Python. Integers, pointers and numbers in, plain values out;
-// no torch headers, so one build serves every torch. std::invalid_argument arrives in Python as ValueError. Nothing is
-// checked here: rlhf_fast/ops/_compiled.py calls with what the public functions have checked.
+// rlhf_fast._C: what the compiled kernels look like from Python. Tensors and numbers in, plain values out; no torch
+// headers, so one build serves every torch. std::invalid_argument arrives in Python as ValueError. Whatever an entry is
+// handed, no kernel reads or writes memory that is not the tensors': given.h checks each one, and on a CPU the numbers
+// that kernels follow to a place are looked at too.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -22,161 +25,333 @@
 #include "common/sequence_sum.h"
 #include "common/token_logprobs.h"
 #include "cpu/isa.h"
+#include "given.h"
 
 namespace py = pybind11;
 
 namespace {
 
 using namespace rlhf_fast;
-using Address = std::uintptr_t;  // of tensor data, 0 for none
 
-template <class T>
-T* at(Address address) {
-    return reinterpret_cast<T*>(address);
-}
+using RunTuple = std::tuple<int, int, std::uintptr_t>;  // threads; index of the device, stream
+
+Run run(const RunTuple& t) { return {std::get<0>(t), std::get<1>(t), reinterpret_cast<void*>(std::get<2>(t))}; }
+
+// Which kernels, and so whose memory they read.
+struct Backend {
+    bool is_cuda;
+
+    Memories memories(const RunTuple& where) const {
+#if defined(RLHF_FAST_ONLY_CUDA)
+        (void)where;
+        return Memories(-1);  // tests run the CUDA kernels on a CPU
+#else
+        return Memories(is_cuda ? std::get<1>(where) : -1);
+#endif
+    }
+};
 
 // The structs of csrc/common as tuples, in the order of their members.
-using LogitsTuple = std::tuple<Address, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
-using TransformTuple = std::tuple<float, float, float, Address>;
-using TokensTuple = std::tuple<Address, bool>;
-using SequencesTuple = std::tuple<Address, bool, int64_t, int64_t>;
-using RunTuple = std::tuple<int, int, Address>;
-using ThreeAddresses = std::tuple<Address, Address, Address>;
-using FourAddresses = std::tuple<Address, Address, Address, Address>;
-using NineAddresses = std::tuple<Address, Address, Address, Address, Address, Address, Address, Address, Address>;
+using LogitsTuple = std::tuple<Given, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+using TransformTuple = std::tuple<float, float, float, Given>;
+using SequencesTuple = std::tuple<Given, int64_t, int64_t>;
+using ThreeGiven = std::tuple<Given, Given, Given>;
+using FourGiven = std::tuple<Given, Given, Given, Given>;
+using SevenGiven = std::tuple<Given, Given, Given, Given, Given, Given, Given>;
+using NineGiven = std::array<Given, 9>;
 
-Logits logits(const LogitsTuple& t) {
-    return std::apply([](Address data, int dtype,
-                         auto... sizes) { return Logits{at<void>(data), static_cast<DType>(dtype), sizes...}; },
-                      t);
+Logits logits(const Memories& memory, const char* name, const LogitsTuple& t) {
+    const auto& [x, rows, columns, inner, outer_stride, inner_stride, column_stride] = t;
+    expect(inner > 0, name, inner, "rows of at least 1 in a block");
+    const int64_t all = times(name, rows, columns);
+    int64_t last = 0;  // one past the last element
+    if (all > 0) {
+        const int64_t blocks = times(name, (rows - 1) / inner, outer_stride);
+        const int64_t row = times(name, (rows < inner ? rows : inner) - 1, inner_stride);
+        last = plus(name, plus(name, plus(name, blocks, row), times(name, columns - 1, column_stride)), 1);
+    }
+    const DType dtype = memory.dtype(name, x);
+    return {memory.holds(name, x, last), dtype, rows, columns, inner, outer_stride, inner_stride, column_stride};
 }
-Transform transform(const TransformTuple& t) {
+
+Transform transform(const Memories& memory, const TransformTuple& t, int64_t rows) {
     const auto& [scale, softcap, temperature, temperatures] = t;
-    return {scale, softcap, temperature, at<float>(temperatures)};
-}
-Tokens tokens(const TokensTuple& t) { return {at<void>(std::get<0>(t)), std::get<1>(t)}; }
-Sequences sequences(const SequencesTuple& t) {
-    return std::apply([](Address cu_seqlens, auto... rest) { return Sequences{at<void>(cu_seqlens), rest...}; }, t);
-}
-Mask mask(Address flags) { return {at<bool>(flags)}; }
-Run run(const RunTuple& t) { return {std::get<0>(t), std::get<1>(t), at<void>(std::get<2>(t))}; }
-
-TokenLogprobs token_logprobs_results(const FourAddresses& t) {
-    return std::apply([](auto... address) { return TokenLogprobs{at<float>(address)...}; }, t);
-}
-FullKL full_kl_results(const NineAddresses& t) {
-    return std::apply([](auto... address) { return FullKL{at<float>(address)...}; }, t);
+    return {scale, softcap, temperature, memory.array_or_null<float>("temperatures", temperatures, rows)};
 }
 
-void def_token_logprobs(py::module_& m, const TokenLogprobsKernels& kernels) {
+// int32 or int64.
+Tokens tokens(const Memories& memory, const Given& x, int64_t rows) {
+    if (x.kind == Kind::i32) return {memory.array<int32_t>("tokens", x, rows), false};
+    return {memory.array<int64_t>("tokens", x, rows), true};
+}
+
+Mask mask(const Memories& memory, const Given& flags, int64_t rows) {
+    return {memory.array_or_null<bool>("mask", flags, rows)};
+}
+
+// Sequences of `tokens` tokens in all. Where they begin is looked at where that is free.
+Sequences sequences(const Memories& memory, const SequencesTuple& t, int64_t tokens) {
+    const auto& [x, count, length] = t;
+    if (!x.there) {
+        expect(times("sequences", count, length) <= tokens, "sequences", times("sequences", count, length),
+               "at most " + std::to_string(tokens) + " tokens");
+        return {nullptr, false, count, length};
+    }
+    const int64_t starts = plus("sequences", count, 1);
+    const bool wide = x.kind != Kind::i32;
+    const void* data = nullptr;
+    if (wide) data = memory.array<int64_t>("cu_seqlens", x, starts);
+    else data = memory.array<int32_t>("cu_seqlens", x, starts);
+    const Sequences found = {data, wide, count, length};
+    int64_t before = 0;
+    for (int64_t b = 0; memory.on_cpu() && b < starts; ++b) {
+        const int64_t at = found.begin(b);
+        expect(at >= before && at <= tokens, "cu_seqlens", at,
+               "from " + std::to_string(before) + " to " + std::to_string(tokens) + " at index " + std::to_string(b));
+        before = at;
+    }
+    return found;
+}
+
+TokenLogprobs token_logprobs_results(const Memories& memory, const FourGiven& t, int64_t rows) {
+    const auto& [logprobs, entropy, shift, sum] = t;
+    const TokenLogprobs found = {
+        memory.array<float>("logprobs", logprobs, rows), memory.array<float>("entropy", entropy, rows),
+        memory.array_or_null<float>("largest z", shift, rows), memory.array_or_null<float>("sum of exp(z)", sum, rows)};
+    if (shift.there != sum.there) throw py::type_error("sum of exp(z): expected a tensor if largest z is one");
+    return found;
+}
+
+FullKL full_kl_results(const Memories& memory, const NineGiven& t, int64_t rows) {
+    const auto at = [&](int i) { return memory.array<float>("results", t[i], rows); };
+    return {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8)};
+}
+
+void def_token_logprobs(py::module_& m, const TokenLogprobsKernels& kernels, Backend backend) {
+    // Of rows: one state of doubles each on a CPU; on a GPU one of floats for each segment of a row.
+    const auto states = [backend](const Memories& memory, const Given& x, int64_t rows, int64_t per_row) -> void* {
+        const int64_t numbers = times("states", times("states", rows, per_row), kTokenLogprobsState);
+        if (backend.is_cuda) return memory.array<float>("states", x, numbers);
+        return memory.array<double>("states", x, numbers);
+    };
+    // Which of those a block of columns is folded into.
+    const auto expect_states = [backend](int64_t first_column, int64_t columns, int64_t per_row) {
+        const int64_t segment = backend.is_cuda ? cuda::kTokenLogprobsSegment : cpu::kTokenLogprobsSegment;
+        expect(first_column >= 0 && first_column % segment == 0, "first_column", first_column,
+               "a multiple of " + std::to_string(segment));
+        const int64_t last =
+            !backend.is_cuda ? 1 : first_column / segment + columns / segment + (columns % segment != 0);
+        expect(per_row >= last, "states", per_row, "at least " + std::to_string(last) + " a row");
+    };
     m.def("token_logprobs_forward",
-          [kernels](const LogitsTuple& x, const TransformTuple& t, const TokensTuple& token, Address flags,
-                    Address states, int64_t states_per_row, const FourAddresses& out, const RunTuple& where) {
+          [=](const LogitsTuple& x, const TransformTuple& t, const Given& token, const Given& flags,
+              const Given& given_states, int64_t states_per_row, const FourGiven& out, const RunTuple& where) {
+              const Memories memory = backend.memories(where);
+              const Logits z = logits(memory, "logits", x);
+              if (backend.is_cuda) expect_states(0, z.columns, states_per_row);
+              void* const scratch = backend.is_cuda ? states(memory, given_states, z.rows, states_per_row) : nullptr;
+              const Transform form = transform(memory, t, z.rows);
+              const Tokens which = tokens(memory, token, z.rows);
+              const Mask counts = mask(memory, flags, z.rows);
+              const TokenLogprobs results = token_logprobs_results(memory, out, z.rows);
               py::gil_scoped_release release;
-              kernels.forward(logits(x), transform(t), tokens(token), mask(flags), at<void>(states), states_per_row,
-                              token_logprobs_results(out), run(where));
+              kernels.forward(z, form, which, counts, scratch, states_per_row, results, run(where));
           });
     m.def("token_logprobs_update",
-          [kernels](const LogitsTuple& x, const TransformTuple& t, const TokensTuple& token, Address flags,
-                    int64_t first_column, Address states, int64_t states_per_row, const RunTuple& where) {
+          [=](const LogitsTuple& x, const TransformTuple& t, const Given& token, const Given& flags,
+              int64_t first_column, const Given& given_states, int64_t states_per_row, const RunTuple& where) {
+              const Memories memory = backend.memories(where);
+              const Logits z = logits(memory, "logits", x);
+              expect_states(first_column, z.columns, states_per_row);
+              void* const kept = states(memory, given_states, z.rows, states_per_row);
+              const Transform form = transform(memory, t, z.rows);
+              const Tokens which = tokens(memory, token, z.rows);
+              const Mask counts = mask(memory, flags, z.rows);
               py::gil_scoped_release release;
-              kernels.update(logits(x), transform(t), tokens(token), mask(flags), first_column, at<void>(states),
-                             states_per_row, run(where));
+              kernels.update(z, form, which, counts, first_column, kept, states_per_row, run(where));
           });
-    m.def("token_logprobs_finish", [kernels](Address states, int64_t states_per_row, int64_t rows, Address flags,
-                                             const FourAddresses& out, const RunTuple& where) {
+    m.def("token_logprobs_finish", [=](const Given& given_states, int64_t states_per_row, int64_t rows,
+                                       const Given& flags, const FourGiven& out, const RunTuple& where) {
+        const Memories memory = backend.memories(where);
+        const void* const kept = states(memory, given_states, rows, states_per_row);
+        expect(states_per_row > 0, "states", states_per_row, "at least 1 a row");
+        const Mask counts = mask(memory, flags, rows);
+        const TokenLogprobs results = token_logprobs_results(memory, out, rows);
         py::gil_scoped_release release;
-        kernels.finish(at<void>(states), states_per_row, rows, mask(flags), token_logprobs_results(out), run(where));
+        kernels.finish(kept, states_per_row, rows, counts, results, run(where));
     });
-    m.def("token_logprobs_gradient", [kernels](const LogitsTuple& x, const TransformTuple& t, const TokensTuple& token,
-                                               Address flags, int64_t first_column, const FourAddresses& results,
-                                               const FourAddresses& grads, Address out, const RunTuple& where) {
+    m.def("token_logprobs_gradient", [=](const LogitsTuple& x, const TransformTuple& t, const Given& token,
+                                         const Given& flags, int64_t first_column, const FourGiven& given_results,
+                                         const FourGiven& grads, const Given& given_out, const RunTuple& where) {
+        const Memories memory = backend.memories(where);
+        const Logits z = logits(memory, "logits", x);
+        const Transform form = transform(memory, t, z.rows);
+        const Tokens which = tokens(memory, token, z.rows);
+        const Mask counts = mask(memory, flags, z.rows);
+        expect(first_column >= 0, "first_column", first_column, "at least 0");
+        const TokenLogprobs results = token_logprobs_results(memory, given_results, z.rows);
+        if (!std::get<2>(given_results).there) throw py::type_error("largest z: None, expected a tensor");
         const auto& [of_logprobs, of_entropy, of_log_sum, of_each] = grads;
+        const float* const in_logprobs = memory.array_or_null<float>("grad of logprobs", of_logprobs, z.rows);
+        const float* const in_entropy = memory.array_or_null<float>("grad of entropy", of_entropy, z.rows);
+        const float* const in_log_sum = memory.array_or_null<float>("grad of log sum", of_log_sum, z.rows);
+        const float* const in_each = memory.array_or_null<float>("grad of each", of_each, z.rows);
+        void* const out = memory.like("out", given_out, z.dtype, times("out", z.rows, z.columns));
         py::gil_scoped_release release;
-        kernels.gradient(logits(x), transform(t), tokens(token), mask(flags), first_column,
-                         token_logprobs_results(results), at<float>(of_logprobs), at<float>(of_entropy),
-                         at<float>(of_log_sum), at<float>(of_each), at<void>(out), run(where));
+        kernels.gradient(z, form, which, counts, first_column, results, in_logprobs, in_entropy, in_log_sum, in_each,
+                         out, run(where));
     });
 }
 
-void def_full_kl(py::module_& m, const FullKLKernels& kernels) {
+// ref_logits of the same rows, columns and dtype as logits.
+Logits ref_logits(const Memories& memory, const LogitsTuple& t, const Logits& like) {
+    const Logits found = logits(memory, "ref_logits", t);
+    memory.check("ref_logits", std::get<0>(t), static_cast<Kind>(like.dtype));
+    expect(found.rows == like.rows, "ref_logits", found.rows, std::to_string(like.rows) + " rows");
+    expect(found.columns == like.columns, "ref_logits", found.columns, std::to_string(like.columns) + " columns");
+    return found;
+}
+
+void def_full_kl(py::module_& m, const FullKLKernels& kernels, Backend backend) {
     m.def("full_kl_forward",
-          [kernels](const LogitsTuple& p, const LogitsTuple& q, const TransformTuple& t, Address flags, int divergence,
-                    Address scratch, const NineAddresses& out, const RunTuple& where) {
+          [=](const LogitsTuple& given_p, const LogitsTuple& given_q, const TransformTuple& t, const Given& flags,
+              int64_t divergence, const Given& given_scratch, const NineGiven& out, const RunTuple& where) {
+              const Memories memory = backend.memories(where);
+              const Logits p = logits(memory, "logits", given_p), q = ref_logits(memory, given_q, p);
+              const Transform form = transform(memory, t, p.rows);
+              const Mask counts = mask(memory, flags, p.rows);
+              float* scratch = nullptr;
+              if (backend.is_cuda) {
+                  const int64_t segments = p.columns / cuda::kFullKLSegment + (p.columns % cuda::kFullKLSegment != 0);
+                  scratch = memory.array<float>("scratch", given_scratch, p.rows * segments * cuda::kFullKLState);
+              }
+              const Divergence which = option("divergence", divergence, Divergence::js);
+              const FullKL results = full_kl_results(memory, out, p.rows);
               py::gil_scoped_release release;
-              kernels.forward(logits(p), logits(q), transform(t), mask(flags), static_cast<Divergence>(divergence),
-                              at<float>(scratch), full_kl_results(out), run(where));
+              kernels.forward(p, q, form, counts, which, scratch, results, run(where));
           });
     m.def("full_kl_gradient",
-          [kernels](const LogitsTuple& p, const LogitsTuple& q, const TransformTuple& t, Address flags, int divergence,
-                    const NineAddresses& results, Address grad, Address out_p, Address out_q, const RunTuple& where) {
+          [=](const LogitsTuple& given_p, const LogitsTuple& given_q, const TransformTuple& t, const Given& flags,
+              int64_t divergence, const NineGiven& given_results, const Given& given_grad, const Given& out_p,
+              const Given& out_q, const RunTuple& where) {
+              const Memories memory = backend.memories(where);
+              const Logits p = logits(memory, "logits", given_p), q = ref_logits(memory, given_q, p);
+              const Transform form = transform(memory, t, p.rows);
+              const Mask counts = mask(memory, flags, p.rows);
+              const Divergence which = option("divergence", divergence, Divergence::js);
+              const FullKL results = full_kl_results(memory, given_results, p.rows);
+              const float* const grad = memory.array<float>("grad", given_grad, p.rows);
+              const int64_t all = p.rows * p.columns;  // no more than p holds, or looked at there
+              void* const in_p = memory.like_or_null("gradient in logits", out_p, p.dtype, all);
+              void* const in_q = memory.like_or_null("gradient in ref_logits", out_q, p.dtype, all);
               py::gil_scoped_release release;
-              kernels.gradient(logits(p), logits(q), transform(t), mask(flags), static_cast<Divergence>(divergence),
-                               full_kl_results(results), at<float>(grad), at<void>(out_p), at<void>(out_q), run(where));
+              kernels.gradient(p, q, form, counts, which, results, grad, in_p, in_q, run(where));
           });
 }
 
-void def_kl_estimate(py::module_& m, const KLEstimateKernels& kernels) {
-    m.def("kl_estimate_forward", [kernels](Address logprobs, Address ref_logprobs, int dtype, int64_t count,
-                                           Address flags, int estimate, Address out, const RunTuple& where) {
+void def_kl_estimate(py::module_& m, const KLEstimateKernels& kernels, Backend backend) {
+    m.def("kl_estimate_forward", [=](const Given& logprobs, const Given& ref_logprobs, const Given& flags,
+                                     int64_t estimate, const Given& given_out, const RunTuple& where) {
+        const Memories memory = backend.memories(where);
+        const DType dtype = memory.dtype("logprobs", logprobs);
+        const int64_t count = logprobs.elements;
+        const void* const p = memory.like("logprobs", logprobs, dtype, count);
+        const void* const q = memory.like("ref_logprobs", ref_logprobs, dtype, count);
+        const bool* const counts = memory.array_or_null<bool>("mask", flags, count);
+        const Estimate which = option("estimate", estimate, Estimate::k3);
+        float* const out = memory.array<float>("out", given_out, count);
         py::gil_scoped_release release;
-        kernels.forward(at<void>(logprobs), at<void>(ref_logprobs), static_cast<DType>(dtype), count, at<bool>(flags),
-                        static_cast<Estimate>(estimate), at<float>(out), run(where));
+        kernels.forward(p, q, dtype, count, counts, which, out, run(where));
     });
     m.def("kl_estimate_gradient",
-          [kernels](Address logprobs, Address ref_logprobs, int dtype, int64_t count, Address flags, int estimate,
-                    Address grad, Address out, Address ref_out, const RunTuple& where) {
+          [=](const Given& logprobs, const Given& ref_logprobs, const Given& flags, int64_t estimate,
+              const Given& given_grad, const Given& out, const Given& ref_out, const RunTuple& where) {
+              const Memories memory = backend.memories(where);
+              const DType dtype = memory.dtype("logprobs", logprobs);
+              const int64_t count = logprobs.elements;
+              const void* const p = memory.like("logprobs", logprobs, dtype, count);
+              const void* const q = memory.like("ref_logprobs", ref_logprobs, dtype, count);
+              const bool* const counts = memory.array_or_null<bool>("mask", flags, count);
+              const Estimate which = option("estimate", estimate, Estimate::k3);
+              const float* const grad = memory.array<float>("grad", given_grad, count);
+              void* const in_p = memory.like_or_null("gradient in logprobs", out, dtype, count);
+              void* const in_q = memory.like_or_null("gradient in ref_logprobs", ref_out, dtype, count);
               py::gil_scoped_release release;
-              kernels.gradient(at<void>(logprobs), at<void>(ref_logprobs), static_cast<DType>(dtype), count,
-                               at<bool>(flags), static_cast<Estimate>(estimate), at<float>(grad), at<void>(out),
-                               at<void>(ref_out), run(where));
+              kernels.gradient(p, q, dtype, count, counts, which, grad, in_p, in_q, run(where));
           });
 }
 
-void def_gae(py::module_& m, const GAEKernels& kernels) {
-    m.def("gae_forward",
-          [kernels](const SequencesTuple& where, const FourAddresses& paid, float kl_coef, Address values, int dtype,
-                    Address flags, Address bootstrap, const std::tuple<float, float, float>& numbers,
-                    const ThreeAddresses& out, const RunTuple& on) {
-              const auto& [rewards, logprobs, ref_logprobs, scores] = paid;
-              const auto& [gamma, lam, critic_lam] = numbers;
-              const auto& [advantages, returns, sums] = out;
-              const GAEInputs inputs = {
-                  sequences(where),
-                  {at<void>(rewards), at<void>(logprobs), at<void>(ref_logprobs), at<float>(scores), kl_coef},
-                  at<void>(values),
-                  static_cast<DType>(dtype),
-                  at<bool>(flags),
-                  at<float>(bootstrap),
-                  gamma,
-                  lam,
-                  critic_lam};
-              py::gil_scoped_release release;
-              kernels.forward(inputs, {at<float>(advantages), at<float>(returns), at<double>(sums)}, run(on));
-          });
+void def_gae(py::module_& m, const GAEKernels& kernels, Backend backend) {
+    m.def("gae_forward", [=](const SequencesTuple& where, const FourGiven& paid, float kl_coef, const Given& values,
+                             const Given& flags, const Given& bootstrap, const std::tuple<float, float, float>& numbers,
+                             const ThreeGiven& out, const RunTuple& on) {
+        const Memories memory = backend.memories(on);
+        const DType dtype = memory.dtype("values", values);
+        const int64_t count = values.elements;
+        const Sequences in = sequences(memory, where, count);
+        const auto& [rewards, logprobs, ref_logprobs, scores] = paid;
+        const auto& [gamma, lam, critic_lam] = numbers;
+        const auto& [advantages, returns, sums] = out;
+        if (logprobs.there != ref_logprobs.there)
+            throw py::type_error("ref_logprobs: expected a tensor if logprobs are one");
+        const GAEInputs inputs = {in,
+                                  {memory.like_or_null("rewards", rewards, dtype, count),
+                                   memory.like_or_null("logprobs", logprobs, dtype, count),
+                                   memory.like_or_null("ref_logprobs", ref_logprobs, dtype, count),
+                                   memory.array_or_null<float>("scores", scores, in.count), kl_coef},
+                                  memory.like("values", values, dtype, count),
+                                  dtype,
+                                  memory.array_or_null<bool>("mask", flags, count),
+                                  memory.array_or_null<float>("bootstrap", bootstrap, in.count),
+                                  gamma,
+                                  lam,
+                                  critic_lam};
+        const GAE results = {memory.array<float>("advantages", advantages, count),
+                             memory.array<float>("returns", returns, count),
+                             memory.array_or_null<double>("sums", sums, times("sums", in.count, 3))};
+        py::gil_scoped_release release;
+        kernels.forward(inputs, results, run(on));
+    });
 }
 
-using NineAddresses = std::tuple<Address, Address, Address, Address, Address, Address, Address, Address, Address>;
-using PPOOptionsTuple = std::tuple<float, float, float, float, float, float, float, float, bool, int, int>;
-using DenominatorTuple = std::tuple<Address, float>;
-using SevenAddresses = std::tuple<Address, Address, Address, Address, Address, Address, Address>;
+using PPOOptionsTuple = std::tuple<float, float, float, float, float, float, float, float, bool, int64_t, int64_t>;
+using DenominatorTuple = std::tuple<Given, float>;
 
-Denominator denominator(const DenominatorTuple& t) { return {at<float>(std::get<0>(t)), std::get<1>(t)}; }
+Denominator denominator(const Memories& memory, const DenominatorTuple& t) {
+    return {memory.array_or_null<float>("denominator", std::get<0>(t), 1), std::get<1>(t)};
+}
 
-void def_ppo_loss(py::module_& m, const PPOLossKernels& kernels) {
+void def_ppo_loss(py::module_& m, const PPOLossKernels& kernels, Backend backend) {
     m.attr("ppo_loss_range") = kernels.range;
     m.attr("ppo_loss_sums") = static_cast<int>(kPPOSums);
-    m.def("ppo_loss_forward", [kernels](const NineAddresses& tensors, int dtype, int64_t count,
-                                        const FourAddresses& others, const PPOOptionsTuple& options,
-                                        const DenominatorTuple& of_terms, const DenominatorTuple& of_tokens,
-                                        const SevenAddresses& out, const RunTuple& where) {
-        const auto& [flags, weights, log_ratios, advantage_sums] = others;
-        const PPOInputs inputs = std::apply(
-            [&, flags = flags, weights = weights, log_ratios = log_ratios, sums = advantage_sums](auto... address) {
-                return PPOInputs{at<void>(address)..., static_cast<DType>(dtype), count,           at<bool>(flags),
-                                 at<float>(weights),   at<float>(log_ratios),     at<double>(sums)};
-            },
-            tensors);
+    m.def("ppo_loss_forward", [=](const NineGiven& tensors, const FourGiven& others, const PPOOptionsTuple& options,
+                                  const DenominatorTuple& of_terms, const DenominatorTuple& of_tokens,
+                                  const SevenGiven& out, const RunTuple& where) {
+        constexpr const char* kNames[9] = {"logprobs", "old_logprobs", "advantages",   "values",          "old_values",
+                                           "returns",  "entropy",      "ref_logprobs", "rollout_logprobs"};
+        const Memories memory = backend.memories(where);
+        const DType dtype = memory.dtype("logprobs", tensors[0]);
+        const int64_t count = tensors[0].elements;
+        const auto at = [&](int i) -> const void* {
+            if (i < 3 || (i == 5 && tensors[3].there)) return memory.like(kNames[i], tensors[i], dtype, count);
+            return memory.like_or_null(kNames[i], tensors[i], dtype, count);
+        };
+        const auto& [flags, weights, log_ratios, sums] = others;
+        const PPOInputs inputs = {at(0),
+                                  at(1),
+                                  at(2),
+                                  at(3),
+                                  at(4),
+                                  at(5),
+                                  at(6),
+                                  at(7),
+                                  at(8),
+                                  dtype,
+                                  count,
+                                  memory.array_or_null<bool>("mask", flags, count),
+                                  memory.array_or_null<float>("weights", weights, count),
+                                  memory.array_or_null<float>("log_ratios", log_ratios, count),
+                                  memory.array_or_null<double>("advantage_sums", sums, 3)};
         const auto& [low, high, dual, value_clip, value_coef, entropy_coef, kl_coef, cap, cispo, kl, kl_slope] =
             options;
         const PPOOptions o = {low,
@@ -188,177 +363,320 @@ void def_ppo_loss(py::module_& m, const PPOLossKernels& kernels) {
                               kl_coef,
                               cap,
                               cispo,
-                              static_cast<Estimate>(kl),
-                              static_cast<Estimate>(kl_slope)};
+                              option("kl", kl, Estimate::k3),
+                              option("kl_slope", kl_slope, Estimate::k3)};
         const auto& [loss, stats, inverse, in_logprobs, in_values, in_entropy, partials] = out;
-        const PPOResults results = {at<float>(loss),        at<float>(stats),     at<float>(inverse),
-                                    at<float>(in_logprobs), at<float>(in_values), at<float>(in_entropy),
-                                    at<double>(partials)};
+        const int64_t ranges = count / kernels.range + (count % kernels.range != 0);
+        const PPOResults results = {memory.array<float>("loss", loss, 1),
+                                    memory.array<float>("stats", stats, kPPOStats),
+                                    memory.array<float>("inverse", inverse, 1),
+                                    memory.array_or_null<float>("gradient in logprobs", in_logprobs, count),
+                                    memory.array_or_null<float>("gradient in values", in_values, count),
+                                    memory.array_or_null<float>("gradient in entropy", in_entropy, count),
+                                    memory.array<double>("partials", partials, ranges * kPPOSums)};
+        const Denominator terms = denominator(memory, of_terms), all = denominator(memory, of_tokens);
         py::gil_scoped_release release;
-        kernels.forward(inputs, o, denominator(of_terms), denominator(of_tokens), results, run(where));
+        kernels.forward(inputs, o, terms, all, results, run(where));
     });
-    m.def("ppo_loss_scale", [kernels](const ThreeAddresses& from, const ThreeAddresses& to, int64_t count,
-                                      Address upstream, Address inverse, const RunTuple& where) {
-        const auto& [a, b, c] = from;
-        const auto& [to_a, to_b, to_c] = to;
-        const PPOGradients gradients = {{at<float>(a), at<float>(b), at<float>(c)},
-                                        {at<float>(to_a), at<float>(to_b), at<float>(to_c)},
-                                        count,
-                                        at<float>(upstream),
-                                        at<float>(inverse)};
+    m.def("ppo_loss_scale", [=](const std::array<Given, 3>& from, const std::array<Given, 3>& to, const Given& upstream,
+                                const Given& inverse, const RunTuple& where) {
+        const Memories memory = backend.memories(where);
+        PPOGradients gradients = {
+            {}, {}, 0, memory.array<float>("upstream", upstream, 1), memory.array<float>("inverse", inverse, 1)};
+        for (const Given& x : to) gradients.count = std::max(gradients.count, x.elements);
+        for (int i = 0; i < 3; ++i) {
+            if (!to[i].there) continue;
+            gradients.from[i] = memory.array<float>("gradients", from[i], gradients.count);
+            gradients.to[i] = memory.array<float>("out", to[i], gradients.count);
+        }
         py::gil_scoped_release release;
         kernels.scale(gradients, run(where));
     });
 }
 
-using PairOptionsTuple = std::tuple<int, double, double, double, double>;
+using PairOptionsTuple = std::tuple<int64_t, double, double, double, double>;
 
-void def_pair_loss(py::module_& m, const PairLossKernels& kernels) {
+void def_pair_loss(py::module_& m, const PairLossKernels& kernels, Backend backend) {
     m.def("pair_loss_forward",
-          [kernels](const FourAddresses& tensors, int dtype, int64_t count, const ThreeAddresses& others,
-                    const PairOptionsTuple& options, const std::tuple<Address, double>& divisor,
-                    const ThreeAddresses& out, const RunTuple& where) {
+          [=](const FourGiven& tensors, const ThreeGiven& others, const PairOptionsTuple& options,
+              const std::tuple<Given, double>& divisor, const ThreeGiven& out, const RunTuple& where) {
+              const Memories memory = backend.memories(where);
               const auto& [chosen, rejected, ref_chosen, ref_rejected] = tensors;
               const auto& [margins, weights, kl] = others;
-              const PairInputs inputs = {at<void>(chosen),       at<void>(rejected),        at<void>(ref_chosen),
-                                         at<void>(ref_rejected), static_cast<DType>(dtype), count,
-                                         at<float>(margins),     at<float>(weights),        at<float>(kl)};
+              const DType dtype = memory.dtype("chosen", chosen);
+              const int64_t count = chosen.elements;
+              const PairInputs inputs = {memory.like("chosen", chosen, dtype, count),
+                                         memory.like("rejected", rejected, dtype, count),
+                                         memory.like_or_null("ref_chosen", ref_chosen, dtype, count),
+                                         memory.like_or_null("ref_rejected", ref_rejected, dtype, count),
+                                         dtype,
+                                         count,
+                                         memory.array_or_null<float>("margins", margins, count),
+                                         memory.array_or_null<float>("weights", weights, count),
+                                         memory.array_or_null<float>("kl", kl, 1)};
               const auto& [kind, beta, agree, differ, center_coef] = options;
+              const PairOptions o = {option("loss", kind, PairLoss::kto), beta, agree, differ, center_coef};
               const auto& [stats, in_chosen, in_rejected] = out;
-              const auto& [there, number] = divisor;
+              const PairResults results = {memory.array<float>("stats", stats, kPairStats),
+                                           memory.array_or_null<float>("gradient in chosen", in_chosen, count),
+                                           memory.array_or_null<float>("gradient in rejected", in_rejected, count)};
+              const float* const there = memory.array_or_null<float>("denominator", std::get<0>(divisor), 1);
+              const double number = std::get<1>(divisor);
               py::gil_scoped_release release;
-              kernels.forward(inputs, {static_cast<PairLoss>(kind), beta, agree, differ, center_coef}, at<float>(there),
-                              number, {at<float>(stats), at<float>(in_chosen), at<float>(in_rejected)}, run(where));
+              kernels.forward(inputs, o, there, number, results, run(where));
           });
 }
 
 // weight, weight_stride, rows, bias, low, up, rank, scale
-using LinearTuple = std::tuple<Address, int64_t, int64_t, Address, Address, Address, int64_t, float>;
-using PlaceTuple = std::tuple<Address, int64_t>;  // and the stride from row to row
+using LinearTuple = std::tuple<Given, int64_t, int64_t, Given, Given, Given, int64_t, float>;
+using PlaceTuple = std::tuple<Given, int64_t>;  // and the stride from row to row
 
-void def_linear(py::module_& m, const LinearKernels& kernels) {
-    m.def("linear_forward",
-          [kernels](const PlaceTuple& x, int dtype, int64_t rows, int64_t k, const std::vector<LinearTuple>& parts,
-                    const std::vector<PlaceTuple>& outs, const PlaceTuple& add, int gate, const RunTuple& where) {
-              LinearProblem problem{
-                  at<void>(std::get<0>(x)), std::get<1>(x), static_cast<DType>(dtype), rows, k, {}, 0, gate};
-              for (const LinearTuple& part : parts) {
-                  const auto& [weight, weight_stride, n, bias, low, up, rank, scale] = part;
-                  const auto& [out, out_stride] = outs[gate != 0 ? 0 : static_cast<std::size_t>(problem.count)];
-                  problem.parts[problem.count++] = {at<void>(weight),
-                                                    weight_stride,
-                                                    n,
-                                                    at<void>(bias),
-                                                    at<void>(low),
-                                                    at<void>(up),
-                                                    rank,
-                                                    scale,
-                                                    at<void>(std::get<0>(add)),
-                                                    std::get<1>(add),
-                                                    at<void>(out),
-                                                    out_stride};
-              }
-              kernels.forward(problem, run(where));
-          });
+void def_linear(py::module_& m, const LinearKernels& kernels, Backend backend) {
+    m.def("linear_forward", [=](const PlaceTuple& given_x, int64_t rows, int64_t k,
+                                const std::vector<LinearTuple>& parts, const std::vector<PlaceTuple>& outs,
+                                const PlaceTuple& given_add, int64_t gate, const RunTuple& where) {
+        const Memories memory = backend.memories(where);
+        const auto& [x, x_stride] = given_x;
+        const auto& [add, add_stride] = given_add;
+        const DType dtype = memory.dtype("x", x);
+        expect(gate >= 0 && gate <= 2, "gate", gate, "from 0 to 2");
+        const auto count = static_cast<int64_t>(parts.size()), results = static_cast<int64_t>(outs.size());
+        expect(gate != 0 ? count == 2 : count >= 1 && count <= kLinearParts, "weights", count,
+               gate != 0 ? "2 with a gate" : "1 to " + std::to_string(kLinearParts));
+        expect(results == (gate != 0 ? 1 : count), "results", results, "one for each product");
+        LinearProblem problem{
+            memory.rows("x", x, dtype, rows, k, x_stride), x_stride, dtype, rows, k, {}, 0, static_cast<int>(gate)};
+        for (const LinearTuple& part : parts) {
+            const auto& [weight, weight_stride, n, bias, low, up, rank, scale] = part;
+            const auto& [out, out_stride] = outs[gate != 0 ? 0 : static_cast<std::size_t>(problem.count)];
+            expect(rows <= 1 || out_stride >= n, "out", out_stride, "rows that do not overlap");
+            expect(gate == 0 || n == std::get<2>(parts[0]), "weights", n, "as many rows in both with a gate");
+            if (low.there != up.there) throw py::type_error("up: expected a tensor if low is one");
+            problem.parts[problem.count++] = {
+                memory.rows("weight", weight, dtype, n, k, weight_stride),
+                weight_stride,
+                n,
+                memory.like_or_null("bias", bias, dtype, n),
+                memory.like_or_null("low", low, dtype, low.there ? times("low", rows, rank) : 0),
+                memory.like_or_null("up", up, dtype, up.there ? times("up", n, rank) : 0),
+                rank,
+                scale,
+                add.there ? memory.rows("add", add, dtype, rows, n, add_stride) : nullptr,
+                add_stride,
+                memory.rows("out", out, dtype, rows, n, out_stride),
+                out_stride};
+        }
+        kernels.forward(problem, run(where));
+    });
 }
 
-// keys, values, dtype, kv_heads, dim, width, block_size
-using CacheTuple = std::tuple<Address, Address, int, int64_t, int64_t, int64_t, int64_t>;
+// keys (blocks, kv heads, width, block size), values, dim, kv heads, width, block size
+using CacheTuple = std::tuple<Given, Given, int64_t, int64_t, int64_t, int64_t>;
 
-PagedCache paged_cache(const CacheTuple& t) {
-    const auto& [keys, values, dtype, kv_heads, dim, width, block_size] = t;
-    return {at<void>(keys), at<void>(values), static_cast<DType>(dtype), kv_heads, dim, width, block_size};
+struct GivenCache {
+    PagedCache cache;
+    int64_t blocks;
+};
+
+GivenCache paged_cache(const Memories& memory, const CacheTuple& t) {
+    const auto& [keys, values, dim, kv_heads, width, block_size] = t;
+    const DType dtype = memory.dtype("keys", keys);
+    expect(dim > 0 && dim <= width && width <= kMostDim && width % 16 == 0, "cache.dim", dim,
+           "from 1 to a width that is a multiple of 16 and at most " + std::to_string(kMostDim));
+    expect(block_size > 0 && block_size <= kMostKeys && block_size % 16 == 0, "cache.block_size", block_size,
+           "a multiple of 16 and at most " + std::to_string(kMostKeys));
+    expect(kv_heads > 0, "cache.kv_heads", kv_heads, "at least 1");
+    const int64_t size = times("cache", kv_heads, width * block_size), blocks = keys.elements / size;
+    return {{memory.like("keys", keys, dtype, blocks * size), memory.like("values", values, dtype, blocks * size),
+             dtype, kv_heads, dim, width, block_size},
+            blocks};
 }
 
-void def_paged_attention(py::module_& m, const PagedAttentionKernels& kernels) {
-    using Strides = std::tuple<int64_t, int64_t>;  // from token to token, from head to head
-    using Where = std::tuple<Address, int64_t, Address, Address, Address, Address, int64_t>;
-    using Sizes = std::tuple<int64_t, int64_t, int64_t>;  // tokens, sequences, parts of keys
-    m.def("paged_attention_forward",
-          [kernels](const CacheTuple& cache, Address query, const Strides& strides, int64_t heads, const Where& t,
-                    float scale, float softcap, int64_t window, Address sinks, Address out, const Sizes& sizes,
-                    Address parts, const RunTuple& where) {
-              const auto& [tables, table_stride, cu_queries, contexts, groups, shared, count] = t;
-              const auto& [tokens, sequences, number_of_parts] = sizes;
-              kernels.forward(paged_cache(cache),
-                              {at<void>(query),
-                               std::get<0>(strides),
-                               std::get<1>(strides),
-                               heads,
-                               at<int32_t>(tables),
-                               table_stride,
-                               at<int32_t>(cu_queries),
-                               at<int32_t>(contexts),
-                               at<int32_t>(groups),
-                               at<int32_t>(shared),
-                               count,
-                               scale,
-                               softcap,
-                               window,
-                               at<float>(sinks),
-                               at<void>(out),
-                               tokens,
-                               sequences,
-                               at<float>(parts),
-                               number_of_parts},
-                              run(where));
-          });
-    m.def("write_kv_forward", [kernels](const CacheTuple& cache, Address key, const Strides& key_strides, Address value,
-                                        const Strides& value_strides, Address slots, int64_t count, Address cos,
-                                        Address sin, Address query, const Strides& query_strides, int64_t heads,
-                                        const RunTuple& where) {
-        kernels.write(paged_cache(cache),
-                      {at<void>(key), at<void>(value), std::get<0>(key_strides), std::get<1>(key_strides),
-                       std::get<0>(value_strides), std::get<1>(value_strides), at<int64_t>(slots), count, at<void>(cos),
-                       at<void>(sin), at<void>(query), std::get<0>(query_strides), std::get<1>(query_strides), heads},
-                      run(where));
+using Strides = std::tuple<int64_t, int64_t>;  // from token to token, from head to head
+
+// (tokens, heads, dim) with dim contiguous.
+char* heads_of(const Memories& memory, const char* name, const Given& x, DType dtype, int64_t tokens, int64_t heads,
+               int64_t dim, const Strides& strides) {
+    const auto& [token_stride, head_stride] = strides;
+    memory.check(name, x, static_cast<Kind>(dtype));
+    memory.last_contiguous(name, x);
+    int64_t last = 0;
+    if (times(name, tokens, heads) > 0)
+        last = plus(name, plus(name, times(name, tokens - 1, token_stride), times(name, heads - 1, head_stride)), dim);
+    return memory.holds(name, x, last);
+}
+
+// What kernels follow to reach keys and queries, where looking at it is free.
+void expect_places(const PagedCache& c, int64_t blocks, const PagedQueries& q) {
+    const auto rises = [](const char* name, const int32_t* starts, int64_t count, int64_t end) {
+        for (int64_t i = 0; i <= count; ++i)
+            expect(starts[i] >= (i == 0 ? 0 : starts[i - 1]) && starts[i] <= end, name, starts[i],
+                   "starts that rise from 0 to " + std::to_string(end));
+        expect(starts[0] == 0 && starts[count] == end, name, starts[count],
+               "starts that rise from 0 to " + std::to_string(end));
+    };
+    rises("batch.cu_queries", q.cu_queries, q.sequences, q.tokens);
+    rises("batch.groups", q.groups, q.count, q.sequences);
+    for (int64_t g = 0; g < q.count; ++g) {
+        expect(q.shared[g] >= 0, "batch.shared", q.shared[g], "at least 0");
+        for (int64_t b = q.groups[g]; b < q.groups[g + 1]; ++b) {
+            const int64_t queries = q.cu_queries[b + 1] - q.cu_queries[b], context = q.contexts[b];
+            expect(context >= queries && context <= q.table_stride * c.block_size, "batch.contexts", context,
+                   "at least each one's queries and at most " + std::to_string(q.table_stride * c.block_size));
+            expect(q.shared[g] * c.block_size <= context - queries, "batch.shared", q.shared[g],
+                   "blocks before each one's queries");
+            for (int64_t i = 0; i * c.block_size < context; ++i) {
+                const int64_t block = q.tables[b * q.table_stride + i];
+                expect(block >= 0 && block < blocks, "batch.tables", block,
+                       "blocks from 0 to " + std::to_string(blocks - 1));
+            }
+        }
+    }
+}
+
+void def_paged_attention(py::module_& m, const PagedAttentionKernels& kernels, Backend backend) {
+    using Where = std::tuple<Given, int64_t, Given, Given, Given, Given>;
+    using Sizes = std::tuple<int64_t, int64_t, int64_t, int64_t>;  // tokens, sequences, groups, parts of keys
+    m.def("paged_attention_forward", [=](const CacheTuple& given_cache, const Given& query, const Strides& strides,
+                                         int64_t heads, const Where& t, float scale, float softcap, int64_t window,
+                                         const Given& sinks, const Given& out, const Sizes& sizes, const Given& parts,
+                                         const RunTuple& where) {
+        const Memories memory = backend.memories(where);
+        const auto [cache, blocks] = paged_cache(memory, given_cache);
+        const auto& [tables, table_stride, cu_queries, contexts, groups, shared] = t;
+        const auto& [tokens, sequences, count, number_of_parts] = sizes;
+        expect(heads > 0 && heads % cache.kv_heads == 0, "query", heads,
+               "heads, a multiple of " + std::to_string(cache.kv_heads));
+        expect(window >= 0, "window", window, "at least 0");
+        const int64_t results = times("out", times("out", tokens, heads), cache.dim);
+        const int64_t of_parts =
+            times("parts", times("parts", times("parts", tokens, heads), number_of_parts), cache.width + 2);
+        const PagedQueries q = {heads_of(memory, "query", query, cache.dtype, tokens, heads, cache.dim, strides),
+                                std::get<0>(strides),
+                                std::get<1>(strides),
+                                heads,
+                                memory.array<int32_t>("batch.tables", tables, times("tables", sequences, table_stride)),
+                                table_stride,
+                                memory.array<int32_t>("batch.cu_queries", cu_queries, plus("sequences", sequences, 1)),
+                                memory.array<int32_t>("batch.contexts", contexts, sequences),
+                                memory.array<int32_t>("batch.groups", groups, plus("groups", count, 1)),
+                                memory.array<int32_t>("batch.shared", shared, count),
+                                count,
+                                scale,
+                                softcap,
+                                window,
+                                memory.array_or_null<float>("sinks", sinks, heads),
+                                memory.like("out", out, cache.dtype, results),
+                                tokens,
+                                sequences,
+                                memory.array_or_null<float>("parts", parts, of_parts),
+                                number_of_parts};
+        if (memory.on_cpu()) expect_places(cache, blocks, q);
+        kernels.forward(cache, q, run(where));
+    });
+    m.def("write_kv_forward", [=](const CacheTuple& given_cache, const Given& key, const Strides& key_strides,
+                                  const Given& value, const Strides& value_strides, const Given& given_slots,
+                                  int64_t count, const Given& cos, const Given& sin, const Given& query,
+                                  const Strides& query_strides, int64_t heads, const RunTuple& where) {
+        const Memories memory = backend.memories(where);
+        const auto [cache, blocks] = paged_cache(memory, given_cache);
+        const int64_t* const slots = memory.array<int64_t>("slots", given_slots, count);
+        for (int64_t n = 0; memory.on_cpu() && n < count; ++n)
+            expect(slots[n] >= 0 && slots[n] < blocks * cache.block_size, "slots", slots[n],
+                   "from 0 to " + std::to_string(blocks * cache.block_size - 1));
+        const int64_t angles = times("cos", count, cache.dim);
+        if (cos.there != sin.there || (query.there && !cos.there))
+            throw py::type_error("cos, sin: expected both or neither, and both with a query");
+        expect(!cos.there || cache.dim % 2 == 0, "cos", cache.dim, "an even dimension, of which halves are rotated");
+        const NewTokens x = {
+            heads_of(memory, "key", key, cache.dtype, count, cache.kv_heads, cache.dim, key_strides),
+            heads_of(memory, "value", value, cache.dtype, count, cache.kv_heads, cache.dim, value_strides),
+            std::get<0>(key_strides),
+            std::get<1>(key_strides),
+            std::get<0>(value_strides),
+            std::get<1>(value_strides),
+            slots,
+            count,
+            memory.like_or_null("cos", cos, cache.dtype, angles),
+            memory.like_or_null("sin", sin, cache.dtype, angles),
+            query.there ? heads_of(memory, "query", query, cache.dtype, count, heads, cache.dim, query_strides)
+                        : nullptr,
+            std::get<0>(query_strides),
+            std::get<1>(query_strides),
+            heads};
+        kernels.write(cache, x, run(where));
     });
     m.attr("paged_attention_most_keys") = kMostKeys;
     m.attr("paged_attention_most_dim") = kMostDim;
     m.attr("paged_attention_part") = kPartOfKeys;
 }
 
-void def_rms_norm(py::module_& m, const RMSNormKernels& kernels) {
-    m.def("rms_norm_forward", [kernels](Address x, int64_t stride, Address weight, Address out, int dtype, int64_t rows,
-                                        int64_t columns, float eps, float offset, const RunTuple& where) {
-        kernels.forward({at<void>(x), stride, at<void>(weight), at<void>(out), static_cast<DType>(dtype), rows, columns,
-                         eps, offset},
+void def_rms_norm(py::module_& m, const RMSNormKernels& kernels, Backend backend) {
+    m.def("rms_norm_forward", [=](const Given& x, int64_t stride, const Given& weight, const Given& out, int64_t rows,
+                                  int64_t columns, float eps, float offset, const RunTuple& where) {
+        const Memories memory = backend.memories(where);
+        const DType dtype = memory.dtype("x", x);
+        kernels.forward(
+            {memory.rows("x", x, dtype, rows, columns, stride), stride, memory.like("weight", weight, dtype, columns),
+             memory.like("out", out, dtype, times("out", rows, columns)), dtype, rows, columns, eps, offset},
+            run(where));
+    });
+}
+
+void def_sample(py::module_& m, const SampleKernels& kernels, Backend backend) {
+    using Options = std::tuple<Given, Given, Given, Given, Given>;
+    m.def("sample_forward", [=](const Given& logits, int64_t rows, int64_t columns, int64_t stride,
+                                const Options& options, const FourGiven& results, const RunTuple& where) {
+        const Memories memory = backend.memories(where);
+        const auto& [temperature, top_k, top_p, min_p, uniform] = options;
+        const auto& [tokens, logprobs, kept, entropy] = results;
+        const DType dtype = memory.dtype("logits", logits);
+        const SampleInputs inputs = {memory.rows("logits", logits, dtype, rows, columns, stride),
+                                     dtype,
+                                     rows,
+                                     columns,
+                                     stride,
+                                     memory.array<float>("temperature", temperature, rows),
+                                     memory.array<int32_t>("top_k", top_k, rows),
+                                     memory.array<float>("top_p", top_p, rows),
+                                     memory.array<float>("min_p", min_p, rows),
+                                     memory.array<double>("uniform", uniform, rows)};
+        kernels.forward(inputs,
+                        {memory.array<int64_t>("tokens", tokens, rows), memory.array<float>("logprobs", logprobs, rows),
+                         memory.array<float>("kept", kept, rows), memory.array<float>("entropy", entropy, rows)},
                         run(where));
     });
 }
 
-void def_sample(py::module_& m, const SampleKernels& kernels) {
-    using Options = std::tuple<Address, Address, Address, Address, Address>;
-    m.def("sample_forward", [kernels](Address logits, int dtype, int64_t rows, int64_t columns, int64_t stride,
-                                      const Options& options, const FourAddresses& results, const RunTuple& where) {
-        const auto& [temperature, top_k, top_p, min_p, uniform] = options;
-        const auto& [tokens, logprobs, kept, entropy] = results;
-        kernels.forward({at<void>(logits), static_cast<DType>(dtype), rows, columns, stride, at<float>(temperature),
-                         at<int32_t>(top_k), at<float>(top_p), at<float>(min_p), at<double>(uniform)},
-                        {at<int64_t>(tokens), at<float>(logprobs), at<float>(kept), at<float>(entropy)}, run(where));
+void def_sequence_sum(py::module_& m, const SequenceSumKernels& kernels, Backend backend) {
+    m.def("sequence_sum_forward", [=](const SequencesTuple& where, const Given& x, const Given& flags,
+                                      const Given& given_out, const RunTuple& on) {
+        const Memories memory = backend.memories(on);
+        const DType dtype = memory.dtype("x", x);
+        const Sequences in = sequences(memory, where, x.elements);
+        const void* const data = memory.like("x", x, dtype, x.elements);
+        const bool* const counts = memory.array_or_null<bool>("mask", flags, x.elements);
+        float* const out = memory.array<float>("out", given_out, in.count);
+        py::gil_scoped_release release;
+        kernels.forward(in, data, dtype, counts, out, run(on));
     });
 }
 
-void def_sequence_sum(py::module_& m, const SequenceSumKernels& kernels) {
-    m.def("sequence_sum_forward",
-          [kernels](const SequencesTuple& where, Address x, int dtype, Address flags, Address out, const RunTuple& on) {
-              py::gil_scoped_release release;
-              kernels.forward(sequences(where), at<void>(x), static_cast<DType>(dtype), at<bool>(flags), at<float>(out),
-                              run(on));
-          });
-}
-
-void def_group_advantages(py::module_& m, const GroupAdvantagesKernels& kernels) {
-    m.def("group_advantages_forward", [kernels](const SequencesTuple& where, Address rewards, int dtype, Address flags,
-                                                int kind, double eps, Address out, const RunTuple& on) {
-        const GroupInputs inputs = {sequences(where),
-                                    at<void>(rewards),
-                                    static_cast<DType>(dtype),
-                                    at<bool>(flags),
-                                    static_cast<GroupKind>(kind),
+void def_group_advantages(py::module_& m, const GroupAdvantagesKernels& kernels, Backend backend) {
+    m.def("group_advantages_forward", [=](const SequencesTuple& where, const Given& rewards, const Given& flags,
+                                          int64_t kind, double eps, const Given& given_out, const RunTuple& on) {
+        const Memories memory = backend.memories(on);
+        const DType dtype = memory.dtype("rewards", rewards);
+        const int64_t count = rewards.elements;
+        const GroupInputs inputs = {sequences(memory, where, count),
+                                    memory.like("rewards", rewards, dtype, count),
+                                    dtype,
+                                    memory.array_or_null<bool>("mask", flags, count),
+                                    option("kind", kind, GroupKind::rloo),
                                     eps};
+        float* const out = memory.array<float>("out", given_out, count);
         py::gil_scoped_release release;
-        kernels.forward(inputs, at<float>(out), run(on));
+        kernels.forward(inputs, out, run(on));
     });
 }
 
@@ -422,8 +740,10 @@ PYBIND11_MODULE(RLHF_FAST_MODULE, m) {
     m.def("build_info", &build_info, "Compiler, C++ standard, kind of threads, and what CUDA kernels were built for.");
     m.def(
         "first_outside",
-        [](const TokensTuple& token, Address flags, int64_t rows, int64_t vocabulary) {
-            return first_outside(tokens(token), mask(flags), rows, vocabulary);
+        [](const Given& token, const Given& flags, int64_t vocabulary) {
+            const Memories memory(-1);
+            const int64_t rows = token.elements;
+            return first_outside(tokens(memory, token, rows), mask(memory, flags, rows), rows, vocabulary);
         },
         "The first unmasked row whose token is outside [0, vocabulary), or -1.");
 #if defined(RLHF_FAST_MEMORY)
@@ -438,33 +758,33 @@ PYBIND11_MODULE(RLHF_FAST_MODULE, m) {
 #if !defined(RLHF_FAST_ONLY_CUDA)
     py::module_ on_cpu = m.def_submodule("cpu", "Kernels on memory of the CPU.");
     on_cpu.attr("token_logprobs_segment") = cpu::kTokenLogprobsSegment;
-    def_token_logprobs(on_cpu, cpu::token_logprobs);
-    def_full_kl(on_cpu, cpu::full_kl);
-    def_kl_estimate(on_cpu, cpu::kl_estimate);
-    def_linear(on_cpu, cpu::linear);
-    def_paged_attention(on_cpu, cpu::paged_attention);
-    def_rms_norm(on_cpu, cpu::rms_norm);
-    def_sample(on_cpu, cpu::sample);
-    def_gae(on_cpu, cpu::gae);
-    def_ppo_loss(on_cpu, cpu::ppo_loss);
-    def_pair_loss(on_cpu, cpu::pair_loss);
-    def_sequence_sum(on_cpu, cpu::sequence_sum);
-    def_group_advantages(on_cpu, cpu::group_advantages);
+    def_token_logprobs(on_cpu, cpu::token_logprobs, Backend{false});
+    def_full_kl(on_cpu, cpu::full_kl, Backend{false});
+    def_kl_estimate(on_cpu, cpu::kl_estimate, Backend{false});
+    def_linear(on_cpu, cpu::linear, Backend{false});
+    def_paged_attention(on_cpu, cpu::paged_attention, Backend{false});
+    def_rms_norm(on_cpu, cpu::rms_norm, Backend{false});
+    def_sample(on_cpu, cpu::sample, Backend{false});
+    def_gae(on_cpu, cpu::gae, Backend{false});
+    def_ppo_loss(on_cpu, cpu::ppo_loss, Backend{false});
+    def_pair_loss(on_cpu, cpu::pair_loss, Backend{false});
+    def_sequence_sum(on_cpu, cpu::sequence_sum, Backend{false});
+    def_group_advantages(on_cpu, cpu::group_advantages, Backend{false});
 #endif
 #if defined(RLHF_FAST_CUDA)
     py::module_ on_cuda = m.def_submodule("cuda", "Kernels on memory of a CUDA device.");
     on_cuda.attr("token_logprobs_segment") = cuda::kTokenLogprobsSegment;
     on_cuda.attr("full_kl_segment") = cuda::kFullKLSegment;
     on_cuda.attr("full_kl_state") = cuda::kFullKLState;
-    def_token_logprobs(on_cuda, cuda::token_logprobs);
-    def_full_kl(on_cuda, cuda::full_kl);
-    def_kl_estimate(on_cuda, cuda::kl_estimate);
-    def_paged_attention(on_cuda, cuda::paged_attention);
-    def_sample(on_cuda, cuda::sample);
-    def_gae(on_cuda, cuda::gae);
-    def_ppo_loss(on_cuda, cuda::ppo_loss);
-    def_pair_loss(on_cuda, cuda::pair_loss);
-    def_sequence_sum(on_cuda, cuda::sequence_sum);
-    def_group_advantages(on_cuda, cuda::group_advantages);
+    def_token_logprobs(on_cuda, cuda::token_logprobs, Backend{true});
+    def_full_kl(on_cuda, cuda::full_kl, Backend{true});
+    def_kl_estimate(on_cuda, cuda::kl_estimate, Backend{true});
+    def_paged_attention(on_cuda, cuda::paged_attention, Backend{true});
+    def_sample(on_cuda, cuda::sample, Backend{true});
+    def_gae(on_cuda, cuda::gae, Backend{true});
+    def_ppo_loss(on_cuda, cuda::ppo_loss, Backend{true});
+    def_pair_loss(on_cuda, cuda::pair_loss, Backend{true});
+    def_sequence_sum(on_cuda, cuda::sequence_sum, Backend{true});
+    def_group_advantages(on_cuda, cuda::group_advantages, Backend{true});
 #endif
 }

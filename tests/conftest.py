@@ -18,6 +18,14 @@ if importlib.util.find_spec("hypothesis") is None:
 
     sys.modules["hypothesis"], sys.modules["hypothesis.strategies"] = no_hypothesis, no_hypothesis.strategies  # type: ignore[assignment]
 
+if sanitized := os.environ.get("RLHF_FAST_TEST_MODULE"):  # `make asan`: in place of the compiled module of the package
+    import rlhf_fast
+
+    spec = importlib.util.spec_from_file_location("rlhf_fast._C", sanitized)
+    assert spec is not None and spec.loader is not None and "rlhf_fast._C" not in sys.modules
+    sys.modules["rlhf_fast._C"] = rlhf_fast._C = importlib.util.module_from_spec(spec)  # type: ignore[attr-defined]
+    spec.loader.exec_module(sys.modules["rlhf_fast._C"])
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, which no test module has done yet
 
 SMALL = {

@@ -60,8 +60,8 @@ RLHF_FAST_HOST_DEVICE inline PairTerms pair_terms(const PairOptions& o, double c
             slope = o.differ * sigmoid(x) - o.agree * sigmoid(-x);
             break;
         case PairLoss::hinge:
-            loss = x < 1.0 ? 1.0 - x : 0.0;
-            slope = x < 1.0 ? -1.0 : 0.0;
+            loss = x >= 1.0 ? 0.0 : 1.0 - x;  // nan stays nan
+            slope = x >= 1.0 ? 0.0 : -1.0;
             break;
         case PairLoss::ipo: {
             const double apart = (x - 0.5) / o.beta;

@@ -181,6 +181,7 @@ namespace {
 void forward(const GAEInputs& in, const GAE& out, const Run& run) {
     const auto kernel = SIMD_CHOOSE(forward);
     const int64_t count = in.sequences.count;
+    if (count == 0) return;
     const int64_t tokens = in.sequences.begin(count) - in.sequences.begin(0);
     // A token costs as much as some eight logits of a row.
     parallel_rows(count, 8 * (tokens / count), run.threads,

@@ -53,7 +53,10 @@ SIMD_INLINE void products(const T* const (&x)[R], const T* const (&w)[W], int64_
 }
 
 SIMD_INLINE f32x16 activated(int gate, f32x16 x) {
-    if (gate == 1) return div(x, add(set1(1.0f), exp(min(sub(set1(0.0f), x), set1(88.0f)))));
+    if (gate == 1) {  // -inf times 0 is nan, as the limit of exp would hide
+        const f32x16 y = div(x, add(set1(1.0f), exp(min(sub(set1(0.0f), x), set1(88.0f)))));
+        return select(less(x, set1(-0x1.fffffep127f)), set1(NAN), y);
+    }
     const f32x16 inner = mul(set1(0.7978845608f), fma(mul(set1(0.044715f), mul(x, x)), x, x));
     return mul(mul(set1(0.5f), x), add(set1(1.0f), tanh(inner)));
 }

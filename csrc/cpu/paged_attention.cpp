@@ -294,7 +294,7 @@ void forward(const PagedCache& c, const PagedQueries& q, const Run& run) {
     for (int64_t g = 0; g < q.count; ++g) {
         const int64_t rows = (q.cu_queries[q.groups[g + 1]] - q.cu_queries[q.groups[g]]) * rep;
         for (int64_t b = q.groups[g]; b < q.groups[g + 1]; ++b)
-            work += q.contexts[b] * (q.cu_queries[b + 1] - q.cu_queries[b]) * q.heads * c.dim;
+            work += int64_t{q.contexts[b]} * (q.cu_queries[b + 1] - q.cu_queries[b]) * q.heads * c.dim;
         for (int64_t h = 0; h < c.kv_heads; ++h)
             for (int64_t row = 0; row < rows; row += chunk) tasks.push_back({g, h, row, std::min(row + chunk, rows)});
     }

@@ -77,7 +77,8 @@ inline void row(const SampleInputs& in, const Samples& out, int64_t r, float* we
     if (i < n) highest = max(load_first(z + i, n - i, -INFINITY), highest);
     const float top = reduce_max(highest);
     const bool greedy = in.temperature[r] == 0.0f;
-    const float scale = greedy ? 1.0f : 1.0f / in.temperature[r];
+    const float least = 0x1p-126f;  // below it the inverse is no float32, and no two logits are as near as that
+    const float scale = greedy ? 1.0f : 1.0f / (in.temperature[r] < least ? least : in.temperature[r]);
     out.tokens[r] = -1;
     out.logprobs[r] = out.kept[r] = out.entropy[r] = NAN;
     if (!(top > -INFINITY && top < INFINITY)) return;
@@ -141,6 +142,7 @@ inline void row(const SampleInputs& in, const Samples& out, int64_t r, float* we
     }
     for (int64_t j = from; found < 0 && j > 0; --j)
         if (weights[j - 1] > 0.0f) found = j - 1;
+    if (found < 0) return;  // options out of their range kept nothing
     out.tokens[r] = found;
     const double log_sum = std::log(total);
     out.logprobs[r] = static_cast<float>((static_cast<double>(to_float(z[found])) - top) * scale - log_sum);

@@ -231,8 +231,12 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(SampleInputs in, S
     __shared__ Scratch s;
     const int64_t r = blockIdx.x;
     const float temperature = in.temperature[r];
-    Row<T> row = {static_cast<const T*>(in.logits) + r * in.row_stride, in.columns, 0.0f,
-                  temperature == 0.0f ? 1.0f : 1.0f / temperature,      unit,       false};
+    Row<T> row = {static_cast<const T*>(in.logits) + r * in.row_stride,
+                  in.columns,
+                  0.0f,
+                  temperature == 0.0f ? 1.0f : 1.0f / fmaxf(temperature, 0x1p-126f),
+                  unit,
+                  false};
     float top = -INFINITY, broken = 0.0f;
     row.sweep([&](float x) {
         top = fmaxf(top, x);

@@ -57,8 +57,8 @@ def _forward(
             slope = differ * _sigmoid(x) - agree * _sigmoid(-x)
             other = -slope
         elif KIND == 1:
-            term = tl.where(x < 1.0, 1.0 - x, 0.0)
-            slope = tl.where(x < 1.0, -1.0, 0.0).to(tl.float64)
+            term = tl.where(x >= 1.0, 0.0, 1.0 - x)  # nan stays nan
+            slope = tl.where(x >= 1.0, 0.0, -1.0).to(tl.float64)
             other = -slope
         elif KIND == 2:
             apart = (x - 0.5) / beta

@@ -96,7 +96,7 @@ def _forward(
     top = tl.where(none, 0.0, top)
     temperature = tl.load(temperatures + row)
     greedy = temperature == 0.0
-    scale = 1.0 / tl.where(greedy, 1.0, temperature)
+    scale = 1.0 / tl.where(greedy, 1.0, tl.maximum(temperature, 1.1754944e-38))  # whose inverse is a float32
     sums = tl.zeros((BLOCK,), tl.float64)
     moments = tl.zeros((BLOCK,), tl.float64)
     for first in range(0, columns, BLOCK):

@@ -43,11 +43,14 @@ class Head:
         return {"bias": self.bias, "lora": self.lora, "softcap": self.softcap, "logit_scale": self.logit_scale}
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., H) -> (..., V), in the model's own dtype."""
-        logits = nn.functional.linear(hidden, self.weight, self.bias)
+        """(..., H) -> (..., V), in the dtype of the weight; states and adapters of another are brought to it."""
+        dtype = self.weight.dtype
+        hidden = hidden.to(dtype)
+        logits = nn.functional.linear(hidden, self.weight, None if self.bias is None else self.bias.to(dtype))
         if self.lora is not None:
             a, b, scaling = self.lora
-            logits = logits + scaling * nn.functional.linear(nn.functional.linear(hidden, a), b)
+            adapted = nn.functional.linear(nn.functional.linear(hidden.to(a.dtype), a), b.to(a.dtype))
+            logits = logits + scaling * adapted.to(dtype)
         logits = logits * self.logit_scale
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 

@@ -19,6 +19,8 @@ from rlhf_fast.ops._rows import is_plain
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
+LEAST_TEMPERATURE = 2.0**-149  # the smallest float32
+LOW_TEMPERATURE = 1e-20  # below it a logit of a model, divided, may leave the range of float32
 
 
 def values_are_checked(x: Tensor) -> bool:
@@ -134,21 +136,32 @@ def vocabulary(tokens: Tensor, size: int, mask: Tensor | None = None) -> None:
 
 
 def temperatures(temperature: float | Tensor, rows: Sequence[int], mask: Tensor | None) -> None:
-    """A number > 0, or a tensor of such that broadcasts to one per row."""
+    """A number > 0, at least the smallest float32, or a tensor of such that broadcasts to one per row."""
     if not isinstance(temperature, Tensor):
-        return number("temperature", temperature, above=0)
+        number("temperature", temperature, above=0)
+        if temperature < LEAST_TEMPERATURE:
+            raise ValueError(f"temperature: {temperature}, expected at least 1.4e-45, the smallest float32")
+        return
     _dtype("temperature", temperature, FLOATS)
     fits = temperature.dim() <= len(rows)
     fits = fits and all(a in (1, b) for a, b in zip(reversed(temperature.shape), reversed(rows), strict=False))
     if not fits:
         raise ValueError(f"temperature: shape {tuple(temperature.shape)}, expected it to broadcast to {tuple(rows)}")
     if values_are_checked(temperature):
-        bad = ~(temperature > 0).expand(tuple(rows))
+        bad = ~(temperature >= LEAST_TEMPERATURE).expand(tuple(rows))
         bad = bad if mask is None else bad & mask
         if bool(bad.any()):
             index, row = _first(bad)
             value = float(temperature.expand(tuple(rows))[index])
-            raise ValueError(f"temperature: {value:g} (row {row}), expected > 0")
+            least = " and at least 1.4e-45, the smallest float32" if value > 0 else ""
+            raise ValueError(f"temperature: {value:g} (row {row}), expected > 0{least}")
+
+
+def is_low(temperature: float | Tensor) -> bool:
+    """Whether logits are to be divided by it in float64; looked at where that is free."""
+    if not isinstance(temperature, Tensor):
+        return temperature < LOW_TEMPERATURE
+    return values_are_checked(temperature) and bool((temperature < LOW_TEMPERATURE).any())
 
 
 def transforms(

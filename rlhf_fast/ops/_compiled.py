@@ -1,7 +1,8 @@
-"""Calls into rlhf_fast._C: tensors become addresses, strides and numbers. Serves the backends cpu and cuda alike.
+"""Calls into rlhf_fast._C: tensors, strides and numbers. Serves the backends cpu and cuda alike.
 
-Nothing is checked here; the public functions have done that. Importing this never fails: without the compiled module,
-or without CUDA in it, ``cpu`` or ``cuda`` is None.
+The public functions have checked what is asked; that all memory is there, in the dtype that a kernel reads, the
+compiled entries check themselves (csrc/given.h). Importing this never fails: without the compiled module, or without
+CUDA in it, ``cpu`` or ``cuda`` is None.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ except ImportError:
 cpu: Any = None if _C is None else _C.cpu
 cuda: Any = getattr(_C, "cuda", None)
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _Memory: Any = getattr(_C, "Memory", None)  # on Linux
 _MOST_PARTS = 256 << 20  # bytes
 _LARGE = 1 << 22  # bytes from which page faults cost more than a block of memory of our own
@@ -69,34 +69,8 @@ def first_outside(tokens: Tensor, vocabulary: int, mask: Tensor | None) -> int |
     say."""
     if _C is None or tokens.device.type != "cpu" or not tokens.is_contiguous():
         return None
-    flags = flat(mask)
-    row: int = _C.first_outside(_tokens(tokens), _address(flags), tokens.numel(), vocabulary)
+    row: int = _C.first_outside(tokens, flat(mask), vocabulary)
     return row
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-def _tokens(tokens: Tensor) -> tuple[int, bool]:
-    return tokens.data_ptr(), tokens.dtype == torch.int64
-
-
-def _logits(m: Matrix) -> tuple[int, ...]:
-    return m.data.data_ptr(), _DTYPES[m.data.dtype], *m[1:]
-
-
-def _transform(t: Transform) -> tuple[float, float, float, int]:
-    return *t[:3], _address(t.temperatures)
-
-
-def _sequences(where: Sequences) -> tuple[int, bool, int, int]:
-    is_int64 = where.cu_seqlens is not None and where.cu_seqlens.dtype == torch.int64
-    return _address(where.cu_seqlens), is_int64, where.number, where.length
-
-
-def _addresses(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
-    return tuple([0 if x is None else x.data_ptr() for x in tensors])
 
 
 def _run(device: torch.device) -> tuple[int, int, int]:
@@ -133,7 +107,7 @@ class TokenLogprobs:
             states = self.new_states(x.rows, x.columns, x.data.device)
             per_row = states.shape[1]
         self.kernels.token_logprobs_forward(
-            _logits(x), _transform(t), _tokens(tokens), _address(mask), _address(states), per_row, _addresses(results),
+            x, t, tokens, mask, states, per_row, results,
             _run(x.data.device),
         )  # fmt: skip
 
@@ -141,13 +115,13 @@ class TokenLogprobs:
         self, x: Matrix, t: Transform, tokens: Tensor, mask: Tensor | None, first_column: int, states: Tensor
     ) -> None:
         self.kernels.token_logprobs_update(
-            _logits(x), _transform(t), _tokens(tokens), _address(mask), first_column, states.data_ptr(),
+            x, t, tokens, mask, first_column, states,
             states.shape[1], _run(x.data.device),
         )  # fmt: skip
 
     def finish(self, states: Tensor, mask: Tensor | None, results: Sequence[Tensor]) -> None:
         self.kernels.token_logprobs_finish(
-            states.data_ptr(), states.shape[1], states.shape[0], _address(mask), _addresses(results),
+            states, states.shape[1], states.shape[0], mask, results,
             _run(states.device),
         )  # fmt: skip
 
@@ -166,8 +140,8 @@ class TokenLogprobs:
         grad_each: Tensor | None = None,
     ) -> None:
         self.kernels.token_logprobs_gradient(
-            _logits(x), _transform(t), _tokens(tokens), _address(mask), first_column, _addresses(results),
-            _addresses((grad_logprobs, grad_entropy, grad_log_sum, grad_each)), out.data_ptr(), _run(x.data.device),
+            x, t, tokens, mask, first_column, results,
+            (grad_logprobs, grad_entropy, grad_log_sum, grad_each), out, _run(x.data.device),
         )  # fmt: skip
 
 
@@ -186,7 +160,7 @@ class FullKL:
             segments = -(-p.columns // self.kernels.full_kl_segment)
             scratch = torch.empty(p.rows, segments, self.kernels.full_kl_state, device=p.data.device)
         self.kernels.full_kl_forward(
-            _logits(p), _logits(q), _transform(t), _address(mask), divergence, _address(scratch), _addresses(results),
+            p, q, t, mask, divergence, scratch, results,
             _run(p.data.device),
         )  # fmt: skip
 
@@ -203,8 +177,8 @@ class FullKL:
         out_q: Tensor | None,
     ) -> None:
         self.kernels.full_kl_gradient(
-            _logits(p), _logits(q), _transform(t), _address(mask), divergence, _addresses(results), grad.data_ptr(),
-            _address(out_p), _address(out_q), _run(p.data.device),
+            p, q, t, mask, divergence, results, grad,
+            out_p, out_q, _run(p.data.device),
         )  # fmt: skip
 
 
@@ -216,8 +190,8 @@ class KLEstimate:
 
     def forward(self, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None, estimate: int, out: Tensor) -> None:
         self.kernels.kl_estimate_forward(
-            logprobs.data_ptr(), ref_logprobs.data_ptr(), _DTYPES[logprobs.dtype], logprobs.numel(), _address(mask),
-            estimate, out.data_ptr(), _run(out.device),
+            logprobs, ref_logprobs, mask,
+            estimate, out, _run(out.device),
         )  # fmt: skip
 
     def gradient(
@@ -231,8 +205,8 @@ class KLEstimate:
         ref_out: Tensor | None,
     ) -> None:
         self.kernels.kl_estimate_gradient(
-            logprobs.data_ptr(), ref_logprobs.data_ptr(), _DTYPES[logprobs.dtype], logprobs.numel(), _address(mask),
-            estimate, grad.data_ptr(), _address(out), _address(ref_out), _run(logprobs.device),
+            logprobs, ref_logprobs, mask,
+            estimate, grad, out, ref_out, _run(logprobs.device),
         )  # fmt: skip
 
 
@@ -243,11 +217,9 @@ class GAE:
         self.kernels = module(backend)
 
     def forward(self, x: GAEInputs, advantages: Tensor, returns: Tensor, sums: Tensor | None) -> None:
-        is_int64 = x.cu_seqlens is not None and x.cu_seqlens.dtype == torch.int64
         self.kernels.gae_forward(
-            (_address(x.cu_seqlens), is_int64, x.sequences, x.length), _addresses(x[:4]), x.kl_coef,
-            x.values.data_ptr(), _DTYPES[x.values.dtype], _address(x.mask), _address(x.bootstrap), x[-3:],
-            _addresses((advantages, returns, sums)), _run(x.values.device),
+            (x.cu_seqlens, x.sequences, x.length), x[:4], x.kl_coef, x.values, x.mask, x.bootstrap, x[-3:],
+            (advantages, returns, sums), _run(x.values.device),
         )  # fmt: skip
 
 
@@ -275,19 +247,13 @@ class PPOLoss:
     ) -> None:
         """``numbers``: the loss, the statistics, and the inverse of what divides the loss's terms."""
         self.kernels.ppo_loss_forward(
-            _addresses(x[:9]), _DTYPES[x.logprobs.dtype], x.logprobs.numel(), _addresses(x[9:]), options,
-            (_address(of_terms.there), of_terms.number), (_address(of_tokens.there), of_tokens.number),
-            _addresses((*numbers, *gradients, partials)), _run(partials.device),
+            x[:9], x[9:], options, of_terms, of_tokens, (*numbers, *gradients, partials), _run(partials.device)
         )  # fmt: skip
 
     def scale(
         self, gradients: Sequence[Tensor | None], upstream: Tensor, inverse: Tensor, out: Sequence[Tensor | None]
     ) -> None:
-        count = max(x.numel() for x in gradients if x is not None)
-        self.kernels.ppo_loss_scale(
-            _addresses(gradients), _addresses(out), count, upstream.data_ptr(), inverse.data_ptr(),
-            _run(inverse.device),
-        )  # fmt: skip
+        self.kernels.ppo_loss_scale(gradients, out, upstream, inverse, _run(inverse.device))
 
 
 class PairLoss:
@@ -304,10 +270,7 @@ class PairLoss:
         stats: Tensor,
         gradients: Sequence[Tensor | None],
     ) -> None:
-        self.kernels.pair_loss_forward(
-            _addresses(x[:4]), _DTYPES[x.chosen.dtype], x.chosen.numel(), _addresses(x[4:]), options,
-            (_address(of_pairs.there), of_pairs.number), _addresses((stats, *gradients)), _run(stats.device),
-        )  # fmt: skip
+        self.kernels.pair_loss_forward(x[:4], x[4:], options, of_pairs, (stats, *gradients), _run(stats.device))
 
 
 class SequenceSum:
@@ -317,9 +280,7 @@ class SequenceSum:
         self.kernels = module(backend)
 
     def forward(self, where: Sequences, x: Tensor, mask: Tensor | None, out: Tensor) -> None:
-        self.kernels.sequence_sum_forward(
-            _sequences(where), x.data_ptr(), _DTYPES[x.dtype], _address(mask), out.data_ptr(), _run(out.device)
-        )
+        self.kernels.sequence_sum_forward(where, x, mask, out, _run(out.device))
 
 
 class GroupAdvantages:
@@ -331,10 +292,7 @@ class GroupAdvantages:
     def forward(
         self, where: Sequences, rewards: Tensor, mask: Tensor | None, kind: int, eps: float, out: Tensor
     ) -> None:
-        self.kernels.group_advantages_forward(
-            _sequences(where), rewards.data_ptr(), _DTYPES[rewards.dtype], _address(mask), kind, eps, out.data_ptr(),
-            _run(out.device),
-        )  # fmt: skip
+        self.kernels.group_advantages_forward(where, rewards, mask, kind, eps, out, _run(out.device))
 
 
 class PagedAttention:
@@ -365,9 +323,9 @@ class PagedAttention:
             if number > 1 and 4 * size <= _MOST_PARTS:
                 parts = torch.empty(size, dtype=torch.float32, device=query.device)
         self.kernels.paged_attention_forward(
-            _cache(cache), query.data_ptr(), (query.stride(0), query.stride(1)), query.shape[1],
-            (tables.data_ptr(), tables.stride(0), *_addresses((cu_queries, contexts, groups, shared)), len(shared)),
-            scale, softcap, window, _address(sinks), out.data_ptr(), (tokens, len(contexts), number), _address(parts),
+            _cache(cache), query, (query.stride(0), query.stride(1)), query.shape[1],
+            (tables, tables.shape[1], cu_queries, contexts, groups, shared),
+            scale, softcap, window, sinks, out, (tokens, len(contexts), len(shared), number), parts,
             _run(query.device),
         )  # fmt: skip
 
@@ -383,15 +341,15 @@ class PagedAttention:
     ) -> None:
         strides, heads = ((0, 0), 0) if query is None else (query.stride()[:2], query.shape[1])
         self.kernels.write_kv_forward(
-            _cache(cache), key.data_ptr(), key.stride()[:2], value.data_ptr(), value.stride()[:2], slots.data_ptr(),
-            slots.numel(), _address(cos), _address(sin), _address(query), strides, heads, _run(key.device),
+            _cache(cache), key, key.stride()[:2], value, value.stride()[:2], slots, slots.numel(), cos, sin, query,
+            strides, heads, _run(key.device),
         )  # fmt: skip
 
 
-def _cache(cache: Any) -> tuple[int, ...]:
+def _cache(cache: Any) -> tuple[Tensor, Tensor, int, int, int, int]:
     keys, values, dim = cache
     _, kv_heads, width, block_size = keys.shape
-    return keys.data_ptr(), values.data_ptr(), _DTYPES[keys.dtype], kv_heads, dim, width, block_size
+    return keys, values, dim, kv_heads, width, block_size
 
 
 class Sample:
@@ -411,45 +369,44 @@ class Sample:
         results: Sequence[Tensor],
     ) -> None:
         self.kernels.sample_forward(
-            logits.data_ptr(), _DTYPES[logits.dtype], *logits.shape, logits.stride(0),
-            _addresses((temperature, top_k, top_p, min_p, uniform)), _addresses(results), _run(logits.device),
+            logits, *logits.shape, logits.stride(0), (temperature, top_k, top_p, min_p, uniform), results,
+            _run(logits.device),
         )  # fmt: skip
 
 
 class Linear:
     """x (M, K) times some weights, on the CPU, prepared for many x; csrc/common/linear.h says what is computed.
 
-    The weights may change in place, and must stay where they are.
+    The weights may change in place. All tensors have the dtype of x, or the call is refused.
     """
 
     def __init__(self, weights: Sequence[Any], gate: int = 0) -> None:
-        self.gate, self.k, first = gate, weights[0].weight.shape[1], weights[0].weight
-        self.dtype, self.columns = _DTYPES[first.dtype], [one.weight.shape[0] for one in weights]
+        self.gate, self.k = gate, weights[0].weight.shape[1]
+        self.columns = [one.weight.shape[0] for one in weights]
         self.results = 1 if gate else len(weights)
         self.parts = [
-            (one.weight.data_ptr(), one.weight.stride(0), one.weight.shape[0], _address(one.bias), 0, 0, 0, 1.0)
-            for one in weights
+            (one.weight, one.weight.stride(0), one.weight.shape[0], one.bias, None, None, 0, 1.0) for one in weights
         ]
         adapters = [(i, *one.lora) for i, one in enumerate(weights) if one.lora is not None]
         self.adapted = [i for i, *_ in adapters]
-        self.lows = [(a.data_ptr(), a.stride(0), a.shape[0], 0, 0, 0, 0, scaling) for _, a, _, scaling in adapters]
-        self.ups = [(b.data_ptr(), b.shape[1]) for _, _, b, _ in adapters]
+        self.lows = [(a, a.stride(0), a.shape[0], None, None, None, 0, scaling) for _, a, _, scaling in adapters]
+        self.ups = [b for _, _, b, _ in adapters]
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> list[Tensor]:
         """x (M, K), rows contiguous; `add` (M, n), to be added to the one result."""
         rows, where = x.shape[0], _run(x.device)
-        place, parts = (x.data_ptr(), x.stride(0)), self.parts
+        place, parts = (x, x.stride(0)), self.parts
         if self.adapted:  # the first factors of all adapters in one launch
             lows = [x.new_empty(rows, low[2]) for low in self.lows]
-            outs = [(low.data_ptr(), low.shape[1]) for low in lows]
-            cpu.linear_forward(place, self.dtype, rows, self.k, self.lows, outs, (0, 0), 0, where)
+            outs = [(low, low.shape[1]) for low in lows]
+            cpu.linear_forward(place, rows, self.k, self.lows, outs, (None, 0), 0, where)
             parts = list(parts)
-            for i, (low, _), (up, rank) in zip(self.adapted, outs, self.ups, strict=True):
-                parts[i] = (*parts[i][:4], low, up, rank, 1.0)
+            for i, low, up in zip(self.adapted, lows, self.ups, strict=True):
+                parts[i] = (*parts[i][:4], low, up, low.shape[1], 1.0)
         results = [new((rows, n), x.dtype, x.device) for n in self.columns[: self.results]]
-        outs = [(out.data_ptr(), n) for out, n in zip(results, self.columns, strict=False)]
-        added = (0, 0) if add is None else (add.data_ptr(), add.stride(0))
-        cpu.linear_forward(place, self.dtype, rows, self.k, parts, outs, added, self.gate, where)
+        outs = [(out, n) for out, n in zip(results, self.columns, strict=False)]
+        added = (None, 0) if add is None else (add, add.stride(0))
+        cpu.linear_forward(place, rows, self.k, parts, outs, added, self.gate, where)
         return results
 
 
@@ -458,8 +415,5 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype)
-    cpu.rms_norm_forward(
-        rows.data_ptr(), rows.stride(0), weight.data_ptr(), out.data_ptr(), _DTYPES[x.dtype], *rows.shape, eps, offset,
-        _run(x.device),
-    )  # fmt: skip
+    cpu.rms_norm_forward(rows, rows.stride(0), weight, out, *rows.shape, eps, offset, _run(x.device))
     return out

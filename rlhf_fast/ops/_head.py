@@ -1,8 +1,8 @@
 """The output layer of a language model, one block of logits at a time: (rows, columns) of hidden @ weight.T + ...,
 and the gradients that a block of logit gradients adds. Whole (N, V) logits never exist.
 
-Products are in float32. Narrower hidden states and weights are widened block by block on the CPU; on a GPU they are
-multiplied as they are, into float32.
+Products are in float32. Narrower hidden states and weights are widened on the CPU, the weights a tile at a time,
+however few rows there are and so however wide a block is; on a GPU they are multiplied as they are, into float32.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ _BLOCK = {"cpu": (1024, 1024 * 1536), "cuda": (8192, 1 << 26)}
 # (elements of a block of whole rows, rows from which such blocks pay). 40 MiB and 1 GiB; measured with 49152 words on a
 # CPU of 250 GFLOP/s and 20 GB/s, by count for a GPU of 700 TFLOP/s and 3.3 TB/s: rows = 4 * operations / bytes.
 _WHOLE_ROWS = {"cpu": (10 << 20, 64), "cuda": (1 << 28, 1024)}
+
+_TILE = 1 << 22  # elements of a weight that are widened at once, 16 MiB
 
 _INTO_FLOAT32 = hasattr(torch.ops.aten.mm, "dtype_out")  # products of narrow matrices into float32, on GPUs
 
@@ -99,23 +101,35 @@ class Head:
         self.adapted: Tensor | None = None  # (N, r): hidden @ a.T, in float32 whatever hidden is
         if lora is not None:
             self.adapted = torch.mm(hidden.float(), lora.a.float().T)
-        self._columns, self._weight = slice(0, 0), weight  # the block of weights that was widened last
+        self._columns, self._weight = slice(0, 0), weight  # the tile of weights that was widened last
 
     def fill(self, block: Block) -> None:
         """Compute a block's logits."""
         columns = block.columns
-        _multiply(self.hidden[block.rows], self.rows_of_weight(columns).T, block.logits)
+        for at, weight in self.tiles(columns):
+            _multiply(self.hidden[block.rows], weight.T, block.logits[:, at])
         if self.lora is not None and self.adapted is not None:
             b = self.lora.b[columns].float()
             block.logits.addmm_(self.adapted[block.rows], b.T, alpha=self.lora.scaling)
         if self.bias is not None:
             block.logits.add_(self.bias[columns])
 
-    def rows_of_weight(self, columns: slice) -> Tensor:
-        """The weights of a block of columns, in the dtype of the products."""
-        if self._columns != columns:
-            self._columns, self._weight = columns, self.weight[columns].to(self.dtype)
-        return self._weight
+    def tiles(self, columns: slice) -> Iterator[tuple[slice, Tensor]]:
+        """The weights of a block of columns in the dtype of the products, widened a tile at a time: where in the block
+        they stand, and the weights."""
+        for at in _tiles(self.weight[columns], self.dtype):
+            part = slice(columns.start + at.start, columns.start + at.stop)
+            if self._columns != part:
+                self._columns, self._weight = part, self.weight[part].to(self.dtype)
+            yield at, self._weight
+
+
+def _tiles(x: Tensor, dtype: torch.dtype) -> Iterator[slice]:
+    """Rows of x, as many at a time as may be held in another dtype; all at once if that is x's own."""
+    rows, columns = x.shape
+    most = rows if x.dtype == dtype else max(_TILE // max(columns, 1), 1)
+    for row in range(0, rows, max(most, 1)):
+        yield slice(row, min(row + most, rows))
 
 
 class HeadGradients:
@@ -145,7 +159,8 @@ class HeadGradients:
         head, lora, rows, columns = self.head, self.head.lora, block.rows, block.columns
         gradient = block.logits.to(head.dtype)
         if self.hidden is not None:
-            _multiply_add(gradient, head.rows_of_weight(columns), self.hidden[rows])
+            for at, weight in head.tiles(columns):
+                _multiply_add(gradient[:, at], weight, self.hidden[rows])
         if self.weight is not None:
             self._sum("weight", gradient.T, head.hidden[rows], self.weight[columns], rows)
         if self.bias is not None:
@@ -158,8 +173,15 @@ class HeadGradients:
                 self._sum("b", block.logits.T, head.adapted[rows] * lora.scaling, self.b[columns], rows)
 
     def _sum(self, name: str, x: Tensor, y: Tensor, out: Tensor, rows: slice) -> None:
-        """out = x @ y summed over the blocks of rows: in out itself if that is float32, else beside it."""
+        """out = x @ y summed over the blocks of rows: in out itself if that is float32, else beside it, and a tile at
+        a time where one block has all rows."""
         direct = out.dtype == torch.float32
+        if not direct and rows.start == 0 and rows.stop == self.head.hidden.shape[0]:
+            for at in _tiles(out, torch.float32):
+                part = torch.empty_like(out[at], dtype=torch.float32)
+                _multiply(x[at], y, part)
+                out[at] = part
+            return
         if rows.start == 0:
             self._sums[name] = out if direct else torch.empty_like(out, dtype=torch.float32)
             _multiply(x, y, self._sums[name])

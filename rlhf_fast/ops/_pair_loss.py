@@ -101,7 +101,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if upstream is None:
         return (None,) * 13
-    own, scale, gradients = ctx.saved_tensors[:2], ctx.saved_tensors[2], ctx.saved_tensors[3:]
+    saved = ctx.saved_tensors  # once: a checkpoint gives them once
+    own, scale, gradients = saved[:2], saved[2], saved[3:]
     upstream = upstream * scale
     found = (None if x is None else in_x(upstream, g, x) for x, g in zip(own, gradients, strict=True))
     return *found, *(None,) * 11

@@ -28,7 +28,7 @@ def linear(x: Tensor, weights: Sequence[Weight], gate: str = "none") -> list[Ten
 
     Args:
         x: (M, K), float32, bfloat16 or float16.
-        weights: one to three, in x's dtype, each with its bias and low-rank adapter if it has them.
+        weights: one to three of any strides, in x's dtype, each with its bias and low-rank adapter if it has them.
         gate: "silu" or "gelu_tanh": two weights give f(x @ w0.T) * (x @ w1.T), and that is the only result.
 
     Returns:
@@ -44,15 +44,41 @@ def linear(x: Tensor, weights: Sequence[Weight], gate: str = "none") -> list[Ten
     if not 1 <= len(weights) <= 3 or (gate != "none" and len(weights) != 2):
         raise ValueError(f"weights: {len(weights)}, expected {'2 with a gate' if gate != 'none' else '1 to 3'}")
     for one in weights:
-        if one.weight.dim() != 2 or one.weight.shape[1] != x.shape[1] or one.weight.dtype != x.dtype:
-            raise ValueError(
-                f"weights: shape {tuple(one.weight.shape)} of {one.weight.dtype}, "
-                f"expected (n, {x.shape[1]}) of {x.dtype} like x"
-            )
+        _check_weight(x, one)
+    if gate != "none" and weights[0].weight.shape != weights[1].weight.shape:
+        raise ValueError(
+            f"weights: shapes {tuple(weights[0].weight.shape)} and {tuple(weights[1].weight.shape)}, "
+            "expected the same with a gate"
+        )
     backend = _dispatch.choose("linear", BACKENDS, x)
     if backend == "reference":
         return reference.linear(x, weights, gate)
-    return _compiled.Linear(weights, GATES.index(gate))(x if x.stride(1) == 1 else x.contiguous())
+    return _compiled.Linear([_readable(one) for one in weights], GATES.index(gate))(_rows(x))
+
+
+def _check_weight(x: Tensor, one: Weight) -> None:
+    """Everything of a weight is in x's dtype, on x's device, and of a shape that fits."""
+    _checks.floats(weights=one.weight)
+    shape, dtype = tuple(one.weight.shape), one.weight.dtype
+    if one.weight.dim() != 2 or shape[1] != x.shape[1] or dtype != x.dtype:
+        raise ValueError(f"weights: shape {shape} of {dtype}, expected (n, {x.shape[1]}) of {x.dtype} like x")
+    _checks.linear(x, one.weight, one.bias, one.lora)
+    a, b = (None, None) if one.lora is None else one.lora[:2]
+    tensors = {"bias": one.bias, "lora a": a, "lora b": b}
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"{name}: {tensor.dtype}, expected {x.dtype} like x")
+    _checks.devices(x=x, weights=one.weight, **tensors)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with each row contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _readable(one: Weight) -> Weight:
+    lora = None if one.lora is None else (_rows(one.lora[0]), one.lora[1].contiguous(), one.lora[2])
+    return Weight(_rows(one.weight), None if one.bias is None else one.bias.contiguous(), lora)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
@@ -60,16 +86,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
 
     Args:
         x: (..., H), float32, bfloat16 or float16.
-        weight: (H,), in x's dtype.
+        weight: (H,), float; where its dtype is not x's, the reference computes it in the wider one.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices do not fit.
 
     Source: Zhang & Sennrich 2019, arXiv 1910.07467.
     """
-    _checks.floats(x=x)
+    _checks.floats(x=x, weight=weight)
+    _checks.devices(x=x, weight=weight)
+    if x.dim() < 1:
+        raise ValueError("x: shape (), expected (..., H)")
     _checks.shapes(x.shape[-1:], "the last dimension of x", weight=weight)
     backend = _dispatch.choose("rms_norm", BACKENDS, x)
-    if backend == "reference" or weight.dtype != x.dtype:
+    if backend == "reference" or weight.dtype != x.dtype or x.numel() == 0:
         return reference.rms_norm(x, weight, eps, offset)
-    return _compiled.rms_norm(x, weight, eps, offset)
+    return _compiled.rms_norm(x, weight.contiguous(), eps, offset)
 
 
 def usable(x: Tensor) -> bool:

@@ -138,7 +138,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if upstream is None:
         return (None,) * 15
-    own, gradients = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+    saved = ctx.saved_tensors  # once: a checkpoint gives them once
+    own, gradients = saved[:5], saved[5:]
     found = (None if x is None else in_x(upstream, g, x, ctx.inplace) for x, g in zip(own, gradients, strict=True))
     return *found, *(None,) * 10
 

@@ -113,6 +113,7 @@ def linear_ppo_loss(
     differentiable = (hidden, weight, bias, a, b, values if value_coef != 0 else None)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in differentiable]
     pays = backend != "reference" and whole_rows_pay(tokens.numel(), weight.shape[0], hidden.device)
+    pays = pays and not _checks.is_low(temperature)
     if any(needs[:5]) and ratio == "token" and pays:
         constants = [
             None if x is None else x.detach()
@@ -225,7 +226,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if upstream is None:
         return (None,) * 30
-    own, scale, gradients = ctx.saved_tensors[:6], ctx.saved_tensors[6], ctx.saved_tensors[7:]
+    saved = ctx.saved_tensors  # once: a checkpoint gives them once
+    own, scale, gradients = saved[:6], saved[6], saved[7:]
     upstream = upstream * scale
     found = (None if x is None else in_x(upstream, g, x, ctx.inplace) for x, g in zip(own, gradients, strict=True))
     return *found, *(None,) * 24

@@ -58,6 +58,13 @@ def linear_token_logprobs(
     rows, size = hidden.shape[:-1], weight.shape[0]
     _checks.scoring(rows, "hidden", size, tokens, mask, temperature, softcap, logit_scale)
     widest = weight if weight.dtype == torch.float64 else hidden
+    if widest.dtype != torch.float64 and _checks.is_low(temperature):
+        adapter = None if lora is None else (lora[0].double(), lora[1].double(), lora[2])
+        exact = reference.linear_token_logprobs(
+            hidden.double(), weight.double(), tokens, None if bias is None else bias.double(), adapter, temperature,
+            softcap, logit_scale, mask,
+        )  # fmt: skip
+        return exact[0].float(), exact[1].float()
     backend = _dispatch.choose("linear_token_logprobs", BACKENDS, widest)
     if backend == "reference":
         return reference.linear_token_logprobs(

@@ -326,7 +326,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if upstream is None:
         return (None,) * 22
-    own, inverse, gradients = ctx.saved_tensors[:3], ctx.saved_tensors[3], ctx.saved_tensors[4:]
+    saved = ctx.saved_tensors  # once: a checkpoint gives them once
+    own, inverse, gradients = saved[:3], saved[3], saved[4:]
     if all(x is None for x in own):
         return (None,) * 22
     scaled = _scaled(upstream, inverse, *gradients, *own, ctx.backend)

@@ -190,7 +190,10 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1", mask: 
     d = keep(logprobs, mask) - keep(ref_logprobs, mask)
     k2 = d.square() / 2
     value = {"k1": d, "k2": k2, "k3": torch.expm1(-d) + d}[kind[:2]]
-    return value.detach() + (k2 - k2.detach()) if kind.endswith("+") else value
+    if not kind.endswith("+"):
+        return value
+    straight = torch.where(d.isinf(), 0, d).square() / 2  # infinity less itself would hide the value
+    return value.detach() + (straight - straight.detach())
 
 
 def full_kl(
@@ -736,12 +739,14 @@ def write_kv(
 def sample(
     logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Likeliest first (a stable sort), cut, back in the order of the vocabulary, and the cumulative sum inverted."""
-    logits = widen(logits)  # (B, V)
+    """Likeliest first (a stable sort), cut, back in the order of the vocabulary, and the cumulative sum inverted. In
+    float64, for sums over a vocabulary lose digits in float32."""
+    logits = logits.double()  # (B, V)
     columns = logits.shape[1]
     greedy = temperature == 0
-    logprobs = torch.log_softmax(logits / torch.where(greedy, 1, temperature)[:, None].to(logits.dtype), dim=-1)
-    probabilities = logprobs.double().exp()
+    below = logits - logits.amax(-1, keepdim=True)  # first, for a quotient may leave the range
+    logprobs = torch.log_softmax(below / torch.where(greedy, 1, temperature)[:, None].to(logits.dtype), dim=-1)
+    probabilities = logprobs.exp()
     ordered, index = probabilities.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(columns, device=logits.device)
     most = torch.where(greedy, 1, torch.where(top_k > 0, top_k, columns))[:, None]

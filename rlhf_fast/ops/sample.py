@@ -36,7 +36,8 @@ def sample(
     Args:
         logits: (B, V), float32, bfloat16, float16 or float64. -inf bans a token.
         uniform: (B,) float64 in [0, 1).
-        temperature: (B,) float32; 0 takes the likeliest token (of equals the first), of softmax(logits).
+        temperature: (B,) float32; 0 takes the likeliest token (of equals the first), of softmax(logits). Kernels take
+            one below 2^-126, whose inverse is no float32, as that.
         top_k: (B,) int32; 0 for all.
         top_p: (B,) float32 in (0, 1].
         min_p: (B,) float32 in [0, 1).

@@ -41,7 +41,8 @@ def token_logprobs(
             nothing to the entropy and gets no gradient from it); softcap makes it -softcap like any very low logit.
         tokens: (...), int32 or int64, in [0, V).
         temperature: > 0; a number, or a tensor that broadcasts to the shape of ``tokens`` (one per row). A constant:
-            no gradient flows to it.
+            no gradient flows to it. Below 1e-20, down to the smallest float32, plain PyTorch divides in float64
+            whatever the backend is (a tensor on a GPU is not looked at); what is too large for float32 is inf.
         softcap: > 0, or None (Gemma 2, arXiv:2408.00118).
         logit_scale: > 0 (Cohere, Granite).
         mask: (...), bool. Where False, both outputs and the row's gradient are exactly 0, the row is not read, and it
@@ -71,6 +72,9 @@ def token_logprobs(
         raise ValueError(
             "inplace_backward: logits are a leaf that requires a gradient, which would be written over them"
         )
+    if logits.dtype != torch.float64 and _checks.is_low(temperature):
+        exact = reference.token_logprobs(logits.double(), tokens, temperature, softcap, logit_scale, mask)
+        return exact[0].float(), exact[1].float()
     backend = _dispatch.choose("token_logprobs", BACKENDS, logits)
     if backend == "reference":
         return reference.token_logprobs(logits, tokens, temperature, softcap, logit_scale, mask)

@@ -68,15 +68,15 @@ def _listened(model: nn.Module) -> set[nn.Module]:
 
 
 def head(model: Model) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The output layer of a model: states (S, H) -> logits (S, V)."""
+    """The output layer of a model: states (S, H) -> logits (S, V), in the dtype of its weight."""
     of = output_head(model)
     factors = () if of.lora is None else of.lora[:2]
-    if not all(_fits(x) for x in (of.weight, *factors)):
+    if not all(_fits(x) for x in (of.weight, *factors)) or not _is_plain(of.bias) or not _is_plain(*factors[1:]):
         return of.logits
     product = Linear([Weight(of.weight, of.bias, of.lora)])
 
     def logits(hidden: torch.Tensor) -> torch.Tensor:
-        found = product(hidden)[0]
+        found = product(hidden.to(of.weight.dtype))[0]  # of a trunk that may be narrower
         if of.logit_scale != 1.0:
             found *= of.logit_scale
         return of.softcap * torch.tanh(found / of.softcap) if of.softcap else found
@@ -86,6 +86,10 @@ def head(model: Model) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def _fits(x: torch.Tensor) -> bool:
     return usable(x) and x.dim() == 2 and x.stride(1) == 1
+
+
+def _is_plain(x: torch.Tensor | None = None) -> bool:
+    return x is None or (usable(x) and x.is_contiguous())
 
 
 def _weights(module: Any, *names: str) -> list[Weight] | None:
@@ -106,10 +110,10 @@ def _weight(layer: Any) -> Weight | None:
             factors: list[Any] = [layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight]
             a, b = factors
             adapter = (a, b, float(layer.scaling[names[0]]))
-            if not (_fits(a) and _fits(b) and b.is_contiguous()):
+            if not (_fits(a) and _fits(b) and _is_plain(b)):
                 return None
         layer = layer.get_base_layer()
-    if type(layer) is not nn.Linear or not _fits(layer.weight):
+    if type(layer) is not nn.Linear or not _fits(layer.weight) or not _is_plain(layer.bias):
         return None
     return Weight(layer.weight, layer.bias, adapter)
 

@@ -11,6 +11,7 @@ from rlhf_fast import ops
 from tests.ops import cases
 from tests.ops.compare import assert_close, assert_leaves_inputs_alone, assert_no_worse_than_torch, gradient_of
 from tests.ops.compare import outputs_and_gradients as run
+from tests.ops.conftest import Backend
 
 
 def pairs(n: int, dtype: torch.dtype = torch.float64, scale: float = 5.0) -> Any:
@@ -136,3 +137,11 @@ def test_bad_input_is_named(change: dict[str, Any], error: type[Exception], text
     names = ("chosen", "rejected", "ref_chosen", "ref_rejected")
     with pytest.raises(error, match=text):
         ops.dpo_loss(**{**{name: torch.zeros(3) for name in names}, **change})
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "robust", "hinge", "ipo", "kto"])
+def test_no_number_makes_the_loss_none(backend: Backend, loss: str) -> None:
+    chosen, *others = (cases.random(4, seed=i) for i in range(4))
+    chosen[2] = math.nan
+    found, _ = backend(ops.dpo_loss, chosen, *others, loss=loss, label_smoothing=0.1 if loss == "robust" else 0.0)
+    assert bool(found.isnan())

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from rlhf_fast import ops
 from rlhf_fast.ops import _head
@@ -279,3 +280,23 @@ def test_bad_input_is_named(change: dict[str, Any], error: type[Exception], text
     arguments = {"hidden": torch.zeros(3, 8), "weight": torch.zeros(30, 8), "tokens": torch.zeros(3).long(), **change}
     with pytest.raises(error, match=text):
         ops.linear_token_logprobs(**arguments)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_narrow_weight_is_widened_a_tile_at_a_time(rows: int, frozen: bool) -> None:
+    """However few rows there are, and so however wide a block of logits is."""
+    weight = cases.random(1 << 16, 128, dtype=torch.bfloat16).requires_grad_(not frozen)  # 32 MiB in float32
+    hidden = cases.random(rows, 128, dtype=torch.bfloat16).requires_grad_()
+    tokens = cases.random_tokens(rows, vocabulary=1 << 16)
+
+    def largest(op: Any) -> int:
+        with ops.use_backend("cpu"), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+            op(hidden, weight, tokens)[0].sum().backward()
+        return max(event.self_cpu_memory_usage for event in record.events())
+
+    own = weight.nbytes + (1 << 20)  # its gradient is as large as itself
+    tile = 4 * _head._TILE + (1 << 20)
+    assert largest(ops.linear_token_logprobs) <= (tile if frozen else max(tile, own))
+    if frozen:
+        assert largest(lambda *given: (ops.linear_cross_entropy(*given),)) <= tile
