@@ -108,23 +108,18 @@ def _run(inner: Any, layer: Any, states: torch.Tensor, products: torch.Tensor) -
         output.last_hidden_state = states
         return output
 
-    def before_layer(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        entered.append(arguments[0].float())
-        return (arguments[0].to(layer.weight.dtype), *arguments[1:])
-
-    def after_layer(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
+    def of_layer(given: torch.Tensor) -> torch.Tensor:  # the layer itself, whatever its dtypes, need not run
+        entered.append(given.float())
         return products.clone()
 
     if trunk(inner) is inner:
         _refuse(inner, "it has no trunk of its own")
-    hooks = [
-        *(one.register_forward_hook(of_trunk) for one in _trunks(inner)),
-        layer.register_forward_pre_hook(before_layer),
-        layer.register_forward_hook(after_layer),
-    ]
+    hooks = [one.register_forward_hook(of_trunk) for one in _trunks(inner)]
+    layer.forward = of_layer
     try:
         logits = inner(input_ids=torch.tensor([IDS], device=layer.weight.device), use_cache=False).logits.float()
     finally:
+        del layer.forward
         for hook in hooks:
             hook.remove()
     if len(entered) != 1 or entered[0].shape != states.shape:
