@@ -157,11 +157,16 @@ def temperatures(temperature: float | Tensor, rows: Sequence[int], mask: Tensor 
             raise ValueError(f"temperature: {value:g} (row {row}), expected > 0{least}")
 
 
-def is_low(temperature: float | Tensor) -> bool:
-    """Whether logits are to be divided by it in float64; looked at where that is free."""
+def is_low(temperature: float | Tensor, mask: Tensor | None) -> bool:
+    """Whether logits of unmasked rows are to be divided by it in float64; looked at where that is free."""
     if not isinstance(temperature, Tensor):
         return temperature < LOW_TEMPERATURE
-    return values_are_checked(temperature) and bool((temperature < LOW_TEMPERATURE).any())
+    if not values_are_checked(temperature):
+        return False
+    low = temperature < LOW_TEMPERATURE
+    if mask is not None and bool(low.any()):
+        low = low & mask
+    return bool(low.any())
 
 
 def transforms(

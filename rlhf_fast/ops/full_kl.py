@@ -64,7 +64,7 @@ def full_kl(
     if logits.dtype != ref_logits.dtype:
         widest = torch.promote_types(logits.dtype, ref_logits.dtype)
         logits, ref_logits = logits.to(widest), ref_logits.to(widest)
-    if logits.dtype != torch.float64 and _checks.is_low(temperature):
+    if logits.dtype != torch.float64 and _checks.is_low(temperature, mask):
         p, q = logits.double(), ref_logits.double()
         return reference.full_kl(p, q, mask, kind, temperature, softcap, logit_scale).float()
     backend = _dispatch.choose("full_kl", BACKENDS, logits)

@@ -113,7 +113,7 @@ def linear_ppo_loss(
     differentiable = (hidden, weight, bias, a, b, values if value_coef != 0 else None)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in differentiable]
     pays = backend != "reference" and whole_rows_pay(tokens.numel(), weight.shape[0], hidden.device)
-    pays = pays and not _checks.is_low(temperature)
+    pays = pays and not _checks.is_low(temperature, mask)
     if any(needs[:5]) and ratio == "token" and pays:
         constants = [
             None if x is None else x.detach()

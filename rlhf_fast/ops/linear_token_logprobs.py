@@ -58,7 +58,7 @@ def linear_token_logprobs(
     rows, size = hidden.shape[:-1], weight.shape[0]
     _checks.scoring(rows, "hidden", size, tokens, mask, temperature, softcap, logit_scale)
     widest = weight if weight.dtype == torch.float64 else hidden
-    if widest.dtype != torch.float64 and _checks.is_low(temperature):
+    if widest.dtype != torch.float64 and _checks.is_low(temperature, mask):
         adapter = None if lora is None else (lora[0].double(), lora[1].double(), lora[2])
         exact = reference.linear_token_logprobs(
             hidden.double(), weight.double(), tokens, None if bias is None else bias.double(), adapter, temperature,

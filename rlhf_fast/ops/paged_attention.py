@@ -117,9 +117,12 @@ def paged_attention(
     Source: Kwon et al. 2023, arXiv 2309.06180 (paged keys); Milakov & Gimelshein 2018, arXiv 1805.02867
         (online softmax).
     """
-    _checks.floats(query=query)
-    _checks.devices(query=query, keys=cache.keys, tables=batch.tables)
+    _checks.floats(query=query, sinks=sinks)
+    _checks.devices(query=query, keys=cache.keys, values=cache.values, sinks=sinks, **batch._asdict())
+    if query.dim() != 3:
+        raise ValueError(f"query: shape {tuple(query.shape)}, expected (N, heads, {cache.dim})")
     n, heads, dim = query.shape
+    _checks.shapes((heads,), "the heads of query", sinks=sinks)
     kv_heads = cache.keys.shape[1]
     if dim != cache.dim or heads % kv_heads:
         raise ValueError(
@@ -137,6 +140,7 @@ def paged_attention(
         query = query.contiguous()
     if backend == "triton" and batch.places is None:
         batch = batch.placed(n)
+    sinks = None if sinks is None else sinks.float().contiguous()
     kernels(backend).forward(query, cache, batch, scale, softcap, window, sinks, out)
     return out
 

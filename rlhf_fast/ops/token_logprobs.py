@@ -72,7 +72,7 @@ def token_logprobs(
         raise ValueError(
             "inplace_backward: logits are a leaf that requires a gradient, which would be written over them"
         )
-    if logits.dtype != torch.float64 and _checks.is_low(temperature):
+    if logits.dtype != torch.float64 and _checks.is_low(temperature, mask):
         exact = reference.token_logprobs(logits.double(), tokens, temperature, softcap, logit_scale, mask)
         return exact[0].float(), exact[1].float()
     backend = _dispatch.choose("token_logprobs", BACKENDS, logits)

@@ -339,3 +339,22 @@ def test_heads_too_wide_for_the_kernels_are_for_the_reference() -> None:
     torch.testing.assert_close(got.double(), by_definition(p, {}), rtol=1e-5, atol=1e-5)
     with ops.use_backend("cpu"), pytest.raises(RuntimeError, match="paged_attention: has no 'cpu' backend"):
         ops.paged_attention(p.query, p.cache, p.batch)
+
+
+def test_what_does_not_fit_is_named() -> None:
+    cache = KVCache.new(2, 1, 8, 16, torch.empty(0))
+    batch = PagedBatch.of(
+        torch.zeros(1, 2, dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    )
+    query = torch.zeros(1, 2, 8)
+    for change, words in (
+        ({"query": query[0]}, r"query: shape \(2, 8\), expected \(N, heads, 8\)"),
+        ({"query": query.bfloat16()}, "query: torch.bfloat16, expected torch.float32 like the cache"),
+        ({"sinks": torch.zeros(3)}, r"sinks: shape \(3,\), expected \(2,\) like the heads of query"),
+        ({"sinks": torch.zeros(2, dtype=torch.int64)}, "sinks: int64, expected float32"),
+        ({"batch": batch._replace(contexts=batch.contexts.long())}, "batch.contexts: torch.int64"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=words):
+            ops.paged_attention(**{"query": query, "cache": cache, "batch": batch, **change})
+    narrow = torch.zeros(2, dtype=torch.bfloat16)  # brought to float32
+    assert bool(ops.paged_attention(query, cache, batch, sinks=narrow).isfinite().all())
