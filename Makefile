@@ -38,8 +38,8 @@ test: $(STAMP) ## run the tests
 	  wait $$triton; found=$$?; cat build/triton-tests.log; trap - EXIT; exit $$((rest || found))
 
 # A build of its own beside the ordinary one, which stays. Python leaks, so leaks are not looked for; libasan must be the
-# first library of the process, and find that of C++, which throws. CI has the same fuzz, in short and without sanitizers, in `make test`: this build alone
-# takes longer than that.
+# first library of the process, and find that of C++, which throws. `make test` has the same fuzz in short, without
+# sanitizers but with watched bytes around every tensor.
 ASAN_FOLDER := build/asan
 asan: $(STAMP) ## the C++ kernels under address and undefined-behaviour sanitizers: op tests, 10,000 random calls
 	RLHF_FAST_SANITIZE=1 RLHF_FAST_CUDA_ARCHS="" $(BIN)/python setup.py -q build_ext \

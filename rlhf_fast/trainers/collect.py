@@ -65,7 +65,6 @@ class Collector:
     ) -> None:
         self.policy, self.reference, self.critic, self.sampler = policy, reference, critic, sampler
         self.advantage, self.config, self.budget, self.shared = advantage, config, budget, shared
-        self.device, self.dtype = policy.device, policy.dtype
 
     def collect(self, run: RunFolder, step: int, kl_coef: float, rates: DeviceRates | None = None) -> Experience:
         """Turn the scores of responses to this step's prompts into advantages for every token."""
@@ -88,7 +87,7 @@ class Collector:
         config, rollouts = self.config, sampled.rollouts
         examples = rollouts.examples()
         lengths = [len(example.response) for example in examples]
-        device = self.device
+        device = self.policy.device
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
 
         old_logprobs, entropies, old_values = self._policy_outputs(rollouts, examples, lag)
@@ -149,7 +148,7 @@ class Collector:
             return None
         rollouts, scoring = sampled.greedy
         found = paid(scoring.result().scores, rollouts.finish_reasons, self.config)
-        return torch.tensor(found, device=self.device).repeat_interleave(self.config.samples_per_prompt)
+        return torch.tensor(found, device=self.policy.device).repeat_interleave(self.config.samples_per_prompt)
 
     def _policy_outputs(self, rollouts: Rollouts, examples: list[Example], lag: int = 0) -> list[list[torch.Tensor]]:
         """Log-probability, entropy and value (without a critic none) of each response token, as training has them, so
@@ -159,7 +158,7 @@ class Collector:
         dtypes it rounds elsewhere than training does. Then they are computed again.
         """
         own_critic = self.critic is not None and self.critic.model is not None
-        if self.dtype == torch.float32 and not lag:
+        if self.policy.dtype == torch.float32 and not lag:
             lengths = [len(example.response) for example in examples]
             found = (rollouts.logprobs, rollouts.entropy, rollouts.values)
             outputs = [[] if x is None else list(x[rollouts.response_mask].split(lengths)) for x in found]
@@ -184,7 +183,7 @@ class Collector:
     def _each(
         self, examples: Sequence[Example], function: Callable[[Batch], Sequence[torch.Tensor]]
     ) -> list[list[torch.Tensor]]:
-        return per_example(examples, function, self.budget.tokens, self.device, self.shared)
+        return per_example(examples, function, self.budget.tokens, self.policy.device, self.shared)
 
     @staticmethod
     def _keep_samples(
