@@ -38,16 +38,18 @@ test: $(STAMP) ## run the tests
 	  wait $$triton; found=$$?; cat build/triton-tests.log; trap - EXIT; exit $$((rest || found))
 
 # A build of its own beside the ordinary one, which stays. Python leaks, so leaks are not looked for; libasan must be the
-# first library of the process, and find that of C++, which throws. `make test` has the same fuzz in short, without
-# sanitizers but with watched bytes around every tensor.
+# first library of the process, and find that of C++, which throws. CI makes fewer calls, and those alone; `make test` has
+# the same fuzz, too, without sanitizers but with watched bytes around every tensor.
 ASAN_FOLDER := build/asan
-asan: $(STAMP) ## the C++ kernels under address and undefined-behaviour sanitizers: op tests, 10,000 random calls
+ASAN_CALLS ?= 10000
+ASAN_TESTS ?= tests/ops
+asan: $(STAMP) ## the C++ kernels under address and undefined-behaviour sanitizers: op tests, ASAN_CALLS (10,000) random calls
 	RLHF_FAST_SANITIZE=1 RLHF_FAST_CUDA_ARCHS="" $(BIN)/python setup.py -q build_ext \
 	  --build-lib $(ASAN_FOLDER) --build-temp $(ASAN_FOLDER)/objects
-	@export OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 RLHF_FAST_FUZZ_CALLS=10000 \
+	@export OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 RLHF_FAST_FUZZ_CALLS=$(ASAN_CALLS) \
 	  RLHF_FAST_TEST_MODULE=$$(ls $(CURDIR)/$(ASAN_FOLDER)/rlhf_fast/_C*.so) \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"; \
-	  $(BIN)/python -m pytest -q tests/ops -k "(cpu or fuzz) and not cuda and not triton and not reference"
+	  $(BIN)/python -m pytest -q $(ASAN_TESTS) -k "(cpu or fuzz) and not cuda and not triton and not reference"
 
 lint: $(STAMP) ## ruff, mypy and clang-format
 	$(BIN)/ruff check .
