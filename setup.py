@@ -29,7 +29,7 @@ LINK_ARGS = []
 if os.environ.get("RLHF_FAST_SANITIZE"):  # `make asan`: what reads or writes where it may not ends the process
     SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     FEW_LINES = ["-fno-inline", "-DSIMD_INLINE=inline", "-DSIMD_INLINE_LAMBDA="]  # in a function, or GCC takes minutes
-    COMPILE_ARGS = ["-O1", "-g1", "-fno-omit-frame-pointer", *FEW_LINES, *SANITIZE, *COMPILE_ARGS[1:], "-Wno-psabi"]
+    COMPILE_ARGS = ["-O0", "-g1", "-fno-omit-frame-pointer", *FEW_LINES, *SANITIZE, *COMPILE_ARGS[1:], "-Wno-psabi"]
     LINK_ARGS = SANITIZE
 
 # Each runs on its whole family (80 on 86 and 89, say); the PTX of the last is for what is yet to come.
