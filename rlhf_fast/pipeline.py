@@ -16,6 +16,7 @@ import yaml
 from transformers import LlamaConfig
 
 from rlhf_fast import models, settings
+from rlhf_fast.claim import Claim
 from rlhf_fast.config import DemoConfig
 from rlhf_fast.data.batches import shuffled
 from rlhf_fast.data.records import PromptRecord, prompt_text, read_demonstrations, read_prompts
@@ -44,11 +45,17 @@ def run_demo(config: DemoConfig, say: Callable[[str], None] = print) -> Path:
 
     Raises:
         ValueError: the folder holds a run with other settings; the message lists them.
+        FileExistsError: it holds something else, or is in use.
         OSError: the disk is too small, before anything is computed.
     """
     out = Path(config.out)
-    _claim(out, config)
-    run = _Demo(config, out)
+    with Claim(out, "demo"):
+        _start(out, config)
+        return _run_phases(_Demo(config, out), say)
+
+
+def _run_phases(run: _Demo, say: Callable[[str], None]) -> Path:
+    config, out = run.config, run.out
     phases = (run.sft, run.comparisons, run.reward, run.ppo, run.evaluation)
     for number, (name, phase) in enumerate(zip(PHASES, phases, strict=True), start=1):
         if is_finished(out / name):
@@ -150,8 +157,8 @@ def tiny_model() -> LlamaConfig:
     )
 
 
-def _claim(out: Path, config: DemoConfig) -> None:
-    """Write the settings into the run's folder, or see that those of an earlier start are the same."""
+def _start(out: Path, config: DemoConfig) -> None:
+    """Write the settings into the demo's folder, or see that those of an earlier start are the same."""
     file = out / "config.yaml"
     if file.exists():
         before = yaml.safe_load(file.read_text(encoding="utf-8"))

@@ -1,8 +1,10 @@
-"""A run's folder: config.yaml, metrics.jsonl, samples.jsonl, skipped.jsonl, checkpoints/step-N and, once it is
-finished, result.json.
+"""A run's folder: run.json, config.yaml, metrics.jsonl, samples.jsonl, skipped.jsonl, checkpoints/step-N and, once it
+is finished, result.json.
 
+`run.json` is written first: it says whose the folder is, and is locked while a process writes there (claim.py).
 `result.json` is written last and at once, so a folder is finished exactly when it is there. An unfinished run goes on
-from its state/, if a trainer has kept one there, and otherwise starts over: what it had written is cleared.
+from its state/, if a trainer has kept one there, and otherwise starts over. Nothing that the run did not write is
+written over or removed.
 """
 
 from __future__ import annotations
@@ -14,45 +16,59 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from rlhf_fast import settings
+from rlhf_fast.claim import Claim, check_claim, refuse_foreign
 from rlhf_fast.files import append_line, restore_folder, write_atomic
-from rlhf_fast.trackers import Tracker, open_trackers
+from rlhf_fast.trackers import Tracker, open_trackers, require_trackers
 
 GROWING = ("metrics.jsonl", "samples.jsonl", "skipped.jsonl")
 PATIENCE = ("ppo.reward_timeout", "ppo.reward_retries")  # decide nothing but whether a run goes on
+WRITTEN = "checkpoints/written.jsonl"  # which checkpoints the run has written, and the files of each
 
 
 class RunFolder:
-    """Writes one run. Create it when everything has been checked: it clears an unfinished run of the same folder."""
+    """Writes one run, and holds its folder until it is finished or closed.
+
+    Raises:
+        FileExistsError: something else is there, or it is in use; says what, and changes nothing.
+        ValueError: the run that is there was begun with other settings; lists them.
+    """
 
     def __init__(self, path: str | Path, phase: str, config_yaml: str, trackers: tuple[str, ...] = ()) -> None:
         self.path, self.phase = Path(path), phase
-        if is_finished(self.path):
-            raise FileExistsError(f"{self.path} holds a finished run; choose another --out, or remove it first")
-        earlier = [self.path / name for name in (*GROWING, "checkpoints")]
-        if not (self.path / "config.yaml").exists() and (strange := [file for file in earlier if file.exists()]):
-            raise FileExistsError(f"{strange[0]} is there without a config.yaml of a run; choose another --out")
-        self.state = self.path / "state"
-        restore_folder(self.state)
-        self.resumes = (self.state / "state.json").exists()
-        if self.resumes:
-            before = (self.path / "config.yaml").read_text(encoding="utf-8")
-            if changed := settings.changes(before, config_yaml, but=PATIENCE):
-                raise ValueError(
-                    f"{self.path} holds a run that was interrupted with other settings ({changed}); go on with the "
-                    "same ones, or choose another --out"
-                )
-        else:
-            for file in (*earlier, self.state, self.path / "wandb_id"):
-                _remove(file)
-        write_atomic(self.path / "config.yaml", config_yaml)
-        self.trackers: list[Tracker] = open_trackers(trackers, self.path, config_yaml)
+        check_folder(path, phase, config_yaml, trackers)
+        self._claim = Claim(self.path, phase)
+        try:
+            _refuse_finished(self.path)  # since it was looked at
+            _refuse_other(self.path, config_yaml)
+            self.state = self.path / "state"
+            restore_folder(self.state)
+            self.resumes = (self.state / "state.json").exists()
+            if not self.resumes:
+                for name in (*GROWING, "wandb_id"):
+                    (self.path / name).unlink(missing_ok=True)
+            write_atomic(self.path / "config.yaml", config_yaml)
+            self.trackers: list[Tracker] = open_trackers(trackers, self.path, config_yaml)
+        except BaseException:
+            self._claim.close()
+            raise
         self.started = time.monotonic()
+
+    def close(self) -> None:
+        """Let go of the folder, for another process to go on there."""
+        self._claim.close()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
 
     def seconds(self) -> float:
         """Since the run began, without the time in which it was interrupted."""
@@ -96,6 +112,32 @@ class RunFolder:
         """The folder that a checkpoint of `step` goes to (`models.save` writes it aside and renames it)."""
         return self.path / "checkpoints" / f"step-{step}"
 
+    def will_write(self, step: int) -> Path:
+        """Note that this run writes the checkpoint of `step`, before it does; returns its folder."""
+        folder = self.checkpoint(step)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        append_line(self.path / WRITTEN, {"step": step})
+        return folder
+
+    def has_written(self, step: int) -> None:
+        """Note which files that checkpoint has."""
+        folder = self.checkpoint(step)
+        files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+        append_line(self.path / WRITTEN, {"step": step, "files": files})
+
+    def written(self) -> list[int]:
+        """The steps whose checkpoints this run has written, those that it has removed again too."""
+        return [*_written(self.path)]
+
+    def forget(self, step: int) -> None:
+        """Remove a checkpoint, but nothing that somebody put beside its files."""
+        folder = self.checkpoint(step)
+        if foreign := _foreign(self.path, step):
+            for name in set(_names(folder)) - set(foreign):
+                (folder / name).unlink()
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
     def finish(self, summary: dict[str, Any], step: int | None = None) -> dict[str, Any]:
         """Mark the run as finished, name the step whose checkpoint is its outcome, and say what it cost."""
         for tracker in self.trackers:
@@ -108,8 +150,72 @@ class RunFolder:
             "summary": _finite(summary),
         }
         write_atomic(self.path / "result.json", json.dumps(result, indent=2) + "\n")
-        _remove(self.state)
+        shutil.rmtree(self.state, ignore_errors=True)
+        self.close()
         return result
+
+
+def check_folder(
+    path: str | Path, phase: str, config_yaml: str, trackers: tuple[str, ...] = (), but: Collection[str] = ()
+) -> None:
+    """Raise what `RunFolder` would raise, and change nothing: before a model is loaded.
+
+    Args:
+        but: settings that may differ from those of the run that was begun there, as they are not known yet.
+    """
+    path = Path(path)
+    refuse_foreign(path)
+    _refuse_finished(path)
+    check_claim(path, phase)
+    _refuse_other(path, config_yaml, but)
+    require_trackers(trackers)
+
+
+def _refuse_finished(path: Path) -> None:
+    if is_finished(path):
+        raise FileExistsError(f"{path} holds a finished run; choose another --out, or remove it first")
+
+
+def _refuse_other(path: Path, config_yaml: str, but: Collection[str] = ()) -> None:
+    """Raise if the run in a folder is another one than that of these settings, or not all is this run's own."""
+    config = path / "config.yaml"
+    if not config.exists():
+        if left := [name for name in (*GROWING, "state", "checkpoints") if (path / name).exists()]:
+            raise FileExistsError(f"{path / left[0]} is there without the config.yaml of its run; choose another --out")
+        return
+    before = config.read_text(encoding="utf-8")
+    if changed := settings.changes(before, config_yaml, but=(*PATIENCE, *but)):
+        raise ValueError(
+            f"{path} holds a run that was interrupted with other settings ({changed}); go on with the same ones, or "
+            "choose another --out"
+        )
+    for folder in (path / "checkpoints").glob("step-*"):
+        step = folder.name.removeprefix("step-")
+        if step.isdigit() and (foreign := _foreign(path, int(step))):
+            raise FileExistsError(
+                f"{folder / foreign[0]} is there, and this run did not write it; move it out of {path / 'checkpoints'}"
+            )
+
+
+def _names(folder: Path) -> list[str]:
+    return [str(file.relative_to(folder)) for file in folder.rglob("*") if not file.is_dir() or file.is_symlink()]
+
+
+def _written(path: Path) -> dict[int, list[str] | None]:
+    """The steps whose checkpoints the run in `path` has written, with the files of each; None where it may have been
+    killed before it could note them, so that all that is there is its own."""
+    file = path / WRITTEN
+    rows = map(json.loads, file.read_text(encoding="utf-8").splitlines() if file.exists() else [])
+    return {row["step"]: row.get("files") for row in rows}
+
+
+def _foreign(path: Path, step: int) -> list[str]:
+    """What is in the folder of a checkpoint, but was not written by the run in `path`."""
+    written, names = _written(path), sorted(_names(path / "checkpoints" / f"step-{step}"))
+    if step not in written:
+        return names or ["."]
+    own = written[step]
+    return [] if own is None else [name for name in names if name not in own]
 
 
 def interrupted_settings(path: Path) -> dict[str, Any]:
@@ -144,10 +250,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

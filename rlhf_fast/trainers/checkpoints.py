@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ class Checkpoints:
         self.run, self.config, self.goal, self._save, self.patience = run, config, goal, save, patience
         self.best: dict[str, float] = {}  # what was measured after the best step
         self.best_step, self.worse = 0, 0
+        self.saved: list[int] = []  # steps, in order; those that this run wrote and has not removed
 
     @property
     def exhausted(self) -> bool:
@@ -51,21 +51,23 @@ class Checkpoints:
 
     def _keep(self, step: int) -> None:
         """Save, and then remove what is neither the best nor among the last."""
-        self._save(self.run.checkpoint(step))
-        steps = sorted(
-            int(folder.name.removeprefix("step-")) for folder in self.run.checkpoint(0).parent.glob("step-*")
-        )
-        kept = {self.best_step, *[at for at in steps if at <= step][-self.config.keep_last :]}
-        for at in steps:
-            if at not in kept:  # those beyond `step` are of a run that was killed and is now here again
-                shutil.rmtree(self.run.checkpoint(at))
+        self._save(self.run.will_write(step))
+        self.run.has_written(step)
+        self.saved = [*[at for at in self.saved if at != step], step]
+        kept = {self.best_step, *self.saved[-self.config.keep_last :]}
+        for at in set(self.saved) - kept:
+            self.run.forget(at)
+        self.saved = [at for at in self.saved if at in kept]
 
     def outcome(self, last: int, row: dict[str, float]) -> tuple[int, dict[str, float]]:
         """The step whose checkpoint is the run's, and its metrics: with patience the best, otherwise the last."""
+        for step in set(self.run.written()) - set(self.saved):  # of before a kill; not saved again
+            self.run.forget(step)
         return (last, row) if self.patience is None else (self.best_step, self.best)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "best_step": self.best_step, "worse": self.worse}
+        return {"best": self.best, "best_step": self.best_step, "worse": self.worse, "saved": self.saved}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best, self.best_step, self.worse = state["best"], state["best_step"], state["worse"]
+        self.saved = state["saved"]

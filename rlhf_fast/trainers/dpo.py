@@ -25,6 +25,7 @@ from rlhf_fast.trainers.budget import TokenBudget
 from rlhf_fast.trainers.chat_settings import use_settings
 from rlhf_fast.trainers.checkpoints import Goal
 from rlhf_fast.trainers.loop import Stats, add_stats, fit, per_example, split_heldout
+from rlhf_fast.trainers.preflight import preflight
 
 
 class DPOTrainer:
@@ -44,6 +45,8 @@ class DPOTrainer:
         config: DPOConfig | None = None,
     ) -> None:
         config = config or DPOConfig()
+        inputs = {"model": model, "data": data, "out": out}
+        preflight("dpo", config, inputs)
         comparisons = read_comparisons(data)
         loaded, self.tokenizer = models.load(model, getattr(torch, config.dtype))
         self.config = config = use_settings(config, "dpo", out, self.tokenizer)
@@ -58,7 +61,7 @@ class DPOTrainer:
         if not self.heldout:
             self.training, self.heldout = split_heldout(groups, config.heldout, config.seed)
         self.out = Path(out)
-        self.config_yaml = settings.run_yaml("dpo", config, model=model, data=data, out=out)
+        self.config_yaml = settings.run_yaml("dpo", config, **inputs)
         self.budget = TokenBudget(config.optim.max_tokens_per_microbatch)
         self.reference: dict[Example, float] = {}
 
@@ -66,13 +69,15 @@ class DPOTrainer:
         """Train, save the checkpoint, and return the run's result."""
         config = self.config
         batches = epoch_batches_by_pairs(self.training, config.batch_size, config.epochs, config.seed)
-        run = RunFolder(self.out, "dpo", self.config_yaml, config.run.trackers)
-        self._remember_reference()
-        outcome = fit(
-            run, self.model, batches, self._losses, self.budget, config, Goal("heldout_loss", higher=False),
-            data=self.training + self.heldout, evaluate=lambda _: self.evaluate(), save=self._save, load=models.load,
-        )  # fmt: skip
-        return run.finish({"comparisons": sum(group.pairs for group in self.training), **outcome.row}, outcome.step)
+        with RunFolder(self.out, "dpo", self.config_yaml, config.run.trackers) as run:
+            self._remember_reference()
+            outcome = fit(
+                run, self.model, batches, self._losses, self.budget, config, Goal("heldout_loss", higher=False),
+                data=self.training + self.heldout,
+                evaluate=lambda _: self.evaluate(), save=self._save, load=models.load,
+            )  # fmt: skip
+            comparisons = sum(group.pairs for group in self.training)
+            return run.finish({"comparisons": comparisons, **outcome.row}, outcome.step)
 
     def _save(self, folder: Path) -> None:
         models.save(folder, self.model, self.tokenizer)

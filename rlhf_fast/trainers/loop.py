@@ -60,6 +60,9 @@ def run_steps(
         if done == 0 and evaluate:
             run.log({"step": 0, **evaluate(0)})
         with Terminal(run.phase, steps, done) as terminal:
+            if run.resumes:
+                terminal.say(f"{run.phase}: goes on after step {done} of {steps}, from {run.state}")
+            state.end_if_told()
             for n in range(done + 1, steps + 1):
                 row = step(n)
                 run.log({"step": n, **row})

@@ -31,6 +31,7 @@ from rlhf_fast.trainers.critic import make_critic
 from rlhf_fast.trainers.kl_controller import KLController
 from rlhf_fast.trainers.loop import Stats, concatenated, learn, run_steps
 from rlhf_fast.trainers.optimizer import Optimizer
+from rlhf_fast.trainers.preflight import preflight
 from rlhf_fast.trainers.rewards import Reward, RewardModel, resolve_reward
 from rlhf_fast.trainers.sampler import Sampler, check_lengths
 from rlhf_fast.trainers.state import digest, weights_digest
@@ -65,6 +66,10 @@ class PPOTrainer:
         loss: Loss = ops.linear_ppo_loss,
     ) -> None:
         config = config or PPOConfig()
+        own = {"advantage": advantage, "loss": None if loss is ops.linear_ppo_loss else loss}
+        inputs = {"policy": policy, "reward": reward, "prompts": prompts, "out": out}
+        inputs |= {name: value for name, value in own.items() if value is not None}
+        preflight("ppo", config, inputs)
         self.prompts = read_prompts(prompts)
         if len(self.prompts) < config.prompts_per_step:
             raise ValueError(
@@ -117,31 +122,28 @@ class PPOTrainer:
         self.optimizer = Optimizer(trained, config.optim, config.steps * config.epochs * config.minibatches)
         self.kl_controller = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
         self.out = Path(out)
-        inputs = {"policy": policy, "reward": reward, "prompts": prompts, "out": out}
-        own = {"advantage": advantage, "loss": None if loss is ops.linear_ppo_loss else loss}
-        self.config_yaml = settings.run_yaml("ppo", config, **inputs, **{k: v for k, v in own.items() if v is not None})
+        self.config_yaml = settings.run_yaml("ppo", config, **inputs)
 
     def train(self) -> dict[str, Any]:
         """Run all steps, save the checkpoint, and return the run's result."""
         config = self.config
-        run = RunFolder(self.out, "ppo", self.config_yaml, config.run.trackers)
         try:
-            outcome = run_steps(
-                run,
-                config.steps,
-                lambda n: self.step(run, n),
-                self.optimizer,
-                Checkpoints(run, config.run, Goal("reward", higher=True), self._save),
-                identity={"prompts": digest(self.prompts), "policy": weights_digest(self.model)},
-                every=config.run.save_every or config.steps,
-                over=self._over,
-                stateful={"kl_controller": self.kl_controller, "sampler": self.sampler},
-            )
+            with RunFolder(self.out, "ppo", self.config_yaml, config.run.trackers) as run:
+                outcome = run_steps(
+                    run,
+                    config.steps,
+                    lambda n: self.step(run, n),
+                    self.optimizer,
+                    Checkpoints(run, config.run, Goal("reward", higher=True), self._save),
+                    identity={"prompts": digest(self.prompts), "policy": weights_digest(self.model)},
+                    every=config.run.save_every or config.steps,
+                    over=self._over,
+                    stateful={"kl_controller": self.kl_controller, "sampler": self.sampler},
+                )
+                kept = ("score", "reward", "kl", "kl_coef", "entropy", "finished")
+                return run.finish({name: outcome.row[name] for name in kept}, outcome.step)
         finally:
             self.reward.forget()
-        row = outcome.row
-        kept = ("score", "reward", "kl", "kl_coef", "entropy", "finished")
-        return run.finish({name: row[name] for name in kept}, outcome.step)
 
     def step(self, run: RunFolder, step: int) -> dict[str, float]:
         """Collect and learn; returns the step's metrics."""

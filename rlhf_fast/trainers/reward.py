@@ -37,6 +37,7 @@ from rlhf_fast.trainers.budget import TokenBudget
 from rlhf_fast.trainers.chat_settings import use_settings
 from rlhf_fast.trainers.checkpoints import Goal
 from rlhf_fast.trainers.loop import Stats, fit, per_example, split_heldout
+from rlhf_fast.trainers.preflight import preflight
 from rlhf_fast.trainers.reward_measures import Heldout, agrees, histogram, measure
 
 POISSON = np.cumsum([math.exp(-1) / math.factorial(n) for n in range(12)])  # of mean 1: P(X <= n)
@@ -62,6 +63,8 @@ class RewardTrainer:
         config: RewardConfig | None = None,
     ) -> None:
         config = config or RewardConfig()
+        inputs = {"model": model, "data": data, "out": out}
+        preflight("reward", config, inputs)
         self.start = model
         self.comparisons = read_comparisons(data)
         dtype = getattr(torch, config.dtype)
@@ -80,7 +83,7 @@ class RewardTrainer:
         self.device = next(self.model.parameters()).device
         self.shared = models.longest_shared(self.model)
         self.out = Path(out)
-        self.config_yaml = settings.run_yaml("reward", config, model=model, data=data, out=out)
+        self.config_yaml = settings.run_yaml("reward", config, **inputs)
         self.budget = TokenBudget(config.optim.max_tokens_per_microbatch)
         self.agreement = Interval(0.5, 0.0, 1.0)
         self.by_head = torch.empty(0, config.heads)  # scores of the held-out responses, as last evaluated
@@ -95,30 +98,30 @@ class RewardTrainer:
         """
         config = self.config
         batches = epoch_batches_by_pairs(self.training, config.batch_size, config.epochs, config.seed)
-        run = RunFolder(self.out, "reward", self.config_yaml, config.run.trackers)
-        outcome = fit(
-            run, self.model, batches, self._losses, self.budget, config, Goal("heldout_accuracy", higher=True),
-            data=self.training + self.heldout,
-            evaluate=lambda _: self.evaluate(), save=self._save, load=models.load_reward,
-        )  # fmt: skip
-        if outcome.step != len(batches):
-            self.evaluate()
-            self._measure_policy()
-        report = self._report(run)
-        return run.finish(
-            {
-                "comparisons": sum(group.pairs for group in self.training),
-                "heldout": sum(group.pairs for group in self.heldout),
-                "heldout_prompts": len(self.heldout),
-                "heldout_accuracy": self.agreement.as_dict(),
-                "verdict": report["verdict"],
-                "always_longer": report["length"]["always_longer"]["mean"],
-                "ece": report["calibration"]["ece"],
-                "score_mean": self.scale[0],
-                "score_std": self.scale[1],
-            },
-            outcome.step,
-        )
+        with RunFolder(self.out, "reward", self.config_yaml, config.run.trackers) as run:
+            outcome = fit(
+                run, self.model, batches, self._losses, self.budget, config, Goal("heldout_accuracy", higher=True),
+                data=self.training + self.heldout,
+                evaluate=lambda _: self.evaluate(), save=self._save, load=models.load_reward,
+            )  # fmt: skip
+            if outcome.step != len(batches):
+                self.evaluate()
+                self._measure_policy()
+            report = self._report(run)
+            return run.finish(
+                {
+                    "comparisons": sum(group.pairs for group in self.training),
+                    "heldout": sum(group.pairs for group in self.heldout),
+                    "heldout_prompts": len(self.heldout),
+                    "heldout_accuracy": self.agreement.as_dict(),
+                    "verdict": report["verdict"],
+                    "always_longer": report["length"]["always_longer"]["mean"],
+                    "ece": report["calibration"]["ece"],
+                    "score_mean": self.scale[0],
+                    "score_std": self.scale[1],
+                },
+                outcome.step,
+            )
 
     def _save(self, folder: Path) -> None:
         self._measure_policy()

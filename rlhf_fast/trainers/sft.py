@@ -25,6 +25,7 @@ from rlhf_fast.trainers.budget import TokenBudget
 from rlhf_fast.trainers.chat_settings import use_settings
 from rlhf_fast.trainers.checkpoints import Goal
 from rlhf_fast.trainers.loop import Stats, epoch_batches, fit, split_heldout
+from rlhf_fast.trainers.preflight import preflight
 
 Encoded = tuple[Tokenized, ...]  # one demonstration: a conversation, or one for each answer that needs its own
 
@@ -45,6 +46,8 @@ class SFTTrainer:
         self, model: str | Path, data: Source, out: str | Path = "runs/sft", config: SFTConfig | None = None
     ) -> None:
         config = config or SFTConfig()
+        inputs = {"model": model, "data": data, "out": out}
+        preflight("sft", config, inputs)
         demonstrations = read_demonstrations(data)
         loaded, self.tokenizer = models.load(model, getattr(torch, config.dtype))
         self.config = config = use_settings(config, "sft", out, self.tokenizer)
@@ -67,24 +70,24 @@ class SFTTrainer:
         ]
         self.generator = self._generator() if config.samples else None
         self.out = Path(out)
-        self.config_yaml = settings.run_yaml("sft", config, model=model, data=data, out=out)
+        self.config_yaml = settings.run_yaml("sft", config, **inputs)
 
     def train(self) -> dict[str, Any]:
         """Train, save the checkpoint, and return the run's result."""
         config = self.config
         batches = epoch_batches(self.training, config.batch_size, config.epochs, config.seed)
-        run = RunFolder(self.out, "sft", self.config_yaml, config.run.trackers)
+        with RunFolder(self.out, "sft", self.config_yaml, config.run.trackers) as run:
 
-        def evaluate(step: int) -> dict[str, float]:
-            self._sample(run, step)
-            return self.evaluate()
+            def evaluate(step: int) -> dict[str, float]:
+                self._sample(run, step)
+                return self.evaluate()
 
-        outcome = fit(
-            run, self.model, batches, self._losses, self.budget, config, Goal("heldout_loss", higher=False),
-            data=self.training + self.heldout, evaluate=evaluate, save=self._save, load=models.load,
-        )  # fmt: skip
-        counts = {"demonstrations": len(self.training), "heldout": len(self.heldout)}
-        return run.finish({**counts, **outcome.row}, outcome.step)
+            outcome = fit(
+                run, self.model, batches, self._losses, self.budget, config, Goal("heldout_loss", higher=False),
+                data=self.training + self.heldout, evaluate=evaluate, save=self._save, load=models.load,
+            )  # fmt: skip
+            counts = {"demonstrations": len(self.training), "heldout": len(self.heldout)}
+            return run.finish({**counts, **outcome.row}, outcome.step)
 
     def _save(self, folder: Path) -> None:
         models.save(folder, self.model, self.tokenizer)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
 import sys
 import threading
@@ -37,8 +38,13 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+class Interrupted(KeyboardInterrupt):
+    """A run was told to end, and has kept the step that it was at; says which, and how to go on."""
+
+
 class TrainState:
-    """Keeps the state of a run while it is the context, and brings it back. SIGTERM then ends the run after its step.
+    """Keeps the state of a run while it is the context, and brings it back. SIGTERM and Ctrl-C then end the run after
+    its step; a second Ctrl-C ends it at once, and what was kept last is what it goes on from.
 
     Args:
         identity: what must be the same for a run to go on, by name: hashes of its data and its first weights.
@@ -50,8 +56,9 @@ class TrainState:
     ) -> None:
         self.run, self.optimizer, self.identity, self.stateful = run, optimizer, identity, stateful
         self._kept, self._cost = time.monotonic(), 0.0
-        self._ending = False
-        self._before: Any = None  # what SIGTERM did
+        self.step = 0  # that was kept last
+        self._ending = ""  # the signal that ends the run after its step
+        self._before: dict[int, Any] = {}  # what was done at a signal
 
     def load(self) -> int:
         """The step that the run goes on after; 0 at its beginning.
@@ -73,7 +80,8 @@ class TrainState:
         for name, state in kept["stateful"].items():
             self.stateful[name].load_state_dict(state)
         self.run.rewind(kept["files"], kept["seconds"])
-        return int(kept["step"])
+        self.step = int(kept["step"])
+        return self.step
 
     def after(self, step: int) -> None:
         """Keep the state, if that is due or the run is to end here."""
@@ -83,12 +91,23 @@ class TrainState:
             self._keep(step)
             self._kept = time.monotonic()
             self._cost = self._kept - started
-        if self._ending:
-            print(
-                f"{self.run.path}: ended after step {step} by SIGTERM; the same command goes on from there",
-                file=sys.stderr,
-            )
-            raise SystemExit(0)
+        self.end_if_told()
+
+    def end_if_told(self) -> None:
+        """End the run here, if a signal asked for it.
+
+        Raises:
+            Interrupted: after Ctrl-C.
+            SystemExit: after SIGTERM, with the code that says so.
+        """
+        if not self._ending:
+            return
+        at = f"after step {self.step}" if self.step else "before its first step"
+        said = f"{self.run.path}: ended {at} by {self._ending}; the same command goes on from there"
+        if self._ending == "Ctrl-C":
+            raise Interrupted(said)
+        print(said, file=sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM)
 
     def _keep(self, step: int) -> None:
         state = {
@@ -106,6 +125,7 @@ class TrainState:
             (folder / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
 
         write_folder_atomic(self.run.state, fill)
+        self.step = step
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}
@@ -135,17 +155,24 @@ class TrainState:
 
     def __enter__(self) -> TrainState:
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._end)
+            self._before = {number: signal.signal(number, self._end) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        if isinstance(error, KeyboardInterrupt) and not isinstance(error, Interrupted):
+            at = f"goes on from step {self.step}" if self.step else "starts over, as no step was kept yet"
+            raise Interrupted(f"{self.run.path}: stopped at once; the same command {at}") from error
 
-    def _end(self, *_: Any) -> None:
-        self._ending = True
+    def _end(self, number: int, _: Any) -> None:
+        if number == signal.SIGINT and self._ending:
+            raise KeyboardInterrupt
+        self._ending = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        # Not by print, in the middle of which the signal may have come.
+        os.write(2, f"\n{self.run.path}: ending after this step; Ctrl-C ends it at once\n".encode())
 
 
 def digest(items: Iterable[Any]) -> str:
