@@ -49,6 +49,8 @@ def run_demo(config: DemoConfig, say: Callable[[str], None] = print) -> Path:
         OSError: the disk is too small, before anything is computed.
     """
     out = Path(config.out)
+    if not (out / "config.yaml").exists():
+        require_space(out, 100_000_000 if config.tiny else 1_000_000_000, "the demo")
     with Claim(out, "demo"):
         _start(out, config)
         return _run_phases(_Demo(config, out), say)
@@ -165,7 +167,6 @@ def _start(out: Path, config: DemoConfig) -> None:
         if changed := settings.changes(yaml.safe_dump({**before, "out": config.out}), settings.to_yaml(config)):
             raise ValueError(f"--out: {out} was started with other settings ({changed}); choose another --out")
     else:
-        require_space(out, 100_000_000 if config.tiny else 1_000_000_000, "the demo")
         write_atomic(file, settings.to_yaml(config))
 
 

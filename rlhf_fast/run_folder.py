@@ -29,7 +29,7 @@ from rlhf_fast.trackers import Tracker, open_trackers, require_trackers
 
 GROWING = ("metrics.jsonl", "samples.jsonl", "skipped.jsonl")
 PATIENCE = ("ppo.reward_timeout", "ppo.reward_retries")  # decide nothing but whether a run goes on
-WRITTEN = "checkpoints/written.jsonl"  # which checkpoints the run has written, and the files of each
+WRITTEN = "checkpoints.jsonl"  # which checkpoints the run has written, and the files of each
 
 
 class RunFolder:
@@ -114,10 +114,8 @@ class RunFolder:
 
     def will_write(self, step: int) -> Path:
         """Note that this run writes the checkpoint of `step`, before it does; returns its folder."""
-        folder = self.checkpoint(step)
-        folder.parent.mkdir(parents=True, exist_ok=True)
         append_line(self.path / WRITTEN, {"step": step})
-        return folder
+        return self.checkpoint(step)
 
     def has_written(self, step: int) -> None:
         """Note which files that checkpoint has."""

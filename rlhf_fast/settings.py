@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 ConfigT = TypeVar("ConfigT")
+MOST_CHANGES = 8  # that are listed, of two configurations
 
 
 class ConfigError(ValueError):
@@ -49,11 +50,13 @@ def to_yaml(config: Any) -> str:
 def changes(before: str, now: str, but: Collection[str] = ()) -> str:
     """What differs between two configurations in YAML, as "ppo.steps: 2 -> 3, ..."; empty if only `but` does."""
     old, new = (flatten(yaml.safe_load(text) or {}) for text in (before, now))
-    return ", ".join(
+    found = [
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in {**old, **new}
         if old.get(key) != new.get(key) and key not in but
-    )
+    ]
+    more = [f"and {len(found) - MOST_CHANGES} more"] if len(found) > MOST_CHANGES else []
+    return ", ".join(found[:MOST_CHANGES] + more)
 
 
 class _WithoutAddresses(reprlib.Repr):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,7 +33,7 @@ def open_trackers(names: tuple[str, ...], path: Path, config_yaml: str) -> list[
 def require_trackers(names: tuple[str, ...]) -> None:
     """Raise for one that is not installed, without importing any."""
     for name in names:
-        if importlib.util.find_spec(name) is None:
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
             raise _missing(name)
 
 

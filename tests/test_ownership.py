@@ -87,14 +87,14 @@ def test_other_settings_lose_nothing_though_no_state_was_kept_yet(tmp_path: Path
 
 
 def save(run: RunFolder, step: int) -> None:
-    (run.will_write(step)).mkdir(exist_ok=True)
+    run.will_write(step).mkdir(parents=True, exist_ok=True)
     (run.checkpoint(step) / "weights").write_text(str(step))
     run.has_written(step)
 
 
 def checkpoints_of(run: RunFolder, keep_last: int = 1) -> Checkpoints:
     def write(folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "weights").write_text(folder.name)
 
     return Checkpoints(run, RunConfig(save_every=1, keep_last=keep_last), Goal("score", higher=True), write)
@@ -110,7 +110,7 @@ def test_rotation_removes_what_the_run_wrote_and_nothing_beside_it(tmp_path: Pat
         for step in range(1, 4):
             kept.after(step, {"score": 0.0}, last=False)
             (run.checkpoint(step) / "notes.txt").write_text("mine")
-        assert sorted(contents(tmp_path / "checkpoints").keys() - {"written.jsonl"}) == [
+        assert sorted(contents(tmp_path / "checkpoints")) == [
             "step-1/notes.txt", "step-1/weights", "step-2/notes.txt", "step-3/notes.txt", "step-3/weights",
             "step-99/weights", "step-best/copy",
         ]  # fmt: skip
@@ -227,7 +227,7 @@ def test_killed_at_any_instant_a_run_goes_on_and_foreign_files_stay(tmp_path: Pa
             process.join(60)
             assert process.exitcode in (0, -9), Path(f"{out}.errors").read_text()
             killed += process.exitcode == -9
-            if (out / MARK).exists() and not (out / "notes.txt").exists() and (out / "config.yaml").exists():
+            if (out / MARK).exists() and (out / MARK).stat().st_size:
                 (out / "notes.txt").write_text("mine")
             if is_finished(out):  # and perhaps killed before it could tidy up
                 (out / "result.json").unlink()

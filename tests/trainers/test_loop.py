@@ -135,7 +135,7 @@ def test_the_micro_batch_does_not_change_the_gradient(method: str, r: int, tiny_
                 PPOConfig(prompts_per_step=4, samples_per_prompt=2, max_new_tokens=12, lora=lora, optim=optim),
             )
             trainer.shared *= sharing
-            experience = trainer.collector.collect(RunFolder(tmp_path, "ppo", ""), 1, 0.05)
+            experience = trainer.collector.collect(RunFolder(f"{tmp_path}-collected", "ppo", ""), 1, 0.05)
             losses = trainer._losses(experience, list(range(8)))
         parameters = [p for p in trainer.model.parameters() if p.requires_grad]
         found.append(gradients(losses, parameters))

@@ -48,7 +48,7 @@ def make(folder: Path, out: Path, reward: Any = by_length, **options: Any) -> PP
 
 
 def collect(trainer: PPOTrainer, out: Path, step: int = 1) -> Experience:
-    return trainer.collector.collect(RunFolder(out, "ppo", ""), step, trainer.kl_controller.coef)
+    return trainer.collector.collect(RunFolder(f"{out}-collected", "ppo", ""), step, trainer.kl_controller.coef)
 
 
 def metrics(out: Path) -> list[dict[str, float]]:

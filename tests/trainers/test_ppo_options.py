@@ -47,7 +47,7 @@ def make(folder: Path, out: Path, reward: Any = by_length, **options: Any) -> PP
 
 
 def collect(trainer: PPOTrainer, out: Path, step: int = 1, kl_coef: float = 0.0) -> Experience:
-    return trainer.collector.collect(RunFolder(out, "ppo", ""), step, kl_coef)
+    return trainer.collector.collect(RunFolder(f"{out}-collected", "ppo", ""), step, kl_coef)
 
 
 def rows(out: Path) -> list[dict[str, float]]:
@@ -264,7 +264,7 @@ def test_an_advantage_function_of_ones_own(tiny_folder: Path, tmp_path: Path) ->
         return Advantages(best.repeat_interleave(lengths), None, None)
 
     trainer = make(tiny_folder, tmp_path, advantage="rloo", advantage_function=best_of_step)
-    experience = collect(trainer, tmp_path / "other")
+    experience = collect(trainer, tmp_path)
     assert {float(x) for part in experience.advantages for x in part} == {0.0, 1.0}
     trainer.train()
     assert "best_of_step" in (tmp_path / "config.yaml").read_text()

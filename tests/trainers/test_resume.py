@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -21,7 +23,7 @@ from rlhf_fast.run_folder import RunFolder
 from rlhf_fast.trainers import state as state_module
 from rlhf_fast.trainers.optimizer import Optimizer
 from rlhf_fast.trainers.sft import SFTTrainer
-from rlhf_fast.trainers.state import TrainState, weights_digest
+from rlhf_fast.trainers.state import Interrupted, TrainState, weights_digest
 from tests.trainers import killed_run
 
 METHODS = ("ppo", "grpo", "ppo-lag", "remax-lag", "dpo", "reward", "sft")
@@ -97,21 +99,84 @@ def kill_and_resume(name: str, folder: Path, out: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sigterm_ends_a_run_after_its_step_and_says_how_to_go_on(tiny_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "name", "code"), [(signal.SIGTERM, "SIGTERM", 143), (signal.SIGINT, "Ctrl-C", 1)])
+def test_a_signal_ends_a_run_after_its_step_and_it_says_how_to_go_on(
+    tiny_folder: Path, tmp_path: Path, number: int, name: str, code: int
+) -> None:
     out = tmp_path / "run"
     process = start("sft", tiny_folder, out, pause=0.2)
     deadline = time.monotonic() + 60
     while not (out / "state" / "state.json").exists():
         assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.01)
-    process.terminate()
+    os.kill(process.pid, number)
     process.join(60)
-    assert process.exitcode == 0 and "by SIGTERM; the same command goes on from there" in said(out)
+    assert process.exitcode == code and f"by {name}; the same command goes on from there" in said(out)
     assert not (out / "result.json").exists()
     step = json.loads((out / "state" / "state.json").read_text())["step"]
     assert f"ended after step {step}" in said(out)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert max(row["step"] for row in rows) == step
+    process = start("sft", tiny_folder, out)
+    process.join(60)
+    assert process.exitcode == 0 and f"sft: goes on after step {step} of " in said(out)
+
+
+def test_a_signal_before_the_first_step_and_a_second_one_end_it_at_once(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = sft(tiny_folder, tmp_path / "first")
+    monkeypatch.setattr(trainer, "evaluate", lambda: (os.kill(os.getpid(), signal.SIGINT), {"heldout_loss": 1.0})[1])
+    with pytest.raises(Interrupted, match=r"first: ended before its first step by Ctrl-C"):
+        trainer.train()
+    trainer = sft(tiny_folder, tmp_path / "second")
+    steps: list[int] = []
+
+    def losses(batch: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 3:  # in the middle of a step
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return SFTTrainer._losses(trainer, batch)
+
+    monkeypatch.setattr(state_module, "EVERY", 0.0)
+    monkeypatch.setattr(state_module, "MOST", 1e9)
+    monkeypatch.setattr(trainer, "_losses", losses)
+    monkeypatch.setattr(trainer, "evaluate", lambda: {"heldout_loss": 1.0})
+    with pytest.raises(Interrupted, match=r"second: stopped at once; the same command goes on from step 2$"):
+        trainer.train()
+    assert json.loads((tmp_path / "second" / "state" / "state.json").read_text())["step"] == 2
+    sft(tiny_folder, tmp_path / "second").train()  # let go of
+
+
+@pytest.mark.parametrize("verb", ["sft", "reward", "dpo", "ppo"])
+def test_folder_trackers_and_template_are_looked_at_before_a_model_is_loaded(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model of these does not even exist."""
+    from rlhf_fast.config import DPOConfig, PPOConfig, RewardConfig, RunConfig
+    from rlhf_fast.trainers.dpo import DPOTrainer
+    from rlhf_fast.trainers.ppo import PPOTrainer
+    from rlhf_fast.trainers.reward import RewardTrainer
+
+    kinds: dict[str, Any] = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "ppo": PPOConfig}
+    trainers: dict[str, Any] = {"sft": SFTTrainer, "reward": RewardTrainer, "dpo": DPOTrainer}
+
+    def make(out: Path, **options: Any) -> Any:
+        config = kinds[verb](**options)
+        if verb == "ppo":
+            return PPOTrainer("no/model", "no/reward", [{"prompt": "q"}], out, config)
+        return trainers[verb]("no/model", DATA if verb == "sft" else killed_run.PAIRS, out, config)
+
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.yaml").write_text("a: 1\n")
+    with pytest.raises(FileExistsError, match=r"config\.yaml is there, and .* is no run's folder"):
+        make(tmp_path / "foreign")
+    with pytest.raises(ModuleNotFoundError, match="trackio is not installed"):
+        make(tmp_path / "run", run=RunConfig(trackers=("trackio",)))
+    with pytest.raises(ValueError, match="is neither chatml nor plain nor a file that can be read"):
+        make(tmp_path / "run", chat_template="absent.jinja")
+    assert not (tmp_path / "run").exists()
 
 
 DATA = [{"prompt": f"q{i}", "completion": f"answer {i}"} for i in range(12)]

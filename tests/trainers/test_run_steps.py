@@ -292,8 +292,8 @@ def test_hosted_trackers_get_metrics_samples_and_the_same_run_again(
         Table=lambda columns, data: (columns, data),
     )
     monkeypatch.setitem(sys.modules, name, module)  # type: ignore[arg-type]
-    for _ in range(2):
-        run = RunFolder(tmp_path / "run", "ppo", "a: 1\n", (name,))
+    RunFolder(tmp_path / "run", "ppo", "a: 1\n", (name,)).close()
+    run = RunFolder(tmp_path / "run", "ppo", "a: 1\n", (name,))
     run.log({"step": 3, "loss": 0.5})
     run.samples(3, [{"text": "x", "score": 1.0}])
     run.finish({})
