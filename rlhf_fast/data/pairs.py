@@ -9,9 +9,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_fast.data.batches import Example, shape, shuffled
-from rlhf_fast.data.conversations import Tokenized
 from rlhf_fast.data.records import Comparison
-from rlhf_fast.data.tokenize import tokenize_record
+from rlhf_fast.data.tokenize import tokenize_comparison
 
 
 @dataclass
@@ -45,14 +44,14 @@ class Pairs:
 
 
 def group_pairs(
-    comparisons: Sequence[Comparison], tokenizer: PreTrainedTokenizerBase, max_length: int
+    comparisons: Sequence[Comparison], tokenizer: PreTrainedTokenizerBase, max_length: int, scored: bool = False
 ) -> list[PairGroup]:
     """Encode comparisons and group them by prompt, in order of first appearance. Prompts are the same when their tokens
-    are: a text and that text as a user's message, say."""
+    are: a text and that text as a user's message, say. `scored` as in `tokenize_comparison`."""
     groups: dict[tuple[int, ...], PairGroup] = {}
     indices: dict[Example, int] = {}
     for comparison in comparisons:
-        examples = [_example(side) for side in tokenize_record(comparison, tokenizer, max_length=max_length)]
+        examples = tokenize_comparison(comparison, tokenizer, max_length=max_length, scored=scored)
         group = groups.setdefault(examples[0].prompt, PairGroup())
         for example, side in zip(examples, (group.chosen, group.rejected), strict=True):
             if example not in indices:
@@ -63,11 +62,6 @@ def group_pairs(
         group.confidences.append(comparison.confidence)
         group.comparisons.append(comparison)
     return list(groups.values())
-
-
-def _example(side: Tokenized) -> Example:
-    begin = side.loss_mask.index(True)
-    return Example(side.input_ids[:begin], side.input_ids[begin:])
 
 
 def split_as_labelled(groups: Sequence[PairGroup]) -> tuple[list[PairGroup], list[PairGroup]]:

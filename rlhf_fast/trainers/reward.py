@@ -72,7 +72,7 @@ class RewardTrainer:
         if config.optim.checkpointing:
             models.recompute_activations(self.model)
         # Groups hold all comparisons of a prompt, so no prompt is in both parts; an interval needs two of them.
-        groups = group_pairs(self.comparisons, self.tokenizer, config.max_length)
+        groups = group_pairs(self.comparisons, self.tokenizer, config.max_length, scored=True)
         self.training, self.heldout = split_as_labelled(groups)
         if not self.heldout:
             self.training, self.heldout = split_heldout(groups, config.heldout, config.seed, least=2)
@@ -217,7 +217,7 @@ class RewardTrainer:
             rejected=pairs.rejected.numpy(),
             scores=scores.double().numpy(),
             by_head=self.by_head.double().cpu().numpy(),
-            tokens=np.array([len(example.response) for example in pairs.examples]),
+            tokens=np.array([example.own_tokens for example in pairs.examples]),
         )
         report = measure(heldout, self.comparisons)
         report["alone"] = self._alone(pairs.examples)
