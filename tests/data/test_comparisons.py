@@ -192,7 +192,7 @@ def test_rows_of_sharegpt_are_read() -> None:
     ("reader", "row", "messages"),
     [
         (read_demonstrations, {"prompt": "p", "chosen": "c", "rejected": "r"},
-         ["'completion' is missing", 'expected {"prompt", "completion"} or', "which `rlhf-fast dpo` and `reward` take"]),
+         ["'completion' is missing", 'expected {"prompt", "completion"} or', "which `rlhf-fast dpo` and `reward`"]),
         (read_demonstrations, {"prompt": "p"}, ["this is a prompt without an answer, which `rlhf-fast ppo`"]),
         (read_comparisons, {"prompt": "p", "completion": "c"},
          ["'chosen' is missing", 'expected {"prompt", "chosen", "rejected"}', "a demonstration, which `rlhf-fast"]),
