@@ -183,5 +183,5 @@ def test_what_a_template_refuses_is_named_by_file_and_line_in_every_trainer(
 def test_settings_of_a_row_that_no_template_takes_are_named_by_the_row(tiny_folder: Path, tmp_path: Path) -> None:
     for kwargs in ({"messages": []}, {"mood": object()}):
         rows = [ROWS[0], {**ROWS[1], "chat_template_kwargs": kwargs}]
-        with pytest.raises(ValueError, match="^row 1: "):
+        with pytest.raises(ValueError, match=r"^row 1: "):
             SFTTrainer(tiny_folder, rows, tmp_path / "sft")
