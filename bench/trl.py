@@ -20,10 +20,10 @@ import numpy as np
 from rlhf_fast import models
 from rlhf_fast.config import DPOConfig, LoRAConfig, OptimConfig, RewardConfig, SFTConfig
 from rlhf_fast.data.batches import shuffled
+from rlhf_fast.data.splits import split_heldout
 from rlhf_fast.models.byte_tokenizer import CHAT_TEMPLATE
 from rlhf_fast.pipeline import tiny_model
 from rlhf_fast.trainers.dpo import DPOTrainer
-from rlhf_fast.trainers.loop import split_heldout
 from rlhf_fast.trainers.reward import RewardTrainer
 from rlhf_fast.trainers.sft import SFTTrainer
 

@@ -18,8 +18,9 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "not_negative": ("at least 0", lambda value: 0 <= value < math.inf),
     "positive": ("more than 0", lambda value: 0 < value < math.inf),
     "limit": ("at least 0; inf is no limit", lambda value: value >= 0),
+    "positive_limit": ("more than 0; inf is no limit", lambda value: value > 0),
     "share": ("from 0 to 1", lambda value: 0 <= value <= 1),
-    "part": ("more than 0 and less than 1", lambda value: 0 < value < 1),
+    "part": ("at least 0 and less than 1", lambda value: 0 <= value < 1),
     "below_half": ("at least 0 and below 0.5", lambda value: 0 <= value < 0.5),
     "several": ("at least 2", lambda value: 2 <= value < math.inf),
 }
@@ -62,14 +63,14 @@ class OptimConfig:
     warmup: float = 0.05  # share of all steps
     weight_decay: float = 0.0  # decoupled: each step takes lr * weight_decay of a weight away
     adam_eps: float = 1e-5  # PPO diverges less than with 1e-8 (arXiv 2403.17031)
-    max_grad_norm: float = 1.0  # a longer gradient is scaled down to it
+    max_grad_norm: float = 1.0  # a longer gradient is scaled down to it; inf: none is
     max_tokens_per_microbatch: int = 1024  # padded tokens on the device at once; halved where memory is short
     checkpointing: bool = False  # compute activations again for the gradient: less memory, a third more time
     max_skipped: int = 3  # steps in a row that are skipped because loss or gradient is not finite; then it stops
 
     def __post_init__(self) -> None:
         _check(self, not_negative="lr weight_decay max_skipped", share="warmup", positive="adam_eps")
-        _check(self, limit="max_grad_norm", count="max_tokens_per_microbatch")
+        _check(self, positive_limit="max_grad_norm", count="max_tokens_per_microbatch")
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class SFTConfig:
 
     epochs: int = 2  # passes over the demonstrations
     batch_size: int = 8  # demonstrations an optimiser step
-    heldout: float = 0.1  # share of the demonstrations kept for measuring
+    heldout: float = 0.1  # share of the demonstrations kept for measuring, unless rows have a split; 0: none
     turns: Literal["all", "last"] = "all"  # which of the assistant's turns in a conversation are learned
     packing: bool = True  # several demonstrations in a row without padding, none seeing another; only speed differs
     samples: int = 4  # held-out prompts answered greedily at each evaluation, into samples.jsonl; 0: none
@@ -121,7 +122,7 @@ class RewardConfig:
 
     epochs: int = 1  # passes over the comparisons
     batch_size: int = 16  # comparisons an optimiser step
-    heldout: float = 0.125  # share of the prompts kept for measuring agreement
+    heldout: float = 0.125  # share of the prompts kept for measuring agreement, unless rows have a split; 0: none
     center_coef: float = 0.01  # weight of (chosen + rejected)^2, which keeps scores near zero
     heads: int = 1  # scores of each response, every head trained on its own resample of the prompts
     lcb: float = 1.0  # the score is the heads' mean less this many of their deviations (arXiv 2310.02743)
@@ -151,7 +152,7 @@ class DPOConfig:
 
     epochs: int = 1  # passes over the comparisons
     batch_size: int = 16  # comparisons an optimiser step
-    heldout: float = 0.125  # share of the prompts kept for measuring agreement
+    heldout: float = 0.125  # share of the prompts kept for measuring, unless rows have a split; 0: none
     loss: Literal["sigmoid", "robust", "hinge", "ipo"] = "sigmoid"  # ops.dpo_loss says what each is
     beta: float = 0.1  # strength of the pull towards the reference
     label_smoothing: float = 0.0  # share of comparisons presumed to be the wrong way round

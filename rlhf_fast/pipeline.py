@@ -67,7 +67,11 @@ def _run_phases(run: _Demo, say: Callable[[str], None]) -> Path:
         phase()
         result = read_result(out / name)
         say(f"      {result['seconds']:.0f} s; {_brief(result['summary'])}")
-        if name == "reward" and result["summary"]["heldout_accuracy"]["mean"] < AIM and not config.tiny:
+        if (
+            name == "reward"
+            and result["summary"].get("heldout_accuracy", {"mean": 0.0})["mean"] < AIM
+            and not config.tiny
+        ):
             say(f"      held-out agreement is below the {AIM:.0%} worth aiming at: more comparisons would help")
     write_reward_report(out / "reward")
     report = write_report(out)

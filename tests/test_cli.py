@@ -229,7 +229,7 @@ def test_an_unknown_verb_names_the_nearest(capsys: pytest.CaptureFixture[str], w
         (["ppo", "--kl_cof", "1"], "unknown setting --kl_cof; the nearest one is --ppo.kl_coef"),
         (["sft", "--out", "x"], "--data is missing"),
         (["sft", "--data", "d", "--out", "o", "--sft.epochs", "-1"], "--sft.epochs: -1; expected at least 1"),
-        (["demo", "--sft.heldout", "1.5"], "--sft.heldout: 1.5; expected more than 0 and less than 1"),
+        (["demo", "--sft.heldout", "1.5"], "--sft.heldout: 1.5; expected at least 0 and less than 1"),
         (["demo", "--tiny", "--reward.batch_size=0"], "--reward.batch_size: 0; expected at least 1"),
         (["demo", "--ppo.kl_coef", "nan"], "--ppo.kl_coef: 'nan' is not a number"),
         (["demo", "--comparisons.annotator.error_rate", "0.9"], "--comparisons.annotator.error_rate: 0.9; expected"),

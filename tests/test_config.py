@@ -329,7 +329,7 @@ BAD = {
         "warmup": [-0.1, 1.1],
         "weight_decay": [-0.1],
         "adam_eps": [0.0],
-        "max_grad_norm": [-1.0],
+        "max_grad_norm": [-1.0, 0.0],
         "max_tokens_per_microbatch": [0],
         "max_skipped": [-1],
     },
@@ -337,7 +337,7 @@ BAD = {
     SFTConfig: {
         "epochs": [-1, 0],
         "batch_size": [0],
-        "heldout": [0.0, 1.0, 1.5],
+        "heldout": [-0.1, 1.0, 1.5],
         "samples": [-1],
         "sample_tokens": [0],
         "patience": [0],

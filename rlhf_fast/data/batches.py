@@ -18,13 +18,26 @@ LONGEST_ROW = 1024
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and a response as token ids; the response includes the end token when there is one."""
+    """A prompt and a response as token ids; the response includes the end token when there is one.
+
+    A response of several turns has the user's among them: `own` says which of its tokens are the assistant's.
+    """
 
     prompt: tuple[int, ...]
     response: tuple[int, ...]
+    own: tuple[bool, ...] = ()  # of each response token; empty: all are
+
+    def __post_init__(self) -> None:
+        if self.own and len(self.own) != len(self.response):
+            raise ValueError(f"own: {len(self.own)} for {len(self.response)} response tokens; expected one for each")
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
+
+    @property
+    def own_tokens(self) -> int:
+        """How many of the response's tokens are the assistant's own."""
+        return sum(self.own) if self.own else len(self.response)
 
 
 @dataclass(frozen=True)
@@ -33,7 +46,7 @@ class Batch:
 
         prompt | response | response | ... | padding
 
-    R is the number of response tokens of all examples together.
+    R is the number of response tokens of all examples together, of several turns those of the assistant's alone.
     """
 
     input_ids: torch.Tensor  # (rows, T) int64
@@ -62,6 +75,7 @@ def pad(examples: Sequence[Example], device: torch.device | str = "cpu", shared:
     ids, parts = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.int64)  # part 0: the prompt
     positions = np.zeros((len(rows), width), np.int64)  # those of padding are no longer than the sequences are
     responses = [np.array(example.response, np.int64) for example in examples]
+    own = [np.array(example.own, bool) if example.own else slice(None) for example in examples]
     before: list[np.ndarray] = []
     last: list[int] = []
     for r, row in enumerate(rows):
@@ -74,15 +88,16 @@ def pad(examples: Sequence[Example], device: torch.device | str = "cpu", shared:
             positions[r, start:end] = np.arange(asked, asked + end - start)
             places = np.arange(start - 1, end - 1)
             places[:1] = asked - 1  # the first response token comes after the prompt, wherever it stands
-            before.append(r * width + places)
+            before.append(r * width + places[own[i]])
             last.append(r * width + (end if end > start else asked) - 1)
             start = end
-    counts = np.cumsum([0, *map(len, responses)], dtype=np.int32)
+    learned = [response[which] for response, which in zip(responses, own, strict=True)]
+    counts = np.cumsum([0, *map(len, learned)], dtype=np.int32)
     batch = Batch(
         input_ids=torch.from_numpy(ids).to(device),
         before=torch.from_numpy(np.concatenate(before)).to(device),
         last=torch.tensor(last, device=device),
-        response_tokens=torch.from_numpy(np.concatenate(responses)).to(device),
+        response_tokens=torch.from_numpy(np.concatenate(learned)).to(device),
         cu_seqlens=torch.from_numpy(counts).to(device),
     )
     if len(rows) == len(examples):

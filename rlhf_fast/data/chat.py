@@ -52,7 +52,10 @@ class Chat:
         strict: bool = True,
     ) -> None:
         self.tokenizer, self.name, self.strict = tokenizer, name or "the conversation", strict
-        self.template = template_of(tokenizer, tools, kwargs)
+        try:
+            self.template = template_of(tokenizer, tools, kwargs)
+        except (TypeError, ValueError) as error:  # of the row's own settings, too
+            raise ValueError(f"{self.name}: {error}") from error
         if parse_special_tokens is None:
             parse_special_tokens = kept(tokenizer).get("parse_special_tokens", False)
         said = json.dumps([messages, tools], ensure_ascii=False, default=str)

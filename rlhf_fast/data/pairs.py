@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_fast.data.batches import Example, shape, shuffled
-from rlhf_fast.data.conversations import Tokenized
 from rlhf_fast.data.records import Comparison
-from rlhf_fast.data.tokenize import tokenize_record
+from rlhf_fast.data.splits import other_splits, split_as_labelled, split_heldout
+from rlhf_fast.data.tokenize import tokenize_comparison
 
 
 @dataclass
@@ -32,6 +33,26 @@ class PairGroup:
     def __len__(self) -> int:
         return sum(len(example) for example in self.examples)
 
+    def sides(self) -> Iterator[tuple[tuple[int, ...], Example, Example]]:
+        """(prompt, chosen, rejected) of each comparison."""
+        for chosen, rejected in zip(self.chosen, self.rejected, strict=True):
+            yield self.examples[chosen].prompt, self.examples[chosen], self.examples[rejected]
+
+    def part(self, which: Sequence[int]) -> PairGroup:
+        """Some of its comparisons, by their numbers."""
+        found = PairGroup()
+        numbers: dict[int, int] = {}  # of the examples, there and here
+        for i in which:
+            for side, of in ((found.chosen, self.chosen[i]), (found.rejected, self.rejected[i])):
+                if of not in numbers:
+                    numbers[of] = len(found.examples)
+                    found.examples.append(self.examples[of])
+                side.append(numbers[of])
+            found.margins.append(self.margins[i])
+            found.confidences.append(self.confidences[i])
+            found.comparisons.append(self.comparisons[i])
+        return found
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -45,14 +66,14 @@ class Pairs:
 
 
 def group_pairs(
-    comparisons: Sequence[Comparison], tokenizer: PreTrainedTokenizerBase, max_length: int
+    comparisons: Sequence[Comparison], tokenizer: PreTrainedTokenizerBase, max_length: int, scored: bool = False
 ) -> list[PairGroup]:
     """Encode comparisons and group them by prompt, in order of first appearance. Prompts are the same when their tokens
-    are: a text and that text as a user's message, say."""
+    are: a text and that text as a user's message, say. `scored` as in `tokenize_comparison`."""
     groups: dict[tuple[int, ...], PairGroup] = {}
     indices: dict[Example, int] = {}
     for comparison in comparisons:
-        examples = [_example(side) for side in tokenize_record(comparison, tokenizer, max_length=max_length)]
+        examples = tokenize_comparison(comparison, tokenizer, max_length=max_length, scored=scored)
         group = groups.setdefault(examples[0].prompt, PairGroup())
         for example, side in zip(examples, (group.chosen, group.rejected), strict=True):
             if example not in indices:
@@ -65,29 +86,47 @@ def group_pairs(
     return list(groups.values())
 
 
-def _example(side: Tokenized) -> Example:
-    begin = side.loss_mask.index(True)
-    return Example(side.input_ids[:begin], side.input_ids[begin:])
+@dataclass(frozen=True)
+class Split:
+    """Comparisons to train on and to measure on."""
+
+    training: list[PairGroup]
+    heldout: list[PairGroup]
+    by_pairs: bool = False  # held out are comparisons of prompts that are trained on, each a group of its own
 
 
-def split_as_labelled(groups: Sequence[PairGroup]) -> tuple[list[PairGroup], list[PairGroup]]:
-    """(training, held-out) prompts as the data's own `split` says; nothing is held out if it says nothing.
+def split_pairs(groups: Sequence[PairGroup], share: float, seed: int, least: int) -> Split:
+    """Whole prompts are held out, at least `least` of them: those with any comparison of another split than train, or
+    without splits a share of all; 0: none.
 
-    A prompt with any comparison of a split other than "train" is held out with all of them.
+    Where there are too few prompts for that, comparisons are held out instead, with a warning.
 
     Raises:
-        ValueError: nothing is left to train on, or a single prompt is held out, which gives no interval.
+        ValueError: there is too little to train on or to hold out.
     """
-    labels = [{c.split for c in group.comparisons} - {"", "train"} for group in groups]
-    training = [group for group, named in zip(groups, labels, strict=True) if not named]
-    heldout = [group for group, named in zip(groups, labels, strict=True) if named]
-    if heldout and (not training or len(heldout) < 2):
-        names = ", ".join(map(repr, sorted(set().union(*labels))[:3]))
-        raise ValueError(
-            f"split: {len(heldout)} of {len(groups)} prompts are held out, being of {names}; at least 2 and not all "
-            "can be: every split but 'train' is held out (what only sorts comparisons is their category)"
-        )
-    return training, heldout
+    others = [other_splits([c.split for c in group.comparisons]) for group in groups]
+    pairs = [(group, i) for group in groups for i in range(group.pairs)]
+    if any(others):
+        of_pairs = [other_splits([group.comparisons[i].split]) for group, i in pairs]
+        if all(others) and not all(of_pairs):  # each prompt is in both
+            return _by_pairs(groups, *split_as_labelled(pairs, of_pairs, "comparisons", least))
+        return Split(*split_as_labelled(groups, others, "prompts", least))
+    if share and len(groups) <= least < len(pairs):
+        return _by_pairs(groups, *split_heldout(pairs, share, seed, least))
+    return Split(*split_heldout(groups, share, seed, least))
+
+
+def _by_pairs(
+    groups: Sequence[PairGroup], training: list[tuple[PairGroup, int]], heldout: list[tuple[PairGroup, int]]
+) -> Split:
+    warnings.warn(
+        f"{len(groups)} {'prompt is' if len(groups) == 1 else 'prompts are'} too few to hold some out: {len(heldout)} "
+        "comparisons are held out whose prompts are trained on, so how well it does on other prompts is not measured",
+        stacklevel=4,
+    )
+    kept = {(id(group), i) for group, i in training}
+    parts = [group.part([i for i in range(group.pairs) if (id(group), i) in kept]) for group in groups]
+    return Split([part for part in parts if part.pairs], [group.part([i]) for group, i in heldout], by_pairs=True)
 
 
 def join(groups: Sequence[PairGroup], device: torch.device | str) -> Pairs:
@@ -119,8 +158,24 @@ def batches_by_pairs(groups: Sequence[PairGroup], size: int) -> list[list[PairGr
 
 
 def epoch_batches_by_pairs(groups: Sequence[PairGroup], size: int, epochs: int, seed: int) -> list[list[PairGroup]]:
-    """Batches of at least `size` comparisons for all epochs, each in an order of its own."""
-    return [batch for epoch in range(epochs) for batch in batches_by_pairs(shuffled(groups, seed + epoch), size)]
+    """Batches of at least `size` comparisons for all epochs, each in an order of its own. A prompt that has more is
+    cut, anew each epoch, so that a batch has less than twice as many."""
+    return [
+        batch
+        for epoch in range(epochs)
+        for batch in batches_by_pairs(shuffled(_cut(groups, size, seed + epoch), seed + epoch), size)
+    ]
+
+
+def _cut(groups: Sequence[PairGroup], size: int, seed: int) -> list[PairGroup]:
+    found: list[PairGroup] = []
+    for group in groups:
+        if group.pairs <= size:
+            found.append(group)
+        else:
+            order = shuffled(range(group.pairs), seed)
+            found += [group.part(order[start : start + size]) for start in range(0, group.pairs, size)]
+    return found
 
 
 def microbatches_of_groups(groups: Sequence[PairGroup], max_tokens: int, shared: int = 0) -> list[list[PairGroup]]:

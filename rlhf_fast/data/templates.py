@@ -41,7 +41,8 @@ PLAIN = (
 )
 _DATES = "{% macro strftime_now(format) -%}{{ rlhf_fast_dates[format] }}{%- endmacro %}{{ '' }}"
 _FORMATS = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
-_FAILURES = (TemplateError, TypeError, ValueError, KeyError, AttributeError)  # of a template that cannot take messages
+# Of a template that cannot take messages.
+_FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 # What a tokenizer's template is used with -----------------------------------------------------------------------------

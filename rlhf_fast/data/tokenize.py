@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_fast.data.batches import Example
 from rlhf_fast.data.chat import Chat
 from rlhf_fast.data.conversations import Tokenized
-from rlhf_fast.data.records import Comparison, Demonstration, PromptRecord, Tools, is_learned, read_record
+from rlhf_fast.data.messages import is_learned
+from rlhf_fast.data.records import Comparison, Demonstration, PromptRecord, Tools, read_record
 from rlhf_fast.data.templates import Message, Prompt, Span
 
 Record = PromptRecord | Demonstration | Comparison
@@ -58,11 +59,11 @@ def tokenize_record(
         ids = tokenize_prompt(tokenizer, record.prompt, tools, kwargs, special, max_length, name)
         return [Tokenized(ids, (False,) * len(ids))]
     if isinstance(record, Comparison):
-        sides = [
-            tokenize_example(tokenizer, record.prompt, answer, tools, kwargs, special, max_length, name)
-            for answer in record.answers
+        sides = tokenize_comparison(record, tokenizer, kwargs, special, max_length)
+        return [
+            Tokenized(s.prompt + s.response, (False,) * len(s.prompt) + (s.own or (True,) * len(s.response)))
+            for s in sides
         ]
-        return [Tokenized(s.prompt + s.response, (False,) * len(s.prompt) + (True,) * len(s.response)) for s in sides]
     return _conversations(record, tokenizer, kwargs, turns, max_length, special)
 
 
@@ -105,6 +106,56 @@ def tokenize_example(
     return Example(tuple(asked), tuple(ids))
 
 
+def tokenize_comparison(
+    comparison: Comparison,
+    tokenizer: PreTrainedTokenizerBase,
+    template_kwargs: Mapping[str, Any] | None = None,
+    parse_special_tokens: bool | None = None,
+    max_length: int | None = None,
+    scored: bool = False,
+) -> list[Example]:
+    """The chosen and the rejected answer, each behind the prompt. Of an answer of several turns the assistant's are its
+    own, each with its end, and what others say is read only.
+
+    Args:
+        scored: the answers are read for a score, and nothing of them is learned; so a template may render earlier
+            turns anew once others follow.
+
+    Arguments and errors else as for `tokenize_record`.
+    """
+    kwargs = {**comparison.template_kwargs, **(template_kwargs or {})}
+    tools, name, special = comparison.tools, comparison.name, parse_special_tokens
+    sides = []
+    for answer in comparison.answers:
+        if isinstance(answer, str) or len(answer) == 1:
+            side = tokenize_example(tokenizer, comparison.prompt, answer, tools, kwargs, special, max_length, name)
+        else:
+            side = _of_turns(comparison, answer, tokenizer, kwargs, special, max_length, scored)
+        sides.append(side)
+    return sides
+
+
+def _of_turns(
+    comparison: Comparison,
+    answer: list[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    kwargs: Mapping[str, Any],
+    parse_special_tokens: bool | None,
+    max_length: int | None,
+    scored: bool,
+) -> Example:
+    tools, name = comparison.tools, comparison.name
+    asked = tokenize_prompt(tokenizer, comparison.prompt, tools, kwargs, parse_special_tokens, None, name)
+    whole = Demonstration(comparison.prompt, answer, name, tools)
+    *earlier, last = _conversations(whole, tokenizer, kwargs, "all", max_length, parse_special_tokens, marks=False)
+    if (earlier and not scored) or last.input_ids[: len(asked)] != asked:
+        raise ValueError(
+            f"{name}: an answer of several turns, whose earlier ones the chat template renders otherwise once others "
+            "follow; leave the row out, compare one answer, or choose another chat_template"
+        )
+    return Example(asked, last.input_ids[len(asked) :], last.loss_mask[len(asked) :])
+
+
 def _conversations(
     record: Demonstration,
     tokenizer: PreTrainedTokenizerBase,
@@ -112,6 +163,7 @@ def _conversations(
     turns: str,
     max_length: int | None,
     parse_special_tokens: bool | None,
+    marks: bool = True,
 ) -> list[Tokenized]:
     completion = record.completion
     said = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
@@ -123,7 +175,7 @@ def _conversations(
     ids: tuple[int, ...] = ()
     loss_mask: tuple[bool, ...] = ()
     for number in learned[-1:] if turns == "last" else learned:
-        asked, answer, mask = _turn(chat, number, begun if number == first else "", marks=True)
+        asked, answer, mask = _turn(chat, number, begun if number == first else "", marks)
         if tuple(asked[: len(ids)]) != ids:
             found.append(Tokenized(ids, loss_mask))
             ids, loss_mask = (), ()

@@ -39,6 +39,9 @@ def write_reward_report(run: str | Path) -> Path:
     if not file.is_file():
         raise FileNotFoundError(f"{run} has no reward_report.json: it is no finished run of a reward model")
     report = json.loads(file.read_text("utf-8"))
+    if "accuracy" not in report:  # nothing was held out
+        write_atomic(run / "report.html", whole_page(esc(run.resolve().name), _unmeasured(report, run.resolve().name)))
+        return run / "report.html"
     curve = _rows(run / "metrics.jsonl")
     samples = _rows(run / "samples.jsonl")
     sections = {
@@ -77,6 +80,16 @@ def _header(report: Figures, title: str) -> str:
         f"{_ends(accuracy)}</span> of {report['comparisons']} held-out comparisons: {esc(verdict)}.</h1>"
         f'<p class="note">{esc(notes)}The aim is {fmt(report["aim"], 0, unit="%")}; below '
         f"{fmt(report['gate'], 0, unit='%')} PPO refuses to start.</p></header>"
+    )
+
+
+def _unmeasured(report: Figures, name: str) -> str:
+    notes = " ".join(f"{note[0].upper()}{note[1:]}." for note in report["notes"])
+    people = _people(report["people"])
+    return (
+        f'<header><p class="eyebrow">rlhf-fast · reward model · {esc(name)}</p><h1>Its agreement is '
+        f'<em class="even">{esc(report["verdict"])}</em>.</h1><p class="note">{esc(notes)}</p></header>\n'
+        f"<section><h2>People</h2>{people}</section>"
     )
 
 

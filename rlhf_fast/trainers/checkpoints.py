@@ -40,9 +40,10 @@ class Checkpoints:
         return self.patience is not None and self.worse >= self.patience
 
     def after(self, step: int, row: dict[str, float], last: bool) -> None:
-        """Judge a step by its metrics; save it, if it is the last or more than the last are asked for."""
+        """Judge a step by its metrics; save it, if it is the last or more than the last are asked for. Of steps that
+        nothing was measured after the last is the best."""
         metric, sign = self.goal.metric, 1.0 if self.goal.higher else -1.0
-        if not self.best or sign * row[metric] > sign * self.best[metric]:
+        if not self.best or metric not in row or sign * row[metric] > sign * self.best[metric]:
             self.best, self.best_step, self.worse = row, step, 0
         else:  # no better, or not a number
             self.worse += 1

@@ -17,14 +17,15 @@ from rlhf_fast.data.pairs import (
     group_pairs,
     join,
     microbatches_of_groups,
-    split_as_labelled,
+    split_pairs,
 )
 from rlhf_fast.data.records import Comparison, Source, read_comparisons
+from rlhf_fast.data.splits import require_heldout
 from rlhf_fast.run_folder import RunFolder
 from rlhf_fast.trainers.budget import TokenBudget
 from rlhf_fast.trainers.chat_settings import use_settings
 from rlhf_fast.trainers.checkpoints import Goal
-from rlhf_fast.trainers.loop import Stats, add_stats, fit, per_example, split_heldout
+from rlhf_fast.trainers.loop import Stats, add_stats, fit, per_example
 from rlhf_fast.trainers.preflight import preflight
 
 
@@ -57,9 +58,9 @@ class DPOTrainer:
         self.device = models.output_head(self.model).weight.device
         self.shared = models.longest_shared(self.model)
         groups = group_pairs(comparisons, self.tokenizer, config.max_length)
-        self.training, self.heldout = split_as_labelled(groups)
-        if not self.heldout:
-            self.training, self.heldout = split_heldout(groups, config.heldout, config.seed)
+        split = split_pairs(groups, config.heldout, config.seed, least=1)
+        self.training, self.heldout = split.training, split.heldout
+        require_heldout(self.heldout, config.patience)
         self.out = Path(out)
         self.config_yaml = settings.run_yaml("dpo", config, **inputs)
         self.budget = TokenBudget(config.optim.max_tokens_per_microbatch)
@@ -117,6 +118,9 @@ class DPOTrainer:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Loss, and how often the implicit reward prefers the chosen response, on held-out prompts."""
+
+        if not self.heldout:
+            return {}
 
         def totals() -> dict[str, float]:
             found: dict[str, float] = {}

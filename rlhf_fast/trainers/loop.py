@@ -47,7 +47,8 @@ def run_steps(
     Args:
         step: does step n and returns its metrics.
         every: steps from one evaluation to the next; there is one before the first step and one after the last, too.
-        evaluate: returns the metrics after step n by which checkpoints are judged; without it they are the step's own.
+        evaluate: returns the metrics after step n by which checkpoints are judged, none if nothing is held out; without
+            it they are the step's own.
         over: why the run is to end after a step of these metrics; empty if it is not.
         stateful: what must come back beside weights, optimiser and checkpoints when the run goes on.
 
@@ -57,8 +58,8 @@ def run_steps(
     stateful = {**(stateful or {}), "checkpoints": checkpoints}
     with TrainState(run, optimizer, identity, stateful) as state:
         done = state.load()
-        if done == 0 and evaluate:
-            run.log({"step": 0, **evaluate(0)})
+        if done == 0 and evaluate and (measured := evaluate(0)):
+            run.log({"step": 0, **measured})
         with Terminal(run.phase, steps, done) as terminal:
             if run.resumes:
                 terminal.say(f"{run.phase}: goes on after step {done} of {steps}, from {run.state}")
@@ -77,7 +78,7 @@ def run_steps(
                 judged = n % every == 0 or last
                 if judged:
                     measured = evaluate(n) if evaluate else row
-                    if evaluate:
+                    if evaluate and measured:
                         run.log({"step": n, **measured})
                     checkpoints.after(n, measured, last)
                     row = {**row, **measured}
@@ -209,21 +210,6 @@ def per_example(
         return parts
 
     return budget.spend("scoring", score)
-
-
-def split_heldout(items: Sequence[Item], share: float, seed: int, least: int = 1) -> tuple[list[Item], list[Item]]:
-    """(training, held-out) items: at least one to train on, and at least `least` held out.
-
-    Raises:
-        ValueError: too few items for that, or a share that is not between 0 and 1.
-    """
-    if not 0.0 < share < 1.0:
-        raise ValueError(f"heldout: {share}; expected a share between 0 and 1, such as 0.1")
-    if len(items) < least + 1:
-        raise ValueError(f"heldout: {len(items)} in all, of which {least} are to be held out and 1 to train on")
-    order = shuffled(items, seed)
-    count = min(len(items) - 1, max(least, round(share * len(items))))
-    return order[count:], order[:count]
 
 
 def epoch_batches(items: Sequence[Item], size: int, epochs: int, seed: int) -> list[list[Item]]:

@@ -23,9 +23,10 @@ from rlhf_fast.data.pairs import (
     group_pairs,
     join,
     microbatches_of_groups,
-    split_as_labelled,
+    split_pairs,
 )
 from rlhf_fast.data.records import Comparison, PromptRecord, Source, read_comparisons
+from rlhf_fast.data.splits import require_heldout
 from rlhf_fast.data.tokenize import tokenize_example
 from rlhf_fast.files import write_atomic
 from rlhf_fast.intervals import Interval, clustered_bootstrap
@@ -36,11 +37,13 @@ from rlhf_fast.terminal import bar_updater, progress_bar
 from rlhf_fast.trainers.budget import TokenBudget
 from rlhf_fast.trainers.chat_settings import use_settings
 from rlhf_fast.trainers.checkpoints import Goal
-from rlhf_fast.trainers.loop import Stats, fit, per_example, split_heldout
+from rlhf_fast.trainers.loop import Stats, fit, per_example
 from rlhf_fast.trainers.preflight import preflight
-from rlhf_fast.trainers.reward_measures import Heldout, agrees, histogram, measure
+from rlhf_fast.trainers.reward_measures import Heldout, agrees, histogram, measure, not_measured
 
 POISSON = np.cumsum([math.exp(-1) / math.factorial(n) for n in range(12)])  # of mean 1: P(X <= n)
+SCALED = 256  # training responses that set the scale where none is held out
+ASKED = 64  # prompts that the policy is asked there, if it sets the scale
 TEXTS_ALONE = 4  # responses that are scored once more by themselves, to see that company does not matter
 
 
@@ -75,17 +78,17 @@ class RewardTrainer:
         if config.optim.checkpointing:
             models.recompute_activations(self.model)
         # Groups hold all comparisons of a prompt, so no prompt is in both parts; an interval needs two of them.
-        groups = group_pairs(self.comparisons, self.tokenizer, config.max_length)
-        self.training, self.heldout = split_as_labelled(groups)
-        if not self.heldout:
-            self.training, self.heldout = split_heldout(groups, config.heldout, config.seed, least=2)
+        groups = group_pairs(self.comparisons, self.tokenizer, config.max_length, scored=True)
+        self.split = split_pairs(groups, config.heldout, config.seed, least=2)
+        self.training, self.heldout = self.split.training, self.split.heldout
+        require_heldout(self.heldout, config.patience)
         self.unsure = any(confidence < 1 for group in groups for confidence in group.confidences)
         self.device = next(self.model.parameters()).device
         self.shared = models.longest_shared(self.model)
         self.out = Path(out)
         self.config_yaml = settings.run_yaml("reward", config, **inputs)
         self.budget = TokenBudget(config.optim.max_tokens_per_microbatch)
-        self.agreement = Interval(0.5, 0.0, 1.0)
+        self.agreement: Interval | None = None  # as last measured; None while it is not
         self.by_head = torch.empty(0, config.heads)  # scores of the held-out responses, as last evaluated
         self.scale = (0.0, 1.0)  # mean and deviation of the policy's scores
         self.of_policy: torch.Tensor | None = None  # scores of its samples, where they set the scale
@@ -108,25 +111,27 @@ class RewardTrainer:
                 self.evaluate()
                 self._measure_policy()
             report = self._report(run)
-            return run.finish(
-                {
-                    "comparisons": sum(group.pairs for group in self.training),
-                    "heldout": sum(group.pairs for group in self.heldout),
-                    "heldout_prompts": len(self.heldout),
+            summary: dict[str, Any] = {
+                "comparisons": sum(group.pairs for group in self.training),
+                "heldout": sum(group.pairs for group in self.heldout),
+                "heldout_prompts": len({group.examples[0].prompt for group in self.heldout}),
+                "verdict": report["verdict"],
+                "score_mean": self.scale[0],
+                "score_std": self.scale[1],
+            }
+            if self.agreement is not None:
+                summary |= {
                     "heldout_accuracy": self.agreement.as_dict(),
-                    "verdict": report["verdict"],
                     "always_longer": report["length"]["always_longer"]["mean"],
                     "ece": report["calibration"]["ece"],
-                    "score_mean": self.scale[0],
-                    "score_std": self.scale[1],
-                },
-                outcome.step,
-            )
+                }
+            return run.finish(summary, outcome.step)
 
     def _save(self, folder: Path) -> None:
         self._measure_policy()
         mean, std = self.scale
-        extra = {"score_mean": mean, "score_std": std, "heldout_agreement": self.agreement.as_dict()}
+        agreement = None if self.agreement is None else self.agreement.as_dict()
+        extra = {"score_mean": mean, "score_std": std, "heldout_agreement": agreement}
         extra |= {"heads": self.config.heads, "lcb": self.config.lcb}
         models.save(folder, self.model, self.tokenizer, extra)
 
@@ -167,18 +172,22 @@ class RewardTrainer:
         return loss
 
     def _resampled(self, groups: list[PairGroup], heads: int) -> torch.Tensor:
-        """(K * P,): how often each comparison is in each head's resample, the same for all of a prompt."""
-        seed = self.config.seed
+        """(K * P,): how often each comparison is in each head's resample, the same for all of a prompt; but where there
+        are too few prompts to hold some out, each comparison for itself."""
+        seed, alone = self.config.seed, self.split.by_pairs
         times = [
-            float(poisson_weight(seed, head, group.examples[0].prompt))
+            float(poisson_weight(seed, head, prompt, (chosen.response, rejected.response) if alone else ()))
             for head in range(heads)
             for group in groups
-            for _ in range(group.pairs)
+            for prompt, chosen, rejected in group.sides()
         ]
         return torch.tensor(times, device=self.device)
 
     def evaluate(self) -> dict[str, float]:
-        """Agreement with the held-out comparisons (ties count half), with an interval over their prompts."""
+        """Agreement with the held-out comparisons (ties count half), with an interval over their prompts; nothing, if
+        none is held out."""
+        if not self.heldout:
+            return {}
         pairs = join(self.heldout, self.device)
         self.by_head = self._scores(pairs.examples)
         scores = models.lower_bound(self.by_head, self.config.lcb)
@@ -194,7 +203,7 @@ class RewardTrainer:
         }
 
     def _clusters(self) -> list[int]:
-        """The number of each held-out comparison's prompt."""
+        """The number of each held-out comparison's prompt, or its own where comparisons are held out one by one."""
         return [i for i, group in enumerate(self.heldout) for _ in range(group.pairs)]
 
     def _scores(self, examples: list[Example]) -> torch.Tensor:
@@ -211,6 +220,10 @@ class RewardTrainer:
 
     def _report(self, run: RunFolder) -> dict[str, Any]:
         """Write what the last evaluation's scores are worth."""
+        if not self.heldout:
+            report = not_measured(self.comparisons)
+            write_atomic(run.path / "reward_report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
+            return report
         pairs = join(self.heldout, "cpu")
         scores = models.lower_bound(self.by_head, self.config.lcb).cpu()
         heldout = Heldout(
@@ -220,9 +233,11 @@ class RewardTrainer:
             rejected=pairs.rejected.numpy(),
             scores=scores.double().numpy(),
             by_head=self.by_head.double().cpu().numpy(),
-            tokens=np.array([len(example.response) for example in pairs.examples]),
+            tokens=np.array([example.own_tokens for example in pairs.examples]),
         )
         report = measure(heldout, self.comparisons)
+        if self.split.by_pairs:
+            report["notes"].append("these comparisons' prompts were trained on, and agreement on others is not known")
         report["alone"] = self._alone(pairs.examples)
         report["scores"] = self._distribution(heldout)
         write_atomic(run.path / "reward_report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
@@ -256,10 +271,14 @@ class RewardTrainer:
         return {"over": over, "mean": mean, "std": std, "histogram": histogram(scaled)}
 
     def _measure_policy(self) -> None:
-        """Scale scores by those of the policy's own responses, if that is asked for."""
+        """Scale scores by those of the policy's own responses, if that is asked for; else, where none is held out, by
+        those of responses that were trained on."""
         if self.config.normalize_samples:
             self.of_policy = models.lower_bound(self._scores(self._policy_samples), self.config.lcb)
             self.scale = _scale(self.of_policy)
+        elif not self.heldout:
+            examples = [example for group in self.training[:SCALED] for example in group.examples][:SCALED]
+            self.scale = _scale(models.lower_bound(self._scores(examples), self.config.lcb))
 
     @functools.cached_property
     def _policy_samples(self) -> list[Example]:
@@ -268,21 +287,23 @@ class RewardTrainer:
         policy, tokenizer = models.load(self.start, getattr(torch, config.dtype), merged=True)
         use_settings(config, "reward", self.out, tokenizer)
         params = SamplingParams(n=config.normalize_samples, max_new_tokens=config.max_new_tokens, seed=config.seed)
-        rows = [group.comparisons[0] for group in self.heldout]
+        asked = {group.examples[0].prompt: group.comparisons[0] for group in self.heldout or self.training[:ASKED]}
+        rows = list(asked.values())
         prompts = [PromptRecord(r.prompt, name=r.name, tools=r.tools, template_kwargs=r.template_kwargs) for r in rows]
         with progress_bar(len(prompts) * params.n, "reward", "reply") as bar:
             rollouts = Generator(policy, tokenizer).generate(prompts, params, bar_updater(bar))
-        asked = [prompts[i] for i in rollouts.prompt_index.tolist()]
+        of = [prompts[i] for i in rollouts.prompt_index.tolist()]
         return [
             tokenize_example(tokenizer, p.prompt, text, p.tools, p.template_kwargs, name=p.name, strict=False)
-            for p, text in zip(asked, rollouts.texts, strict=True)
+            for p, text in zip(of, rollouts.texts, strict=True)
         ]
 
 
-def poisson_weight(seed: int, head: int, prompt: tuple[int, ...]) -> int:
-    """How often a prompt is in a head's resample: Poisson of mean 1, which is the bootstrap in the limit, by a hash of
-    what it depends on alone. So it is the same in every epoch, order and micro-batch."""
-    key = repr((seed, head, prompt)).encode()
+def poisson_weight(seed: int, head: int, prompt: tuple[int, ...], pair: tuple[tuple[int, ...], ...] = ()) -> int:
+    """How often a prompt, or a pair of its responses, is in a head's resample: Poisson of mean 1, which is the
+    bootstrap in the limit, by a hash of what it depends on alone. So it is the same in every epoch, order and
+    micro-batch."""
+    key = repr((seed, head, prompt, *pair)).encode()
     uniform = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") / 2**64
     return int(np.searchsorted(POISSON, uniform, side="right"))
 

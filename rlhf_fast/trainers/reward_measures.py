@@ -19,6 +19,7 @@ from rlhf_fast.intervals import Interval, clustered_bootstrap
 
 AIM = 0.7  # held-out agreement worth having; people agree with each other on 63 to 77 % of such comparisons
 GATE = PPOConfig.min_reward_agreement  # below it PPO refuses to start
+UNKNOWN = "not measured"  # the verdict where nothing was held out
 FEW = 8  # prompts; an interval from fewer is too narrow to go by
 RESAMPLES = 2_000  # for the many intervals of the tables
 
@@ -71,6 +72,17 @@ def measure(heldout: Heldout, everything: Sequence[Comparison]) -> dict[str, Any
         "calibration": of_calibration(heldout.difference),
         "length": length,
         "heads": of_heads(heldout),
+    }
+
+
+def not_measured(everything: Sequence[Comparison]) -> dict[str, Any]:
+    """The report where nothing was held out."""
+    return {
+        "verdict": UNKNOWN,
+        "notes": ["nothing was held out (reward.heldout is 0), so that nothing is known of its agreement"],
+        "aim": AIM,
+        "gate": GATE,
+        "people": of_people(everything),
     }
 
 

@@ -68,7 +68,7 @@ class RewardModel:
 
     With several heads the score is their mean less so many deviations as its trainer was told; `measure` also says how
     far they are apart. `agreement` is what its trainer measured on held-out comparisons, None when the checkpoint does
-    not say.
+    not say; `unmeasured` when it says that nothing was held out.
     """
 
     def __init__(
@@ -82,6 +82,7 @@ class RewardModel:
         self.model, self.tokenizer = models.load_reward(name, dtype, merged=True)
         self.device = next(self.model.parameters()).device
         self.agreement: dict[str, float] | None = extra.get("heldout_agreement")
+        self.unmeasured = "heldout_agreement" in extra and self.agreement is None
         self.mean, self.std = extra.get("score_mean", 0.0), extra.get("score_std", 1.0)
         self.lcb = extra.get("lcb", 0.0)
         self.max_tokens, self.max_length = max_tokens, max_length
@@ -238,6 +239,12 @@ def _with_names_of_their_own(parts: Sequence[Part]) -> list[Part]:
 
 def require_agreement(model: RewardModel, minimum: float, name: str | Path) -> None:
     """Refuse a reward model that is known to agree too little with people: PPO would optimise its errors."""
+    if model.unmeasured and minimum > 0:
+        raise ValueError(
+            f"reward: {name} was trained with nothing held out, so that its agreement is not known, and "
+            f"ppo.min_reward_agreement = {minimum:.0%} cannot be seen to hold; train it with reward.heldout above 0, "
+            "or set ppo.min_reward_agreement: 0 to go on"
+        )
     if model.agreement is not None and model.agreement["mean"] < minimum:
         raise ValueError(
             f"reward: {name} agrees with {model.agreement['mean']:.0%} of the held-out comparisons, less than "

@@ -16,6 +16,7 @@ from rlhf_fast.config import SFTConfig
 from rlhf_fast.data.batches import Batch
 from rlhf_fast.data.conversations import Tokenized, batch_of, microbatches_of_conversations
 from rlhf_fast.data.records import Demonstration, PromptRecord, Source, prompt_text, read_demonstrations
+from rlhf_fast.data.splits import other_splits, require_heldout, split_as_labelled, split_heldout
 from rlhf_fast.data.tokenize import tokenize_record
 from rlhf_fast.models.forward import unwrapped
 from rlhf_fast.rollout.generator import Generator
@@ -24,7 +25,7 @@ from rlhf_fast.run_folder import RunFolder
 from rlhf_fast.trainers.budget import TokenBudget
 from rlhf_fast.trainers.chat_settings import use_settings
 from rlhf_fast.trainers.checkpoints import Goal
-from rlhf_fast.trainers.loop import Stats, epoch_batches, fit, split_heldout
+from rlhf_fast.trainers.loop import Stats, epoch_batches, fit
 from rlhf_fast.trainers.preflight import preflight
 
 Encoded = tuple[Tokenized, ...]  # one demonstration: a conversation, or one for each answer that needs its own
@@ -62,13 +63,17 @@ class SFTTrainer:
             for d in demonstrations
         ]
         _warn_of_many([conversations for _, conversations in encoded])
-        training, heldout = split_heldout(encoded, config.heldout, config.seed)
+        others = [other_splits([d.split]) for d, _ in encoded]
+        training, heldout = split_as_labelled(encoded, others, "demonstrations", least=1)
+        if not heldout:
+            training, heldout = split_heldout(encoded, config.heldout, config.seed)
+        require_heldout(heldout, config.patience)
         self.training, self.heldout = [of for _, of in training], [of for _, of in heldout]
         self.asked = [
             PromptRecord(d.prompt, name=d.name, tools=d.tools, template_kwargs=d.template_kwargs)
             for d, _ in heldout[: config.samples]
         ]
-        self.generator = self._generator() if config.samples else None
+        self.generator = self._generator() if self.asked else None
         self.out = Path(out)
         self.config_yaml = settings.run_yaml("sft", config, **inputs)
 
@@ -108,6 +113,8 @@ class SFTTrainer:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Loss in nats a token, and perplexity, on the held-out demonstrations."""
+        if not self.heldout:
+            return {}
         loss = self.budget.spend("sft, evaluation", lambda: sum(float(loss) for loss, _ in self._losses(self.heldout)))
         return {"heldout_loss": loss, "heldout_perplexity": math.exp(min(loss, 50.0))}
 

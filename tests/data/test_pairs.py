@@ -15,7 +15,7 @@ from rlhf_fast.data.pairs import (
     group_pairs,
     join,
     microbatches_of_groups,
-    split_as_labelled,
+    split_pairs,
 )
 from rlhf_fast.data.records import Comparison
 from rlhf_fast.data.tokenize import decode_response, tokenize_prompt
@@ -148,18 +148,19 @@ def test_a_prompt_is_held_out_whole_when_one_of_its_comparisons_is_of_another_sp
         Comparison(prompt, "x", "y", split=split)
         for prompt, split in zip("abcda", ["", "train", "v1", "v2", "v1"], strict=True)
     ]
-    training, heldout = split_as_labelled(grouped(rows))
+    split = split_pairs(grouped(rows), 0.5, seed=0, least=2)
+    training, heldout = split.training, split.heldout
     asked = [[group.comparisons[0].prompt for group in part] for part in (training, heldout)]
     assert asked == [["b"], ["a", "c", "d"]]
     unlabelled = grouped(rows[:2])
-    assert split_as_labelled(unlabelled) == (unlabelled, [])
+    assert split_pairs(unlabelled, 0.0, seed=0, least=2).heldout == []
 
 
 @pytest.mark.parametrize("splits", [["test", "test"], ["train", "train", "test"]])
 def test_splits_that_leave_nothing_to_train_on_or_no_interval_are_refused(splits: list[str]) -> None:
     rows = [Comparison(f"p{i}", "x", "y", split=split) for i, split in enumerate(splits)]
     with pytest.raises(ValueError, match=rf"{splits.count('test')} of {len(splits)} prompts are held out, .* 'test'"):
-        split_as_labelled(grouped(rows))
+        split_pairs(grouped(rows), 0.5, seed=0, least=2)
 
 
 def test_no_groups_make_no_batches() -> None:

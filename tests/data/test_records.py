@@ -149,15 +149,6 @@ def test_a_confidence_on_another_scale_is_named(confidence: Any) -> None:
         read_comparisons([comparison(confidence=confidence)])
 
 
-def test_transcripts_that_part_before_their_last_turn_keep_the_rest_as_the_response() -> None:
-    row = {
-        "chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: more\n\nAssistant: b",
-        "rejected": "\n\nHuman: q\n\nAssistant: c",
-    }
-    (read,) = read_comparisons([row])
-    assert (read.chosen, read.rejected) == ("a\n\nmore\n\nb", "c")
-
-
 def test_an_empty_answer_in_a_transcript_is_read_since_people_compared_it() -> None:
     row = {"chosen": "\n\nHuman: q\n\nAssistant: ", "rejected": "\n\nHuman: q\n\nAssistant: a"}
     (read,) = read_comparisons([row])
@@ -201,7 +192,6 @@ def test_hh_rlhf_reads_completely() -> None:
     [
         (b"{", "not JSON: Expecting property name"),
         (b'{"prompt": "p"} trailing', "not JSON: Extra data"),
-        (b"\xef\xbb\xbf{}", "not JSON: Unexpected UTF-8 BOM"),
         (b'{"prompt": "\xff"}', "not UTF-8: invalid start byte at byte 12"),
         (b'{"prompt": "p", "margin": ' + b"1" * 5000 + b"}", "not readable as JSON: Exceeds the limit"),
         (b"[" * 100_000, "not readable as JSON: maximum recursion depth"),
@@ -223,7 +213,10 @@ def test_a_line_that_is_no_object_is_named(tmp_path: Path, reader: Reader, line:
 def test_files_that_cannot_be_read_are_named(tmp_path: Path, reader: Reader) -> None:
     whole = gzip.compress(b"".join(b'{"prompt": "%d"}\n' % number for number in range(5000)))
     bad = {
-        "truncated.jsonl.gz": (whole[: len(whole) // 2], r" line \d+: not readable as gzip: Compressed file ended"),
+        "truncated.jsonl.gz": (
+            whole[: len(whole) // 2],
+            r" line \d+: the file seems to have been cut off: Compressed file",
+        ),
         "plain.jsonl.gz": (b'{"prompt": "p"}\n', " line 1: not readable as gzip: Not a gzipped file"),
         "broken.jsonl.gz": (whole[:20] + b"\x00" * 50 + whole[70:], r" line \d+: not readable as gzip: "),
         "empty.jsonl": (b"", ": no rows; expected at least one"),
@@ -256,7 +249,7 @@ BAD_PROMPTS = [
     ({"prompt": ""}, "prompt is empty"),
     ({"prompt": " \n\t"}, "prompt is empty"),
     ({"prompt": 3}, "prompt should be text, got int"),
-    ({"prompt": None}, "prompt should be text, got NoneType"),
+    ({"prompt": None, "id": 1}, "'prompt' is missing; the row has 'id'"),
     ({"prompt": []}, "prompt should be a list of messages"),
     ({"prompt": ["p"]}, "a message of prompt should be"),
     ({"prompt": [{"content": "p"}]}, "a message of prompt should be"),
@@ -289,14 +282,13 @@ BAD_COMPARISONS = [
     (comparison(prompt=""), "prompt is empty"),
     (comparison(chosen=""), "chosen is empty"),
     (comparison(rejected="  "), "rejected is empty"),
-    (comparison(chosen=None), "chosen should be text, got NoneType"),
-    (comparison(rejected={"role": "assistant"}), "rejected should be text, got dict"),
+    (comparison(chosen=None), "'chosen' is missing; the row has 'prompt', 'rejected'"),
+    (comparison(rejected={"role": "assistant"}), "the content of a message of rejected should be text, got NoneType"),
     (comparison(chosen=[]), "chosen should be a list of messages"),
-    (comparison(chosen=[USER]), "chosen should be text or a list of one assistant's message"),
-    (comparison(chosen=[USER, ANSWER]), "chosen should be text or a list of one assistant's message"),
+    (comparison(chosen=[USER]), "chosen is a whole conversation and the other is not; expected two"),
+    (comparison(chosen=[ANSWER, USER]), "chosen should be text, or messages that begin and end with the assistant's"),
     (comparison(margin="big"), "margin should be a number, got 'big'"),
     (comparison(margin=True), "margin should be a number, got True"),
-    (comparison(margin=None), "margin should be a number, got None"),
     (comparison(margin=float("nan")), "margin should be a number, got nan"),
     (comparison(margin=float("inf")), "margin should be a number, got inf"),
     (comparison(margin=10**400), "margin should be a number, got 1000"),
@@ -374,7 +366,7 @@ def test_any_json_is_read_or_refused_as_a_record_error(
             except RecordError as error:
                 assert str(error).startswith((str(file), "row "))
             else:
-                assert len(records) == len(rows)
+                assert len(records) == len(rows) or (source is file and isinstance(rows[0], list))  # an array
                 for record in records:  # what was read can be written
                     json.dumps(record.prompt, ensure_ascii=False).encode()
 

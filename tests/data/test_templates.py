@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rlhf_fast.data import tokenize_record
-from rlhf_fast.data.records import RecordError, read_comparisons
+from rlhf_fast.data.records import read_comparisons
 from rlhf_fast.data.templates import use_template
 from rlhf_fast.data.tokenize import tokenize_example, tokenize_prompt
 from rlhf_fast.models.byte_tokenizer import byte_tokenizer
@@ -383,5 +383,5 @@ def test_compared_answers_may_call_tools_and_think() -> None:
     assert [tokenizer.decode(answer).split("</think>\n\n")[1] for _, answer in plain] == [
         "Answer one.<|im_end|>", "no<|im_end|>",
     ]  # fmt: skip
-    with pytest.raises(RecordError, match="chosen and rejected end in tool calls or thoughts, which are"):
-        read_comparisons([{"chosen": [Q, calls], "rejected": [Q, A]}])
+    (whole,) = read_comparisons([{"chosen": [Q, calls], "rejected": [Q, thinks], "tools": TOOLS}])
+    assert whole == comparison

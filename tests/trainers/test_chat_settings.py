@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +157,31 @@ def test_prompts_that_the_reward_model_could_not_read_are_refused_before_samplin
     prompts = read_prompts([{"prompt": [{"role": r, "content": c} for r, c in (("system", "Be."), ("user", "q"))]}] * 2)
     with pytest.raises(ValueError, match="the chat template does not render message 0, of role 'system'"):
         PPOTrainer(base, tmp_path / "reward", prompts, tmp_path / "ppo", PPOConfig(**SMALL, min_reward_agreement=0))
+
+
+@pytest.mark.parametrize("failure", ["raise_exception('no such words')", "1 // 0", "messages[9]['content']['x']"])
+def test_what_a_template_refuses_is_named_by_file_and_line_in_every_trainer(
+    failure: str, tiny: tuple[Any, Any], tmp_path: Path
+) -> None:
+    refusal = "{% if 'odd' in messages[0]['content'] %}{{ " + failure + " }}{% endif %}"
+    base = folder_with(refusal + CHAT_TEMPLATE, tiny, tmp_path / "base")
+    row = {"completion": "a", "chosen": "a", "rejected": "b"}
+    lines = [json.dumps({"prompt": prompt, **row}) for prompt in ("q0", "q1", "odd", "q3")]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(lines))
+    makers: list[Any] = [
+        lambda: SFTTrainer(base, data, tmp_path / "sft"),
+        lambda: RewardTrainer(base, data, tmp_path / "reward"),
+        lambda: DPOTrainer(base, data, tmp_path / "dpo"),
+        lambda: PPOTrainer(base, zero, data, tmp_path / "ppo", PPOConfig(**SMALL)),
+    ]
+    for make in makers:
+        with pytest.raises(ValueError, match=r"rows\.jsonl line 3: the chat template refuses the messages: "):
+            make()
+
+
+def test_settings_of_a_row_that_no_template_takes_are_named_by_the_row(tiny_folder: Path, tmp_path: Path) -> None:
+    for kwargs in ({"messages": []}, {"mood": object()}):
+        rows = [ROWS[0], {**ROWS[1], "chat_template_kwargs": kwargs}]
+        with pytest.raises(ValueError, match=r"^row 1: "):
+            SFTTrainer(tiny_folder, rows, tmp_path / "sft")

@@ -1,0 +1,68 @@
+"""What is held out of the data to measure on: by the rows' own `split`, else by share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from rlhf_fast.data.batches import shuffled
+
+Item = TypeVar("Item")
+
+
+def other_splits(splits: Sequence[str]) -> set[str]:
+    """Of the splits that rows name, those that are held out: all but train; a row without one is trained on."""
+    return set(splits) - {"", "train"}
+
+
+def split_as_labelled(
+    items: Sequence[Item], others: Sequence[set[str]], what: str, least: int
+) -> tuple[list[Item], list[Item]]:
+    """(training, held-out) items: held out are those of which any row is of another split than train; nothing is, if
+    none is.
+
+    Args:
+        others: the splits besides train that the rows of each item name.
+        what: items are called that in the error.
+        least: that many must be held out.
+
+    Raises:
+        ValueError: nothing is left to train on, or less than `least` is held out.
+    """
+    training = [item for item, named in zip(items, others, strict=True) if not named]
+    heldout = [item for item, named in zip(items, others, strict=True) if named]
+    if heldout and (not training or len(heldout) < least):
+        names = ", ".join(map(repr, sorted(set().union(*others))[:3]))
+        raise ValueError(
+            f"split: {len(heldout)} of {len(items)} {what} are held out, being of {names}; at least {least} and not "
+            "all can be: every split but 'train' is held out (what only sorts rows is their category)"
+        )
+    return training, heldout
+
+
+def split_heldout(items: Sequence[Item], share: float, seed: int, least: int = 1) -> tuple[list[Item], list[Item]]:
+    """(training, held-out) items: at least one to train on, and at least `least` held out; none for a share of 0.
+
+    Raises:
+        ValueError: too few items for that, or a share that is not between 0 and 1.
+    """
+    if share == 0:
+        return list(items), []
+    if not 0.0 < share < 1.0:
+        raise ValueError(f"heldout: {share}; expected a share between 0 and 1, such as 0.1, or 0 to hold nothing out")
+    if len(items) < least + 1:
+        raise ValueError(
+            f"heldout: {len(items)} in all, of which {least} are to be held out and 1 to train on; give more data, or "
+            "set heldout: 0, which measures nothing"
+        )
+    order = shuffled(items, seed)
+    count = min(len(items) - 1, max(least, round(share * len(items))))
+    return order[count:], order[:count]
+
+
+def require_heldout(heldout: Sequence[Item], patience: int | None) -> None:
+    """Refuse to wait for a measure that nothing is held out for."""
+    if patience is not None and not heldout:
+        raise ValueError(
+            f"patience: {patience}, but nothing is held out to measure; set heldout above 0, or leave patience out"
+        )
