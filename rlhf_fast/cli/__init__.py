@@ -5,6 +5,7 @@ Each file here holds the settings of a few verbs, as dataclasses, and what they 
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from collections.abc import Callable
@@ -12,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_fast import __version__
-from rlhf_fast.cli import bench, doctor, evaluate, generate, help, training
+from rlhf_fast.cli import bench, doctor, errors, evaluate, generate, help, training
 from rlhf_fast.config import DemoConfig, tiny_demo
-from rlhf_fast.settings import ConfigError, build, nearest
+from rlhf_fast.settings import ConfigError, build
 
 
 def _demo(command: DemoConfig) -> None:
@@ -29,45 +30,75 @@ VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "reward": (training.RewardCommand, training.reward),
     "dpo": (training.DPOCommand, training.dpo),
     "ppo": (training.PPOCommand, training.ppo),
+    "grpo": (training.GRPOCommand, training.ppo),
+    "rloo": (training.RLOOCommand, training.ppo),
     "generate": (generate.GenerateCommand, generate.generate),
     "evaluate": (evaluate.EvaluateCommand, evaluate.run),
     "bench": (bench.BenchCommand, bench.run),
     "doctor": (doctor.DoctorCommand, doctor.diagnose),
 }
+TRAINING = ("sft", "reward", "dpo", "ppo", "grpo", "rloo")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one verb; returns the exit code: 0, 1 for an error (on stderr), 2 for wrong usage, 130 after Ctrl-C."""
-    words = sys.argv[1:] if arguments is None else arguments
-    if not words or words[0] in ("-h", "--help"):
-        print(help.overview({verb: cls for verb, (cls, _) in VERBS.items()}))
-        return 0 if words else 2
-    if words[0] in ("-V", "--version"):
+    """Run one verb; returns the exit code.
+
+    0; 1 for an error, in one line on stderr; 2 for wrong usage; 70 for a fault of this program; 130 after Ctrl-C; 141
+    when nobody reads what is printed. `--traceback` anywhere shows Python's traceback above an error.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    shows_traceback = "--traceback" in words
+    words = [word for word in words if word != "--traceback"]
+    verb = words[0] if words else ""
+    try:
+        code = _run(words)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        hint = {
+            "demo": "the same command goes on after the last finished phase",
+            **dict.fromkeys(TRAINING, "the same command goes on from what was last kept"),
+        }
+        errors.say(f"stopped; {hint.get(verb, 'nothing is half-written')}")
+        return 130
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and errors.reader_is_gone():
+            return errors.BROKEN_PIPE
+        if shows_traceback:
+            errors.show_traceback(error)
+        message, code = errors.explained(error, verb)
+        errors.say(message)
+        return code
+
+
+def _run(words: list[str]) -> int:
+    """Do what the words say; returns 0, or 2 when they do not say enough."""
+    classes = {verb: cls for verb, (cls, _) in VERBS.items()}
+    verb, rest = (words[0], words[1:]) if words else ("", [])
+    if verb in ("-V", "--version", "version"):
         print(f"rlhf-fast {__version__}")
         return 0
-    verb, rest = words[0], words[1:]
+    if verb == "help" and rest:
+        verb, rest = rest[0], ["--help"]
+    if verb in ("", "-h", "--help", "help"):
+        print(help.overview(classes))
+        return 0 if verb else errors.USAGE
     if verb not in VERBS:
-        return _fail(f"unknown verb {verb!r}; the nearest one is {nearest(verb, VERBS)!r}, see rlhf-fast --help", 2)
+        errors.say(f"unknown verb {verb!r}; {_meant(verb)}, see rlhf-fast --help")
+        return errors.USAGE
     cls, action = VERBS[verb]
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our own progress says more
     if "-h" in rest or "--help" in rest:
         print(help.of_verb(verb, cls))
         return 0
-    try:
-        action(_command(verb, cls, rest))
-    except ConfigError as error:
-        return _fail(f"{error}; see rlhf-fast {verb} --help", 2)
-    except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
-        if os.environ.get("RLHF_FAST_DEBUG") == "1":
-            raise
-        return _fail(str(error), 1)
-    except KeyboardInterrupt:
-        hint = {
-            "demo": "the same command goes on after the last finished phase",
-            **dict.fromkeys(("sft", "reward", "dpo", "ppo"), "the same command goes on from what was last kept"),
-        }
-        return _fail(f"stopped; {hint.get(verb, 'nothing is half-written')}", 130)
+    action(_command(verb, cls, rest))
     return 0
+
+
+def _meant(word: str) -> str:
+    """The verb that is spelled nearly like `word`, or else all of them."""
+    near = difflib.get_close_matches(word, VERBS, n=1)
+    return f"the nearest one is {near[0]!r}" if near else f"the verbs are {', '.join(VERBS)}"
 
 
 def _command(verb: str, cls: type, words: list[str]) -> Any:
@@ -90,9 +121,3 @@ def _take_config(words: list[str]) -> tuple[Path | None, list[str]]:
         if word.startswith("--config="):
             return Path(word.partition("=")[2]), words[:i] + words[i + 1 :]
     return None, words
-
-
-def _fail(message: str, code: int) -> int:
-    line = " ".join(part.strip() for part in message.splitlines())
-    print(f"rlhf-fast: {line}", file=sys.stderr)
-    return code

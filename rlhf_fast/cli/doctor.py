@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
+
+from rlhf_fast.settings import ConfigError
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,7 @@ class DoctorCommand:
 
     The file is that of a run, as `rlhf-fast sft|reward|dpo|ppo --config` takes it. Nothing is loaded: what each part
     takes is counted from shapes, phase by phase, with micro-batches as full as the settings let them be. If it is more
-    than there is, the exit code is 1, and what to change is listed, from what does least harm on (docs/cost.md).
+    than there is, the exit code is 1, and what to change is listed, the least harmful first (docs/cost.md).
 
       rlhf-fast doctor --config runs/ppo/config.yaml
       rlhf-fast doctor --config examples/7b/ppo.yaml --model examples/7b --device cuda --memory 80GB --price 3
@@ -44,6 +46,7 @@ class DoctorCommand:
 
 def diagnose(command: DoctorCommand) -> None:
     if not command.config:
+        _require_nothing_else(command)
         from rlhf_fast import doctor
 
         doctor.main()
@@ -68,3 +71,13 @@ def diagnose(command: DoctorCommand) -> None:
             print("\n" + forecast.cost_table(hours, command.price))
     if not found.fits:
         raise RuntimeError(f"{command.config}: {found.prediction.peak / 1e9:.1f} GB do not fit into {memory / 1e9:.1f}")
+
+
+def _require_nothing_else(command: DoctorCommand) -> None:
+    """Refuse settings that would be ignored, as they are of a run."""
+    given = [item.name for item in fields(command) if getattr(command, item.name) != item.default]
+    if given:
+        raise ConfigError(
+            f"--{given[0]} is about a run, which --config FILE.yaml names; without it doctor only says what this "
+            "machine has"
+        )

@@ -21,10 +21,11 @@ def overview(verbs: Mapping[str, type]) -> str:
         "",
         "A first look, in under a minute and without a model:  rlhf-fast demo --tiny --out runs/tiny",
         "The whole loop on a real model, about 10 minutes:     rlhf-fast demo --out runs/demo",
-        "A talk with a model:                                  rlhf-fast generate --model smollm2-135m",
+        "A chat with a model:                                  rlhf-fast generate --model smollm2-135m",
         "What the kernels reach on this machine:               rlhf-fast bench ops",
         "Whether a run fits into memory:                       rlhf-fast doctor --config run.yaml",
         "All settings of a verb:                               rlhf-fast ppo --help",
+        "Where an error comes from, for a report of it:        the same command with --traceback",
     ]
     return "\n".join(lines)
 
@@ -33,7 +34,10 @@ def of_verb(verb: str, cls: type) -> str:
     first, _, rest = inspect.cleandoc(cls.__doc__ or "").partition("\n\n")
     lines = [f"rlhf-fast {verb}: {first}", "", f"usage: rlhf-fast {verb} [--config FILE.yaml] [--key value ...]", ""]
     lines += [rest, ""] if rest else []
-    lines += ["A YAML file holds the same keys, nested at the dots; the command line goes before it.", ""]
+    lines += [
+        "A YAML file holds the same keys, nested at the dots; the command line goes before it. With --traceback an"
+    ]
+    lines += ["error shows Python's traceback, too.", ""]
     base = cls() if cls is DemoConfig else None
     for key, kind, default, comment in describe(cls, base):
         lines.append(f"  --{key:<40} {kind:<28} {default:<14} {comment}".rstrip())

@@ -1,4 +1,4 @@
-"""The verbs that train: sft, reward, dpo and ppo."""
+"""The verbs that train: sft, reward, dpo, ppo, and its forms grpo and rloo."""
 
 from __future__ import annotations
 
@@ -47,6 +47,41 @@ class PPOCommand:
     prompts: str  # {"prompt"} a line, with further columns for rules and URLs
     out: str  # folder of the run
     ppo: PPOConfig = field(default_factory=PPOConfig)
+
+
+@dataclass(frozen=True)
+class GRPOCommand(PPOCommand):
+    """PPO without a critic: answers to a prompt are compared with each other (GRPO, arXiv 2402.03300).
+
+    The settings are those of `rlhf-fast ppo`, with ppo.advantage grpo or dr_grpo (arXiv 2503.20783).
+    """
+
+    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(advantage="grpo"))
+
+    def __post_init__(self) -> None:
+        _require_advantage(self.ppo, "grpo", "dr_grpo")
+
+
+@dataclass(frozen=True)
+class RLOOCommand(PPOCommand):
+    """PPO without a critic: an answer is compared with the mean of the prompt's others (arXiv 2402.14740).
+
+    The settings are those of `rlhf-fast ppo`, with ppo.advantage rloo.
+    """
+
+    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(advantage="rloo"))
+
+    def __post_init__(self) -> None:
+        _require_advantage(self.ppo, "rloo")
+
+
+def _require_advantage(config: PPOConfig, *allowed: str) -> None:
+    """Raise ValueError where a setting, or a run's config.yaml, says something else than the verb."""
+    if config.advantage not in allowed:
+        raise ValueError(
+            f"ppo.advantage: {config.advantage!r}; the verb {allowed[0]} is for {' or '.join(map(repr, allowed))}; "
+            "rlhf-fast ppo takes any"
+        )
 
 
 # Heavy imports happen inside the verbs, so that --help and errors in settings come at once.
