@@ -368,7 +368,10 @@ def test_a_bad_line_is_named_before_a_model_is_loaded_or_anything_written(
 ) -> None:
     file, out = tmp_path / "rows.jsonl", tmp_path / "out"
     file.write_text(json.dumps(good) + "\n" + '{"prompt": 7}\n')
-    others = {"ppo": ["--policy", "m", "--reward", "r"], "evaluate": ["--a", "m", "--b", "m"]}.get(verb, [])
+    others = {
+        "ppo": ["--policy", "smollm2-135m", "--reward", "rule:json"],
+        "evaluate": ["--a", "smollm2-135m", "--b", "smollm2-135m"],
+    }.get(verb, [])
     line = error(capsys, 1, verb, f"--{key}", str(file), "--out", str(out), *others)
     assert line.startswith(f"{file} line 2: ")
     assert list(tmp_path.iterdir()) == [file]

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_fast import __version__
-from rlhf_fast.cli import bench, doctor, errors, evaluate, generate, help, training
+from rlhf_fast.cli import bench, doctor, errors, evaluate, generate, help, inputs, training
 from rlhf_fast.config import DemoConfig, tiny_demo
 from rlhf_fast.settings import ConfigError, build
 
 
 def _demo(command: DemoConfig) -> None:
+    if not command.tiny:
+        inputs.check({"model": command.model})
     from rlhf_fast.pipeline import run_demo
 
     run_demo(command)

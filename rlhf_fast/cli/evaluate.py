@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from rlhf_fast.cli import inputs
 from rlhf_fast.cli.told import tell
 from rlhf_fast.config import EvaluationConfig
 
@@ -21,15 +22,13 @@ class EvaluateCommand:
 
 
 def run(command: EvaluateCommand) -> None:
-    from rlhf_fast import models
+    inputs.check({"a": command.a, "b": command.b}, {"prompts": command.prompts})
     from rlhf_fast.data.records import read_prompts
     from rlhf_fast.evaluation.win_rate import evaluate, write_evaluation
     from rlhf_fast.run_folder import RunFolder
     from rlhf_fast.settings import to_yaml
 
     prompts = read_prompts(command.prompts, command.split or None)
-    for name in (command.a, command.b):
-        models.resolve(name)  # an unknown one is an error before the folder is made
     folder = RunFolder(command.out, "evaluation", to_yaml(command))
     figures, rows = evaluate(command.a, command.b, prompts, command.evaluation)
     tell(write_evaluation(folder, figures, rows), command.out)

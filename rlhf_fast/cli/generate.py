@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from rlhf_fast.cli import inputs
 from rlhf_fast.settings import ConfigError
 
 
@@ -37,6 +38,9 @@ class GenerateCommand:
 
 
 def generate(command: GenerateCommand) -> None:
+    if command.prompts and command.prompt:
+        raise ConfigError("give either --prompts FILE or --prompt TEXT")
+    inputs.check({"model": command.model}, {"prompts": command.prompts} if command.prompts else {})
     from rlhf_fast import models
     from rlhf_fast.data.records import read_prompts
     from rlhf_fast.data.templates import use_template
@@ -45,8 +49,6 @@ def generate(command: GenerateCommand) -> None:
     from rlhf_fast.rollout.sampling import SamplingParams
     from rlhf_fast.terminal import bar_updater, progress_bar
 
-    if command.prompts and command.prompt:
-        raise ConfigError("give either --prompts FILE or --prompt TEXT")
     options = {item.name: getattr(command, item.name) for item in fields(command)}
     options["stop"] = (command.stop,) if command.stop else ()
     params = SamplingParams(**{key: options[key] for key in SamplingParams.__dataclass_fields__ if key in options})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from rlhf_fast.cli import inputs
 from rlhf_fast.cli.told import tell
 from rlhf_fast.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 
@@ -43,7 +44,7 @@ class PPOCommand:
     """Improve a policy by rewards, kept near its start by a KL penalty."""
 
     policy: str  # the policy to start from, and the reference
-    reward: str  # a reward model's run or checkpoint, a URL, rule:NAME, or a list "1*runs/reward, 0.5*rule:math"
+    reward: str  # a reward model's run, rule:NAME, FILE.py:function, a URL, or a list "1*runs/reward, 0.5*rule:math"
     prompts: str  # {"prompt"} a line, with further columns for rules and URLs
     out: str  # folder of the run
     ppo: PPOConfig = field(default_factory=PPOConfig)
@@ -88,12 +89,14 @@ def _require_advantage(config: PPOConfig, *allowed: str) -> None:
 
 
 def sft(command: SFTCommand) -> None:
+    inputs.check(file={"data": command.data}, model={"model": command.model})
     from rlhf_fast.trainers.sft import SFTTrainer
 
     tell(SFTTrainer(command.model, command.data, command.out, command.sft).train(), command.out)
 
 
 def reward(command: RewardCommand) -> None:
+    inputs.check(file={"data": command.data}, model={"model": command.model})
     from rlhf_fast.evaluation.reward_report import write_reward_report
     from rlhf_fast.trainers.reward import RewardTrainer
 
@@ -102,12 +105,14 @@ def reward(command: RewardCommand) -> None:
 
 
 def dpo(command: DPOCommand) -> None:
+    inputs.check(file={"data": command.data}, model={"model": command.model})
     from rlhf_fast.trainers.dpo import DPOTrainer
 
     tell(DPOTrainer(command.model, command.data, command.out, command.dpo).train(), command.out)
 
 
 def ppo(command: PPOCommand) -> None:
+    inputs.check({"policy": command.policy}, {"prompts": command.prompts}, {"reward": command.reward})
     from rlhf_fast.trainers.ppo import PPOTrainer
 
     trainer = PPOTrainer(command.policy, command.reward, command.prompts, command.out, command.ppo)
