@@ -284,13 +284,14 @@ class EvaluationConfig:
     samples_per_prompt: int = 2
     max_new_tokens: int = 128  # tokens; a response that has not ended by then is cut off
     temperature: float = 1.0  # 0.0 takes the likeliest token
+    tie_margin: float = 0.0  # replies whose scores are this near, in the judge's unit, are a tie
     chat_template: str | None = None  # chatml, plain or the file of a Jinja template; none: the model's own
     template_kwargs: dict[str, Any] = field(default_factory=dict)  # what it reads besides messages: enable_thinking
     parse_special_tokens: bool = False  # special tokens that are spelled out in messages become tokens
     seed: int = 1
 
     def __post_init__(self) -> None:
-        _check(self, count="samples_per_prompt max_new_tokens", not_negative="temperature seed")
+        _check(self, count="samples_per_prompt max_new_tokens", not_negative="temperature tie_margin seed")
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,8 @@ KEYS = {
         ppo.seed ppo.lora.r ppo.lora.alpha ppo.optim.lr ppo.optim.schedule ppo.optim.warmup ppo.optim.weight_decay
         ppo.optim.adam_eps ppo.optim.max_grad_norm ppo.optim.max_tokens_per_microbatch ppo.optim.checkpointing
         ppo.optim.max_skipped ppo.run.save_every ppo.run.keep_last ppo.run.trackers evaluation.samples_per_prompt
-        evaluation.max_new_tokens evaluation.temperature evaluation.chat_template evaluation.template_kwargs
-        evaluation.parse_special_tokens evaluation.seed
+        evaluation.max_new_tokens evaluation.temperature evaluation.tie_margin evaluation.chat_template
+        evaluation.template_kwargs evaluation.parse_special_tokens evaluation.seed
     """,
     "sft": """
         data out model sft.epochs sft.batch_size sft.heldout sft.turns sft.packing sft.samples sft.sample_tokens
@@ -84,8 +84,9 @@ KEYS = {
         max_new_tokens min_new_tokens stop chat_template template_kwargs parse_special_tokens seed
     """,
     "evaluate": """
-        a b prompts out split evaluation.samples_per_prompt evaluation.max_new_tokens evaluation.temperature
-        evaluation.chat_template evaluation.template_kwargs evaluation.parse_special_tokens evaluation.seed
+        a b prompts out judge split evaluation.samples_per_prompt evaluation.max_new_tokens evaluation.temperature
+        evaluation.tie_margin evaluation.chat_template evaluation.template_kwargs evaluation.parse_special_tokens
+        evaluation.seed
     """,
     "bench": "suite op seconds out",
     "doctor": """

@@ -91,7 +91,7 @@ def load_function(source: str, setting: str = "reward") -> Callable[..., Any]:
             f"{setting}: {name} in {file} is {type(function).__name__}; expected a function (prompts, responses) -> "
             "scores"
         )
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def line_of(function: Callable[..., Any], source: str) -> str:
