@@ -186,7 +186,7 @@ class PPOConfig:
     temperature: float = 1.0  # divides the logits, in sampling and in training alike
     epochs: int = 2  # passes over the samples of a step
     minibatches: int = 4  # optimiser steps an epoch
-    kl_coef: float = 0.05  # weight of the KL penalty, in reward a nat
+    kl_coef: float = 0.05  # weight of the KL penalty: reward lost for each nat of KL
     kl_target: float | None = None  # nats a sequence; when set, kl_coef adapts towards it (arXiv 1909.08593)
     kl_horizon: float = 10_000.0  # sequences
     max_kl: float | None = None  # nats a sequence; a step whose samples are further from the reference ends the run
@@ -204,12 +204,12 @@ class PPOConfig:
     value_clip: float = 0.2  # most that a value may move from the sampled one in a step
     value_coef: float = 0.1  # weight of the value loss
     whiten_rewards: bool = False  # scale a step's rewards to deviation 1
-    reward_clip: float = math.inf  # scores beyond it, on either side, are taken for it
+    reward_clip: float = math.inf  # scores are limited to between -reward_clip and reward_clip
     missing_eos: Literal["subtract", "replace"] = "subtract"  # what the penalty does: score - penalty, or -penalty
     missing_eos_penalty: float = 1.0  # for a response cut off by max_new_tokens
     min_reward_agreement: float = 0.6  # held-out agreement below which PPO refuses to start
     reward_timeout: float | None = 300.0  # seconds for a call of a reward function or URL; none: no limit
-    reward_retries: int = 2  # calls more, after growing pauses, when one fails
+    reward_retries: int = 2  # how often a failed call is made again, after longer and longer pauses
     reward_batch: int | None = None  # responses in a call of a URL or async function, made as they end; none: all
     lag: int = 0  # 1: sample a step ahead, so that scores come while the policy learns, with an older policy's samples
     rollout_cap: float = 2.0  # most that a token of an older policy's samples weighs
@@ -285,13 +285,14 @@ class EvaluationConfig:
     samples_per_prompt: int = 2
     max_new_tokens: int = 128  # tokens; a response that has not ended by then is cut off
     temperature: float = 1.0  # 0.0 takes the likeliest token
+    tie_margin: float = 0.0  # replies whose scores are this near, in the judge's unit, are a tie
     chat_template: str | None = None  # chatml, plain or the file of a Jinja template; none: the model's own
     template_kwargs: dict[str, Any] = field(default_factory=dict)  # what it reads besides messages: enable_thinking
     parse_special_tokens: bool = False  # special tokens that are spelled out in messages become tokens
     seed: int = 1
 
     def __post_init__(self) -> None:
-        _check(self, count="samples_per_prompt max_new_tokens", not_negative="temperature seed")
+        _check(self, count="samples_per_prompt max_new_tokens", not_negative="temperature tie_margin seed")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from rlhf_fast.models.adapters import adapter_config, is_adapter
 from rlhf_fast.models.checkpoint import reading_errors
 from rlhf_fast.rollout.memory import free_memory
 from rlhf_fast.settings import ConfigError
-from rlhf_fast.trainers.rewards import reward_models
+from rlhf_fast.trainers.reward_names import reward_models
 
 CONFIGS: dict[str, type[TrainerConfig]] = {
     "sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "ppo": PPOConfig,
@@ -119,7 +119,7 @@ def shape_of(name: str) -> PreTrainedConfig:
 
 
 def changes(run: Run, device: Device, available: int) -> Iterator[Change]:
-    """What to change until a run fits, from what does least harm on, each beside those before it: smaller micro-batches
+    """What to change until a run fits, the least harmful first, each beside those before it: smaller micro-batches
     and activations computed again change no result, an adapter and narrower weights do. The last one fits, or nothing
     here makes it fit."""
     config, changed = run.config, dict[str, Any]()
@@ -221,7 +221,7 @@ def as_text(found: Forecast) -> str:
         f"{'fits' if found.fits else 'does not fit'}."
     )
     if found.changes:
-        lines.append("What to change, from what does least harm on:")
+        lines.append("What to change, the least harmful first:")
     for change in found.changes:
         words = " ".join(f"--{key} {str(value).lower()}" for key, value in change.settings.items())
         verdict = "fits" if change.fits else "does not fit yet"

@@ -331,6 +331,9 @@ def _kind_name(kind: Any) -> str:
 
 @functools.cache
 def _source_comments(cls: type) -> dict[str, str]:
-    """The comment behind each field, so that --help and the source cannot disagree."""
-    pairs = re.findall(r"^    (\w+): [^#\n]*(?:  # ([^\n]*))?$", inspect.getsource(cls), re.MULTILINE)
-    return dict(pairs)
+    """The comment behind each field, so that --help and the source cannot disagree; inherited ones, too."""
+    comments: dict[str, str] = {}
+    for each in reversed([each for each in cls.__mro__ if dataclasses.is_dataclass(each)]):
+        found = re.findall(r"^    (\w+): [^#\n]*(?:  # ([^\n]*))?$", inspect.getsource(each), re.MULTILINE)
+        comments.update({name: comment for name, comment in found if comment or name not in comments})
+    return comments

@@ -118,7 +118,7 @@ def test_an_unknown_suite_or_op_is_named(
 def test_an_installed_package_says_that_a_checkout_is_needed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "rlhf_fast" / "cli.py"))
+    monkeypatch.setattr(cli.bench, "__file__", str(tmp_path / "rlhf_fast" / "cli" / "bench.py"))
     assert cli.main(["bench", "ops"]) == 1
     assert "run this from a checkout" in capsys.readouterr().err
 

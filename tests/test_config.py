@@ -400,7 +400,13 @@ BAD = {
         "seed": [-1],
     },
     AnnotatorConfig: {"error_rate": [-0.1, 0.5, 1.0], "tie_margin": [-0.1, 1.1]},
-    EvaluationConfig: {"samples_per_prompt": [0], "max_new_tokens": [0], "temperature": [-1.0], "seed": [-1]},
+    EvaluationConfig: {
+        "samples_per_prompt": [0],
+        "max_new_tokens": [0],
+        "temperature": [-1.0],
+        "tie_margin": [-0.1, math.inf],
+        "seed": [-1],
+    },
     ComparisonsConfig: {
         "prompts": [-1],
         "samples_per_prompt": [1],  # one reply cannot be compared

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from transformers import LlamaConfig
 
-from rlhf_fast import cli, cost, forecast
+from rlhf_fast import cli, cost, forecast, settings
 from rlhf_fast.config import LoRAConfig, OptimConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf_fast.settings import ConfigError, run_yaml
 
@@ -221,7 +221,7 @@ def test_the_examples_are_files_that_their_verbs_take(tmp_path: Path) -> None:
     for verb in ("sft", "reward", "ppo"):
         file = ROOT / "examples" / "7b" / f"{verb}.yaml"
         cls, _ = cli.VERBS[verb]
-        command = cli.build(cls, file, [])
+        command = settings.build(cls, file, [])
         run = forecast.read_run(file, str(ROOT / "examples" / "7b"))
         assert run.verb == verb and run.config == getattr(command, verb)
         assert run.config.dtype == "bfloat16" and run.config.lora.r > 0

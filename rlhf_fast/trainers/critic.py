@@ -12,6 +12,7 @@ from torch import nn
 from rlhf_fast import models
 from rlhf_fast.data.batches import Batch
 from rlhf_fast.models.adapters import Model
+from rlhf_fast.trainers.reward_names import reward_models
 
 
 class Critic:
@@ -73,7 +74,7 @@ def make_critic(kind: str, policy: Model, reward: Any, tokenizer: Any, **options
         return Critic(fresh_head(weight))
     if kind == "separate":
         return Critic(fresh_head(weight), models.trainable_copy(policy))
-    if not isinstance(reward, str | Path) or str(reward).startswith(("http://", "https://", "rule:")):
+    if not isinstance(reward, str | Path) or reward_models(str(reward)) != [str(reward)]:
         raise ValueError(
             f"ppo.critic: 'reward' starts from a reward model's checkpoint, but the reward is {reward!r}; "
             "choose 'shared' or 'separate'"

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from rlhf_fast.data.records import PromptRecord, RecordError
+from rlhf_fast.trainers.reward_names import place_in
 
 Result = TypeVar("Result")
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between two calls: doubled each time
@@ -102,16 +103,25 @@ def patient(function: Callable[..., Any], who: str, timeout: float | None, retri
                 result = function(list(prompts), list(responses), **given)
             return _awaited(result, timeout, who) if inspect.isawaitable(result) else result
 
+        def where(error: BaseException) -> str:
+            return place_in(error, function)
+
         advice = "mend the function, or allow more by ppo.reward_timeout and ppo.reward_retries"
-        return with_retries(once, who, retries, advice)
+        return with_retries(once, who, retries, advice, where=where)
 
     return call
 
 
 def with_retries(
-    once: Callable[[], Result], who: str, retries: int, advice: str, on: type[Exception] = Exception
+    once: Callable[[], Result],
+    who: str,
+    retries: int,
+    advice: str,
+    on: type[Exception] = Exception,
+    where: Callable[[BaseException], str] = lambda error: "",
 ) -> Result:
-    """What `once` returns; called again after a pause while it raises `on`, up to `retries` times.
+    """What `once` returns; called again after a pause while it raises `on`, up to `retries` times; `where`
+    says where an error came up.
 
     A RewardError is final. An error with a `pause` (seconds) is waited for at least so long.
 
@@ -124,7 +134,7 @@ def with_retries(
         except RewardError:
             raise
         except on as error:
-            what = _short(error)
+            what = _short(error) + where(error)
             if attempt > retries:
                 times = "once" if attempt == 1 else f"{attempt} times"
                 raise RewardError(f"reward {who}: failed {times}, at last with {what}; {advice}") from error

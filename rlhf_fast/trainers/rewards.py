@@ -1,9 +1,8 @@
-"""What PPO is rewarded by: a reward model, a Python function, a rule, a URL, or a weighted list of those."""
+"""What PPO is rewarded by: a reward model, a Python function or one in a file, a rule, a URL, or a weighted list."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +10,13 @@ from typing import Any
 
 import torch
 
-from rlhf_fast import models
+from rlhf_fast import model_names, models
 from rlhf_fast.data.batches import Example
 from rlhf_fast.data.records import OPTIONAL_COLUMNS, PromptRecord, read_record
 from rlhf_fast.data.templates import Prompt
 from rlhf_fast.data.tokenize import tokenize_example
 from rlhf_fast.models.checkpoint import read_extra, resolve
+from rlhf_fast.trainers import reward_names
 from rlhf_fast.trainers.loop import per_example
 from rlhf_fast.trainers.reward_calls import is_async, patient, wants
 from rlhf_fast.trainers.reward_url import RewardURL
@@ -24,8 +24,6 @@ from rlhf_fast.trainers.scoring import Background, Part, RewardFunction, Scores,
 from rlhf_fast.trainers.verifiers import rule
 
 Reward = str | Path | RewardFunction | Sequence[tuple[float, Any]]
-
-_WEIGHT = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?\*"  # of a part of a list that is written as text
 
 
 class Rewards:
@@ -78,6 +76,7 @@ class RewardModel:
         max_length: int = 1024,
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        model_names.check(name, "reward", "reward")
         extra = read_extra(resolve(name))
         self.model, self.tokenizer = models.load_reward(name, dtype, merged=True)
         self.device = next(self.model.parameters()).device
@@ -157,7 +156,7 @@ def resolve_reward(
         min_agreement: held-out agreement that a reward model must have.
         max_length: tokens of prompt and response that a reward model reads.
         timeout: seconds for one call of a function or one request to a URL, None without a limit.
-        retries: calls more when one fails.
+        retries: how often a failed call is made again.
         dtype: of the weights of reward models.
         batch: responses in a call of a URL or an async function, None for all.
 
@@ -167,28 +166,33 @@ def resolve_reward(
         TypeError: none of the known forms.
     """
 
+    def own(weight: float, function: RewardFunction, who: str) -> Part:
+        name, call = _function_name(function), patient(function, who, timeout, retries)
+        return Part(weight, name, call, wants(function, who), waits=is_async(function), batch=batch)
+
     def part(weight: float, source: Any) -> list[Part]:
-        if isinstance(source, str) and re.match(_WEIGHT, source):
-            source = _written_list(source)
+        if isinstance(source, str) and reward_names.is_list(source):
+            source = reward_names.written_list(source)
         if isinstance(source, Sequence) and not isinstance(source, str) and source:
             return [inner for each in source for inner in part(*_weighted(weight, each))]
         if isinstance(source, str) and source.startswith("rule:"):
             checker = rule(source.removeprefix("rule:"))
             return [Part(weight, source.split(":")[1], checker, wants(checker, source))]
-        if isinstance(source, str) and source.startswith(("http://", "https://")):
+        if isinstance(source, str) and source.startswith(reward_names.URLS):
             url = RewardURL(source, timeout, retries)
             return [Part(weight, url.name, url, wants(url, url.name), waits=True, batch=batch)]
+        if isinstance(source, str | Path) and reward_names.is_function(str(source)):
+            function = reward_names.load_function(str(source))
+            return [own(weight, function, reward_names.line_of(function, str(source)))]
         if isinstance(source, str | Path):
             model = RewardModel(source, max_length=max_length, dtype=dtype)
             require_agreement(model, min_agreement, source)
             return [Part(weight, Path(source).name, model, wants(model, str(source)))]
         if callable(source):
-            name = _function_name(source)
-            function = patient(source, name, timeout, retries)
-            return [Part(weight, name, function, wants(source, name), waits=is_async(source), batch=batch)]
+            return [own(weight, source, _function_name(source))]
         raise TypeError(
             f"reward: got {type(source).__name__}; expected a checkpoint, a function (prompts, responses) -> scores, "
-            "a URL, rule:NAME, or a list of (weight, one of those)"
+            "FILE.py:function, a URL, rule:NAME, or a list of (weight, one of those)"
         )
 
     parts = part(1.0, reward)
@@ -200,12 +204,6 @@ def resolve_reward(
     return Rewards(parts)
 
 
-def reward_models(reward: str) -> list[str]:
-    """The checkpoints that a written reward names, such as runs/reward in "1*runs/reward, 0.5*rule:math"."""
-    sources = [source for _, source in _written_list(reward)] if re.match(_WEIGHT, reward) else [reward]
-    return [source for source in sources if not source.startswith(("rule:", "http://", "https://"))]
-
-
 def _weighted(outer: float, each: Any) -> tuple[float, Any]:
     """The weight of a part of a list, times that of the list, and what is weighted."""
     if not isinstance(each, Sequence) or isinstance(each, str) or len(each) != 2:
@@ -214,12 +212,6 @@ def _weighted(outer: float, each: Any) -> tuple[float, Any]:
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
         raise ValueError(f"reward: the weight {weight!r:.40}; expected a finite number")
     return outer * weight, source
-
-
-def _written_list(text: str) -> list[tuple[float, str]]:
-    """ "1*runs/reward, 0.5*rule:math" as a list. A comma that no weight follows belongs to a name."""
-    written = [each.partition("*") for each in re.split(rf",\s*(?={_WEIGHT})", text)]
-    return [(float(weight), source.strip()) for weight, _, source in written]
 
 
 def _function_name(function: Any) -> str:

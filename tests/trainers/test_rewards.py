@@ -109,15 +109,19 @@ def test_a_function_that_raises_is_called_again_after_growing_pauses(
 
     assert scores(flaky, retries=3) == [1.0, 2.0]
     assert pauses == [1.0, 2.0, 4.0]
-    assert "reward flaky: ConnectionError: not now; call 4 of 4 in 4 s" in capsys.readouterr().err
+    (line,) = re.findall("reward flaky: ConnectionError: not now (.*); call 4 of 4 in 4 s", capsys.readouterr().err)
+    assert re.fullmatch(r"\(test_rewards.py line [0-9]+\)", line)
 
 
 def test_a_function_that_goes_on_raising_is_named_with_its_last_error(pauses: list[float]) -> None:
     def judge(prompts: list[Any], responses: list[str]) -> list[float]:
         raise KeyError("choices")
 
+    place = r"\(test_rewards.py line [0-9]+\)"
     advice = "mend the function, or allow more by ppo.reward_timeout and ppo.reward_retries"
-    with pytest.raises(RewardError, match=f"reward judge: failed 9 times, at last with KeyError: 'choices'; {advice}"):
+    with pytest.raises(
+        RewardError, match=f"reward judge: failed 9 times, at last with KeyError: 'choices' {place}; {advice}"
+    ):
         scores(judge, retries=8)
     assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
     with pytest.raises(RewardError, match="failed once") as caught:

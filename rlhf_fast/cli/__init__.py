@@ -1,0 +1,125 @@
+"""The command line: one verb a phase, `--config FILE.yaml` and `--key value` over the dataclasses of config.py.
+
+Each file here holds the settings of a few verbs, as dataclasses, and what they do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rlhf_fast import __version__
+from rlhf_fast.cli import bench, doctor, errors, evaluate, generate, help, inputs, training
+from rlhf_fast.config import DemoConfig, tiny_demo
+from rlhf_fast.settings import ConfigError, build
+
+
+def _demo(command: DemoConfig) -> None:
+    if not command.tiny:
+        inputs.check({"model": command.model})
+    from rlhf_fast.pipeline import run_demo
+
+    run_demo(command)
+
+
+VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "demo": (DemoConfig, _demo),
+    "sft": (training.SFTCommand, training.sft),
+    "reward": (training.RewardCommand, training.reward),
+    "dpo": (training.DPOCommand, training.dpo),
+    "ppo": (training.PPOCommand, training.ppo),
+    "grpo": (training.GRPOCommand, training.ppo),
+    "rloo": (training.RLOOCommand, training.ppo),
+    "generate": (generate.GenerateCommand, generate.generate),
+    "evaluate": (evaluate.EvaluateCommand, evaluate.run),
+    "bench": (bench.BenchCommand, bench.run),
+    "doctor": (doctor.DoctorCommand, doctor.diagnose),
+}
+TRAINING = ("sft", "reward", "dpo", "ppo", "grpo", "rloo")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb; returns the exit code.
+
+    0; 1 for an error, in one line on stderr; 2 for wrong usage; 70 for a fault of this program; 130 after Ctrl-C; 141
+    when nobody reads what is printed. `--traceback` anywhere shows Python's traceback above an error.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    shows_traceback = "--traceback" in words
+    words = [word for word in words if word != "--traceback"]
+    verb = words[0] if words else ""
+    try:
+        code = _run(words)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        hint = {
+            "demo": "the same command goes on after the last finished phase",
+            **dict.fromkeys(TRAINING, "the same command goes on from what was last kept"),
+        }
+        errors.say(f"stopped; {hint.get(verb, 'nothing is half-written')}")
+        return 130
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and errors.reader_is_gone():
+            return errors.BROKEN_PIPE
+        if shows_traceback:
+            errors.show_traceback(error)
+        message, code = errors.explained(error, verb)
+        errors.say(message)
+        return code
+
+
+def _run(words: list[str]) -> int:
+    """Do what the words say; returns 0, or 2 when they do not say enough."""
+    classes = {verb: cls for verb, (cls, _) in VERBS.items()}
+    verb, rest = (words[0], words[1:]) if words else ("", [])
+    if verb in ("-V", "--version", "version"):
+        print(f"rlhf-fast {__version__}")
+        return 0
+    if verb == "help" and rest:
+        verb, rest = rest[0], ["--help"]
+    if verb in ("", "-h", "--help", "help"):
+        print(help.overview(classes))
+        return 0 if verb else errors.USAGE
+    if verb not in VERBS:
+        errors.say(f"unknown verb {verb!r}; {_meant(verb)}, see rlhf-fast --help")
+        return errors.USAGE
+    cls, action = VERBS[verb]
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our own progress says more
+    if "-h" in rest or "--help" in rest:
+        print(help.of_verb(verb, cls))
+        return 0
+    action(_command(verb, cls, rest))
+    return 0
+
+
+def _meant(word: str) -> str:
+    """The verb that is spelled nearly like `word`, or else all of them."""
+    near = difflib.get_close_matches(word, VERBS, n=1)
+    return f"the nearest one is {near[0]!r}" if near else f"the verbs are {', '.join(VERBS)}"
+
+
+def _command(verb: str, cls: type, words: list[str]) -> Any:
+    if verb == "bench" and words and not words[0].startswith("-"):
+        words = ["--suite", *words]  # the one word that reads better without its key
+    file, rest = (None, words) if verb == "doctor" else _take_config(words)  # its --config is another run's
+    command: Any = build(cls, file, rest)
+    if verb == "demo" and command.tiny:  # it changes many defaults, over which the settings are laid again
+        return build(cls, file, rest, tiny_demo())
+    return command
+
+
+def _take_config(words: list[str]) -> tuple[Path | None, list[str]]:
+    """Split `--config FILE` off."""
+    for i, word in enumerate(words):
+        if word == "--config":
+            if i + 1 == len(words):
+                raise ConfigError("--config needs a file")
+            return Path(words[i + 1]), words[:i] + words[i + 2 :]
+        if word.startswith("--config="):
+            return Path(word.partition("=")[2]), words[:i] + words[i + 1 :]
+    return None, words

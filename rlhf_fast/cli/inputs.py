@@ -1,0 +1,51 @@
+"""What a verb is given, looked at before anything heavy is imported or loaded."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from rlhf_fast import model_names
+from rlhf_fast.trainers import reward_names
+
+
+def check(
+    model: dict[str, str] | None = None, file: dict[str, str] | None = None, reward: dict[str, str] | None = None
+) -> None:
+    """Refuse names by setting: {"policy": "runs/none"} as a model, {"data": "none.jsonl"} as a file that is read, or
+    {"reward": "runs/sft"} as a reward.
+
+    Raises:
+        FileNotFoundError, ValueError: the first that is wrong, by its setting.
+    """
+    for setting, name in (file or {}).items():
+        _require_file(name, setting)
+    for setting, name in (model or {}).items():
+        model_names.check(name, setting)
+    for setting, name in (reward or {}).items():
+        reward_names.check(name, setting)
+
+
+def _require_file(name: str, setting: str) -> None:
+    path = Path(name)
+    if path.is_dir():
+        raise FileNotFoundError(f"{setting}: {name} is a folder; expected a file, a JSON object a line{_has(path)}")
+    if not path.exists():
+        parent = path.absolute().parent
+        if not parent.is_dir():
+            raise FileNotFoundError(f"{setting}: there is no file {name} (nor the folder {path.parent})")
+        near = difflib.get_close_matches(path.name, _files(parent), n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise FileNotFoundError(f"{setting}: there is no file {name}{hint}")
+
+
+def _has(folder: Path) -> str:
+    names = [name for name in _files(folder) if name.endswith((".jsonl", ".jsonl.gz"))]
+    return f", such as {folder / names[0]}" if names else ""
+
+
+def _files(folder: Path) -> list[str]:
+    try:
+        return sorted(child.name for child in folder.iterdir() if child.is_file())
+    except OSError:
+        return []
