@@ -19,7 +19,7 @@ import os
 import re
 import reprlib
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -143,6 +143,46 @@ def read_record(row: dict[str, Any], name: str = "the record") -> PromptRecord |
         f"{name}: the row has {', '.join(map(repr, row)) or 'nothing'}; expected messages, a prompt, a prompt with a "
         "completion, or chosen and rejected"
     )
+
+
+def scan_rows(source: Source) -> Iterator[tuple[int, str, dict[str, Any] | RecordError]]:
+    """(number, name, row) of every row in turn; in place of one that cannot be read what is wrong with it.
+
+    Raises:
+        RecordError: the file cannot be read at all.
+    """
+    if not isinstance(source, str | os.PathLike):
+        for number, row in enumerate(source):
+            name = f"row {number}"
+            wrong = RecordError(f"{name}: expected a dict, got {type(row).__name__}")
+            yield number, name, row if isinstance(row, dict) else wrong
+        return
+    number = 0
+    try:
+        with _open(Path(source)) as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    name = f"{source} line {number}"
+                    try:
+                        yield number, name, _row(line, name)
+                    except RecordError as error:
+                        yield number, name, error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        name = f"{source} line {number + 1}"
+        yield number + 1, name, RecordError(f"{name}: not readable as gzip: {error}")
+    except OSError as error:
+        raise RecordError(f"{source}: cannot be read: {error.strerror or error}") from error
+
+
+def count_rows(source: Source) -> int:
+    """How many rows there are, without reading what is in them; 0 if that cannot be said."""
+    if isinstance(source, str | os.PathLike):
+        try:
+            with _open(Path(source)) as file:
+                return sum(1 for line in file if line.strip())
+        except (OSError, EOFError, zlib.error):
+            return 0
+    return len(source) if isinstance(source, Sized) else 0
 
 
 def user_text(prompt: Prompt) -> str:

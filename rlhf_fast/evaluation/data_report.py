@@ -1,0 +1,305 @@
+"""A survey of a data file (data/survey.py) for people: as text in the terminal, and as a page."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rlhf_fast.data.survey import Lengths, Piece, Survey
+from rlhf_fast.evaluation import plots
+from rlhf_fast.evaluation.page import esc, figure, table_of, whole_page
+from rlhf_fast.files import write_atomic
+from rlhf_fast.terminal import printable
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+SAID_KEPT = 1200  # characters of a run of tokens that are shown; of a longer one its two ends
+PROBLEM_KEPT = 300  # characters of what is wrong with a row
+_PAGE = " · data · rlhf-fast</title>"  # by which a page of ours is known
+
+
+# In the terminal ------------------------------------------------------------------------------------------------------
+
+
+def in_colour(stream: Any) -> bool:
+    """Whether there is a terminal that takes colours, and nobody who wants none."""
+    return bool(stream.isatty()) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def as_text(survey: Survey, source: str, model: str, colour: bool = False, encoding: str | None = None) -> str:
+    """What there is to say, in characters of that encoding, and without those that a terminal would obey but for
+    colours. Learned tokens are green, or stand in ⟦brackets⟧."""
+    parts = [
+        [f"{_one_line(source)}: {_headline(survey)}"],
+        _columns(_counts(survey)),
+        _length_lines(survey, model),
+        _problem_lines(survey),
+        _example_lines(survey, colour),
+    ]
+    text = "\n\n".join("\n".join(part) for part in parts if part)
+    return text.encode(encoding or "utf-8", "replace").decode(encoding or "utf-8")
+
+
+def _headline(survey: Survey) -> str:
+    if survey.kind is None:
+        return f"none of {survey.rows:,} rows can be used"
+    kind = survey.kind if survey.rows > 1 else survey.kind[:-1]
+    if survey.usable == survey.rows:
+        return f"{survey.rows:,} {kind}, all usable"
+    return f"{survey.rows:,} rows, of which {survey.usable:,} are usable as {survey.kind}"
+
+
+def _counts(survey: Survey) -> list[tuple[str, str]]:
+    """(name, what there is to say)."""
+    if survey.kind is None:
+        return []
+    named = {name or "none named": count for name, count in survey.splits.items()}
+    found = [("splits", ", ".join(f"{name} {count:,}" for name, count in sorted(named.items())))]
+    prompts = "prompts come again" if survey.kind == "prompts" else "rows have a prompt that was there before"
+    repeated = f"{survey.duplicate_rows:,} rows; {survey.duplicate_prompts:,} {prompts}"
+    found.append(("duplicates", repeated if survey.duplicate_rows or survey.duplicate_prompts else "none"))
+    if survey.kind == "comparisons":
+        found.append(("same answers", f"{survey.identical_sides:,} rows whose chosen and rejected are the same"))
+    if survey.spelled_out:
+        found.append(("special tokens", f"spelled out in the texts of {survey.spelled_out:,} rows"))
+    found.append(("max_length", _overlong(survey)))
+    return found
+
+
+def _overlong(survey: Survey) -> str:
+    """What would be cut or dropped."""
+    if not survey.longer:
+        return f"no row is longer than {survey.max_length:,}"
+    lost = f", after which nothing is learned of {survey.lost:,} rows" if survey.lost else ""
+    which = f"{survey.longer:,} rows are longer than {survey.max_length:,} tokens"
+    ways = {
+        "error": "training refuses them",
+        "truncate": f"{survey.beyond:,} tokens would be cut{lost}",
+        "drop": f"dropping them leaves {survey.rows - survey.longer:,} rows",
+    }
+    now = ways.pop(survey.overlong)
+    return f"{which}: {now}" + "".join(f"; {name}: {said}" for name, said in ways.items())
+
+
+def _columns(pairs: list[tuple[str, str]]) -> list[str]:
+    return [f"  {name:<14} {_one_line(said)}" for name, said in pairs]
+
+
+def _length_lines(survey: Survey, model: str) -> list[str]:
+    if not survey.lengths:
+        return []
+    lines = [f"  {'tokens':<14} {'p5':>6} {'p50':>6} {'p95':>6} {'max':>7}   by the tokenizer of {_one_line(model)}"]
+    for name, found in survey.lengths.items():
+        numbers = f"{found.p5:>6,} {found.p50:>6,} {found.p95:>6,} {found.max:>7,}"
+        lines.append(f"  {name:<14} {numbers}   {_first_edge(found)} {blocks(found.counts)} {_last_edge(found)}")
+    return lines
+
+
+def blocks(counts: list[int]) -> str:
+    """A histogram in a line; where there is anything at all, something shows."""
+    most = max(counts) or 1
+    return "".join(" " if not count else BLOCKS[-(-count * len(BLOCKS) // most) - 1] for count in counts)
+
+
+def _first_edge(found: Lengths) -> str:
+    return f"{round(found.edges[0]):,}"
+
+
+def _last_edge(found: Lengths) -> str:
+    last = round(found.edges[-1])
+    return f"{last:,}+" if found.max > last else f"{last:,}"
+
+
+def _problem_lines(survey: Survey) -> list[str]:
+    if not survey.refused:
+        return []
+    lines = [f"  problems: training would refuse {survey.refused:,} of {survey.rows:,} rows"]
+    lines += [f"  line {one.line:<9} {_shortened(_one_line(one.what))}" for one in survey.problems]
+    if survey.more_problems:
+        lines.append(f"  and {survey.more_problems:,} more")
+    return lines
+
+
+def _example_lines(survey: Survey, colour: bool) -> list[str]:
+    lines: list[str] = []
+    marks = "green" if colour else "in ⟦brackets⟧"
+    for example in survey.examples:
+        for name, pieces in example.conversations.items():
+            said = f"  line {example.line}{', ' * bool(name)}{name}; what is learned is {marks}"
+            lines += [*([""] if lines else []), said if not lines else said.partition(";")[0]]
+            text = "".join(_marked(piece, colour) for piece in pieces)
+            lines += [f"  │ {line}" for line in text.split("\n")]
+    return lines
+
+
+def _marked(piece: Piece, colour: bool) -> str:
+    text = printable(_ends_of(piece.text))
+    if not colour:
+        return f"⟦{text}⟧" if piece.learned else text
+    style = {(True, False): "32", (True, True): "1;32", (False, True): "2"}.get((piece.learned, piece.special))
+    # Each line by itself, as a bar stands before it.
+    return "\n".join(f"\033[{style}m{line}\033[0m" if style and line else line for line in text.split("\n"))
+
+
+def _one_line(text: str) -> str:
+    return printable(" ".join(text.split()))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= PROBLEM_KEPT else f"{text[:PROBLEM_KEPT]} ..."
+
+
+def _ends_of(text: str) -> str:
+    """The two ends of a long text."""
+    half = SAID_KEPT // 2
+    if len(text) <= SAID_KEPT:
+        return text
+    return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
+
+
+# As a page ------------------------------------------------------------------------------------------------------------
+
+
+def require_page(path: Path) -> None:
+    """That a page can be written there without anything else being lost.
+
+    Raises:
+        ValueError: there is something else; says what to do.
+    """
+    if path.suffix != ".html":
+        raise ValueError(f"out: {path}; expected the name of a page, which ends in .html")
+    if not path.exists():
+        return
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            ours = _PAGE in file.read(4096)
+    except OSError as error:
+        raise ValueError(f"out: {path} is there and cannot be read: {error.strerror}; choose another name") from error
+    if not ours:
+        raise ValueError(f"out: {path} is there and is no page of `rlhf-fast data`; choose another name")
+
+
+def write_page(path: Path, survey: Survey, source: str, model: str) -> None:
+    """One self-contained file. Plots need matplotlib; without it the page says so."""
+    sections = {
+        "What there is": _count_table(survey),
+        "Lengths": _length_section(survey),
+        "Problems": _problem_section(survey),
+        "Records": _example_section(survey),
+        "How to read this page": _guide(survey),
+    }
+    body = "\n".join(f"<section><h2>{name}</h2>{text}</section>" for name, text in sections.items() if text)
+    verdict = "a" if not survey.refused else "b"
+    header = (
+        f'<header><p class="eyebrow">rlhf-fast · data · {esc(source)}</p><h1><em class="{verdict}">'
+        f'{esc(_headline(survey))}</em></h1><p class="note">Tokens of {esc(model)}.</p></header>'
+    )
+    page = whole_page(f"{esc(Path(source).name)} · data", f"{header}{_cards(survey)}\n{body}")
+    write_atomic(path, page.replace("<style>", f"<style>{_STYLE}", 1))
+
+
+def _cards(survey: Survey) -> str:
+    whole = next(reversed(survey.lengths.values()), None)
+    figures: list[tuple[str, str, str]] = [
+        ("Rows", f"{survey.rows:,}", survey.kind or "of no kind"),
+        ("Usable", f"{survey.usable:,}", "as training is set"),
+        ("Refused", f"{survey.refused:,}", "see the problems" if survey.refused else "none"),
+        ("Longer than max_length", f"{survey.longer:,}", f"{survey.max_length:,} tokens"),
+    ]
+    if whole:
+        figures += [
+            ("Median length", f"{whole.p50:,}", "tokens of a row"),
+            ("Longest row", f"{whole.max:,}", "tokens"),
+        ]
+    cards = (
+        f"<div><dt>{name}</dt><dd><b>{value}</b><span>{esc(note)}</span></dd></div>" for name, value, note in figures
+    )
+    return f'<dl class="cards">{"".join(cards)}</dl>'
+
+
+def _count_table(survey: Survey) -> str:
+    rows = [[esc(name), f'<span class="words">{esc(said)}</span>'] for name, said in _counts(survey)]
+    return table_of("Of the rows that can be read", ["", ""], rows) if rows else ""
+
+
+def _length_section(survey: Survey) -> str:
+    if not survey.lengths:
+        return ""
+    cells = [
+        [esc(name), *(f"{x:,}" for x in (found.p5, found.p50, found.p95, found.max, found.total))]
+        for name, found in survey.lengths.items()
+    ]
+    table = table_of("Tokens", ["Part", "p5", "Median", "p95", "Longest", "Together"], cells)
+    if not plots.available():
+        note = "<p class=\"note\">Plots need matplotlib: <code>pip install 'rlhf-fast[report]'</code>, then again.</p>"
+        return table + note
+    drawn = (
+        plots.histogram(
+            f"{name}, rows by tokens",
+            "Lengths",
+            found.edges,
+            found.counts,
+            f"tokens; the last bin goes up to {found.max:,}" if found.max > round(found.edges[-1]) else "tokens",
+        )
+        for name, found in survey.lengths.items()
+    )
+    return f'{table}<div class="grid">{"".join(map(figure, drawn))}</div>'
+
+
+def _problem_section(survey: Survey) -> str:
+    if not survey.refused:
+        return '<p class="note">None: training takes every row.</p>'
+    rows = [
+        [str(one.line), f'<span class="words">{esc(_shortened(" ".join(one.what.split())))}</span>']
+        for one in survey.problems
+    ]
+    more = f'<p class="note">And {survey.more_problems:,} more.</p>' if survey.more_problems else ""
+    return table_of("Rows that training would refuse", ["Line", "What is wrong"], rows) + more
+
+
+def _example_section(survey: Survey) -> str:
+    found = []
+    for example in survey.examples:
+        sides = "".join(
+            f'<div class="reply"><p class="who"><b>{esc(name or "as it is learned")}</b></p>'
+            f'<p class="said" dir="auto">{_html(pieces)}</p></div>'
+            for name, pieces in example.conversations.items()
+        )
+        found.append(
+            f"<details open><summary>Line {example.line}</summary>"
+            f'<div class="grid{" two" if len(example.conversations) > 1 else ""}">{sides}</div></details>'
+        )
+    if not found:
+        return ""
+    note = '<p class="note">What is learned is <mark>marked</mark>; special tokens are <code>set like this</code>.</p>'
+    return f"{note}{''.join(found)}"
+
+
+def _html(pieces: Iterable[Piece]) -> str:
+    found = []
+    for piece in pieces:
+        text = esc(_ends_of(piece.text))
+        text = f"<code>{text}</code>" if piece.special else text
+        found.append(f"<mark>{text}</mark>" if piece.learned else text)
+    return "".join(found)
+
+
+def _guide(survey: Survey) -> str:
+    answer = {
+        "comparisons": "of a comparison the two answers are shown behind their prompt, and the longer of both counts",
+        "prompts": "of a prompt nothing is learned; it must leave room for an answer",
+    }.get(str(survey.kind), "of a demonstration the assistant's turns are learned, through the tokens that end them")
+    return (
+        "<p>Every row was read and tokenised as the trainers do it, with the chat template and the settings of this "
+        f"call: {answer}. Percentiles are lengths that rows have. Two rows are duplicates if they hold the same, two "
+        "prompts if their tokens are the same.</p>"
+    )
+
+
+_STYLE = """
+mark { background: color-mix(in srgb, var(--a) 20%, transparent); color: inherit; border-radius: 3px; }
+td .words { display: block; white-space: normal; overflow-wrap: anywhere; text-align: left; min-width: 16em; }
+td:has(.words) { width: 100%; }
+.said code { color: var(--muted); }
+"""
