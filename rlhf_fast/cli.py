@@ -59,10 +59,10 @@ class PPOCommand:
 
 @dataclass(frozen=True)
 class DataCommand:
-    """Say what a data file holds: counts, lengths in tokens, duplicates, what is wrong with which row, what is learned.
+    """Say what a data file holds: counts, lengths in tokens, duplicates, what is wrong with which row.
 
-    Of every row, with the tokenizer and the settings that training has; no weights are read. The exit code is 1 if there
-    are rows that training would refuse.
+    Every row is read with the tokenizer and the settings that training has; no weights are read. The exit code is 1 if
+    there are rows that training would refuse (docs/data.md).
 
       rlhf-fast data comparisons.jsonl --model runs/sft --out report.html
     """
@@ -213,10 +213,9 @@ def _data(command: DataCommand) -> None:
 
     if command.out:
         require_page(Path(command.out))
-    rows = count_rows(command.data)
     tokenizer = models.load_tokenizer(command.model)
     use_template(tokenizer, command.chat_template, command.template_kwargs, command.parse_special_tokens)
-    with progress_bar(rows, "data", "row") as bar:
+    with progress_bar(count_rows(command.data), "data", "row") as bar:
         found = survey(
             command.data, tokenizer, max_length=command.max_length, max_new_tokens=command.max_new_tokens,
             overlong=command.overlong, turns=command.turns, examples=command.records, lines=command.lines,
@@ -230,7 +229,8 @@ def _data(command: DataCommand) -> None:
         write_page(Path(command.out), found, command.data, command.model)
         print(f"Report: {command.out}", file=sys.stderr if command.json else sys.stdout)
     if found.refused:
-        raise RuntimeError(f"{command.data}: training would refuse {found.refused:,} of {found.rows:,} rows")
+        rows = f"{found.rows:,} row{'s' * (found.rows > 1)}"
+        raise RuntimeError(f"{command.data}: training would refuse {found.refused:,} of {rows}")
 
 
 def _generate(command: GenerateCommand) -> None:

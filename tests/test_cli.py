@@ -76,6 +76,10 @@ KEYS = {
         ppo.optim.max_tokens_per_microbatch ppo.optim.checkpointing ppo.optim.max_skipped ppo.run.save_every
         ppo.run.keep_last ppo.run.trackers
     """,
+    "data": """
+        data model out max_length max_new_tokens overlong turns chat_template template_kwargs parse_special_tokens
+        records lines problems json
+    """,
     "generate": """
         prompts prompt out model n temperature top_k top_p min_p repetition_penalty presence_penalty frequency_penalty
         max_new_tokens min_new_tokens stop chat_template template_kwargs parse_special_tokens seed

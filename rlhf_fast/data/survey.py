@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import time
 from array import array
 from collections import Counter
@@ -55,7 +54,8 @@ class Lengths:
     p95: int
     max: int
     total: int
-    edges: list[float]  # of the histogram's bins, up to the 99th percentile; the last bin holds all beyond it too
+    edges: list[int]  # where the histogram's bins begin, up to the 99th percentile, and where the last ends
+    # How many rows are in each bin; in the last one also those beyond it.
     counts: list[int]
 
 
@@ -215,7 +215,7 @@ class _Tally:
         self.rows += 1
         self.lines.add(line, "")
         self.splits[str(row.get("split") or "")] += 1
-        text = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
+        text = repr(sorted(row.items(), key=lambda item: str(item[0])))
         self.seen_rows.add(_digest(text))
         first = _first_learned(conversations[0])
         self.seen_prompts.add(_digest(repr(conversations[0].input_ids[:first])))
@@ -270,8 +270,9 @@ def _lengths(values: array[int]) -> Lengths:
     found = np.frombuffer(values, np.int64)
     low, middle, high, end = (int(x) for x in np.percentile(found, [5, 50, 95, 99], method="inverted_cdf"))
     least = int(found.min())
-    bins = max(1, min(BINS, end - least + 1))
-    counts, edges = np.histogram(np.minimum(found, end), bins, (least, max(end, least + 1)))
+    width = -(-(end - least + 1) // BINS)  # whole tokens, or neighbouring bins would hold more and fewer of them
+    edges = np.arange(least, end + width + 1, width)
+    counts, _ = np.histogram(np.minimum(found, end), edges)
     return Lengths(low, middle, high, int(found.max()), int(found.sum()), edges.tolist(), counts.tolist())
 
 
@@ -279,7 +280,7 @@ def _lengths(values: array[int]) -> Lengths:
 
 
 def _example(line: int, record: Any, conversations: list[Tokenized], tokenizer: PreTrainedTokenizerBase) -> Example:
-    names = ("chosen", "rejected") if isinstance(record, Comparison) else ("",)
+    names: tuple[str, ...] = ("chosen", "rejected") if isinstance(record, Comparison) else ("",)
     if len(conversations) > len(names):
         names = tuple(f"{i} of {len(conversations)}" for i in range(1, len(conversations) + 1))
     pieces = (list(_pieces(each, tokenizer)) for each in conversations)

@@ -23,8 +23,8 @@ _PAGE = " · data · rlhf-fast</title>"  # by which a page of ours is known
 
 
 def in_colour(stream: Any) -> bool:
-    """Whether there is a terminal that takes colours, and nobody who wants none."""
-    return bool(stream.isatty()) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    """Whether a terminal shows it, and nobody wants no colours."""
+    return bool(stream.isatty()) and not os.environ.get("NO_COLOR")
 
 
 def as_text(survey: Survey, source: str, model: str, colour: bool = False, encoding: str | None = None) -> str:
@@ -51,35 +51,38 @@ def _headline(survey: Survey) -> str:
 
 
 def _counts(survey: Survey) -> list[tuple[str, str]]:
-    """(name, what there is to say)."""
+    """(name, what there is to say) of the rows of the kind that most are of."""
     if survey.kind is None:
         return []
     named = {name or "none named": count for name, count in survey.splits.items()}
     found = [("splits", ", ".join(f"{name} {count:,}" for name, count in sorted(named.items())))]
-    prompts = "prompts come again" if survey.kind == "prompts" else "rows have a prompt that was there before"
-    repeated = f"{survey.duplicate_rows:,} rows; {survey.duplicate_prompts:,} {prompts}"
-    found.append(("duplicates", repeated if survey.duplicate_rows or survey.duplicate_prompts else "none"))
+    said = f"{_rows(survey.duplicate_rows)}; the prompts of {_rows(survey.duplicate_prompts)} stand in rows before them"
+    found.append(("duplicates", said if survey.duplicate_rows or survey.duplicate_prompts else "none"))
     if survey.kind == "comparisons":
-        found.append(("same answers", f"{survey.identical_sides:,} rows whose chosen and rejected are the same"))
+        found.append(("same answers", f"chosen and rejected are the same in {_rows(survey.identical_sides)}"))
     if survey.spelled_out:
-        found.append(("special tokens", f"spelled out in the texts of {survey.spelled_out:,} rows"))
+        found.append(("special tokens", f"spelled out in the texts of {_rows(survey.spelled_out)}"))
     found.append(("max_length", _overlong(survey)))
     return found
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count:,} rows"
 
 
 def _overlong(survey: Survey) -> str:
     """What would be cut or dropped."""
     if not survey.longer:
-        return f"no row is longer than {survey.max_length:,}"
-    lost = f", after which nothing is learned of {survey.lost:,} rows" if survey.lost else ""
-    which = f"{survey.longer:,} rows are longer than {survey.max_length:,} tokens"
+        return f"no row is longer than {survey.max_length:,} tokens"
+    lost = f", after which nothing is learned of {_rows(survey.lost)}" if survey.lost else ""
     ways = {
         "error": "training refuses them",
-        "truncate": f"{survey.beyond:,} tokens would be cut{lost}",
-        "drop": f"dropping them leaves {survey.rows - survey.longer:,} rows",
+        "truncate": f"{survey.beyond:,} tokens are cut{lost}",
+        "drop": f"{_rows(survey.rows - survey.longer)} are left",
     }
     now = ways.pop(survey.overlong)
-    return f"{which}: {now}" + "".join(f"; {name}: {said}" for name, said in ways.items())
+    others = "".join(f"; with overlong = {name} {said}" for name, said in ways.items())
+    return f"{_rows(survey.longer)} longer than {survey.max_length:,} tokens: {now}{others}"
 
 
 def _columns(pairs: list[tuple[str, str]]) -> list[str]:
@@ -92,7 +95,7 @@ def _length_lines(survey: Survey, model: str) -> list[str]:
     lines = [f"  {'tokens':<14} {'p5':>6} {'p50':>6} {'p95':>6} {'max':>7}   by the tokenizer of {_one_line(model)}"]
     for name, found in survey.lengths.items():
         numbers = f"{found.p5:>6,} {found.p50:>6,} {found.p95:>6,} {found.max:>7,}"
-        lines.append(f"  {name:<14} {numbers}   {_first_edge(found)} {blocks(found.counts)} {_last_edge(found)}")
+        lines.append(f"  {name:<14} {numbers}   {found.edges[0]:,} {blocks(found.counts)} {_last(found)}")
     return lines
 
 
@@ -102,19 +105,16 @@ def blocks(counts: list[int]) -> str:
     return "".join(" " if not count else BLOCKS[-(-count * len(BLOCKS) // most) - 1] for count in counts)
 
 
-def _first_edge(found: Lengths) -> str:
-    return f"{round(found.edges[0]):,}"
-
-
-def _last_edge(found: Lengths) -> str:
-    last = round(found.edges[-1])
-    return f"{last:,}+" if found.max > last else f"{last:,}"
+def _last(found: Lengths) -> str:
+    """The longest of the last bin, with a plus where longer ones are in it too."""
+    last = min(found.edges[-1] - 1, found.max)
+    return f"{last:,}{'+' * (found.max > last)}"
 
 
 def _problem_lines(survey: Survey) -> list[str]:
     if not survey.refused:
         return []
-    lines = [f"  problems: training would refuse {survey.refused:,} of {survey.rows:,} rows"]
+    lines = [f"  problems: training would refuse {survey.refused:,} of {_rows(survey.rows)}"]
     lines += [f"  line {one.line:<9} {_shortened(_one_line(one.what))}" for one in survey.problems]
     if survey.more_problems:
         lines.append(f"  and {survey.more_problems:,} more")
@@ -183,16 +183,16 @@ def require_page(path: Path) -> None:
 def write_page(path: Path, survey: Survey, source: str, model: str) -> None:
     """One self-contained file. Plots need matplotlib; without it the page says so."""
     sections = {
+        "Problems": _problem_section(survey),
         "What there is": _count_table(survey),
         "Lengths": _length_section(survey),
-        "Problems": _problem_section(survey),
         "Records": _example_section(survey),
         "How to read this page": _guide(survey),
     }
     body = "\n".join(f"<section><h2>{name}</h2>{text}</section>" for name, text in sections.items() if text)
     verdict = "a" if not survey.refused else "b"
     header = (
-        f'<header><p class="eyebrow">rlhf-fast · data · {esc(source)}</p><h1><em class="{verdict}">'
+        f'<header><p class="eyebrow">rlhf-fast · data · {esc(Path(source).name)}</p><h1><em class="{verdict}">'
         f'{esc(_headline(survey))}</em></h1><p class="note">Tokens of {esc(model)}.</p></header>'
     )
     page = whole_page(f"{esc(Path(source).name)} · data", f"{header}{_cards(survey)}\n{body}")
@@ -240,7 +240,7 @@ def _length_section(survey: Survey) -> str:
             "Lengths",
             found.edges,
             found.counts,
-            f"tokens; the last bin goes up to {found.max:,}" if found.max > round(found.edges[-1]) else "tokens",
+            f"tokens; the last bin goes up to {found.max:,}" if found.max >= found.edges[-1] else "tokens",
         )
         for name, found in survey.lengths.items()
     )
@@ -255,7 +255,8 @@ def _problem_section(survey: Survey) -> str:
         for one in survey.problems
     ]
     more = f'<p class="note">And {survey.more_problems:,} more.</p>' if survey.more_problems else ""
-    return table_of("Rows that training would refuse", ["Line", "What is wrong"], rows) + more
+    head = ["Line", '<span class="words">What is wrong</span>']
+    return table_of("Rows that training would refuse", head, rows) + more
 
 
 def _example_section(survey: Survey) -> str:
@@ -299,7 +300,8 @@ def _guide(survey: Survey) -> str:
 
 _STYLE = """
 mark { background: color-mix(in srgb, var(--a) 20%, transparent); color: inherit; border-radius: 3px; }
-td .words { display: block; white-space: normal; overflow-wrap: anywhere; text-align: left; min-width: 16em; }
+.words { display: block; white-space: normal; overflow-wrap: anywhere; text-align: left; min-width: 16em; }
 td:has(.words) { width: 100%; }
+.who b:only-child { margin: 0; }
 .said code { color: var(--muted); }
 """

@@ -168,6 +168,7 @@ def histogram(title: str, phase: str, edges: Sequence[float], counts: Sequence[i
     def draw(axes: Any) -> None:
         axes.stairs(counts, edges, color=_COLOURS["a"], fill=True, alpha=0.35)
         axes.stairs(counts, edges, color=_COLOURS["a"], linewidth=1.2)
+        axes.yaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel(label)
 
     told = f"{sum(counts)} in {len(counts)} bins from {_short(edges[0])} to {_short(edges[-1])}, most: {max(counts)}"
