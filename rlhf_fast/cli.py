@@ -202,6 +202,7 @@ def _ppo(command: PPOCommand) -> None:
 
 
 def _data(command: DataCommand) -> None:
+    import shutil
     from dataclasses import asdict
 
     from rlhf_fast import models
@@ -224,7 +225,9 @@ def _data(command: DataCommand) -> None:
     if command.json:
         print(json.dumps({"data": command.data, "model": command.model, **asdict(found)}, indent=2))
     else:
-        print(as_text(found, command.data, command.model, in_colour(sys.stdout), sys.stdout.encoding))
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        colour = in_colour(sys.stdout)
+        print(as_text(found, command.data, command.model, colour, width, sys.stdout.encoding))
     if command.out:
         write_page(Path(command.out), found, command.data, command.model)
         print(f"Report: {command.out}", file=sys.stderr if command.json else sys.stdout)

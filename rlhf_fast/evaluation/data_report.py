@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import re
+import textwrap
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +29,27 @@ def in_colour(stream: Any) -> bool:
     return bool(stream.isatty()) and not os.environ.get("NO_COLOR")
 
 
-def as_text(survey: Survey, source: str, model: str, colour: bool = False, encoding: str | None = None) -> str:
-    """What there is to say, in characters of that encoding, and without those that a terminal would obey but for
-    colours. Learned tokens are green, or stand in ⟦brackets⟧."""
+def as_text(
+    survey: Survey,
+    source: str,
+    model: str,
+    colour: bool = False,
+    width: int | None = None,
+    encoding: str | None = None,
+) -> str:
+    """What there is to say, without what a terminal would obey but for colours.
+
+    Args:
+        colour: learned tokens are green; else they stand in ⟦brackets⟧.
+        width: of a line; None: lines are as long as they are.
+        encoding: what it cannot write becomes question marks.
+    """
     parts = [
         [f"{_one_line(source)}: {_headline(survey)}"],
-        _columns(_counts(survey)),
+        _columns(_counts(survey), width),
         _length_lines(survey, model),
-        _problem_lines(survey),
-        _example_lines(survey, colour),
+        _problem_lines(survey, width),
+        _example_lines(survey, colour, width),
     ]
     text = "\n\n".join("\n".join(part) for part in parts if part)
     return text.encode(encoding or "utf-8", "replace").decode(encoding or "utf-8")
@@ -85,8 +99,12 @@ def _overlong(survey: Survey) -> str:
     return f"{_rows(survey.longer)} longer than {survey.max_length:,} tokens: {now}{others}"
 
 
-def _columns(pairs: list[tuple[str, str]]) -> list[str]:
-    return [f"  {name:<14} {_one_line(said)}" for name, said in pairs]
+def _columns(pairs: list[tuple[str, str]], width: int | None) -> list[str]:
+    lines = []
+    for name, said in pairs:
+        first, *rest = textwrap.wrap(_one_line(said), max(20, (width or 1 << 20) - 17)) or [""]
+        lines += [f"  {name:<14} {first}", *(f"{'':17}{line}" for line in rest)]
+    return lines
 
 
 def _length_lines(survey: Survey, model: str) -> list[str]:
@@ -111,35 +129,52 @@ def _last(found: Lengths) -> str:
     return f"{last:,}{'+' * (found.max > last)}"
 
 
-def _problem_lines(survey: Survey) -> list[str]:
+def _problem_lines(survey: Survey, width: int | None) -> list[str]:
     if not survey.refused:
         return []
     lines = [f"  problems: training would refuse {survey.refused:,} of {_rows(survey.rows)}"]
-    lines += [f"  line {one.line:<9} {_shortened(_one_line(one.what))}" for one in survey.problems]
+    lines += _columns([(f"line {one.line}", _shortened(one.what)) for one in survey.problems], width)
     if survey.more_problems:
         lines.append(f"  and {survey.more_problems:,} more")
     return lines
 
 
-def _example_lines(survey: Survey, colour: bool) -> list[str]:
+def _example_lines(survey: Survey, colour: bool, width: int | None) -> list[str]:
     lines: list[str] = []
     marks = "green" if colour else "in ⟦brackets⟧"
     for example in survey.examples:
         for name, pieces in example.conversations.items():
             said = f"  line {example.line}{', ' * bool(name)}{name}; what is learned is {marks}"
             lines += [*([""] if lines else []), said if not lines else said.partition(";")[0]]
-            text = "".join(_marked(piece, colour) for piece in pieces)
+            text = "".join(_marked(piece, colour) for piece in _folded(pieces, width))
             lines += [f"  │ {line}" for line in text.split("\n")]
     return lines
 
 
+def _folded(pieces: list[Piece], width: int | None) -> Iterator[Piece]:
+    """With lines that end between words where the terminal would end them anyway, so that each begins with a bar."""
+    room, column = max(20, (width or 1 << 20) - 4), 0
+    for piece in pieces:
+        found = []
+        text = printable(_ends_of(piece.text)).replace("\t", "    ")
+        for word, spaces in re.findall(r"(\n|[^\s]*)([^\S\n]*)", text):
+            if word != "\n" and column and column + len(word) > room:
+                found.append("\n")
+                column = 0
+            lines = [word[i : i + room] for i in range(0, len(word), room)] or [""]
+            found.append("\n".join(lines))
+            column = 0 if word == "\n" else column * (len(lines) == 1) + len(lines[-1])
+            found.append(spaces[: room - column])
+            column = min(room, column + len(spaces))
+        yield Piece("".join(found), piece.learned, piece.special)
+
+
 def _marked(piece: Piece, colour: bool) -> str:
-    text = printable(_ends_of(piece.text))
     if not colour:
-        return f"⟦{text}⟧" if piece.learned else text
+        return f"⟦{piece.text}⟧" if piece.learned else piece.text
     style = {(True, False): "32", (True, True): "1;32", (False, True): "2"}.get((piece.learned, piece.special))
     # Each line by itself, as a bar stands before it.
-    return "\n".join(f"\033[{style}m{line}\033[0m" if style and line else line for line in text.split("\n"))
+    return "\n".join(f"\033[{style}m{line}\033[0m" if style and line else line for line in piece.text.split("\n"))
 
 
 def _one_line(text: str) -> str:
@@ -196,7 +231,7 @@ def write_page(path: Path, survey: Survey, source: str, model: str) -> None:
         f'{esc(_headline(survey))}</em></h1><p class="note">Tokens of {esc(model)}.</p></header>'
     )
     page = whole_page(f"{esc(Path(source).name)} · data", f"{header}{_cards(survey)}\n{body}")
-    write_atomic(path, page.replace("<style>", f"<style>{_STYLE}", 1))
+    write_atomic(path, page.replace("</style>", f"{_STYLE}</style>", 1))
 
 
 def _cards(survey: Survey) -> str:
@@ -269,7 +304,7 @@ def _example_section(survey: Survey) -> str:
         )
         found.append(
             f"<details open><summary>Line {example.line}</summary>"
-            f'<div class="grid{" two" if len(example.conversations) > 1 else ""}">{sides}</div></details>'
+            f'<div class="{"grid two" if len(example.conversations) > 1 else ""}">{sides}</div></details>'
         )
     if not found:
         return ""

@@ -97,7 +97,7 @@ def test_hostile_text_moves_no_terminal_and_writes_no_line_of_its_own() -> None:
         assert "Problems: none" in text
         assert not any(line.lstrip("\033[0123456789;m").startswith("Problems") for line in text.splitlines())
         assert ("\033[32m" in text) == colour == ("⟦" not in text)
-    as_text(found, "a", "b", False, "ascii").encode("ascii")
+    as_text(found, "a", "b", False, 60, "ascii").encode("ascii")
 
 
 class _Tags(html.parser.HTMLParser):
@@ -127,6 +127,18 @@ def test_long_texts_show_their_two_ends_and_problems_are_cut() -> None:
     rows = [{"prompt": "begin " + "x" * 5000 + " end", "completion": "y"}, {"z" * 5000: 1}]
     text = as_text(survey(rows, byte_tokenizer(), max_length=10_000), "f", "m")
     assert "begin xxx" in text and "xxx end" in text and "characters ...]" in text and len(text) < 3500
+
+
+def test_lines_are_no_wider_than_the_terminal_and_each_of_a_record_has_its_bar() -> None:
+    rows = [{"prompt": "p" * 150 + "\n" + "q" * 20, "completion": "word " * 40}, {"z" * 200: 1}]
+    found = survey(rows, byte_tokenizer())
+    text = re.sub(r"\033\[[0-9;]*m", "", as_text(found, "f", "m", True, 80))
+    assert max(len(line) for line in text.splitlines() if "█" not in line) == 80
+    shown = text[text.index("  line 0;") :].splitlines()[1:]
+    assert all(line.startswith("  │ ") for line in shown)
+    said = [line.removeprefix("  │ ") for line in shown]
+    assert "".join(said).replace(" ", "") == f"<user>{'p' * 150}{'q' * 20}<assistant>{'word' * 40}<eos>"
+    assert all(line.strip(" ").endswith("word") for line in said[-4:-1])  # between words
 
 
 def test_a_bin_with_anything_in_it_shows() -> None:
