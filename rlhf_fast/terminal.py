@@ -38,6 +38,11 @@ def bar_updater(bar: tqdm[Any]) -> Callable[[int, int], None]:
     return update
 
 
+def printable(text: str) -> str:
+    """Without what a terminal would obey."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
 class Terminal:
     """Shows the steps of a run while it is the context."""
 

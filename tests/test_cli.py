@@ -79,6 +79,10 @@ KEYS = {
     "ppo": PPO,
     "grpo": PPO,
     "rloo": PPO,
+    "data": """
+        data model out max_length max_new_tokens overlong turns chat_template template_kwargs parse_special_tokens
+        records lines problems json
+    """,
     "generate": """
         prompts prompt out model n temperature top_k top_p min_p repetition_penalty presence_penalty frequency_penalty
         max_new_tokens min_new_tokens stop chat_template template_kwargs parse_special_tokens seed

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_fast import __version__
-from rlhf_fast.cli import bench, doctor, errors, evaluate, generate, help, inputs, training
+from rlhf_fast.cli import bench, data, doctor, errors, evaluate, generate, help, inputs, training
 from rlhf_fast.config import DemoConfig, tiny_demo
 from rlhf_fast.settings import ConfigError, build
 
@@ -34,6 +34,7 @@ VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "ppo": (training.PPOCommand, training.ppo),
     "grpo": (training.GRPOCommand, training.ppo),
     "rloo": (training.RLOOCommand, training.ppo),
+    "data": (data.DataCommand, data.run),
     "generate": (generate.GenerateCommand, generate.generate),
     "evaluate": (evaluate.EvaluateCommand, evaluate.run),
     "bench": (bench.BenchCommand, bench.run),
@@ -104,8 +105,9 @@ def _meant(word: str) -> str:
 
 
 def _command(verb: str, cls: type, words: list[str]) -> Any:
-    if verb == "bench" and words and not words[0].startswith("-"):
-        words = ["--suite", *words]  # the one word that reads better without its key
+    first = {"bench": "--suite", "data": "--data"}.get(verb)  # the one word that reads better without its key
+    if first and words and not words[0].startswith("-"):
+        words = [first, *words]
     file, rest = (None, words) if verb == "doctor" else _take_config(words)  # its --config is another run's
     command: Any = build(cls, file, rest)
     if verb == "demo" and command.tiny:  # it changes many defaults, over which the settings are laid again

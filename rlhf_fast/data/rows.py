@@ -8,7 +8,7 @@ import os
 import re
 import reprlib
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -16,6 +16,7 @@ Row = dict[str, Any]
 Source = str | Path | Iterable[Row]
 
 HEAD = 4096  # bytes of a file by which its kind is told
+_BLANK = b"\xef\xbb\xbf \t\r\n"  # bytes of a line that holds nothing
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _LINES = "expected JSON Lines, one object {...} a line"
 _MAGIC = {  # what files begin with that are no text, and what to do with them
@@ -34,44 +35,71 @@ class RecordError(ValueError):
 
 def rows_of(source: Any) -> list[tuple[str, Row]]:
     """(name, row) of every row; the name says where it stands."""
+    found = []
+    for _, name, row in scan_rows(source):
+        if isinstance(row, RecordError):
+            raise row
+        found.append((name, row))
+    return found
+
+
+def scan_rows(source: Any) -> Iterator[tuple[int, str, Row | RecordError]]:
+    """(number, name, row) of every row in turn; in place of one that cannot be read what is wrong with it.
+
+    Raises:
+        RecordError: the file cannot be read at all, or is of another kind.
+    """
     if isinstance(source, str | os.PathLike):
-        return _file_rows(Path(source))
+        yield from _file_rows(Path(source))
+        return
     if isinstance(source, Mapping):  # a DatasetDict is one, too
         raise RecordError(
             f"the data: expected a list of rows, got {type(source).__name__} of {reprlib.repr(list(source))}; give one "
             "of its parts, or a row in a list"
         )
-    rows = []
     for number, row in enumerate(source):
-        if not isinstance(row, dict):
-            raise RecordError(f"row {number}: expected a dict, got {type(row).__name__}")
-        rows.append((f"row {number}", row))
-    return rows
+        name = f"row {number}"
+        yield number, name, _object(row, name)
 
 
-def _file_rows(path: Path) -> list[tuple[str, Row]]:
-    found: list[tuple[str, Row]] = []
-    number = 0
+def count_rows(source: Any) -> int:
+    """How many rows there are, without reading what is in them; 0 if that cannot be said."""
+    if isinstance(source, str | os.PathLike):
+        try:
+            with _open(Path(source)) as file:
+                if _is_array(file.peek(HEAD)):  # type: ignore[attr-defined]
+                    return 0
+                return sum(1 for line in file if line.strip(_BLANK))
+        except (OSError, EOFError, zlib.error):
+            return 0
+    return len(source) if isinstance(source, Sized) else 0
+
+
+def _file_rows(path: Path) -> Iterator[tuple[int, str, Row | RecordError]]:
+    number, found = 0, 0
     try:
         with _open(path) as file:
             head = file.peek(HEAD)[:HEAD]  # type: ignore[attr-defined]
             _refuse_other_kinds(path, head)
-            if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
-                return _array_rows(path, file.read())
+            if _is_array(head):
+                yield from _array_rows(path, file.read())
+                return
             for number, line in enumerate(file, start=1):
-                if line.strip(b"\xef\xbb\xbf \t\r\n"):
-                    found.append((f"{path} line {number}", _row(line, f"{path} line {number}")))
+                if not line.strip(_BLANK):
+                    continue
+                row = _row(line, f"{path} line {number}")
+                if not found and isinstance(row, RecordError):
+                    _explain(path, row)
+                found += 1
+                yield number, f"{path} line {number}", row
     except EOFError as error:
-        raise RecordError(f"{path} line {number + 1}: the file seems to have been cut off: {error}") from error
+        name = f"{path} line {number + 1}"
+        yield number + 1, name, RecordError(f"{name}: the file seems to have been cut off: {error}")
     except (gzip.BadGzipFile, zlib.error) as error:
-        raise RecordError(f"{path} line {number + 1}: not readable as gzip: {error}") from error
+        name = f"{path} line {number + 1}"
+        yield number + 1, name, RecordError(f"{name}: not readable as gzip: {error}")
     except OSError as error:
         raise RecordError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except RecordError as error:
-        if not found:
-            _explain(path, error)
-        raise
-    return found
 
 
 def _open(path: Path) -> BinaryIO:
@@ -80,25 +108,29 @@ def _open(path: Path) -> BinaryIO:
     return cast(BinaryIO, gzip.open(path) if packed else open(path, "rb"))
 
 
-def _row(line: bytes, name: str) -> Row:
+def _row(line: bytes, name: str) -> Row | RecordError:
+    """A row, or what is wrong with it."""
     whole = line.endswith(b"\n")  # only a file's last line may not be
     try:
         text = line.decode("utf-8-sig")  # a mark at its start is no part of it, in files that were joined too
-        row = json.loads(text)
+        return _object(json.loads(text), name)
     except UnicodeDecodeError as error:
-        if not whole and error.reason == "unexpected end of data":
-            raise RecordError(f"{name}: {_cut_off()}") from error
-        raise RecordError(f"{name}: not UTF-8: {error.reason} at byte {error.start}") from error
+        cut = not whole and error.reason == "unexpected end of data"
+        wrong = _cut_off() if cut else f"not UTF-8: {error.reason} at byte {error.start}"
     except json.JSONDecodeError as error:
         ends = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
-        if not whole and ends and text.lstrip().startswith("{"):
-            raise RecordError(f"{name}: {_cut_off()}") from error
-        raise RecordError(f"{name}: not JSON: {error.msg} at column {error.colno}") from error
+        cut = not whole and ends and text.lstrip().startswith("{")
+        wrong = _cut_off() if cut else f"not JSON: {error.msg} at column {error.colno}"
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of brackets
-        raise RecordError(f"{name}: not readable as JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise RecordError(f"{name}: expected an object {{...}}, got {type(row).__name__}")
-    return row
+        wrong = f"not readable as JSON: {error}"
+    return RecordError(f"{name}: {wrong}")
+
+
+def _object(row: Any, name: str) -> Row | RecordError:
+    if isinstance(row, dict):
+        return row
+    kind = "a dict" if name.startswith("row ") else "an object {...}"
+    return RecordError(f"{name}: expected {kind}, got {type(row).__name__}")
 
 
 def _cut_off() -> str:
@@ -107,7 +139,7 @@ def _cut_off() -> str:
     )
 
 
-def _array_rows(path: Path, raw: bytes) -> list[tuple[str, Row]]:
+def _array_rows(path: Path, raw: bytes) -> Iterator[tuple[int, str, Row | RecordError]]:
     """The rows of a file that is one JSON array."""
     try:
         rows = json.loads(raw.decode("utf-8-sig"))
@@ -120,12 +152,13 @@ def _array_rows(path: Path, raw: bytes) -> list[tuple[str, Row]]:
         raise RecordError(f"{path}: a JSON array that is not JSON: {error.msg} {where}{seems}") from error
     except (ValueError, RecursionError) as error:
         raise RecordError(f"{path}: not readable as JSON: {error}") from error
-    found = []
     for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise RecordError(f"{path} entry {number}: expected an object {{...}}, got {type(row).__name__}")
-        found.append((f"{path} entry {number}", row))
-    return found
+        name = f"{path} entry {number}"
+        yield number, name, _object(row, name)
+
+
+def _is_array(head: bytes) -> bool:
+    return head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
 
 
 # Files of other kinds -------------------------------------------------------------------------------------------------

@@ -162,6 +162,19 @@ def distribution(histogram: dict[str, list[float]]) -> Plot:
     return Plot("Scores, share in each bin", "Scores", svg, legend)
 
 
+def histogram(title: str, phase: str, edges: Sequence[float], counts: Sequence[int], label: str) -> Plot:
+    """How many of something lie in each bin; the last bin may hold what is beyond it."""
+
+    def draw(axes: Any) -> None:
+        axes.stairs(counts, edges, color=_COLOURS["a"], fill=True, alpha=0.35)
+        axes.stairs(counts, edges, color=_COLOURS["a"], linewidth=1.2)
+        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlabel(label)
+
+    told = f"{sum(counts)} in {len(counts)} bins from {_short(edges[0])} to {_short(edges[-1])}, most: {max(counts)}"
+    return Plot(title, phase, _svg(draw, f"{phase}. {title}. {told}", f"{phase} {title}"))
+
+
 def _points(rows: Iterable[dict[str, Any]], name: str) -> list[tuple[float, float]]:
     pairs = ((number(row.get("step")), number(row.get(name))) for row in rows)
     return [(x, y) for x, y in pairs if x is not None and y is not None]

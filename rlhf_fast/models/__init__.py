@@ -15,7 +15,7 @@ from rlhf_fast.models.forward import (
     response_states,
     score_last,
 )
-from rlhf_fast.models.load import critic_from, load, load_reward, reward_from
+from rlhf_fast.models.load import critic_from, load, load_reward, load_tokenizer, reward_from
 from rlhf_fast.models.recompute import recompute_activations
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "hidden_states",
     "load",
     "load_reward",
+    "load_tokenizer",
     "longest_packed",
     "longest_shared",
     "lower_bound",

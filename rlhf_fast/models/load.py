@@ -71,6 +71,11 @@ def load(
     return model, tokenizer
 
 
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model alone. Names and errors as for `load`."""
+    return _tokenizer(resolve(name))
+
+
 @torch.inference_mode(False)
 def load_reward(
     name: str | Path,

@@ -233,6 +233,11 @@ def linear(
     floats(hidden=hidden, weight=weight, bias=bias)
     if weight.dim() != 2:
         raise ValueError(f"weight: shape {tuple(weight.shape)}, expected (V, H)")
+    if hidden.dim() and hidden.shape[-1] == weight.shape[0] != weight.shape[1]:
+        raise ValueError(
+            f"weight: shape {tuple(weight.shape)}, which is (H, V) for hidden of {tuple(hidden.shape)}; expected (V, "
+            "H): give weight.T"
+        )
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(f"hidden: shape {tuple(hidden.shape)}, expected (..., {weight.shape[1]}) to match weight")
     shapes((weight.shape[0],), "the rows of weight", bias=bias)

@@ -34,8 +34,10 @@ def cross_entropy(
 
     with z the logits after logit_scale and softcap (as in :func:`token_logprobs`), p = softmax(z) and e the label
     smoothing, as ``torch.nn.functional.cross_entropy`` has it. A row counts when it is unmasked and its token is not
-    ``ignore_index``; any other row gets gradient exactly 0 and may hold anything. Rows and tokens are taken as they
-    come: shifting by one is the caller's.
+    ``ignore_index``; any other row gets gradient exactly 0 and may hold anything.
+
+    The caller shifts: row t of a model's output predicts token t + 1, so of whole sequences give ``logits[:, :-1]``
+    with ``tokens[:, 1:]`` and ``mask[:, 1:]``, as :func:`token_logprobs` says.
 
     Args:
         logits: (..., V), float32, bfloat16, float16 or float64, any strides; ``-inf`` is allowed (with label smoothing

@@ -38,6 +38,9 @@ def dpo_loss(
 
     "sigmoid" is ln 2 when the policy is the reference, and then grows or falls with x alone.
 
+    Log-probabilities are those of :func:`token_logprobs`, which the caller shifts, summed over the tokens that the rows
+    predict.
+
     Args:
         chosen, rejected: (P,), float32, bfloat16, float16 or float64: log pi(response | prompt) of each pair, *summed*
             over response tokens (:func:`sequence_sum`). Gradients flow to these two.

@@ -34,6 +34,9 @@ def full_kl(
     - ``"reverse_kl"``: KL(q || p), what distillation from q minimises when it samples from q;
     - ``"js"``: Jensen-Shannon, (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2: symmetric and at most ln 2.
 
+    Position t of every input is of the same predicted token: row t of a model's output is of token t + 1,
+    and so is the mask's.
+
     z is made of either side's logits as in :func:`token_logprobs`. Both are read once, and once more for the gradient.
 
     Args:

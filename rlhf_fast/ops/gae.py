@@ -45,6 +45,9 @@ def gae(
 
         r_t = rewards_t - kl_coef * (logprobs_t - ref_logprobs_t) + (score, on the last unmasked token)
 
+    Position t of every input is of the same predicted token: its log-probability, the value of the state that it is
+    predicted from, its reward.
+
     One sweep over the tokens. A sequence gives the same bits in any batch, packed or padded behind.
 
     Args:

@@ -34,6 +34,8 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1", mask: 
     - ``"k1+"``, ``"k3+"``: the value of k1 or k3 with the gradient of k2 (straight-through), right as a value and as a
       loss.
 
+    Position t of every input is of the same predicted token, as :func:`token_logprobs` scores it: shifted already.
+
     No value is clamped: k3 of a token that the reference finds far more likely than the policy does is large.
 
     Args:

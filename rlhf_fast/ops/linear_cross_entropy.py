@@ -42,6 +42,9 @@ def linear_cross_entropy(
     hidden, weight, bias and the adapter; the forward pass computes their gradients too, as in
     :func:`linear_ppo_loss`: three products, two with a frozen weight, none for rows that do not count.
 
+    The caller shifts: row t of a model's output predicts token t + 1, so of whole sequences give ``hidden[:, :-1]``
+    with ``tokens[:, 1:]`` and ``mask[:, 1:]``, as :func:`token_logprobs` says.
+
     Args:
         hidden: (..., H), float32, bfloat16, float16 or float64.
         weight: (V, H), the lm_head; its dtype may differ from that of hidden.

@@ -35,6 +35,9 @@ def linear_dpo_loss(
     Gradients flow to hidden, weight, bias and the adapter. A pair's gradients hang on all tokens of both responses, so
     the logits are computed twice.
 
+    The caller shifts: row t of a model's output predicts token t + 1, so of whole sequences give ``hidden[:, :-1]``
+    with ``tokens[:, 1:]`` and ``mask[:, 1:]``, as :func:`token_logprobs` says.
+
     Args:
         hidden: (2P, T, H) padded, or (N, H) packed with ``cu_seqlens``: the P chosen responses, then the P rejected.
         weight, bias, lora, softcap, logit_scale: as in :func:`linear_token_logprobs`.

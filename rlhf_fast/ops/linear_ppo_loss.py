@@ -74,6 +74,9 @@ def linear_ppo_loss(
     :func:`linear_token_logprobs` does, for ``ratio="sequence"``, whose ratios are known only after all rows, and
     where a block could hold only a few rows of a large vocabulary.) Masked tokens cost no products.
 
+    The caller shifts: row t of a model's output predicts token t + 1, so of whole sequences give ``hidden[:, :-1]``
+    with ``tokens[:, 1:]``, ``mask[:, 1:]``, and old_logprobs and the rest of those tokens.
+
     Args:
         hidden: (B, T, H) padded, or (N, H); float32, bfloat16, float16 or float64.
         weight: (V, H), the lm_head; bias: (V,) or None; lora: as in :func:`linear_token_logprobs`.

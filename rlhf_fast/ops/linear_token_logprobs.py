@@ -37,6 +37,9 @@ def linear_token_logprobs(
     at a time is computed, folded into the results, and computed again for the gradient. Differentiable in hidden,
     weight, bias, a and b; what needs no gradient, such as a frozen weight, costs none. Sums over rows are in float32.
 
+    The caller shifts: row t of a model's output predicts token t + 1, so of whole sequences give ``hidden[:, :-1]``
+    with ``tokens[:, 1:]`` and ``mask[:, 1:]``, as :func:`token_logprobs` says.
+
     Args:
         hidden: (..., H), float32, bfloat16, float16 or float64.
         weight: (V, H), the lm_head; its dtype may differ from that of hidden.

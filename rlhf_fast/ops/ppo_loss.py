@@ -66,6 +66,9 @@ def ppo_loss(
 
     each aggregated to one number. Gradients flow to logprobs, values and entropy; everything else is a constant.
 
+    Position t of every input is of the same predicted token, as :func:`token_logprobs` scores it: shifted already.
+    Values are those of the states that the tokens are predicted from.
+
     Args:
         logprobs, old_logprobs, advantages: (B, T) padded, or (N,); float32, bfloat16, float16 or float64.
         values, old_values, returns: same shape; the value loss needs values and returns, and old_values unless

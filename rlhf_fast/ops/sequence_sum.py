@@ -21,6 +21,8 @@ BACKENDS = ("cpu", "cuda", "triton", "reference")
 def sequence_sum(x: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
     """Sum of x over each sequence's unmasked tokens: for DPO, log pi(y | x) = sum_t log pi(y_t | x, y_<t).
 
+    Position t of every input is of the same predicted token: x as :func:`token_logprobs` gives it, and its mask.
+
     Args:
         x: (B, T) padded, or (N,) packed with ``cu_seqlens``; float32, bfloat16, float16 or float64.
         mask: same shape, bool, or None for all. Where False, x adds nothing, gets gradient 0 and may hold anything.

@@ -33,6 +33,10 @@ def token_logprobs(
 
         logprob = z[token] - log sum_v exp(z_v),    entropy = -sum_v p_v log p_v,    p = softmax(z).
 
+    The caller shifts: row t of a model's output predicts token t + 1, so of whole sequences give ``logits[:, :-1]``
+    with ``tokens[:, 1:]`` and ``mask[:, 1:]``. Unshifted rows are no error: each token is
+    then scored as what follows itself.
+
     One sweep reads the logits once for both, and one reads them and writes the gradient. The same row gives the same
     bits in any batch, on any number of threads.
 

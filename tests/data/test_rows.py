@@ -31,9 +31,9 @@ def refused(file: Path, raw: bytes, reader: Reader = read_prompts) -> str:
     ("name", "raw", "places"),
     [
         ("mark.jsonl", BOM + LINE + b"\n", ["line 1"]),
-        ("mark.jsonl.gz", gzip.compress(BOM + LINE + b"\n" + LINE), ["line 1", "line 2"]),
+        ("mark.jsonl.gz", gzip.compress(BOM + LINE + b"\n" + LINE, mtime=0), ["line 1", "line 2"]),
         ("joined.jsonl", LINE + b"\n" + BOM + LINE + b"\n" + BOM, ["line 1", "line 2"]),
-        ("named_otherwise.jsonl", gzip.compress(LINE), ["line 1"]),
+        ("named_otherwise.jsonl", gzip.compress(LINE, mtime=0), ["line 1"]),
         ("windows.jsonl", LINE + b"\r\n" + LINE + b"\r\n", ["line 1", "line 2"]),
         ("array.json", b" [" + LINE + b",\n\n" + LINE + b"]\n", ["entry 1", "entry 2"]),
         ("array.jsonl", BOM + b"[\n" + LINE + b"\n]", ["entry 1"]),
