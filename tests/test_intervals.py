@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlhf_fast import intervals
-from rlhf_fast.intervals import Interval, clustered_bootstrap
+from rlhf_fast.intervals import Interval, clustered_bootstrap, clustered_share, t_quantile
 
 
 def test_an_interval_prints_and_is_stored() -> None:
@@ -100,3 +100,62 @@ def test_draws_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bad_input_is_named(values: list, clusters: list, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         clustered_bootstrap(values, clusters, **options)
+
+
+# Shares ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("p", "degrees", "expected"),
+    [(0.975, 1, 12.7062), (0.975, 2, 4.3027), (0.975, 3, 3.1824), (0.975, 7, 2.3646), (0.975, 30, 2.0423),
+     (0.95, 4, 2.1318), (0.995, 9, 3.2498), (0.995, 3, 5.8409)],
+)  # fmt: skip
+def test_quantiles_of_students_distribution_are_the_tables(p: float, degrees: int, expected: float) -> None:
+    assert t_quantile(p, degrees) == pytest.approx(expected, rel=0.01)
+
+
+def test_a_share_of_many_independent_judgements_has_wilsons_interval() -> None:
+    # Wilson (1927) of 7 in 10 at 95 %: 0.397 to 0.892; with as many clusters the few that there are cost little.
+    found = clustered_share([1.0] * 700 + [0.0] * 300, np.arange(1000))
+    assert (found.mean, found.low, found.high) == pytest.approx((0.7, 0.671, 0.728), abs=1e-3)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_eight_that_agree_are_not_certain(value: float) -> None:
+    found = clustered_share([value] * 8, np.arange(8))
+    far = found.low if value else 1 - found.high
+    assert found.mean == value and 0.55 < far < 0.65  # Clopper and Pearson (1934), too: 0.63
+    again = clustered_share([value] * 24, np.repeat(np.arange(8), 3))  # three times as many of the same prompts
+    assert again == found
+    many = clustered_share([value] * 800, np.arange(800))
+    assert (many.low if value else 1 - many.high) > 0.99
+
+
+@pytest.mark.parametrize(("prompts", "each"), [(4, 6), (8, 1), (8, 6), (19, 6)])
+@pytest.mark.parametrize("share", [0.6, 0.75, 0.9])
+def test_the_interval_of_a_share_covers_it(prompts: int, each: int, share: float) -> None:
+    """Judgements of a prompt are alike, as those of a beta-binomial whose correlation is 0.3."""
+    draw, covered, resampled = np.random.default_rng(0), 0, 0
+    clusters = np.repeat(np.arange(prompts), each)
+    for _ in range(300):
+        of_prompt = draw.beta(share * 7 / 3, (1 - share) * 7 / 3, prompts)
+        values = (draw.random(prompts * each) < np.repeat(of_prompt, each)).astype(float)
+        found, drawn = clustered_share(values, clusters), clustered_bootstrap(values, clusters, resamples=200)
+        covered += found.low <= share <= found.high
+        resampled += drawn.low <= share <= drawn.high
+    assert covered >= 0.93 * 300, (covered, resampled)
+    assert covered >= resampled
+
+
+def test_ties_count_half_and_copies_do_not_shrink_the_interval() -> None:
+    values = [1.0, 0.5, 0.0, 1.0, 1.0, 0.5]
+    once, often = clustered_share(values, np.arange(6)), clustered_share(values * 4, [*range(6)] * 4)
+    assert once.mean == pytest.approx(4 / 6) and once.low < often.low + 0.02
+    assert clustered_share(values[::-1], np.arange(6)) == once
+
+
+@pytest.mark.parametrize(("values", "message"), [([1.0, 1.5], r"1\.5 is not from 0 to 1 \(row 1\)"),
+                                                  ([1.0, -0.1], r"-0\.1 is not from 0 to 1")])  # fmt: skip
+def test_what_is_no_share_is_named(values: list[float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        clustered_share(values, ["a", "b"])

@@ -22,7 +22,7 @@ TITLES = {
     "confidence": "Annotator's confidence",
     "score_difference": "Distance of the two scores",
 }
-COLOURS = {"aim reached": "a", "below the aim": "even", "do not train on it": "b"}
+COLOURS = {"aim reached": "a", "too few to tell": "even", "below the aim": "even", "do not train on it": "b"}
 Figures = dict[str, Any]
 
 

@@ -18,7 +18,7 @@ from rlhf_fast.data.templates import use_template
 from rlhf_fast.data.text_metrics import repetition, words
 from rlhf_fast.evaluation.judges import Judge, Verdict, judge_of, mean_parts
 from rlhf_fast.files import write_atomic
-from rlhf_fast.intervals import clustered_bootstrap
+from rlhf_fast.intervals import clustered_bootstrap, clustered_share
 from rlhf_fast.models.adapters import Model
 from rlhf_fast.rollout.generator import Generator
 from rlhf_fast.rollout.rollouts import Rollouts
@@ -87,7 +87,7 @@ def evaluate(
         "prompts": len(prompts),
         "samples_per_prompt": config.samples_per_prompt,
         "score_difference": clustered_bootstrap(difference, cluster).as_dict(),
-        "win_rate": clustered_bootstrap(wins, cluster).as_dict(),
+        "win_rate": clustered_share(wins, cluster).as_dict(),
         "wins": int((wins == 1.0).sum()),
         "ties": int((wins == 0.5).sum()),
         "losses": int((wins == 0.0).sum()),

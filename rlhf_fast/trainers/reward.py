@@ -29,7 +29,7 @@ from rlhf_fast.data.records import Comparison, PromptRecord, Source, read_compar
 from rlhf_fast.data.splits import require_heldout
 from rlhf_fast.data.tokenize import tokenize_example
 from rlhf_fast.files import write_atomic
-from rlhf_fast.intervals import Interval, clustered_bootstrap
+from rlhf_fast.intervals import Interval, clustered_share
 from rlhf_fast.rollout.generator import Generator
 from rlhf_fast.rollout.sampling import SamplingParams
 from rlhf_fast.run_folder import RunFolder
@@ -192,7 +192,7 @@ class RewardTrainer:
         self.by_head = self._scores(pairs.examples)
         scores = models.lower_bound(self.by_head, self.config.lcb)
         difference = scores[pairs.chosen] - scores[pairs.rejected]
-        self.agreement = clustered_bootstrap(agrees(difference.cpu().numpy()), self._clusters())
+        self.agreement = clustered_share(agrees(difference.cpu().numpy()), self._clusters())
         self.scale = _scale(scores)
         spread = {"heldout_disagreement": float(self.by_head.std(dim=1, correction=0).mean()) / self.scale[1]}
         return {

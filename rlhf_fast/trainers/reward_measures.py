@@ -15,13 +15,13 @@ from rlhf_fast import calibration
 from rlhf_fast.calibration import sigmoid
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.data.records import Comparison
-from rlhf_fast.intervals import Interval, clustered_bootstrap
+from rlhf_fast.intervals import Interval, clustered_share
 
 AIM = 0.7  # held-out agreement worth having; people agree with each other on 63 to 77 % of such comparisons
 GATE = PPOConfig.min_reward_agreement  # below it PPO refuses to start
+TOO_FEW = "too few to tell"  # the verdict where the aim may have been reached by chance
 UNKNOWN = "not measured"  # the verdict where nothing was held out
-FEW = 8  # prompts; an interval from fewer is too narrow to go by
-RESAMPLES = 2_000  # for the many intervals of the tables
+FEW = 16  # prompts; from fewer no verdict is good news
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def agrees(difference: Any) -> Any:
 def measure(heldout: Heldout, everything: Sequence[Comparison]) -> dict[str, Any]:
     """All figures of the report but those that need the model itself; `everything` is the data, training included."""
     right = agrees(heldout.difference)
-    accuracy = clustered_bootstrap(right, heldout.prompts)
+    accuracy = clustered_share(right, heldout.prompts)
     length = of_length(heldout)
     people = of_people(everything)
     verdict, notes = judge(accuracy, length, len(np.unique(heldout.prompts)))
@@ -90,8 +90,10 @@ def judge(accuracy: Interval, length: dict[str, Any], prompts: int) -> tuple[str
     """The verdict on the agreement, and what its interval and the always-longer baseline have to say against it."""
     if accuracy.mean < GATE:
         verdict = "do not train on it"
+    elif accuracy.mean < AIM:
+        verdict = "below the aim"
     else:
-        verdict = "aim reached" if accuracy.mean >= AIM else "below the aim"
+        verdict = "aim reached" if prompts >= FEW and accuracy.low >= GATE else TOO_FEW
     notes = []
     if accuracy.low <= 0.5:
         notes.append("the interval holds 50 %: by these comparisons it may be no better than a coin")
@@ -102,7 +104,7 @@ def judge(accuracy: Interval, length: dict[str, Any], prompts: int) -> tuple[str
     if length["beyond_longer"]["low"] <= 0:
         notes.append("the interval does not tell it from always choosing the longer response")
     if prompts < FEW:
-        notes.append(f"{prompts} prompts are too few for an interval to go by")
+        notes.append(f"{prompts} held-out prompts are too few to go by; hold out at least {FEW}")
     return verdict, notes
 
 
@@ -148,7 +150,7 @@ def _interval(values: np.ndarray, clusters: Sequence[Any] | np.ndarray) -> dict[
         return None
     if len(set(clusters)) < 2:
         return {"mean": float(np.mean(values)), "low": None, "high": None}
-    return {**clustered_bootstrap(values, clusters, resamples=RESAMPLES).as_dict()}
+    return {**clustered_share(values, clusters).as_dict()}
 
 
 def of_calibration(difference: np.ndarray) -> dict[str, Any]:
@@ -176,9 +178,15 @@ def of_length(heldout: Heldout) -> dict[str, Any]:
         "score_correlation": correlation(heldout.scores, heldout.tokens),
         "difference_correlation": correlation(heldout.difference, heldout.longer),
         "always_longer": _interval(by_length, heldout.prompts),
-        "beyond_longer": clustered_bootstrap(right - by_length, heldout.prompts, resamples=RESAMPLES).as_dict(),
+        "beyond_longer": _beyond(right - by_length, heldout.prompts),
         **{f"chosen_{name}": _row(name, here, right, heldout.prompts) for name, here in parts.items()},
     }
+
+
+def _beyond(differences: np.ndarray, prompts: np.ndarray) -> dict[str, float]:
+    """The mean of differences between two shares, with an interval, as of a share of what they might be."""
+    found = clustered_share((differences + 1) / 2, prompts)
+    return Interval(2 * found.mean - 1, 2 * found.low - 1, 2 * found.high - 1).as_dict()
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float | None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_fast.data.records import Comparison
-from rlhf_fast.intervals import Interval
+from rlhf_fast.intervals import Interval, clustered_share
 from rlhf_fast.trainers.reward_measures import (
     Heldout,
     agrees,
@@ -88,9 +88,11 @@ def test_many_values_are_cut_into_ranges_that_hold_them_all() -> None:
         (Interval(0.65, 0.55, 0.70), 0.05, 100, "below the aim", ["below the gate"]),
         (Interval(0.65, 0.45, 0.85), 0.05, 100, "below the aim", ["no better than a coin"]),
         (Interval(0.75, 0.72, 0.78), -0.01, 100, "aim reached", ["always choosing the longer"]),
-        (Interval(0.75, 0.72, 0.78), 0.05, 3, "aim reached", ["3 prompts are too few"]),
+        (Interval(0.75, 0.72, 0.78), 0.05, 3, "too few to tell", ["3 held-out prompts are too few"]),
+        (clustered_share([1.0] * 8, range(8)), 0.05, 8, "too few to tell", ["the gate", "8 held-out prompts are too"]),
+        (Interval(0.75, 0.58, 0.85), 0.05, 40, "too few to tell", ["below the gate"]),
         (Interval(0.59, 0.55, 0.63), 0.05, 100, "do not train on it", []),
-        (Interval(0.40, 0.30, 0.50), -0.2, 2, "do not train on it", ["coin", "longer", "2 prompts"]),
+        (Interval(0.40, 0.30, 0.50), -0.2, 2, "do not train on it", ["coin", "longer", "2 held-out prompts"]),
     ],
 )
 def test_the_verdict_heeds_the_interval_and_the_length(
