@@ -16,8 +16,8 @@ COLUMNS = {
     "grad_norm": ".2f", "lr": ".1e", "seconds_rollout": ".1f", "seconds_scoring": ".1f", "seconds_training": ".1f",
     "decode_roofline": ".0%", "training_utilisation": ".0%", "busy": ".0%",
 }  # fmt: skip
-SHORT = {"heldout": "held", "response": "resp", "seconds": "s", "fraction": "frac", "utilisation": "util"}
-WIDTH = 10
+WORDS = {"heldout": "held-out", "grad": "gradient"}  # of a name, where they are others in a heading
+OF_STEP, NARROWEST = 6, 9  # characters of the first column, and of the others at least: -123.4560 has as many
 
 
 def progress_bar(total: int, what: str, unit: str, done: int = 0) -> tqdm[Any]:
@@ -57,9 +57,10 @@ class Terminal:
         self._bar.update()
         if in_table and sys.stderr.isatty():
             if not self._columns:
-                self._columns = [name for name in COLUMNS if name in row][: (self._bar.ncols or 120) // WIDTH - 1]
-                self.say(table_line(["step", *map(_short, self._columns)]))
-            self.say(table_line([str(n), *(format(row[name], COLUMNS[name]) for name in self._columns)]))
+                self._columns = columns_that_fit([name for name in COLUMNS if name in row], self._bar.ncols or 120)
+                self.say("\n".join(heading(self._columns)))
+            figures = [format(row[name], COLUMNS[name]) if name in row else "" for name in self._columns]
+            self.say(table_line([str(n), *figures], self._columns))
 
     def say(self, text: str) -> None:
         """A line above the progress line."""
@@ -74,11 +75,30 @@ class Terminal:
         self._bar.close()
 
 
-def table_line(cells: list[str]) -> str:
-    return " ".join(cell[: WIDTH - 1].rjust(WIDTH - 1) for cell in cells)
+def columns_that_fit(names: list[str], width: int) -> list[str]:
+    """The first of the columns that a line of `width` characters holds, with their whole headings."""
+    fitting: list[str] = []
+    for name in names:
+        if len(heading([*fitting, name])[-1]) > width:
+            break
+        fitting.append(name)
+    return fitting
 
 
-def _short(name: str) -> str:
-    for long, short in SHORT.items():
-        name = name.replace(long, short)
-    return name.replace("_", " ")
+def heading(columns: list[str]) -> list[str]:
+    """The lines above a table, one word of each column's name in each; the last words stand in the last line."""
+    words = [["step"], *map(_words, columns)]
+    lines = max(map(len, words))
+    padded = [[""] * (lines - len(each)) + each for each in words]
+    return [table_line(list(cells), columns) for cells in zip(*padded, strict=True)]
+
+
+def table_line(cells: list[str], columns: list[str]) -> str:
+    """Cells on the right of their columns, of which the first is the step's; one that is too long is not cut."""
+    widths = [OF_STEP, *(max(NARROWEST, *map(len, _words(name))) for name in columns)]
+    cells = cells + [""] * (len(widths) - len(cells))
+    return " ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+
+
+def _words(name: str) -> list[str]:
+    return [WORDS.get(word, word) for word in name.split("_")]

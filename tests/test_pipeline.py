@@ -136,7 +136,9 @@ def test_a_killed_run_goes_on_after_its_last_finished_phase(tmp_path: Path) -> N
     assert finished.stdout.count("finished earlier") == 3  # sft, comparisons, reward
     assert (out / "report.html").exists() and not list(out.rglob("*.tmp"))
     whole = tmp_path / "whole"
-    subprocess.run([*command[:5], "--out", str(whole), *SHORT], capture_output=True, env=environment, check=True)
+    words = [*command[:5], "--out", str(whole), *SHORT]
+    unbroken = subprocess.run(words, capture_output=True, text=True, env=environment, check=True)
+    assert "this reward model is worth nothing; PPO is trained on it all the same" in unbroken.stdout
     for name in ("comparisons/comparisons.jsonl", "evaluation/samples.jsonl"):
         assert (out / name).read_text() == (whole / name).read_text()
 

@@ -105,7 +105,7 @@ def write_evaluation(run: RunFolder, figures: dict[str, Any], rows: list[dict[st
         run.sample(row)
     write_atomic(run.path / "evaluation.json", json.dumps(figures, indent=2) + "\n")
     headline = {name: figures[name] for name in ("score_difference", "win_rate")}
-    said = {"judge": f"{figures['judge']}: {figures['judge_note']}"}
+    said = {name: figures[name] for name in ("judge", "judge_note")}
     counts = {name: figures[name] for name in ("wins", "ties", "losses")}
     return run.finish({**said, **headline, **counts, "kl": figures["a_metrics"]["kl"]})
 

@@ -54,8 +54,9 @@ def sequences_for(
         if not 0 <= min(ids) <= max(ids) < vocabulary:
             raise ValueError(f"prompts: prompt {index} has token ids outside the vocabulary of {vocabulary}")
         if len(ids) + one.max_new_tokens > limit:
+            who = prompt.name if isinstance(prompt, PromptRecord) and prompt.name else f"prompt {index}"
             raise ValueError(
-                f"prompts: prompt {index} has {len(ids)} tokens, which with max_new_tokens = "
+                f"prompts: {who} has {len(ids)} tokens, which with max_new_tokens = "
                 f"{one.max_new_tokens} exceeds the model's context of {limit}"
                 f"{' here (see docs/models.md)' if limit == longest else ''}; shorten one of them"
             )
