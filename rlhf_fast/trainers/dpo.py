@@ -26,6 +26,7 @@ from rlhf_fast.run_folder import RunFolder
 from rlhf_fast.trainers.budget import TokenBudget
 from rlhf_fast.trainers.chat_settings import use_settings
 from rlhf_fast.trainers.checkpoints import Goal
+from rlhf_fast.trainers.lengths import fitting_for
 from rlhf_fast.trainers.loop import Stats, add_stats, fit, per_example
 
 Sides = tuple[torch.Tensor, torch.Tensor]  # of the chosen and of the rejected responses
@@ -57,7 +58,9 @@ class DPOTrainer:
             models.recompute_activations(self.model)
         self.device = models.output_head(self.model).weight.device
         self.shared = models.longest_shared(self.model)
-        groups = group_pairs(comparisons, self.tokenizer, config.max_length)
+        self.fitting = fitting_for(self.model, self.tokenizer, config, "dpo")
+        groups = group_pairs(comparisons, self.fitting)
+        self.fitting.done()
         self.labelled = any(c.margin != 0 or c.confidence < 1 for group in groups for c in group.comparisons)
         split = split_pairs(groups, config.heldout, config.seed, least=1)
         self.training, self.heldout = split.training, split.heldout
@@ -77,7 +80,8 @@ class DPOTrainer:
             run, self.model, batches, self._losses, self.budget, config, Goal("heldout_loss", higher=False),
             data=self.training + self.heldout, evaluate=lambda _: self.evaluate(), save=self._save, load=models.load,
         )  # fmt: skip
-        return run.finish({"comparisons": sum(group.pairs for group in self.training), **outcome.row}, outcome.step)
+        counts = {"comparisons": sum(group.pairs for group in self.training), **self.fitting.summary()}
+        return run.finish({**counts, **outcome.row}, outcome.step)
 
     def _save(self, folder: Path) -> None:
         models.save(folder, self.model, self.tokenizer)
