@@ -99,7 +99,8 @@ class SFTConfig:
     samples: int = 4  # held-out prompts answered greedily at each evaluation, into samples.jsonl; 0: none
     sample_tokens: int = 48  # tokens of such an answer at most
     patience: int | None = None  # evaluations without a lower loss until it ends with its best checkpoint
-    max_length: int = 1024  # tokens; longer demonstrations are an error
+    max_length: int = 1024  # tokens of a demonstration
+    overlong: Literal["error", "truncate", "drop"] = "error"  # what becomes of longer ones, which are counted
     chat_template: str | None = None  # chatml, plain or the file of a Jinja template; none: the model's own
     template_kwargs: dict[str, Any] = field(default_factory=dict)  # what it reads besides messages: enable_thinking
     parse_special_tokens: bool = False  # special tokens that are spelled out in messages become tokens
@@ -129,7 +130,8 @@ class RewardConfig:
     normalize_samples: int = 0  # answers sampled to each held-out prompt to scale scores by; 0: those compared
     max_new_tokens: int = 128  # tokens of such an answer
     patience: int | None = None  # evaluations without higher agreement until it ends with its best checkpoint
-    max_length: int = 1024  # tokens of prompt and response; longer ones are an error
+    max_length: int = 1024  # tokens of prompt and response
+    overlong: Literal["error", "truncate", "drop"] = "error"  # what becomes of longer ones, which are counted
     chat_template: str | None = None  # chatml, plain or the file of a Jinja template; none: the model's own
     template_kwargs: dict[str, Any] = field(default_factory=dict)  # what it reads besides messages: enable_thinking
     parse_special_tokens: bool = False  # special tokens that are spelled out in messages become tokens
@@ -157,7 +159,8 @@ class DPOConfig:
     beta: float = 0.1  # strength of the pull towards the reference
     label_smoothing: float = 0.0  # share of comparisons presumed to be the wrong way round
     patience: int | None = None  # evaluations without a lower loss until it ends with its best checkpoint
-    max_length: int = 1024  # tokens of prompt and response; longer ones are an error
+    max_length: int = 1024  # tokens of prompt and response
+    overlong: Literal["error", "truncate", "drop"] = "error"  # what becomes of longer ones, which are counted
     chat_template: str | None = None  # chatml, plain or the file of a Jinja template; none: the model's own
     template_kwargs: dict[str, Any] = field(default_factory=dict)  # what it reads besides messages: enable_thinking
     parse_special_tokens: bool = False  # special tokens that are spelled out in messages become tokens
@@ -215,6 +218,7 @@ class PPOConfig:
     rollout_cap: float = 2.0  # most that a token of an older policy's samples weighs
     cuda_graphs: bool = False  # launch a step of sampling at once on a GPU; its keys and values stay while training
     max_length: int = 1024  # tokens of prompt and response
+    overlong: Literal["error", "truncate", "drop"] = "error"  # what becomes of prompts that leave no room for these
     chat_template: str | None = None  # chatml, plain or the file of a Jinja template; none: the model's own
     template_kwargs: dict[str, Any] = field(default_factory=dict)  # what it reads besides messages: enable_thinking
     parse_special_tokens: bool = False  # special tokens that are spelled out in messages become tokens

@@ -7,12 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_fast.data.batches import Example, shape, shuffled
+from rlhf_fast.data.fitting import Fitting
 from rlhf_fast.data.records import Comparison
 from rlhf_fast.data.splits import other_splits, split_as_labelled, split_heldout
-from rlhf_fast.data.tokenize import tokenize_comparison
 
 
 @dataclass
@@ -65,15 +64,17 @@ class Pairs:
     confidences: torch.Tensor  # (P,) float32: how probable each comparison's answer is, from 0.5 to 1
 
 
-def group_pairs(
-    comparisons: Sequence[Comparison], tokenizer: PreTrainedTokenizerBase, max_length: int, scored: bool = False
-) -> list[PairGroup]:
+def group_pairs(comparisons: Sequence[Comparison], fitting: Fitting, scored: bool = False) -> list[PairGroup]:
     """Encode comparisons and group them by prompt, in order of first appearance. Prompts are the same when their tokens
-    are: a text and that text as a user's message, say. `scored` as in `tokenize_comparison`."""
+    are: a text and that text as a user's message, say. Answers that are the same teach nothing, and are left out.
+    `scored` as in `tokenize_comparison`."""
     groups: dict[tuple[int, ...], PairGroup] = {}
     indices: dict[Example, int] = {}
     for comparison in comparisons:
-        examples = tokenize_comparison(comparison, tokenizer, max_length=max_length, scored=scored)
+        fitted = fitting.comparison(comparison, scored)
+        if fitted is None:
+            continue
+        comparison, examples = fitted
         group = groups.setdefault(examples[0].prompt, PairGroup())
         for example, side in zip(examples, (group.chosen, group.rejected), strict=True):
             if example not in indices:

@@ -13,6 +13,7 @@ from rlhf_fast.config import DPOConfig
 from rlhf_fast.data.batches import Batch, Example, pad
 from rlhf_fast.data.pairs import (
     PairGroup,
+    Pairs,
     epoch_batches_by_pairs,
     group_pairs,
     join,
@@ -25,8 +26,11 @@ from rlhf_fast.run_folder import RunFolder
 from rlhf_fast.trainers.budget import TokenBudget
 from rlhf_fast.trainers.chat_settings import use_settings
 from rlhf_fast.trainers.checkpoints import Goal
+from rlhf_fast.trainers.lengths import fitting_for
 from rlhf_fast.trainers.loop import Stats, add_stats, fit, per_example
 from rlhf_fast.trainers.preflight import preflight
+
+Sides = tuple[torch.Tensor, torch.Tensor]  # of the chosen and of the rejected responses
 
 
 class DPOTrainer:
@@ -57,7 +61,10 @@ class DPOTrainer:
             models.recompute_activations(self.model)
         self.device = models.output_head(self.model).weight.device
         self.shared = models.longest_shared(self.model)
-        groups = group_pairs(comparisons, self.tokenizer, config.max_length)
+        self.fitting = fitting_for(self.model, self.tokenizer, config, "dpo")
+        groups = group_pairs(comparisons, self.fitting)
+        self.fitting.done()
+        self.labelled = any(c.margin != 0 or c.confidence < 1 for group in groups for c in group.comparisons)
         split = split_pairs(groups, config.heldout, config.seed, least=1)
         self.training, self.heldout = split.training, split.heldout
         require_heldout(self.heldout, config.patience)
@@ -77,8 +84,8 @@ class DPOTrainer:
                 data=self.training + self.heldout,
                 evaluate=lambda _: self.evaluate(), save=self._save, load=models.load,
             )  # fmt: skip
-            comparisons = sum(group.pairs for group in self.training)
-            return run.finish({"comparisons": comparisons, **outcome.row}, outcome.step)
+            counts = {"comparisons": sum(group.pairs for group in self.training), **self.fitting.summary()}
+            return run.finish({**counts, **outcome.row}, outcome.step)
 
     def _save(self, folder: Path) -> None:
         models.save(folder, self.model, self.tokenizer)
@@ -103,17 +110,32 @@ class DPOTrainer:
             pairs = join(part, self.device)
             logprobs = self._logprobs(pad(pairs.examples, self.device, self.shared))  # (B,)
             reference = torch.tensor([self.reference[example] for example in pairs.examples], device=self.device)
-            loss, stats = ops.dpo_loss(
-                logprobs[pairs.chosen],
-                logprobs[pairs.rejected],
-                reference[pairs.chosen],
-                reference[pairs.rejected],
-                beta=self.config.beta,
-                label_smoothing=self.config.label_smoothing,
-                loss=self.config.loss,
-                denominator=total,
-            )
-            yield loss, stats
+            sides = (logprobs[pairs.chosen], logprobs[pairs.rejected])  # (P,) each
+            yield self._loss(pairs, sides, (reference[pairs.chosen], reference[pairs.rejected]), total)
+
+    def _loss(self, pairs: Pairs, sides: Sides, reference: Sides, total: int) -> tuple[torch.Tensor, Stats]:
+        """Of one micro-batch's pairs, for a batch of `total` pairs.
+
+        A margin m is how far the rewards should be apart beyond what the loss asks for, which is so if the reference
+        holds the chosen response for exp(m / beta) times as likely (DPO with an offset, arXiv 2402.10571). A
+        comparison of confidence c counts c times as it stands and 1 - c times the other way round, as in a reward
+        model. The statistics are of the pairs as they stand.
+        """
+        config = self.config
+        options: dict[str, Any] = {
+            "beta": config.beta, "label_smoothing": config.label_smoothing, "loss": config.loss, "denominator": total,
+        }  # fmt: skip
+        if not self.labelled:
+            return ops.dpo_loss(*sides, *reference, **options)
+        with torch.no_grad():
+            _, stats = ops.dpo_loss(*sides, *reference, **options)
+        apart = (reference[0] + pairs.margins / config.beta, reference[1])
+        chosen, rejected, ref_chosen, ref_rejected = (
+            torch.cat([one, other]) for one, other in (sides, sides[::-1], apart, apart[::-1])
+        )  # (2 P,) each
+        weights = torch.cat([pairs.confidences, 1 - pairs.confidences])
+        loss, _ = ops.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, **options, weights=weights)
+        return loss, stats
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

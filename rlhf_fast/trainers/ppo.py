@@ -29,11 +29,12 @@ from rlhf_fast.trainers.checks import check_first_update, check_start
 from rlhf_fast.trainers.collect import Collector, Experience, minibatches
 from rlhf_fast.trainers.critic import make_critic
 from rlhf_fast.trainers.kl_controller import KLController
+from rlhf_fast.trainers.lengths import fitting_for
 from rlhf_fast.trainers.loop import Stats, concatenated, learn, run_steps
 from rlhf_fast.trainers.optimizer import Optimizer
 from rlhf_fast.trainers.preflight import preflight
 from rlhf_fast.trainers.rewards import Reward, RewardModel, resolve_reward
-from rlhf_fast.trainers.sampler import Sampler, check_lengths
+from rlhf_fast.trainers.sampler import Sampler
 from rlhf_fast.trainers.state import digest, weights_digest
 
 Loss = Callable[..., tuple[torch.Tensor, Stats]]
@@ -71,14 +72,14 @@ class PPOTrainer:
         inputs |= {name: value for name, value in own.items() if value is not None}
         preflight("ppo", config, inputs)
         self.prompts = read_prompts(prompts)
-        if len(self.prompts) < config.prompts_per_step:
-            raise ValueError(
-                f"ppo.prompts_per_step: {config.prompts_per_step}, but there are only {len(self.prompts)} prompts"
-            )
+        _require_prompts(self.prompts, config)
         self.dtype = getattr(torch, config.dtype)
         loaded, self.tokenizer = models.load(policy, self.dtype)
         config = use_settings(config, "ppo", out, self.tokenizer)
-        check_lengths(self.prompts, self.tokenizer, config)
+        self.fitting = fitting_for(loaded, self.tokenizer, config, "ppo")
+        self.prompts = self.fitting.prompts(self.prompts, config.max_new_tokens)
+        self.fitting.done()
+        _require_prompts(self.prompts, config)
         self.reward = resolve_reward(
             reward,
             config.min_reward_agreement,
@@ -141,7 +142,9 @@ class PPOTrainer:
                     stateful={"kl_controller": self.kl_controller, "sampler": self.sampler},
                 )
                 kept = ("score", "reward", "kl", "kl_coef", "entropy", "finished")
-                return run.finish({name: outcome.row[name] for name in kept}, outcome.step)
+                return run.finish(
+                    {**{name: outcome.row[name] for name in kept}, **self.fitting.summary()}, outcome.step
+                )
         finally:
             self.reward.forget()
 
@@ -270,6 +273,11 @@ class PPOTrainer:
         weights = sum(p.numel() for p in self.model.parameters() if p.dim() == 2) - looked_up
         trained = sum(p.numel() for p in self.model.parameters() if p.dim() == 2 and p.requires_grad)
         return tokens * (4.0 * weights + 2.0 * trained)
+
+
+def _require_prompts(prompts: Sequence[PromptRecord], config: PPOConfig) -> None:
+    if len(prompts) < config.prompts_per_step:
+        raise ValueError(f"ppo.prompts_per_step: {config.prompts_per_step}, but there are only {len(prompts)} prompts")
 
 
 def explained_variance(experience: Experience) -> float:

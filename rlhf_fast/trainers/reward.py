@@ -27,7 +27,7 @@ from rlhf_fast.data.pairs import (
 )
 from rlhf_fast.data.records import Comparison, PromptRecord, Source, read_comparisons
 from rlhf_fast.data.splits import require_heldout
-from rlhf_fast.data.tokenize import tokenize_example
+from rlhf_fast.data.tokenize import tokenize_example, tokenize_record
 from rlhf_fast.files import write_atomic
 from rlhf_fast.intervals import Interval, clustered_share
 from rlhf_fast.rollout.generator import Generator
@@ -37,6 +37,7 @@ from rlhf_fast.terminal import bar_updater, progress_bar
 from rlhf_fast.trainers.budget import TokenBudget
 from rlhf_fast.trainers.chat_settings import use_settings
 from rlhf_fast.trainers.checkpoints import Goal
+from rlhf_fast.trainers.lengths import fitting_for
 from rlhf_fast.trainers.loop import Stats, fit, per_example
 from rlhf_fast.trainers.preflight import preflight
 from rlhf_fast.trainers.reward_measures import Heldout, agrees, histogram, measure, not_measured
@@ -78,10 +79,14 @@ class RewardTrainer:
         if config.optim.checkpointing:
             models.recompute_activations(self.model)
         # Groups hold all comparisons of a prompt, so no prompt is in both parts; an interval needs two of them.
-        groups = group_pairs(self.comparisons, self.tokenizer, config.max_length, scored=True)
+        self.fitting = fitting_for(self.model, self.tokenizer, config, "reward")
+        groups = group_pairs(self.comparisons, self.fitting, scored=True)
+        self.fitting.done()
         self.split = split_pairs(groups, config.heldout, config.seed, least=2)
         self.training, self.heldout = self.split.training, self.split.heldout
         require_heldout(self.heldout, config.patience)
+        if config.normalize_samples:
+            self._check_room()
         self.unsure = any(confidence < 1 for group in groups for confidence in group.confidences)
         self.device = next(self.model.parameters()).device
         self.shared = models.longest_shared(self.model)
@@ -125,7 +130,7 @@ class RewardTrainer:
                     "always_longer": report["length"]["always_longer"]["mean"],
                     "ece": report["calibration"]["ece"],
                 }
-            return run.finish(summary, outcome.step)
+            return run.finish({**summary, **self.fitting.summary()}, outcome.step)
 
     def _save(self, folder: Path) -> None:
         self._measure_policy()
@@ -280,6 +285,24 @@ class RewardTrainer:
             examples = [example for group in self.training[:SCALED] for example in group.examples][:SCALED]
             self.scale = _scale(models.lower_bound(self._scores(examples), self.config.lcb))
 
+    def _asked(self) -> list[PromptRecord]:
+        """The prompts that the policy is asked, if its responses set the scale."""
+        groups = self.heldout or self.training[:ASKED]
+        rows = {group.examples[0].prompt: group.comparisons[0] for group in groups}.values()
+        return [PromptRecord(r.prompt, name=r.name, tools=r.tools, template_kwargs=r.template_kwargs) for r in rows]
+
+    def _check_room(self) -> None:
+        """Refuse prompts that leave the policy no room for a response, before anything is trained."""
+        context, new = self.fitting.context, self.config.max_new_tokens
+        for row in self._asked():
+            (asked,) = tokenize_record(row, self.tokenizer)
+            if context is not None and len(asked) + new > context:
+                raise ValueError(
+                    f"{row.name or 'a row'}: its prompt of {len(asked)} tokens with reward.max_new_tokens = {new} "
+                    f"exceeds the {context} positions that the model has; lower one of them, or leave out "
+                    "reward.normalize_samples"
+                )
+
     @functools.cached_property
     def _policy_samples(self) -> list[Example]:
         """Responses of the model that this one started from, read as PPO's reward reads them: text, then an end."""
@@ -287,9 +310,7 @@ class RewardTrainer:
         policy, tokenizer = models.load(self.start, getattr(torch, config.dtype), merged=True)
         use_settings(config, "reward", self.out, tokenizer)
         params = SamplingParams(n=config.normalize_samples, max_new_tokens=config.max_new_tokens, seed=config.seed)
-        asked = {group.examples[0].prompt: group.comparisons[0] for group in self.heldout or self.training[:ASKED]}
-        rows = list(asked.values())
-        prompts = [PromptRecord(r.prompt, name=r.name, tools=r.tools, template_kwargs=r.template_kwargs) for r in rows]
+        prompts = self._asked()
         with progress_bar(len(prompts) * params.n, "reward", "reply") as bar:
             rollouts = Generator(policy, tokenizer).generate(prompts, params, bar_updater(bar))
         of = [prompts[i] for i in rollouts.prompt_index.tolist()]

@@ -11,7 +11,6 @@ from torch import nn
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.data.batches import shuffled
 from rlhf_fast.data.records import PromptRecord
-from rlhf_fast.data.tokenize import tokenize_record
 from rlhf_fast.models.adapters import Model
 from rlhf_fast.rollout import sequence as rollout
 from rlhf_fast.rollout.engine import Statistics
@@ -190,18 +189,6 @@ def paid(scores: Sequence[float], finish_reasons: Sequence[str], config: PPOConf
 
 def _greedy(params: SamplingParams) -> SamplingParams:
     return replace(params, n=1, temperature=0.0)
-
-
-def check_lengths(prompts: Sequence[PromptRecord], tokenizer: Any, config: PPOConfig) -> None:
-    """Refuse prompts that leave no room for a response, before any work is done."""
-    for record in prompts:
-        (asked,) = tokenize_record(record, tokenizer)
-        tokens = len(asked) + config.max_new_tokens
-        if tokens > config.max_length:
-            raise ValueError(
-                f"{record.name or 'a prompt'}: with max_new_tokens = {config.max_new_tokens} it comes to {tokens} "
-                f"tokens, more than ppo.max_length = {config.max_length}; shorten it or raise the setting"
-            )
 
 
 def step_prompts(prompts: Sequence[PromptRecord], config: PPOConfig, step: int) -> list[PromptRecord]:

@@ -25,6 +25,7 @@ from rlhf_fast.run_folder import RunFolder
 from rlhf_fast.trainers.budget import TokenBudget
 from rlhf_fast.trainers.chat_settings import use_settings
 from rlhf_fast.trainers.checkpoints import Goal
+from rlhf_fast.trainers.lengths import fitting_for
 from rlhf_fast.trainers.loop import Stats, epoch_batches, fit
 from rlhf_fast.trainers.preflight import preflight
 
@@ -58,10 +59,10 @@ class SFTTrainer:
             models.recompute_activations(self.model)
         self.budget = TokenBudget(config.optim.max_tokens_per_microbatch)
         self.longest_packed = models.longest_packed(self.model) if config.packing else 0
-        encoded: list[tuple[Demonstration, Encoded]] = [
-            (d, tuple(tokenize_record(d, self.tokenizer, turns=config.turns, max_length=config.max_length)))
-            for d in demonstrations
-        ]
+        self.fitting = fitting_for(self.model, self.tokenizer, config, "sft")
+        fitted = [(d, self.fitting.demonstration(d, config.turns)) for d in demonstrations]
+        encoded: list[tuple[Demonstration, Encoded]] = [(d, found) for d, found in fitted if found]
+        self.fitting.done()
         _warn_of_many([conversations for _, conversations in encoded])
         others = [other_splits([d.split]) for d, _ in encoded]
         training, heldout = split_as_labelled(encoded, others, "demonstrations", least=1)
@@ -91,7 +92,7 @@ class SFTTrainer:
                 run, self.model, batches, self._losses, self.budget, config, Goal("heldout_loss", higher=False),
                 data=self.training + self.heldout, evaluate=evaluate, save=self._save, load=models.load,
             )  # fmt: skip
-            counts = {"demonstrations": len(self.training), "heldout": len(self.heldout)}
+            counts = {"demonstrations": len(self.training), "heldout": len(self.heldout), **self.fitting.summary()}
             return run.finish({**counts, **outcome.row}, outcome.step)
 
     def _save(self, folder: Path) -> None:

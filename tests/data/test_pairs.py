@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_fast.data.batches import LONGEST_ROW, pad
+from rlhf_fast.data.fitting import Fitting
 from rlhf_fast.data.pairs import (
     PairGroup,
     Pairs,
@@ -27,7 +28,9 @@ TOKENIZER = byte_tokenizer()
 prompts = st.sampled_from(["a", "b", [{"role": "user", "content": "a"}], [{"role": "system", "content": "b"}]])
 replies = st.sampled_from(["x", "yy", "zzz", "long reply", "<eos>"])
 comparisons = st.lists(
-    st.builds(Comparison, prompt=prompts, chosen=replies, rejected=replies, margin=st.integers(0, 9).map(float)),
+    st.builds(Comparison, prompt=prompts, chosen=replies, rejected=replies, margin=st.integers(0, 9).map(float)).filter(
+        lambda comparison: comparison.chosen != comparison.rejected
+    ),
     min_size=1,
     max_size=12,
 )
@@ -36,7 +39,7 @@ Row = tuple[tuple[int, ...], str, str, float]
 
 
 def grouped(rows: Sequence[Comparison]) -> list[PairGroup]:
-    return group_pairs(rows, TOKENIZER, max_length=64)
+    return group_pairs(rows, Fitting(TOKENIZER, 64))
 
 
 def as_rows(pairs: Pairs) -> list[Row]:
@@ -106,7 +109,7 @@ def test_messages_are_the_same_prompt_whatever_the_order_of_their_keys() -> None
 
 def test_a_comparison_that_is_too_long_is_named() -> None:
     with pytest.raises(ValueError, match=r"^rows\.jsonl line 3: prompt and response have 26 tokens"):
-        group_pairs([Comparison("prompt", "x", "y" * 17, name="rows.jsonl line 3")], TOKENIZER, max_length=20)
+        group_pairs([Comparison("prompt", "x", "y" * 17, name="rows.jsonl line 3")], Fitting(TOKENIZER, 20))
 
 
 @settings(max_examples=40, deadline=None)
@@ -165,3 +168,10 @@ def test_splits_that_leave_nothing_to_train_on_or_no_interval_are_refused(splits
 
 def test_no_groups_make_no_batches() -> None:
     assert batches_by_pairs([], 4) == microbatches_of_groups([], 100) == []
+
+
+def test_answers_that_are_the_same_are_left_out_and_counted() -> None:
+    fitting = Fitting(TOKENIZER, 64)
+    rows = [Comparison("a", "x", "y"), Comparison("a", "x", "x"), Comparison("b", "z", "z")]
+    assert [group.pairs for group in group_pairs(rows, fitting)] == [1]
+    assert fitting.summary() == {"rows_identical": 2}

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 
+from rlhf_fast.data.fitting import Fitting
 from rlhf_fast.data.pairs import PairGroup, epoch_batches_by_pairs, group_pairs, join, split_pairs
 from rlhf_fast.data.records import Comparison
 from rlhf_fast.data.splits import other_splits, require_heldout, split_as_labelled, split_heldout
@@ -16,7 +17,7 @@ def grouped(prompts: str, splits: list[str] | None = None) -> list[PairGroup]:
     """A comparison for each letter, which is its prompt."""
     labels = splits or [""] * len(prompts)
     rows = [Comparison(p, f"x{i % 7}", f"y{i}", split=s) for i, (p, s) in enumerate(zip(prompts, labels, strict=True))]
-    return group_pairs(rows, TOKENIZER, max_length=64)
+    return group_pairs(rows, Fitting(TOKENIZER, 64))
 
 
 def rejected(groups: list[PairGroup]) -> list[str]:

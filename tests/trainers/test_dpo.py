@@ -11,6 +11,7 @@ import torch
 
 from rlhf_fast import models
 from rlhf_fast.config import DPOConfig, LoRAConfig, OptimConfig
+from rlhf_fast.data.batches import pad
 from rlhf_fast.data.pairs import join
 from rlhf_fast.trainers.dpo import DPOTrainer
 
@@ -82,3 +83,53 @@ def test_training_prefers_the_chosen_and_leaves_metrics(tiny_folder: Path, tmp_p
     ids = torch.arange(4, 40)[None]
     with torch.no_grad():
         assert torch.equal(policy(input_ids=ids).logits, dpo.model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "robust", "hinge", "ipo"])
+def test_margins_and_confidences_are_in_the_loss(loss: str, tiny_folder: Path, tmp_path: Path) -> None:
+    """Against the formula in float64, x being beta h less the margin: c times as it stands, 1 - c times the other way
+    round. What is measured beside it is of the pairs as they stand. One micro-batch and many give the same."""
+    e, beta = (0.1 if loss == "robust" else 0.0), 0.3
+    rows = [{**row, "confidence": [1.0, 0.5, 0.8][i % 3], "margin": 0.4 * (i % 2)} for i, row in enumerate(ROWS[:9])]
+    config = DPOConfig(lora=LoRAConfig(r=4), beta=beta, loss=loss, label_smoothing=e, heldout=0.3)  # type: ignore[arg-type]
+    dpo = DPOTrainer(tiny_folder, rows, tmp_path, config)
+    dpo._remember_reference()
+    for name, parameter in dpo.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    pairs = join(dpo.training, "cpu")
+    with torch.no_grad():
+        now = dpo._logprobs(pad(pairs.examples)).double()
+    h = now - torch.tensor([dpo.reference[example] for example in pairs.examples]).double()
+    x, c = beta * (h[pairs.chosen] - h[pairs.rejected]), pairs.confidences.double()
+    assert float((x > 0).double().mean()) > 0 and pairs.margins.any() and (c < 1).any()
+
+    def of(x: torch.Tensor) -> torch.Tensor:
+        plus, minus = torch.nn.functional.softplus(-x), torch.nn.functional.softplus(x)
+        return {
+            "sigmoid": plus,
+            "robust": ((1 - e) * plus - e * minus) / (1 - 2 * e),
+            "hinge": (1 - x).clamp(min=0),
+            "ipo": (x / beta - 1 / (2 * beta)) ** 2,
+        }[loss]
+
+    apart = x - pairs.margins.double()
+    expected = (c * of(apart) + (1 - c) * of(-apart)).mean()
+    for tokens in (10_000, 1):
+        dpo.budget.tokens = tokens
+        parts = list(dpo._losses(dpo.training))
+        assert (len(parts) == 1) == (tokens > 1)
+        assert float(sum(part.detach() for part, _ in parts)) == pytest.approx(float(expected), rel=1e-4)
+        means = {name: sum(float(stats[name]) for _, stats in parts) for name in ("accuracy", "margin")}
+        assert means["margin"] == pytest.approx(float(x.mean()), rel=1e-4)
+        assert means["accuracy"] == pytest.approx(float((x > 0).double().mean()))
+
+
+def test_a_guess_has_no_gradient_at_the_start(tiny_folder: Path, tmp_path: Path) -> None:
+    """Of a confidence of one half both orders pull alike."""
+    rows = [{**row, "confidence": 0.5} for row in ROWS[:6]]
+    dpo = DPOTrainer(tiny_folder, rows, tmp_path, DPOConfig(lora=LoRAConfig(r=4)))
+    dpo._remember_reference()
+    for loss, _ in dpo._losses(dpo.training):
+        loss.backward()
+    assert all(p.grad is None or float(p.grad.abs().max()) < 1e-7 for p in dpo.model.parameters())

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 from rlhf_fast import models
 from rlhf_fast.config import LoRAConfig, OptimConfig, RewardConfig
 from rlhf_fast.data.batches import pad
-from rlhf_fast.data.pairs import join
+from rlhf_fast.data.pairs import PairGroup, join
 from rlhf_fast.data.records import read_comparisons
 from rlhf_fast.data.tokenize import tokenize_example
 from rlhf_fast.models.checkpoint import read_extra
@@ -28,6 +28,12 @@ ROWS = [
     {"prompt": f"question {i}", "chosen": "a" * (3 + i % 4) + "!", "rejected": "b" * (3 + (i * 7) % 5)}
     for i in range(40)
 ]
+
+
+def with_itself(group: PairGroup) -> PairGroup:
+    """The chosen response of its first comparison against itself, which no row may be."""
+    chosen = group.examples[group.chosen[0]]
+    return PairGroup([chosen], [0], [0], [0.0], [1.0], group.comparisons[:1])
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +64,8 @@ def test_no_prompt_is_on_both_sides_of_the_split(tiny_folder: Path, tmp_path: Pa
 
 def test_the_first_loss_is_that_of_a_coin(tiny_folder: Path, tmp_path: Path) -> None:
     """Identical texts can not differ in score: ln 2, and no gradient but that of centring."""
-    rows = [{"prompt": f"q{i}", "chosen": "same", "rejected": "same"} for i in range(4)]
-    trainer = RewardTrainer(tiny_folder, rows, tmp_path, RewardConfig(center_coef=0.0, heldout=0.5))
-    (loss, stats), *_ = trainer._losses(trainer.training)
+    trainer = RewardTrainer(tiny_folder, ROWS, tmp_path, RewardConfig(center_coef=0.0, heldout=0.5))
+    (loss, stats), *_ = trainer._losses([with_itself(group) for group in trainer.training[:2]])
     loss.backward()
     assert loss.item() == pytest.approx(math.log(2), rel=1e-6)
     assert float(stats["accuracy"]) == 0.5
@@ -112,8 +117,9 @@ def test_agreement_goes_with_the_checkpoint_and_gates_ppo(trained: tuple[RewardT
 
 
 def test_a_tie_counts_half(tiny_folder: Path, tmp_path: Path) -> None:
-    rows = [{"prompt": f"q{i}", "chosen": "same", "rejected": "same"} for i in range(8)]
-    assert RewardTrainer(tiny_folder, rows, tmp_path).evaluate()["heldout_accuracy"] == 0.5
+    trainer = RewardTrainer(tiny_folder, ROWS, tmp_path)
+    trainer.heldout = [with_itself(group) for group in trainer.heldout]
+    assert trainer.evaluate()["heldout_accuracy"] == 0.5
 
 
 # Confidence and heads ------------------------------------------------------------------------------------------------

@@ -145,9 +145,6 @@ def test_a_prompt_near_the_models_context_gets_a_shorter_sample(tiny: tuple[Any,
     SFTTrainer(tmp_path / "model", rows, tmp_path / "run", SFTConfig(epochs=1)).train()
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert samples and all(len(row["text"].encode(errors="ignore")) <= 3 * 3 for row in samples)
-    rows = [{"prompt": "x" * length, "completion": "y"} for length in (22, 22)]
-    SFTTrainer(tmp_path / "model", rows, tmp_path / "full", SFTConfig(epochs=1)).train()
-    assert not (tmp_path / "full" / "samples.jsonl").exists()
 
 
 def test_a_model_that_cannot_be_sampled_from_is_trained_all_the_same(tmp_path: Path) -> None:
