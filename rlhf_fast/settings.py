@@ -57,6 +57,19 @@ class Settings:
             raise TypeError(f"{name}: {value!r:.80} ({type(value).__name__}); expected {_words(kind, value)}")
 
 
+def given(cls: type[ConfigT], config: ConfigT | dict[str, Any] | None) -> ConfigT:
+    """The settings that somebody gave: of that class, as a dict of them, or none.
+
+    Raises:
+        TypeError: those of something else.
+    """
+    if isinstance(config, dict):
+        return cls(**config)
+    if config is None or isinstance(config, cls):
+        return config or cls()
+    raise TypeError(f"config: got {type(config).__name__}; expected {cls.__name__}(...), or a dict of its settings")
+
+
 @functools.cache
 def _kinds(cls: type) -> dict[str, Any]:
     """The type of each setting."""

@@ -178,3 +178,45 @@ def test_texts_and_messages_are_prompts_of_ppo_as_they_are_the_generators(tiny_f
         config=PPOConfig(steps=1, prompts_per_step=2, samples_per_prompt=2, max_new_tokens=4, minibatches=1),
     )
     assert [one.prompt for one in trainer.prompts] == ["a", "b"]
+
+
+# Trainers ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_dict_is_taken_for_a_trainers_settings_and_those_of_another_are_refused() -> None:
+    """Before anything is read: there is no such model and no such file."""
+    from rlhf_fast import DPOTrainer, PPOTrainer, RewardTrainer, SFTTrainer
+    from rlhf_fast.evaluation.win_rate import evaluate
+
+    def ppo(config: Any) -> None:
+        PPOTrainer("no/model", "no/reward", "no.jsonl", "no/run", config)
+
+    calls: list[tuple[str, Any]] = [("PPOConfig", ppo)]
+    for trainer in (SFTTrainer, RewardTrainer, DPOTrainer):
+        name = trainer.__name__.replace("Trainer", "Config")
+        calls.append((name, lambda config, trainer=trainer: trainer("no/model", "no.jsonl", "no/run", config)))
+    calls.append(("EvaluationConfig", lambda config: evaluate("no/model", "no/model", [], config)))
+    for name, call in calls:
+        with pytest.raises(TypeError, match=rf"config: got LoRAConfig; expected {name}\(\.\.\.\), or a dict of its"):
+            call(LoRAConfig())
+        with pytest.raises(TypeError, match=f"{name}: there is no setting 'sead'; the nearest one is seed"):
+            call({"sead": 1})
+        with pytest.raises(TypeError, match="seed: '1'"):
+            call({"seed": "1"})
+
+
+def test_settings_in_a_dict_are_those_of_the_class(tiny_folder: Path, tmp_path: Path) -> None:
+    from rlhf_fast import SFTTrainer
+
+    rows = [{"prompt": str(i), "completion": "yes"} for i in range(4)]
+    trainer = SFTTrainer(tiny_folder, rows, tmp_path / "run", {"epochs": 3, "lora": LoRAConfig(r=2)})
+    assert trainer.config == SFTConfig(epochs=3, lora=LoRAConfig(r=2))
+
+
+def test_when_to_stop_is_a_number(tiny: tuple[Any, Any]) -> None:
+    from rlhf_fast.rollout.generator import Until
+
+    with pytest.raises(TypeError, match=r"tokens: '5' \(str\); expected a whole number or None"):
+        Until(tokens="5")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="Until: there is no setting 'token'; the nearest one is tokens"):
+        Until(token=5)  # type: ignore[call-arg]

@@ -21,12 +21,13 @@ from rlhf_fast.rollout.runner import ModelRunner
 from rlhf_fast.rollout.scheduler import Scheduler
 from rlhf_fast.rollout.sequence import Sequence
 from rlhf_fast.rollout.shown import Shown
+from rlhf_fast.settings import Settings
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Until:
+class Until(Settings):
     """When to stop before all is finished, whichever comes first; what is not finished can be resumed."""
 
     tokens: int | None = None  # sampled, over all sequences
@@ -34,6 +35,7 @@ class Until:
     share: float | None = None  # of the sequences that are finished, from 0 to 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.tokens is None and self.seconds is None and self.share is None:
             raise ValueError("until: nothing is given; expected tokens, seconds or share")
         if self.share is not None and not 0.0 < self.share <= 1.0:

@@ -41,9 +41,9 @@ class DPOTrainer:
         model: str | Path,
         data: Source | Sequence[Comparison],
         out: str | Path = "runs/dpo",
-        config: DPOConfig | None = None,
+        config: DPOConfig | dict[str, Any] | None = None,
     ) -> None:
-        config = config or DPOConfig()
+        config = settings.given(DPOConfig, config)
         comparisons = read_comparisons(data)
         loaded, self.tokenizer = models.load(model, getattr(torch, config.dtype))
         self.config = config = use_settings(config, "dpo", out, self.tokenizer)

@@ -60,11 +60,11 @@ class PPOTrainer:
         reward: Reward,
         prompts: Source | Sequence[PromptRecord],
         out: str | Path = "runs/ppo",
-        config: PPOConfig | None = None,
+        config: PPOConfig | dict[str, Any] | None = None,
         advantage: AdvantageFunction | None = None,
         loss: Loss = ops.linear_ppo_loss,
     ) -> None:
-        config = config or PPOConfig()
+        config = settings.given(PPOConfig, config)
         self.prompts = read_prompts(prompts)
         if len(self.prompts) < config.prompts_per_step:
             raise ValueError(

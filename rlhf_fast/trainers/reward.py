@@ -59,9 +59,9 @@ class RewardTrainer:
         model: str | Path,
         data: Source | Sequence[Comparison],
         out: str | Path = "runs/reward",
-        config: RewardConfig | None = None,
+        config: RewardConfig | dict[str, Any] | None = None,
     ) -> None:
-        config = config or RewardConfig()
+        config = settings.given(RewardConfig, config)
         self.start = model
         self.comparisons = read_comparisons(data)
         dtype = getattr(torch, config.dtype)

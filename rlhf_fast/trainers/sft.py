@@ -42,9 +42,13 @@ class SFTTrainer:
     """
 
     def __init__(
-        self, model: str | Path, data: Source, out: str | Path = "runs/sft", config: SFTConfig | None = None
+        self,
+        model: str | Path,
+        data: Source,
+        out: str | Path = "runs/sft",
+        config: SFTConfig | dict[str, Any] | None = None,
     ) -> None:
-        config = config or SFTConfig()
+        config = settings.given(SFTConfig, config)
         demonstrations = read_demonstrations(data)
         loaded, self.tokenizer = models.load(model, getattr(torch, config.dtype))
         self.config = config = use_settings(config, "sft", out, self.tokenizer)
