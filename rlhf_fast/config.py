@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from rlhf_fast.settings import Settings
+
 # What a setting may be, by the words of `_check`; NaN is in no range, and only a limit may be infinite.
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "count": ("at least 1", lambda value: 1 <= value < math.inf),
@@ -44,18 +46,19 @@ def _check_date(date: str | None) -> None:
 
 
 @dataclass(frozen=True)
-class LoRAConfig:
+class LoRAConfig(Settings):
     """Low-rank adapters (arXiv 2106.09685) on every linear layer but the head; `r=0` trains all weights."""
 
     r: int = 16  # rank; 0: no adapter, all weights are trained
     alpha: float = 32.0  # the adapter's output is multiplied by alpha / r
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check(self, not_negative="r", positive="alpha")
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(Settings):
     """AdamW with gradient clipping, linear warm-up and a schedule. The micro-batch never changes the gradient."""
 
     lr: float = 2e-4  # learning rate after warm-up
@@ -69,12 +72,13 @@ class OptimConfig:
     max_skipped: int = 3  # steps in a row that are skipped because loss or gradient is not finite; then it stops
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check(self, not_negative="lr weight_decay max_skipped", share="warmup", positive="adam_eps")
         _check(self, positive_limit="max_grad_norm", count="max_tokens_per_microbatch")
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Settings):
     """What a run keeps, and where else it is shown."""
 
     save_every: int = 0  # steps from one evaluation and checkpoint to the next; 0: evaluate each epoch, save at the end
@@ -82,13 +86,14 @@ class RunConfig:
     trackers: tuple[str, ...] = ()  # of tensorboard, wandb and trackio: tensorboard,wandb
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check(self, not_negative="save_every", count="keep_last")
         if unknown := [name for name in self.trackers if name not in ("tensorboard", "wandb", "trackio")]:
             raise ValueError(f"trackers: {unknown[0]!r}; expected some of tensorboard, wandb and trackio")
 
 
 @dataclass(frozen=True)
-class SFTConfig:
+class SFTConfig(Settings):
     """Supervised fine-tuning on demonstrations: cross-entropy on the answers only, their ends included."""
 
     epochs: int = 2  # passes over the demonstrations
@@ -112,13 +117,14 @@ class SFTConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_date(self.date)
         _check(self, count="epochs batch_size max_length sample_tokens patience", part="heldout")
         _check(self, not_negative="samples seed")
 
 
 @dataclass(frozen=True)
-class RewardConfig:
+class RewardConfig(Settings):
     """A Bradley-Terry reward model: a scalar head, or several, at the last token of prompt and response."""
 
     epochs: int = 1  # passes over the comparisons
@@ -143,13 +149,14 @@ class RewardConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_date(self.date)
         _check(self, count="epochs batch_size heads max_new_tokens max_length patience", part="heldout")
         _check(self, not_negative="center_coef lcb normalize_samples seed")
 
 
 @dataclass(frozen=True)
-class DPOConfig:
+class DPOConfig(Settings):
     """Direct preference optimisation (arXiv 2305.18290), from the same comparisons as the reward model."""
 
     epochs: int = 1  # passes over the comparisons
@@ -172,13 +179,14 @@ class DPOConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_date(self.date)
         _check(self, count="epochs batch_size max_length patience", part="heldout", positive="beta")
         _check(self, below_half="label_smoothing", not_negative="seed")
 
 
 @dataclass(frozen=True)
-class PPOConfig:
+class PPOConfig(Settings):
     """PPO with a per-token KL penalty to the frozen start (arXiv 1707.06347, 2203.02155)."""
 
     steps: int = 50  # rounds of sampling and learning
@@ -230,6 +238,7 @@ class PPOConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_date(self.date)
         _check(self, count="steps prompts_per_step samples_per_prompt max_new_tokens epochs minibatches max_length")
         _check(self, count="reward_batch")
@@ -271,7 +280,7 @@ class PPOConfig:
 
 
 @dataclass(frozen=True)
-class AnnotatorConfig:
+class AnnotatorConfig(Settings):
     """The simulated annotator: a written rule in place of people, so that the loop runs unattended."""
 
     error_rate: float = 0.05  # share of comparisons answered the wrong way round
@@ -279,11 +288,12 @@ class AnnotatorConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check(self, below_half="error_rate", share="tie_margin")
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
+class EvaluationConfig(Settings):
     """Win rate of one checkpoint against another on held-out prompts."""
 
     samples_per_prompt: int = 2
@@ -296,11 +306,12 @@ class EvaluationConfig:
     seed: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check(self, count="samples_per_prompt max_new_tokens", not_negative="temperature tie_margin seed")
 
 
 @dataclass(frozen=True)
-class ComparisonsConfig:
+class ComparisonsConfig(Settings):
     """How many responses are sampled for comparison, and by which annotator they are compared."""
 
     prompts: int = 0  # 0: every training prompt
@@ -311,12 +322,13 @@ class ComparisonsConfig:
     annotator: AnnotatorConfig = field(default_factory=AnnotatorConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check(self, not_negative="prompts seed", several="samples_per_prompt", count="max_new_tokens")
         _check(self, positive="temperature")  # at 0 all replies to a prompt are the same
 
 
 @dataclass(frozen=True)
-class DemoConfig:
+class DemoConfig(Settings):
     """The demo: an assistant for an agency's client messages, from SmolLM2-135M to a policy trained by PPO."""
 
     out: str = "runs/demo"  # folder of the run

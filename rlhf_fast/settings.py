@@ -11,6 +11,7 @@ import difflib
 import functools
 import inspect
 import math
+import numbers
 import re
 import reprlib
 import types
@@ -27,6 +28,115 @@ MOST_CHANGES = 8  # that are listed, of two configurations
 
 class ConfigError(ValueError):
     """A setting that does not exist, has the wrong type or is out of range."""
+
+
+class Settings:
+    """A dataclass of settings, made in Python: an unknown name and a value of another type are errors in words.
+
+    Lists are taken for tuples, and numpy's numbers for Python's, which YAML can hold.
+    """
+
+    def __new__(cls, *args: Any, **given: Any) -> Any:
+        for name in given:
+            if name not in cls.__dataclass_fields__:  # type: ignore[attr-defined]
+                raise TypeError(f"{cls.__name__}: there is no setting {name!r}; the nearest one is {_near(cls, name)}")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for name, kind in _kinds(typing.cast(Any, type(self))).items():
+            given = getattr(self, name)
+            value = _in_python(given, kind)
+            if value is not given:
+                object.__setattr__(self, name, value)
+            if _fits(value, kind):
+                continue
+            literal = next((one for one in (kind, *typing.get_args(kind)) if typing.get_origin(one) is Literal), None)
+            if literal and isinstance(value, str):
+                options = typing.get_args(literal)
+                near = f", of which {nearest(value, options)!r} is the nearest" if all(map(str, options)) else ""
+                raise ValueError(f"{name}: {value!r}; expected {_words(kind, value)}{near}")
+            raise TypeError(f"{name}: {value!r:.80} ({type(value).__name__}); expected {_words(kind, value)}")
+
+
+def given(cls: type[ConfigT], config: ConfigT | dict[str, Any] | None) -> ConfigT:
+    """The settings that somebody gave: of that class, as a dict of them, or none.
+
+    Raises:
+        TypeError: those of something else.
+    """
+    if isinstance(config, dict):
+        return cls(**config)
+    if config is None or isinstance(config, cls):
+        return config or cls()
+    raise TypeError(f"config: got {type(config).__name__}; expected {cls.__name__}(...), or a dict of its settings")
+
+
+@functools.cache
+def _kinds(cls: type) -> dict[str, Any]:
+    """The type of each setting."""
+    hints = typing.get_type_hints(cls)
+    return {item.name: hints[item.name] for item in dataclasses.fields(cls)}
+
+
+def _in_python(value: Any, kind: Any) -> Any:
+    """`value` in the type that stands for it in Python and YAML, where there is another one."""
+    if isinstance(value, list) and typing.get_origin(kind) is tuple:
+        return tuple(value)
+    if isinstance(value, numbers.Real) and type(value) not in (bool, int, float):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    return value
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type; of types that no setting has, any."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is Literal:
+        return any(value == one and type(value) is type(one) for one in inner)
+    if origin is tuple:
+        return isinstance(value, tuple) and (inner[0] not in _MANY or all(_fits(one, inner[0]) for one in value))
+    if origin is dict:
+        return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+    if kind in (int, float):
+        return isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+    kind = origin or kind
+    return isinstance(value, kind) if isinstance(kind, type) else True
+
+
+def _words(kind: Any, value: Any = None) -> str:
+    """What is expected, for a person."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_words(one, value) for one in inner)
+    if origin is Literal:
+        *most, last = map(repr, inner)
+        return f"{', '.join(most)} or {last}" if most else last
+    if origin is tuple:
+        return f"a tuple of {_MANY[inner[0]]}" if inner[0] in _MANY else "a tuple"
+    if origin is dict:
+        return "a dict with texts as keys"
+    if dataclasses.is_dataclass(kind):
+        words = ", ".join(f"{key}={one!r}" for key, one in value.items()) if isinstance(value, dict) else "..."
+        return f"{typing.cast(type, kind).__name__}({words})"
+    return {type(None): "None", int: "a whole number", float: "a number", str: "text", bool: "True or False"}.get(
+        kind, f"a {getattr(origin or kind, '__name__', kind)}".lower()
+    )
+
+
+_MANY = {int: "whole numbers", str: "texts"}
+
+
+def _near(cls: type, name: str) -> str:
+    """The setting whose name is most like that, as it is given in Python: optim=OptimConfig(lr=...)."""
+    *outer, last = _nearest_key(name, keys(cls)).split(".")
+    found, around = (f"{last}=..." if outer else last), []
+    for part in outer:
+        cls = _kinds(cls)[part]
+        around.append((part, cls.__name__))
+    for part, kind in reversed(around):
+        found = f"{part}={kind}({found})"
+    return found
 
 
 def keys(cls: type) -> list[str]:
@@ -228,8 +338,13 @@ def _from_yaml(key: str, text: str) -> Any:
 
 
 def _unknown_key(key: str, known: list[str]) -> str:
+    return f"unknown setting --{key}; the nearest one is --{_nearest_key(key, known)}"
+
+
+def _nearest_key(key: str, known: list[str]) -> str:
+    """One of that last name, or else the most alike."""
     same_leaf = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
-    return f"unknown setting --{key}; the nearest one is --{nearest(key, same_leaf or known)}"
+    return nearest(key, same_leaf or known)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

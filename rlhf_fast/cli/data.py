@@ -43,7 +43,7 @@ class DataCommand:
 
 def run(command: DataCommand) -> None:
     from rlhf_fast import models
-    from rlhf_fast.data.rows import count_rows
+    from rlhf_fast.data.rows import count_rows, scan_rows
     from rlhf_fast.data.survey import survey
     from rlhf_fast.data.templates import use_template
     from rlhf_fast.evaluation.data_report import as_text, in_colour, require_page, write_page
@@ -51,6 +51,7 @@ def run(command: DataCommand) -> None:
 
     if command.out:
         require_page(Path(command.out))
+    next(scan_rows(command.data), None)  # a file that cannot be read is told before a tokenizer is
     tokenizer = models.load_tokenizer(command.model)
     use_template(tokenizer, command.chat_template, command.template_kwargs, command.parse_special_tokens)
     with progress_bar(count_rows(command.data), "data", "row") as bar:

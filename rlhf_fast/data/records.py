@@ -75,6 +75,8 @@ def read_prompts(source: Source | Sequence[PromptRecord], split: str | None = No
     """Prompts, optionally only the rows whose `split` is the one asked for. Records that were read go through."""
     if _were_read(source, PromptRecord):
         return list(cast(Sequence[PromptRecord], source))
+    if isinstance(source, list | tuple):  # what a generator takes for a prompt is one here, too
+        source = [{"prompt": row} if isinstance(row, str | list) else row for row in source]
     rows = _not_empty(source, rows_of(source))
     if split is not None:
         rows = [(name, row) for name, row in rows if row.get("split") == split]

@@ -94,6 +94,7 @@ class Survey:
     lost: int  # rows of which nothing would be learned if they were cut
     problems: list[Problem] = field(default_factory=list)  # the first ones, by line
     examples: list[Example] = field(default_factory=list)
+    not_shown: list[int] = field(default_factory=list)  # lines that were asked for, and are no rows that can be used
     seconds: float = 0.0
 
     @property
@@ -172,6 +173,7 @@ def survey(
         lost=main.lost,
         problems=sorted((one for part in parts for one in part.first), key=lambda one: one.line)[:kept],
         examples=main.examples,
+        not_shown=sorted(set(lines) - {example.line for example in main.examples}),
         seconds=time.monotonic() - started,
     )
 

@@ -140,14 +140,14 @@ def _problem_lines(survey: Survey, width: int | None) -> list[str]:
 
 
 def _example_lines(survey: Survey, colour: bool, width: int | None) -> list[str]:
-    lines: list[str] = []
-    marks = "green" if colour else "in ⟦brackets⟧"
+    lines = [f"  line {line} is not shown: it is no row that can be used" for line in survey.not_shown]
+    note = f"; what is learned is {'green' if colour else 'in ⟦brackets⟧'}"
     for example in survey.examples:
         for name, pieces in example.conversations.items():
-            said = f"  line {example.line}{', ' * bool(name)}{name}; what is learned is {marks}"
-            lines += [*([""] if lines else []), said if not lines else said.partition(";")[0]]
+            lines += [*([""] if lines else []), f"  line {example.line}{', ' * bool(name)}{name}{note}"]
             text = "".join(_marked(piece, colour) for piece in _folded(pieces, width))
             lines += [f"  │ {line}" for line in text.split("\n")]
+            note = ""  # it is said once
     return lines
 
 
@@ -306,10 +306,13 @@ def _example_section(survey: Survey) -> str:
             f"<details open><summary>Line {example.line}</summary>"
             f'<div class="{"grid two" if len(example.conversations) > 1 else ""}">{sides}</div></details>'
         )
+    missing = "".join(
+        f'<p class="note">Line {line} is not shown: it is no row that can be used.</p>' for line in survey.not_shown
+    )
     if not found:
-        return ""
+        return missing
     note = '<p class="note">What is learned is <mark>marked</mark>; special tokens are <code>set like this</code>.</p>'
-    return f"{note}{''.join(found)}"
+    return f"{missing}{note}{''.join(found)}"
 
 
 def _html(pieces: Iterable[Piece]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf_fast import models, ops
+from rlhf_fast import models, ops, settings
 from rlhf_fast.config import EvaluationConfig
 from rlhf_fast.data.records import PromptRecord, user_text
 from rlhf_fast.data.templates import use_template
@@ -47,7 +47,7 @@ def evaluate(
     a: str | Path,
     b: str | Path,
     prompts: Sequence[PromptRecord],
-    config: EvaluationConfig | None = None,
+    config: EvaluationConfig | dict[str, Any] | None = None,
     names: tuple[str, str] = ("a", "b"),
     judge: Judge | Reward | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -65,7 +65,7 @@ def evaluate(
     Returns:
         The figures (`evaluation.json`), and one row a compared pair (`samples.jsonl`).
     """
-    config = config or EvaluationConfig()
+    config = settings.given(EvaluationConfig, config)
     judge = judge_of(judge)
     judge.check(prompts)
     model_a, tokenizer_a = models.load(a, merged=True)

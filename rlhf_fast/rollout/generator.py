@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections import abc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -16,20 +15,19 @@ from rlhf_fast.data.tokenize import decode_response
 from rlhf_fast.models.adapters import Model
 from rlhf_fast.rollout.engine import Engine, Statistics
 from rlhf_fast.rollout.memory import Budget
-from rlhf_fast.rollout.requests import Prompts, sequences_for
+from rlhf_fast.rollout.requests import Params, Prompts, sequences_for
 from rlhf_fast.rollout.rollouts import Rollouts
 from rlhf_fast.rollout.runner import ModelRunner
-from rlhf_fast.rollout.sampling import SamplingParams
 from rlhf_fast.rollout.scheduler import Scheduler
 from rlhf_fast.rollout.sequence import Sequence
 from rlhf_fast.rollout.shown import Shown
+from rlhf_fast.settings import Settings
 
 Progress = Callable[[int, int], None]
-Params = SamplingParams | abc.Sequence[SamplingParams] | None
 
 
 @dataclass(frozen=True)
-class Until:
+class Until(Settings):
     """When to stop before all is finished, whichever comes first; what is not finished can be resumed."""
 
     tokens: int | None = None  # sampled, over all sequences
@@ -37,6 +35,7 @@ class Until:
     share: float | None = None  # of the sequences that are finished, from 0 to 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.tokens is None and self.seconds is None and self.share is None:
             raise ValueError("until: nothing is given; expected tokens, seconds or share")
         if self.share is not None and not 0.0 < self.share <= 1.0:
@@ -128,7 +127,7 @@ class Generator:
         """Sample `params.n` responses for each prompt (text, message lists or token ids).
 
         Args:
-            params: for all prompts, or one for each.
+            params: for all prompts, or one for each; `SamplingParams`, or a dict of what they are.
             progress: `progress(done, total)` is called as sequences end.
             until: stop early; `resume` goes on.
             on_finish: called with each sequence as it ends.

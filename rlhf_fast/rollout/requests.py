@@ -20,6 +20,7 @@ from rlhf_fast.rollout.sampling import SamplingParams, Uniforms
 from rlhf_fast.rollout.sequence import Sequence
 
 TokenIds = abc.Sequence[int] | torch.Tensor | np.ndarray
+Params = SamplingParams | abc.Mapping[str, Any] | abc.Sequence[SamplingParams | abc.Mapping[str, Any]] | None
 Prompts = abc.Sequence[str | list[Message] | PromptRecord | TokenIds]
 
 
@@ -27,7 +28,7 @@ def sequences_for(
     model: Model,
     tokenizer: PreTrainedTokenizerBase | None,
     prompts: Prompts,
-    params: SamplingParams | abc.Sequence[SamplingParams] | None,
+    params: Params,
     longest: int = sys.maxsize,
 ) -> list[Sequence]:
     """n sequences for each prompt, in order; none may get longer than `longest`.
@@ -41,7 +42,8 @@ def sequences_for(
     prompts = list(prompts)
     if not prompts:
         raise ValueError("prompts: the list is empty")
-    each = [params or SamplingParams()] * len(prompts) if not isinstance(params, abc.Sequence) else list(params)
+    several = isinstance(params, abc.Sequence)
+    each = [_params(one) for one in params] if several else [_params(params)] * len(prompts)  # type: ignore[union-attr]
     if len(each) != len(prompts):
         raise ValueError(f"params: {len(each)} for {len(prompts)} prompts; expected one, or one for each")
     limit = min(context_length(unwrapped(model).config.get_text_config()) or sys.maxsize, longest)
@@ -80,9 +82,16 @@ def context_length(config: Any) -> int | None:
     return limit
 
 
+def _params(given: Any) -> SamplingParams:
+    """Settings, also from a dict of them."""
+    if isinstance(given, abc.Mapping):
+        return SamplingParams(**given)
+    if given is None or isinstance(given, SamplingParams):
+        return given or SamplingParams()
+    raise TypeError(f"params: got {type(given).__name__}; expected SamplingParams, or a dict such as {{'n': 2}}")
+
+
 def _check_params(params: SamplingParams, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int) -> None:
-    if not isinstance(params, SamplingParams):
-        raise TypeError(f"params: got {type(params).__name__}; expected SamplingParams, such as SamplingParams(n=2)")
     if tokenizer is None:
         if not params.stop_token_ids and not params.ignore_eos:
             raise ValueError("stop_token_ids: without a tokenizer, say which tokens end a response, or set ignore_eos")

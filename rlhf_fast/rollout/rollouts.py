@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections import abc
-from dataclasses import dataclass, field
+from collections import Counter, abc
+from dataclasses import dataclass
 
 import torch
 
@@ -12,7 +12,7 @@ from rlhf_fast.data.batches import Example
 from rlhf_fast.rollout.sequence import Sequence
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Rollouts:
     """B sequences (prompt and response), packed into N tokens, in the order of the prompts, n in a row for each."""
 
@@ -29,10 +29,18 @@ class Rollouts:
     finish_reasons: list[str]
     # (N,) float32: of a generator with a value head, at the state that each response token was drawn from
     values: torch.Tensor | None = None
-    sequences: tuple[Sequence, ...] = field(default=(), repr=False)  # what Generator.resume goes on from
+    sequences: tuple[Sequence, ...] = ()  # what Generator.resume goes on from
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def __repr__(self) -> str:
+        prompts, response = len(set(self.prompt_index.tolist())), int(self.response_mask.sum())
+        ends = ", ".join(f"{count} {reason}" for reason, count in Counter(self.finish_reasons).items())
+        return (
+            f"Rollouts({len(self)} responses to {prompts} prompts: {ends}; "
+            f"{self.response_mask.numel() - response} + {response} tokens)"
+        )
 
     @staticmethod
     def of(sequences: abc.Sequence[Sequence], texts: list[str], device: torch.device) -> Rollouts:

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from rlhf_fast.settings import Settings
+
 LEAST_TEMPERATURE = 2.0**-149
 
 
 @dataclass(frozen=True)
-class SamplingParams:
+class SamplingParams(Settings):
     """What to sample. Same seed, same prompt at the same place, same samples: whatever else is in the batch.
 
     Logits are changed by penalties, `logit_bias`, `bad_words` and `min_new_tokens` first, then divided by the
@@ -30,7 +32,8 @@ class SamplingParams:
         presence_penalty: taken from the logits of tokens in the response so far.
         frequency_penalty: taken from them once for each time they are there.
         logit_bias: token id -> added to its logit.
-        bad_words: texts or token-id sequences that must not be completed; a text also within a longer word.
+        bad_words: texts or token-id sequences that must not be completed; a text also within a longer word. One text
+            may stand without a tuple, here as in `stop`.
         max_new_tokens: a response that has not ended by then is cut, with finish reason "length".
         min_new_tokens: no end token before that many tokens, and no stop text that ends before.
         stop_token_ids: tokens that end a response, besides those of the model, its tokenizer and its chat template
@@ -59,6 +62,10 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("stop", "bad_words"):
+            if isinstance(getattr(self, name), str):  # one text
+                object.__setattr__(self, name, (getattr(self, name),))
+        super().__post_init__()
         if self.n < 1:
             raise ValueError(f"n: {self.n} responses were asked for; expected at least 1")
         if self.max_new_tokens < 1:
@@ -88,8 +95,6 @@ class SamplingParams:
         if any(math.isnan(x) or x == math.inf for x in self.logit_bias.values()):
             raise ValueError("logit_bias: expected finite numbers, or -inf to ban a token")
         for name in ("stop", "bad_words"):
-            if isinstance(getattr(self, name), str):
-                raise TypeError(f"{name}: got one string; expected a tuple of them")
             if not all(len(one) for one in getattr(self, name)):
                 raise ValueError(f"{name}: an empty text is among them")
         if self.temperature == 0.0 and self.n > 1:

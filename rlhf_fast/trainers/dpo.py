@@ -47,9 +47,9 @@ class DPOTrainer:
         model: str | Path,
         data: Source | Sequence[Comparison],
         out: str | Path = "runs/dpo",
-        config: DPOConfig | None = None,
+        config: DPOConfig | dict[str, Any] | None = None,
     ) -> None:
-        config = config or DPOConfig()
+        config = settings.given(DPOConfig, config)
         inputs = {"model": model, "data": data, "out": out}
         preflight("dpo", config, inputs)
         comparisons = read_comparisons(data)

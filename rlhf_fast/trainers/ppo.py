@@ -62,11 +62,11 @@ class PPOTrainer:
         reward: Reward,
         prompts: Source | Sequence[PromptRecord],
         out: str | Path = "runs/ppo",
-        config: PPOConfig | None = None,
+        config: PPOConfig | dict[str, Any] | None = None,
         advantage: AdvantageFunction | None = None,
         loss: Loss = ops.linear_ppo_loss,
     ) -> None:
-        config = config or PPOConfig()
+        config = settings.given(PPOConfig, config)
         own = {"advantage": advantage, "loss": None if loss is ops.linear_ppo_loss else loss}
         inputs = {"policy": policy, "reward": reward, "prompts": prompts, "out": out}
         inputs |= {name: value for name, value in own.items() if value is not None}

@@ -64,9 +64,9 @@ class RewardTrainer:
         model: str | Path,
         data: Source | Sequence[Comparison],
         out: str | Path = "runs/reward",
-        config: RewardConfig | None = None,
+        config: RewardConfig | dict[str, Any] | None = None,
     ) -> None:
-        config = config or RewardConfig()
+        config = settings.given(RewardConfig, config)
         inputs = {"model": model, "data": data, "out": out}
         preflight("reward", config, inputs)
         self.start = model

@@ -45,9 +45,13 @@ class SFTTrainer:
     """
 
     def __init__(
-        self, model: str | Path, data: Source, out: str | Path = "runs/sft", config: SFTConfig | None = None
+        self,
+        model: str | Path,
+        data: Source,
+        out: str | Path = "runs/sft",
+        config: SFTConfig | dict[str, Any] | None = None,
     ) -> None:
-        config = config or SFTConfig()
+        config = settings.given(SFTConfig, config)
         inputs = {"model": model, "data": data, "out": out}
         preflight("sft", config, inputs)
         demonstrations = read_demonstrations(data)

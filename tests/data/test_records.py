@@ -237,8 +237,8 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path, reader: Reader) -> 
 def test_lists_without_rows_or_with_something_else_are_named(reader: Reader) -> None:
     with pytest.raises(RecordError, match="the list: no rows; expected at least one"):
         reader([])
-    with pytest.raises(RecordError, match="row 0: expected a dict, got str"):
-        reader(["prompt"])
+    with pytest.raises(RecordError, match="row 0: expected a dict, got int"):
+        reader([3])
 
 
 # Malformed rows ------------------------------------------------------------------------------------------------------

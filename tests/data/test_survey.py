@@ -144,6 +144,8 @@ def test_examples_show_the_tokens_that_are_learned_and_where_turns_end() -> None
         ("Oui, un café.", True, False),
         ("<eos>", True, True),
     ]
+    assert found.not_shown == []
+    assert survey([TALK, {"text": 1}], byte_tokenizer(), lines=(0, 1, 7)).not_shown == [1, 7]
     (last,) = survey([TALK], byte_tokenizer(), turns="last").examples
     assert [one.text for one in last.conversations[""] if one.learned] == ["Oui, un café.", "<eos>"]
     compared = survey([{"prompt": "p", "chosen": "a", "rejected": "b"}], byte_tokenizer()).examples[0]

@@ -123,6 +123,11 @@ def test_hostile_text_stays_text_on_the_page(tmp_path: Path) -> None:
     require_page(tmp_path / "page.html")
 
 
+def test_a_file_that_is_not_there_is_told_before_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = data(capsys, str(tmp_path / "none.jsonl"), "--model", "no/such/model")
+    assert (code, out) == (1, "") and err.endswith("none.jsonl: cannot be read: No such file or directory\n")
+
+
 def test_long_texts_show_their_two_ends_and_problems_are_cut() -> None:
     rows = [{"prompt": "begin " + "x" * 5000 + " end", "completion": "y"}, {"z" * 5000: 1}]
     text = as_text(survey(rows, byte_tokenizer(), max_length=10_000), "f", "m")
@@ -152,5 +157,7 @@ def test_a_file_of_which_no_row_can_be_used(
 ) -> None:
     file = write(tmp_path / "rows.jsonl", [{"text": "a"}] * 3)
     page = str(tmp_path / "p.html")
-    code, out, _ = data(capsys, file, "--model", str(tiny_folder), "--out", page)
+    code, out, _ = data(capsys, file, "--model", str(tiny_folder), "--out", page, "--lines", "2")
+    assert "line 2 is not shown: it is no row that can be used" in out
+    assert "Line 2 is not shown" in Path(page).read_text()
     assert code == 1 and "none of 3 rows can be used" in out and "line 1 " in out

@@ -353,8 +353,8 @@ def test_prompts_that_are_none_are_named(
 
 
 def test_settings_that_are_none_are_named(tiny: tuple[Any, Any]) -> None:
-    with pytest.raises(TypeError, match="params: got dict; expected SamplingParams, such as SamplingParams"):
-        Generator(*tiny).generate(["Hi"], {"n": 2})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="params: got int; expected SamplingParams, or a dict such as"):
+        Generator(*tiny).generate(["Hi"], 2)  # type: ignore[arg-type]
 
 
 def test_a_record_brings_its_tools_and_settings(tiny: tuple[Any, Any]) -> None:
