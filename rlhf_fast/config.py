@@ -73,7 +73,7 @@ class OptimConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self, not_negative="lr weight_decay max_skipped", share="warmup", positive="adam_eps")
+        _check(self, not_negative="weight_decay max_skipped", share="warmup", positive="lr adam_eps")
         _check(self, positive_limit="max_grad_norm", count="max_tokens_per_microbatch")
 
 
@@ -97,6 +97,7 @@ class SFTConfig(Settings):
     """Supervised fine-tuning on demonstrations: cross-entropy on the answers only, their ends included."""
 
     epochs: int = 2  # passes over the demonstrations
+    max_steps: int | None = None  # optimiser steps at most; none: those of all epochs
     batch_size: int = 8  # demonstrations an optimiser step
     heldout: float = 0.1  # share of the demonstrations kept for measuring, unless rows have a split; 0: none
     turns: Literal["all", "last"] = "all"  # which of the assistant's turns in a conversation are learned
@@ -119,7 +120,7 @@ class SFTConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_date(self.date)
-        _check(self, count="epochs batch_size max_length sample_tokens patience", part="heldout")
+        _check(self, count="epochs max_steps batch_size max_length sample_tokens patience", part="heldout")
         _check(self, not_negative="samples seed")
 
 
@@ -128,6 +129,7 @@ class RewardConfig(Settings):
     """A Bradley-Terry reward model: a scalar head, or several, at the last token of prompt and response."""
 
     epochs: int = 1  # passes over the comparisons
+    max_steps: int | None = None  # optimiser steps at most; none: those of all epochs
     batch_size: int = 16  # comparisons an optimiser step
     heldout: float = 0.125  # share of the prompts kept for measuring agreement, unless rows have a split; 0: none
     center_coef: float = 0.01  # weight of (chosen + rejected)^2, which keeps scores near zero
@@ -151,7 +153,7 @@ class RewardConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_date(self.date)
-        _check(self, count="epochs batch_size heads max_new_tokens max_length patience", part="heldout")
+        _check(self, count="epochs max_steps batch_size heads max_new_tokens max_length patience", part="heldout")
         _check(self, not_negative="center_coef lcb normalize_samples seed")
 
 
@@ -160,6 +162,7 @@ class DPOConfig(Settings):
     """Direct preference optimisation (arXiv 2305.18290), from the same comparisons as the reward model."""
 
     epochs: int = 1  # passes over the comparisons
+    max_steps: int | None = None  # optimiser steps at most; none: those of all epochs
     batch_size: int = 16  # comparisons an optimiser step
     heldout: float = 0.125  # share of the prompts kept for measuring, unless rows have a split; 0: none
     loss: Literal["sigmoid", "robust", "hinge", "ipo"] = "sigmoid"  # ops.dpo_loss says what each is
@@ -181,7 +184,7 @@ class DPOConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_date(self.date)
-        _check(self, count="epochs batch_size max_length patience", part="heldout", positive="beta")
+        _check(self, count="epochs max_steps batch_size max_length patience", part="heldout", positive="beta")
         _check(self, below_half="label_smoothing", not_negative="seed")
 
 

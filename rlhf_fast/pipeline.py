@@ -22,7 +22,6 @@ from rlhf_fast.data.batches import shuffled
 from rlhf_fast.data.records import PromptRecord, prompt_text, read_demonstrations, read_prompts
 from rlhf_fast.data.templates import Prompt
 from rlhf_fast.evaluation.report import write_report
-from rlhf_fast.evaluation.reward_report import write_reward_report
 from rlhf_fast.evaluation.win_rate import evaluate, write_evaluation
 from rlhf_fast.feedback.simulated import SimulatedAnnotator
 from rlhf_fast.files import require_space, write_atomic, write_jsonl
@@ -75,7 +74,6 @@ def _run_phases(run: _Demo, say: Callable[[str], None]) -> Path:
             say(f"      {OF_TINY}")
         elif name == "reward" and result["summary"].get("heldout_accuracy", {"mean": 0.0})["mean"] < AIM:
             say(f"      held-out agreement is below the {AIM:.0%} worth aiming at: more comparisons would help")
-    write_reward_report(out / "reward")
     report = write_report(out)
     say(f"Report: {report}")
     return report

@@ -16,7 +16,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,16 @@ class RunFolder:
     def skip(self, row: dict[str, Any]) -> None:
         """A batch that nothing could be learned from: one line of skipped.jsonl."""
         append_line(self.path / "skipped.jsonl", _finite(row))
+
+    def before(self, names: Iterable[str]) -> dict[str, float]:
+        """The first value of each of these metrics, as NAME_before."""
+        found: dict[str, float] = {}
+        for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            found = {**{name: row[name] for name in names if row.get(name) is not None}, **found}
+            if all(name in found for name in names):
+                break
+        return {f"{name}_before": value for name, value in found.items()}
 
     def checkpoint(self, step: int) -> Path:
         """The folder that a checkpoint of `step` goes to (`models.save` writes it aside and renames it)."""

@@ -325,7 +325,7 @@ def test_descriptions_give_type_default_and_the_comment_of_the_source() -> None:
 BAD = {
     LoRAConfig: {"r": [-1], "alpha": [0.0, -1.0]},
     OptimConfig: {
-        "lr": [-1e-4, math.inf],
+        "lr": [0.0, -1e-4, math.inf],
         "warmup": [-0.1, 1.1],
         "weight_decay": [-0.1],
         "adam_eps": [0.0],
@@ -336,6 +336,7 @@ BAD = {
     RunConfig: {"save_every": [-1], "keep_last": [0]},
     SFTConfig: {
         "epochs": [-1, 0],
+        "max_steps": [0],
         "batch_size": [0],
         "heldout": [-0.1, 1.0, 1.5],
         "samples": [-1],
@@ -346,6 +347,7 @@ BAD = {
     },
     RewardConfig: {
         "epochs": [0],
+        "max_steps": [0],
         "batch_size": [0],
         "heldout": [-0.5, 1.5],
         "center_coef": [-1.0],
@@ -359,6 +361,7 @@ BAD = {
     },
     DPOConfig: {
         "epochs": [0],
+        "max_steps": [0],
         "batch_size": [0],
         "heldout": [1.0],
         "beta": [0.0, -0.1],
@@ -491,14 +494,14 @@ def test_nan_is_out_of_every_range_in_python_too(cls: type, name: str) -> None:
 
 
 def test_limits_may_be_infinite_and_edges_of_ranges_are_inside() -> None:
-    assert OptimConfig(lr=0.0, warmup=1.0, max_grad_norm=math.inf).max_grad_norm == math.inf
+    assert OptimConfig(lr=1e-9, warmup=1.0, max_grad_norm=math.inf).max_grad_norm == math.inf
     assert PPOConfig(gamma=0.0, lam=1.0, value_clip=math.inf, kl_coef=0.0, kl_target=None).value_clip == math.inf
     assert EvaluationConfig(temperature=0.0).temperature == 0.0
     assert LoRAConfig(r=0).r == 0
 
 
 def test_a_value_out_of_range_is_named_by_its_full_key(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^--ppo\.optim\.lr: -1\.0; expected at least 0$"):
+    with pytest.raises(ConfigError, match=r"^--ppo\.optim\.lr: -1\.0; expected more than 0$"):
         build(DemoConfig, None, ["--ppo.optim.lr", "-1"])
     with pytest.raises(ConfigError, match=r"^--sft\.epochs: 0; expected at least 1$"):
         build(DemoConfig, write(tmp_path, "sft: {epochs: 0}"), [])

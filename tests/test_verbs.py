@@ -47,6 +47,31 @@ def test_the_verbs_make_a_policy_together(
     assert main([*evaluate, "--evaluation.max_new_tokens", "6"]) == 0
     figures = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
     assert figures["prompts"] == 4 and "simulated" in figures["judge"]
+    for run in runs.values():
+        assert "<h1>" in (Path(run) / "report.html").read_text()
+
+
+def test_a_verb_says_before_and_after_and_what_is_next(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demonstrations = rows(tmp_path / "sft.jsonl", [{"prompt": f"q{i}", "completion": f"a{i}."} for i in range(6)])
+    heldout = rows(tmp_path / "heldout.jsonl", [{"prompt": f"p{i}", "completion": f"a{i}."} for i in range(3)])
+    out = str(tmp_path / "run")
+    words = ["sft", "--model", str(tiny_folder), "--data", demonstrations, "--heldout_data", heldout, "--out", out]
+    assert main([*words, "--sft.max_steps", "2", "--sft.batch_size", "2"]) == 0
+    said = capsys.readouterr().out
+    head, loss = said.splitlines()[:2]
+    assert head.split() == ["before", "after"] and loss.split()[:2] == ["held-out", "loss"]
+    before, after = map(float, loss.split()[2:])
+    assert before != after
+    lines = [line.split() for line in said.splitlines()]
+    assert ["demonstrations", "6"] in lines and ["held-out", "3"] in lines
+    assert f"Report: {out}/report.html" in said and f"Next:   rlhf-fast generate --model {out}" in said
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["checkpoint"] == "step-2" and result["summary"]["heldout_loss_before"] == pytest.approx(before, 1e-3)
+    assert "heldout_data" in (tmp_path / "run" / "config.yaml").read_text()
+    assert main([*words[:-3], str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "b")]) == 1
+    assert "heldout_data: there is no file" in capsys.readouterr().err
 
 
 def test_ppo_is_rewarded_by_rules_that_are_named_on_the_command_line_or_in_yaml(
@@ -71,8 +96,12 @@ def test_ppo_is_rewarded_by_rules_that_are_named_on_the_command_line_or_in_yaml(
 def test_ppo_refuses_a_reward_model_that_agrees_too_little(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Pairs that differ in nothing give an agreement of one half; below 60 % PPO starts only when told to."""
-    same = rows(tmp_path / "pairs.jsonl", [{"prompt": f"q{i}", "chosen": "a", "rejected": "a"} for i in range(16)])
+    """Pairs that say both give an agreement of one half; below 60 % PPO starts only when told to."""
+    sides = [("a", "b"), ("b", "a")]
+    same = rows(
+        tmp_path / "pairs.jsonl",
+        [{"prompt": f"q{i}", "chosen": one, "rejected": other} for i in range(16) for one, other in sides],
+    )
     prompts = rows(tmp_path / "prompts.jsonl", [{"prompt": "q"}])
     reward, out = str(tmp_path / "reward"), tmp_path / "ppo"
     assert main(["reward", "--model", str(tiny_folder), "--data", same, "--out", reward]) == 0

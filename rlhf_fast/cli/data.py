@@ -46,7 +46,7 @@ def run(command: DataCommand) -> None:
     from rlhf_fast.data.rows import count_rows, scan_rows
     from rlhf_fast.data.survey import survey
     from rlhf_fast.data.templates import use_template
-    from rlhf_fast.evaluation.data_report import as_text, in_colour, require_page, write_page
+    from rlhf_fast.pages.data_report import as_text, in_colour, require_page, write_page
     from rlhf_fast.terminal import bar_updater, progress_bar
 
     if command.out:

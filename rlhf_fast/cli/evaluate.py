@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from rlhf_fast.cli import inputs
 from rlhf_fast.cli.told import tell
@@ -35,14 +36,18 @@ def run(command: EvaluateCommand) -> None:
     inputs.check({"a": command.a, "b": command.b}, {"prompts": command.prompts}, judged)
     from rlhf_fast.data.records import read_prompts
     from rlhf_fast.evaluation.judges import judge_of
+    from rlhf_fast.evaluation.report import write_report
     from rlhf_fast.evaluation.win_rate import evaluate, write_evaluation
-    from rlhf_fast.run_folder import RunFolder
+    from rlhf_fast.run_folder import RunFolder, check_folder
     from rlhf_fast.settings import to_yaml
 
+    check_folder(command.out, "evaluation", to_yaml(command))
     prompts = read_prompts(command.prompts, command.split or None)
     judge = judge_of(command.judge)  # before the folder is made: a wrong one leaves nothing
     judge.check(prompts)
     print(f"Judge: {judge.name}: {judge.note}", file=sys.stderr)
-    folder = RunFolder(command.out, "evaluation", to_yaml(command))
-    figures, rows = evaluate(command.a, command.b, prompts, command.evaluation, judge=judge)
-    tell(write_evaluation(folder, figures, rows), command.out)
+    with RunFolder(command.out, "evaluation", to_yaml(command)) as folder:
+        figures, rows = evaluate(command.a, command.b, prompts, command.evaluation, judge=judge)
+        result = write_evaluation(folder, figures, rows)
+    write_report(Path(command.out))
+    tell(result, command.out)

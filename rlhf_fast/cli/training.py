@@ -15,6 +15,7 @@ class SFTCommand:
 
     data: str  # demonstrations: {"prompt", "completion"} or {"messages": [...]} a line
     out: str  # folder of the run
+    heldout_data: str = ""  # demonstrations that are only measured on; empty: a share of the data, or its own splits
     model: str = "smollm2-135m"  # folder, run, hub name or smollm2-135m
     sft: SFTConfig = field(default_factory=SFTConfig)
 
@@ -25,6 +26,7 @@ class RewardCommand:
 
     data: str  # comparisons: {"prompt", "chosen", "rejected"} a line, .gz too
     out: str  # folder of the run
+    heldout_data: str = ""  # comparisons that are only measured on; empty: a share of the data, or its own splits
     model: str = "smollm2-135m"  # the policy to start from
     reward: RewardConfig = field(default_factory=RewardConfig)
 
@@ -35,6 +37,7 @@ class DPOCommand:
 
     data: str  # comparisons: {"prompt", "chosen", "rejected"} a line, .gz too
     out: str  # folder of the run
+    heldout_data: str = ""  # comparisons that are only measured on; empty: a share of the data, or its own splits
     model: str = "smollm2-135m"  # the policy to start from, and the reference
     dpo: DPOConfig = field(default_factory=DPOConfig)
 
@@ -47,6 +50,7 @@ class PPOCommand:
     reward: str  # a reward model's run, rule:NAME, FILE.py:function, a URL, or a list "1*runs/reward, 0.5*rule:math"
     prompts: str  # {"prompt"} a line, with further columns for rules and URLs
     out: str  # folder of the run
+    heldout_data: str = ""  # prompts that are only measured on, before and after, as are those of another split
     ppo: PPOConfig = field(default_factory=PPOConfig)
 
 
@@ -89,31 +93,52 @@ def _require_advantage(config: PPOConfig, *allowed: str) -> None:
 
 
 def sft(command: SFTCommand) -> None:
-    inputs.check(file={"data": command.data}, model={"model": command.model})
+    inputs.check(file=_files(command), model={"model": command.model})
     from rlhf_fast.trainers.sft import SFTTrainer
 
-    tell(SFTTrainer(command.model, command.data, command.out, command.sft).train(), command.out)
+    heldout = command.heldout_data or None
+    trainer = SFTTrainer(command.model, command.data, command.out, command.sft, heldout)
+    tell(trainer.train(), command.out, f"rlhf-fast generate --model {command.out}")
 
 
 def reward(command: RewardCommand) -> None:
-    inputs.check(file={"data": command.data}, model={"model": command.model})
-    from rlhf_fast.evaluation.reward_report import write_reward_report
+    inputs.check(file=_files(command), model={"model": command.model})
     from rlhf_fast.trainers.reward import RewardTrainer
 
-    tell(RewardTrainer(command.model, command.data, command.out, command.reward).train(), command.out)
-    print(f"Report: {write_reward_report(command.out)}")
+    heldout = command.heldout_data or None
+    trainer = RewardTrainer(command.model, command.data, command.out, command.reward, heldout)
+    improve = f"rlhf-fast ppo --policy {command.model} --reward {command.out} --prompts FILE --out runs/ppo"
+    tell(trainer.train(), command.out, improve)
 
 
 def dpo(command: DPOCommand) -> None:
-    inputs.check(file={"data": command.data}, model={"model": command.model})
+    inputs.check(file=_files(command), model={"model": command.model})
     from rlhf_fast.trainers.dpo import DPOTrainer
 
-    tell(DPOTrainer(command.model, command.data, command.out, command.dpo).train(), command.out)
+    heldout = command.heldout_data or None
+    trainer = DPOTrainer(command.model, command.data, command.out, command.dpo, heldout)
+    tell(trainer.train(), command.out, _compare(command.out, command.model))
 
 
 def ppo(command: PPOCommand) -> None:
-    inputs.check({"policy": command.policy}, {"prompts": command.prompts}, {"reward": command.reward})
+    files = {"prompts": command.prompts, "heldout_data": command.heldout_data}
+    inputs.check({"policy": command.policy}, _given(files), {"reward": command.reward})
     from rlhf_fast.trainers.ppo import PPOTrainer
 
-    trainer = PPOTrainer(command.policy, command.reward, command.prompts, command.out, command.ppo)
-    tell(trainer.train(), command.out)
+    heldout = command.heldout_data or None
+    trainer = PPOTrainer(
+        command.policy, command.reward, command.prompts, command.out, command.ppo, heldout_data=heldout
+    )
+    tell(trainer.train(), command.out, _compare(command.out, command.policy))
+
+
+def _files(command: SFTCommand | RewardCommand | DPOCommand) -> dict[str, str]:
+    return _given({"data": command.data, "heldout_data": command.heldout_data})
+
+
+def _given(files: dict[str, str]) -> dict[str, str]:
+    return {setting: name for setting, name in files.items() if name}
+
+
+def _compare(out: str, start: str) -> str:
+    return f"rlhf-fast evaluate --a {out} --b {start} --prompts FILE --judge REWARD --out runs/compared"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Sequence
-from typing import TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from rlhf_fast.data.batches import shuffled
 
@@ -66,3 +69,37 @@ def require_heldout(heldout: Sequence[Item], patience: int | None) -> None:
         raise ValueError(
             f"patience: {patience}, but nothing is held out to measure; set heldout above 0, or leave patience out"
         )
+
+
+def labelled(training: Sequence[Item], heldout: Sequence[Item]) -> list[Item]:
+    """Records of one source to train on and of another to measure on, whatever splits they name; a warning, if prompts
+    are in both."""
+    warn_of_shared(training, heldout)
+    records: list[Any] = [*training]
+    others: list[Any] = [*heldout]
+    return [replace(r, split="train") for r in records] + [replace(r, split="heldout") for r in others]
+
+
+def split_prompts(prompts: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """(training, held-out) prompts as their column `split` says."""
+    others = [other_splits([str(prompt.columns.get("split") or "")]) for prompt in prompts]
+    return split_as_labelled(prompts, others, "prompts", least=1)
+
+
+def warn_of_shared(training: Sequence[Any], heldout: Sequence[Any]) -> None:
+    """Warn of records to measure on whose prompts are trained on."""
+    asked = {_prompt(record) for record in training} if heldout else set()
+    shared = sum(_prompt(record) in asked for record in heldout)
+    if shared:
+        warnings.warn(
+            f"{shared} of {len(heldout)} held-out rows have a prompt that is trained on, too; what is measured on them "
+            "says little of other prompts",
+            stacklevel=4,
+        )
+
+
+def _prompt(record: Any) -> str:
+    """The same for records of the same prompt, a text or the messages that say as much."""
+    prompt = record.prompt
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return json.dumps(messages, sort_keys=True)

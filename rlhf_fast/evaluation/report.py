@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rlhf_fast.evaluation import plots
-from rlhf_fast.evaluation.page import SAMPLES_SHOWN, bar, duration, esc, figure, fmt, table_of, whisker, whole_page
-from rlhf_fast.evaluation.plots import Rows, number
 from rlhf_fast.files import write_atomic
 from rlhf_fast.intervals import Interval
+from rlhf_fast.pages import plots
+from rlhf_fast.pages.page import SAMPLES_SHOWN, bar, duration, esc, figure, fmt, table_of, whisker, whole_page
+from rlhf_fast.pages.plots import Rows, number
 
 PHASES = {
     "sft": "Supervised fine-tuning",
@@ -26,6 +26,8 @@ TEXT_KEPT = 6000  # characters of one reply or prompt
 def write_report(run: Path) -> Path:
     """Write `run`/report.html from the files of the phases that have ended, and return its path.
 
+    `run` is a demo's folder, or that of an evaluation alone.
+
     The page is one self-contained file that depends on the run's files alone: the same files give the same bytes.
     Phases, keys and numbers that are missing are left out. Plots need matplotlib; without it the page says so.
 
@@ -37,16 +39,20 @@ def write_report(run: Path) -> Path:
         raise FileNotFoundError(f"{run} is not a folder: a report is written into the folder of a run")
     results = {path.parent.name: _read_json(path) for path in sorted(run.glob("*/result.json"))}
     results = {name: results[name] for name in [*PHASES, *results] if name in results}
+    alone = (run / "evaluation.json").is_file()
+    if alone:
+        results["evaluation"] = _read_json(run / "result.json")
     curves = {name: _read_rows(run / name / "metrics.jsonl") for name in ("sft", "reward", "ppo")}
-    evaluation = _read_json(run / "evaluation" / "evaluation.json")
-    samples = _read_rows(run / "evaluation" / "samples.jsonl")
+    folder = run if alone else run / "evaluation"
+    evaluation = _read_json(folder / "evaluation.json")
+    samples = _read_rows(folder / "samples.jsonl")
     config = run / "config.yaml"
     names = (str(evaluation.get("a") or "ppo").upper(), str(evaluation.get("b") or "sft").upper())
 
     missing = [title for name, title in PHASES.items() if name not in results and not curves.get(name)]
     if evaluation and PHASES["evaluation"] in missing:
         missing.remove(PHASES["evaluation"])
-    note = f"Not in this run yet, so left out: {', '.join(missing)}." if missing else ""
+    note = f"Not in this run yet, so left out: {', '.join(missing)}." if missing and not alone else ""
     sections = {
         "Training": _curves(curves),
         "Where it changed": _categories(evaluation, names),
@@ -60,8 +66,8 @@ def write_report(run: Path) -> Path:
     links = "".join(f'<a href="#{anchors[title]}">{title}</a>' for title in sections)
     parts = [
         f'<header><p class="eyebrow">rlhf-fast · {esc(run.resolve().name)}</p><h1>{_outcome(evaluation, names)}</h1>'
-        '<p class="note">The annotator in this run is simulated: a program, not people, compared and scored the '
-        f'replies. {esc(note)}</p><nav aria-label="Sections">{links}</nav></header>',
+        '<p class="note">'
+        f'{_who_judged(evaluation)} {esc(note)}</p><nav aria-label="Sections">{links}</nav></header>',
         _cards(results, evaluation, curves["ppo"]),
         *(f'<section id="{anchors[title]}"><h2>{title}</h2>{body}</section>' for title, body in sections.items()),
     ]
@@ -125,7 +131,18 @@ def _outcome(evaluation: dict[str, Any], names: tuple[str, str]) -> str:
     on = f" on {prompts:.0f} held-out prompts" if prompts else ""
     cost = f"; KL {fmt(kl, 1)} nats" if kl is not None else ""
     gap = f'<em class="{side}">{size}</em>{ends}'
-    return f"{esc(verdict)} {gap} of the simulated annotator’s score{on}{cost}."
+    judge = "the simulated annotator’s score" if _is_simulated(evaluation) else "the judge’s score"
+    return f"{esc(verdict)} {gap} of {judge}{on}{cost}."
+
+
+def _is_simulated(evaluation: dict[str, Any]) -> bool:
+    return "simulated" in str(evaluation.get("judge", "simulated"))
+
+
+def _who_judged(evaluation: dict[str, Any]) -> str:
+    if _is_simulated(evaluation):
+        return "The annotator in this run is simulated: a program, not people, compared and scored the replies."
+    return f"The judge is {esc(evaluation['judge'])}: {esc(evaluation.get('judge_note', ''))}."
 
 
 def _cards(results: dict[str, dict[str, Any]], evaluation: dict[str, Any], ppo: Rows) -> str:
@@ -318,15 +335,19 @@ def _settings(results: dict[str, dict[str, Any]], config: str) -> str:
 def _guide(evaluation: dict[str, Any], names: tuple[str, str]) -> str:
     a, b = map(esc, names)
     judge = f" (<code>{esc(evaluation['judge'])}</code>)" if evaluation.get("judge") else ""
+    stands = (
+        f"The annotator is simulated{judge}: a program with fixed criteria stands in for people, so the scores show "
+        "whether the pipeline learns what it is asked to, and not what people would prefer."
+        if _is_simulated(evaluation)
+        else f"The judge is no person{judge}, so the scores show what it prefers, and not what people would."
+    )
     samples = number(evaluation.get("samples_per_prompt"))
     each = f", {samples:.0f} sample{'s' if samples != 1 else ''} each" if samples else ""
     return (
         f"<p>{a} and {b} answered the same held-out prompts{each}, "
         "and the difference is taken prompt by prompt; its 95% interval comes from drawing whole prompts anew, because "
         "more samples of one prompt say nothing about other prompts. An interval that holds zero (for a win rate: 50%) "
-        f"means that the two cannot be told apart. The annotator is simulated{judge}: a program with fixed criteria "
-        "stands in for people, so the scores show whether the pipeline learns what it is asked to, and not what people "
-        f"would prefer. KL, in nats per response, is how far {a} has moved from {b}: a gain bought with little KL "
-        "is more trustworthy, while a large KL with longer or repetitive replies hints at a reward that is being "
+        f"means that the two cannot be told apart. {stands} KL, in nats per response, is how far {a} has moved from "
+        f"{b}: a gain bought with little KL is more trustworthy, while a large KL with longer or repetitive replies hints at a reward that is being "
         "gamed.</p>"
     )

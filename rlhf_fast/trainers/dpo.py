@@ -21,7 +21,8 @@ from rlhf_fast.data.pairs import (
     split_pairs,
 )
 from rlhf_fast.data.records import Comparison, Source, read_comparisons
-from rlhf_fast.data.splits import require_heldout
+from rlhf_fast.data.splits import labelled, require_heldout
+from rlhf_fast.pages.run_report import write_run_report
 from rlhf_fast.run_folder import RunFolder
 from rlhf_fast.trainers.budget import TokenBudget
 from rlhf_fast.trainers.chat_settings import use_settings
@@ -40,6 +41,7 @@ class DPOTrainer:
         model: the policy to start from, which is also the reference.
         data: comparisons (see data/records.py).
         out: the run's folder.
+        heldout_data: measured on and never trained on, in place of a share of the data or its own splits.
     """
 
     def __init__(
@@ -48,11 +50,16 @@ class DPOTrainer:
         data: Source | Sequence[Comparison],
         out: str | Path = "runs/dpo",
         config: DPOConfig | dict[str, Any] | None = None,
+        heldout_data: Source | Sequence[Comparison] | None = None,
     ) -> None:
         config = settings.given(DPOConfig, config)
         inputs = {"model": model, "data": data, "out": out}
+        if heldout_data is not None:
+            inputs["heldout_data"] = heldout_data
         preflight("dpo", config, inputs)
         comparisons = read_comparisons(data)
+        if heldout_data is not None:
+            comparisons = labelled(comparisons, read_comparisons(heldout_data))
         loaded, self.tokenizer = models.load(model, getattr(torch, config.dtype))
         self.config = config = use_settings(config, "dpo", out, self.tokenizer)
         self.model = models.trainable(loaded, config.lora, config.seed)
@@ -74,7 +81,7 @@ class DPOTrainer:
         self.reference: dict[Example, float] = {}
 
     def train(self) -> dict[str, Any]:
-        """Train, save the checkpoint, and return the run's result."""
+        """Train, save the checkpoint, write `report.html`, and return the run's result."""
         config = self.config
         batches = epoch_batches_by_pairs(self.training, config.batch_size, config.epochs, config.seed)
         with RunFolder(self.out, "dpo", self.config_yaml, config.run.trackers) as run:
@@ -85,7 +92,9 @@ class DPOTrainer:
                 evaluate=lambda _: self.evaluate(), save=self._save, load=models.load,
             )  # fmt: skip
             counts = {"comparisons": sum(group.pairs for group in self.training), **self.fitting.summary()}
-            return run.finish({**counts, **outcome.row}, outcome.step)
+            result = run.finish({**counts, **outcome.row}, outcome.step)
+        write_run_report(self.out)
+        return result
 
     def _save(self, folder: Path) -> None:
         models.save(folder, self.model, self.tokenizer)

@@ -27,7 +27,7 @@ Row = dict[str, float]
 
 class Outcome(NamedTuple):
     step: int  # whose checkpoint is the run's
-    row: Row  # what was measured after it
+    row: Row  # its metrics, and what was measured after it
 
 
 def run_steps(
@@ -77,18 +77,18 @@ def run_steps(
                 last = n == steps or bool(why)
                 judged = n % every == 0 or last
                 if judged:
-                    measured = evaluate(n) if evaluate else row
-                    if evaluate and measured:
+                    measured = evaluate(n) if evaluate else {}
+                    if measured:
                         run.log({"step": n, **measured})
-                    checkpoints.after(n, measured, last)
                     row = {**row, **measured}
+                    checkpoints.after(n, row, last)
                 terminal.step(n, row, in_table=judged or not evaluate)
                 if checkpoints.exhausted:
                     why = f"{checkpoints.goal.metric} has not improved for {checkpoints.worse} evaluations"
                 if why:
                     terminal.say(f"{run.phase}: ended after step {n} of {steps}: {why}")
                 if last or why:
-                    return Outcome(*checkpoints.outcome(n, measured))
+                    return Outcome(*checkpoints.outcome(n, row))
                 state.after(n)
     raise AssertionError("a run has steps")
 
@@ -106,14 +106,17 @@ def fit(
     save: Callable[[Path], None],
     load: Callable[[Path], tuple[Model, Any]],
 ) -> Outcome:
-    """Train `model` by one optimiser step for each batch; in the end it is as after the step of the outcome.
+    """Train `model` by one optimiser step for each batch; in the end it is as after the step of the outcome, whose row
+    has what was measured then, and before the first step.
 
     Args:
+        batches: those of all epochs, of which `max_steps` may leave some out.
         data: all that is trained on and held out, by which an interrupted run is known again.
         evaluate: metrics after step n, the goal's among them; each epoch, or with each checkpoint.
         save, load: a checkpoint of `model`.
     """
-    optimizer = Optimizer([model], config.optim, len(batches))
+    steps = min(len(batches), config.max_steps or len(batches))
+    optimizer = Optimizer([model], config.optim, steps)
 
     def step(n: int) -> Row:
         batch = batches[n - 1]
@@ -121,7 +124,7 @@ def fit(
 
     outcome = run_steps(
         run,
-        len(batches),
+        steps,
         step,
         optimizer,
         Checkpoints(run, config.run, goal, save, config.patience),
@@ -131,7 +134,8 @@ def fit(
     )
     if outcome.step != optimizer.steps:
         copy_weights(load(run.checkpoint(outcome.step))[0], model)
-    return outcome
+    measured = {name: value for name, value in outcome.row.items() if name.startswith("heldout_")}
+    return Outcome(outcome.step, {**measured, **run.before(measured)})
 
 
 def learn(

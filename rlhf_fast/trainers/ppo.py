@@ -19,7 +19,9 @@ from rlhf_fast import models, ops, rates, settings
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.data.batches import microbatches_of_examples, pad
 from rlhf_fast.data.records import PromptRecord, Source, read_prompts
+from rlhf_fast.data.splits import split_prompts, warn_of_shared
 from rlhf_fast.ops.ppo_loss import STATS
+from rlhf_fast.pages.run_report import write_run_report
 from rlhf_fast.run_folder import RunFolder
 from rlhf_fast.trainers.advantages import FUNCTIONS, AdvantageFunction
 from rlhf_fast.trainers.budget import TokenBudget
@@ -40,6 +42,10 @@ from rlhf_fast.trainers.state import digest, weights_digest
 Loss = Callable[..., tuple[torch.Tensor, Stats]]
 # Of the loss's statistics those that are logged; a loss of the user's own may have any others.
 LOGGED = {"policy_loss", "value_loss", "clip_fraction", "approx_kl", "approx_kl_k3", "ratio_mean", "ratio_max"}
+# What a run ends with, first as it was before: held-out prompts if there are any, and the last step's own.
+SUMMARY = (
+    "heldout_score", "heldout_finished", "heldout_tokens", "score", "reward", "kl", "kl_coef", "entropy", "finished",
+)  # fmt: skip
 OF_LAG = {"rollout_weight", "rollout_clip_fraction"}  # and these where samples may be of an older policy
 
 
@@ -54,6 +60,7 @@ class PPOTrainer:
         out: the run's folder.
         advantage: instead of the one that `ppo.advantage` names (advantages.py says what it is given).
         loss: instead of `ops.linear_ppo_loss`, with its arguments and results.
+        heldout_data: prompts that are only measured on, besides those whose `split` is another than train.
     """
 
     def __init__(
@@ -65,19 +72,27 @@ class PPOTrainer:
         config: PPOConfig | dict[str, Any] | None = None,
         advantage: AdvantageFunction | None = None,
         loss: Loss = ops.linear_ppo_loss,
+        heldout_data: Source | Sequence[PromptRecord] | None = None,
     ) -> None:
         config = settings.given(PPOConfig, config)
-        own = {"advantage": advantage, "loss": None if loss is ops.linear_ppo_loss else loss}
+        own = {
+            "advantage": advantage,
+            "loss": None if loss is ops.linear_ppo_loss else loss,
+            "heldout_data": heldout_data,
+        }
         inputs = {"policy": policy, "reward": reward, "prompts": prompts, "out": out}
         inputs |= {name: value for name, value in own.items() if value is not None}
         preflight("ppo", config, inputs)
-        self.prompts = read_prompts(prompts)
+        self.prompts, heldout = split_prompts(read_prompts(prompts))
+        self.heldout = heldout + ([] if heldout_data is None else read_prompts(heldout_data))
+        warn_of_shared(self.prompts, self.heldout)
         _require_prompts(self.prompts, config)
         self.dtype = getattr(torch, config.dtype)
         loaded, self.tokenizer = models.load(policy, self.dtype)
         config = use_settings(config, "ppo", out, self.tokenizer)
         self.fitting = fitting_for(loaded, self.tokenizer, config, "ppo")
         self.prompts = self.fitting.prompts(self.prompts, config.max_new_tokens)
+        self.heldout = self.fitting.prompts(self.heldout, config.max_new_tokens)
         self.fitting.done()
         _require_prompts(self.prompts, config)
         self.reward = resolve_reward(
@@ -91,7 +106,7 @@ class PPOTrainer:
         )
         others = [part.function.tokenizer for part in self.reward.parts if isinstance(part.function, RewardModel)]
         self.config = config = use_settings(config, "ppo", out, self.tokenizer, others)
-        self.reward.check(self.prompts)
+        self.reward.check([*self.prompts, *self.heldout])
         self.model = models.trainable(loaded, config.lora, config.seed)
         models.require_reach(self.model, config.max_length)
         self.reference = models.frozen_copy(self.model)
@@ -126,8 +141,8 @@ class PPOTrainer:
         self.config_yaml = settings.run_yaml("ppo", config, **inputs)
 
     def train(self) -> dict[str, Any]:
-        """Run all steps, save the checkpoint, and return the run's result."""
-        config = self.config
+        """Run all steps, save the checkpoint, write `report.html`, and return the run's result."""
+        config, goal = self.config, "heldout_score" if self.heldout else "reward"
         try:
             with RunFolder(self.out, "ppo", self.config_yaml, config.run.trackers) as run:
                 outcome = run_steps(
@@ -135,16 +150,18 @@ class PPOTrainer:
                     config.steps,
                     lambda n: self.step(run, n),
                     self.optimizer,
-                    Checkpoints(run, config.run, Goal("reward", higher=True), self._save),
-                    identity={"prompts": digest(self.prompts), "policy": weights_digest(self.model)},
+                    Checkpoints(run, config.run, Goal(goal, higher=True), self._save),
+                    identity={"prompts": digest(self.prompts + self.heldout), "policy": weights_digest(self.model)},
                     every=config.run.save_every or config.steps,
+                    evaluate=self.evaluate if self.heldout else None,
                     over=self._over,
                     stateful={"kl_controller": self.kl_controller, "sampler": self.sampler},
                 )
-                kept = ("score", "reward", "kl", "kl_coef", "entropy", "finished")
-                return run.finish(
-                    {**{name: outcome.row[name] for name in kept}, **self.fitting.summary()}, outcome.step
-                )
+                told = [name for name in SUMMARY if name in outcome.row]
+                summary = {name: outcome.row[name] for name in told} | run.before(told)
+                result = run.finish({**summary, **self.fitting.summary()}, outcome.step)
+            write_run_report(self.out)
+            return result
         finally:
             self.reward.forget()
 
@@ -153,6 +170,10 @@ class PPOTrainer:
         with rates.Busy(self.model.device) as busy:
             row = self._collect_and_learn(run, step)
         return row if busy.share is None else {**row, "busy": busy.share}
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Scores of one response to each held-out prompt, drawn by the same random numbers after any step."""
+        return self.sampler.measure(self.heldout)
 
     def _collect_and_learn(self, run: RunFolder, step: int) -> dict[str, float]:
         limits = rates.measured(self.model.device, self.dtype)

@@ -26,10 +26,11 @@ from rlhf_fast.data.pairs import (
     split_pairs,
 )
 from rlhf_fast.data.records import Comparison, PromptRecord, Source, read_comparisons
-from rlhf_fast.data.splits import require_heldout
+from rlhf_fast.data.splits import labelled, require_heldout
 from rlhf_fast.data.tokenize import tokenize_example, tokenize_record
 from rlhf_fast.files import write_atomic
 from rlhf_fast.intervals import Interval, clustered_share
+from rlhf_fast.pages.reward_report import write_reward_report
 from rlhf_fast.rollout.generator import Generator
 from rlhf_fast.rollout.sampling import SamplingParams
 from rlhf_fast.run_folder import RunFolder
@@ -57,6 +58,7 @@ class RewardTrainer:
         model: the policy to start from (its weights and adapter; the heads are new).
         data: comparisons (see data/records.py).
         out: the run's folder.
+        heldout_data: measured on and never trained on, in place of a share of the data or its own splits.
     """
 
     def __init__(
@@ -65,12 +67,17 @@ class RewardTrainer:
         data: Source | Sequence[Comparison],
         out: str | Path = "runs/reward",
         config: RewardConfig | dict[str, Any] | None = None,
+        heldout_data: Source | Sequence[Comparison] | None = None,
     ) -> None:
         config = settings.given(RewardConfig, config)
         inputs = {"model": model, "data": data, "out": out}
+        if heldout_data is not None:
+            inputs["heldout_data"] = heldout_data
         preflight("reward", config, inputs)
         self.start = model
         self.comparisons = read_comparisons(data)
+        if heldout_data is not None:
+            self.comparisons = labelled(self.comparisons, read_comparisons(heldout_data))
         dtype = getattr(torch, config.dtype)
         self.model, self.tokenizer = models.reward_from(model, config.lora, config.seed, dtype, config.heads)
         self.config = config = use_settings(config, "reward", out, self.tokenizer)
@@ -102,7 +109,7 @@ class RewardTrainer:
         """Train, measure, save the checkpoint with its normalisation, and return the run's result.
 
         `reward_report.json` has all that was measured, `samples.jsonl` the held-out comparisons, worst first;
-        evaluation/reward_report.py makes a page of them.
+        `report.html` is a page of them.
         """
         config = self.config
         batches = epoch_batches_by_pairs(self.training, config.batch_size, config.epochs, config.seed)
@@ -121,16 +128,20 @@ class RewardTrainer:
                 "heldout": sum(group.pairs for group in self.heldout),
                 "heldout_prompts": len({group.examples[0].prompt for group in self.heldout}),
                 "verdict": report["verdict"],
+                "notes": report["notes"],
                 "score_mean": self.scale[0],
                 "score_std": self.scale[1],
             }
             if self.agreement is not None:
                 summary |= {
                     "heldout_accuracy": self.agreement.as_dict(),
+                    **run.before(["heldout_accuracy"]),
                     "always_longer": report["length"]["always_longer"]["mean"],
                     "ece": report["calibration"]["ece"],
                 }
-            return run.finish({**summary, **self.fitting.summary()}, outcome.step)
+            result = run.finish({**summary, **self.fitting.summary()}, outcome.step)
+        write_reward_report(self.out)
+        return result
 
     def _save(self, folder: Path) -> None:
         self._measure_policy()

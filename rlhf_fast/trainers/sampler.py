@@ -92,6 +92,20 @@ class Sampler:
             self.generator.release_memory()
         return sampled
 
+    def measure(self, records: Sequence[PromptRecord]) -> dict[str, float]:
+        """Mean score, length and share of ended ones of a response to each of `records`, by the same random numbers
+        each time."""
+        rollouts, scoring = self._scored_rollouts(records, replace(self._params(0), n=1))
+        scores = scoring.result().scores
+        if not self.config.cuda_graphs:
+            self.generator.release_memory()
+        count = len(records)
+        return {
+            "heldout_score": sum(scores) / count,
+            "heldout_finished": sum(reason == "stop" for reason in rollouts.finish_reasons) / count,
+            "heldout_tokens": float(rollouts.response_mask.sum()) / count,
+        }
+
     def _varied(self, sampled: Sampled, again: int) -> Sampled:
         """With other prompts in place of those whose responses are all paid alike (dynamic sampling: DAPO,
         arXiv 2503.14476), as far as there are any that are not in the step."""

@@ -16,9 +16,10 @@ from rlhf_fast.config import SFTConfig
 from rlhf_fast.data.batches import Batch
 from rlhf_fast.data.conversations import Tokenized, batch_of, microbatches_of_conversations
 from rlhf_fast.data.records import Demonstration, PromptRecord, Source, prompt_text, read_demonstrations
-from rlhf_fast.data.splits import other_splits, require_heldout, split_as_labelled, split_heldout
+from rlhf_fast.data.splits import labelled, other_splits, require_heldout, split_as_labelled, split_heldout
 from rlhf_fast.data.tokenize import tokenize_record
 from rlhf_fast.models.forward import unwrapped
+from rlhf_fast.pages.run_report import write_run_report
 from rlhf_fast.rollout.generator import Generator
 from rlhf_fast.rollout.sampling import SamplingParams
 from rlhf_fast.run_folder import RunFolder
@@ -39,6 +40,7 @@ class SFTTrainer:
         model: a checkpoint, hub name or `smollm2-135m`.
         data: demonstrations (see data/records.py).
         out: the run's folder.
+        heldout_data: measured on and never trained on, in place of a share of the data or its own splits.
 
     Raises:
         ValueError: a row that cannot be used, before anything is written.
@@ -50,11 +52,16 @@ class SFTTrainer:
         data: Source,
         out: str | Path = "runs/sft",
         config: SFTConfig | dict[str, Any] | None = None,
+        heldout_data: Source | None = None,
     ) -> None:
         config = settings.given(SFTConfig, config)
         inputs = {"model": model, "data": data, "out": out}
+        if heldout_data is not None:
+            inputs["heldout_data"] = heldout_data
         preflight("sft", config, inputs)
         demonstrations = read_demonstrations(data)
+        if heldout_data is not None:
+            demonstrations = labelled(demonstrations, read_demonstrations(heldout_data))
         loaded, self.tokenizer = models.load(model, getattr(torch, config.dtype))
         self.config = config = use_settings(config, "sft", out, self.tokenizer)
         self.model = models.trainable(loaded, config.lora, config.seed)
@@ -83,7 +90,7 @@ class SFTTrainer:
         self.config_yaml = settings.run_yaml("sft", config, **inputs)
 
     def train(self) -> dict[str, Any]:
-        """Train, save the checkpoint, and return the run's result."""
+        """Train, save the checkpoint, write `report.html`, and return the run's result."""
         config = self.config
         batches = epoch_batches(self.training, config.batch_size, config.epochs, config.seed)
         with RunFolder(self.out, "sft", self.config_yaml, config.run.trackers) as run:
@@ -97,7 +104,9 @@ class SFTTrainer:
                 data=self.training + self.heldout, evaluate=evaluate, save=self._save, load=models.load,
             )  # fmt: skip
             counts = {"demonstrations": len(self.training), "heldout": len(self.heldout), **self.fitting.summary()}
-            return run.finish({**counts, **outcome.row}, outcome.step)
+            result = run.finish({**counts, **outcome.row}, outcome.step)
+        write_run_report(self.out)
+        return result
 
     def _save(self, folder: Path) -> None:
         models.save(folder, self.model, self.tokenizer)

@@ -107,7 +107,8 @@ def test_a_judge_is_chosen_and_named_on_the_screen_and_in_the_figures(
     assert cli.main(command(tiny_folder, tmp_path, judge, {})) == 0
     captured = capsys.readouterr()
     assert f"Judge: {judge}: a policy that was trained on this very reward" in captured.err
-    assert f'"judge": "{judge}",\n  "judge_note": "a policy that' in captured.out
+    assert f"judge: {judge}\njudge note: a policy that" in captured.out
+    assert f"The judge is {judge}: a policy" in (tmp_path / "out" / "report.html").read_text()
     figures = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert figures["judge"] == judge and figures["criteria"].keys() == {"count", "length"}
 

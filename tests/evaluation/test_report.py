@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from rlhf_fast.evaluation import plots
 from rlhf_fast.evaluation.report import write_report
+from rlhf_fast.pages import plots
 
 HOSTILE = "<script>alert(1)</script></script></template></details><img src=x onerror=alert(1)> & \"quoted\" 'single'"
 SECONDS = {"sft": 211.5, "comparisons": 98.25, "reward": 143.75, "ppo": 1423.5, "evaluation": 187.125}

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from rlhf_fast.data.records import Comparison
-from rlhf_fast.evaluation import plots
-from rlhf_fast.evaluation.reward_report import write_reward_report
+from rlhf_fast.pages import plots
+from rlhf_fast.pages.reward_report import write_reward_report
 from rlhf_fast.trainers.reward_measures import Heldout, histogram, measure
 from tests.evaluation.test_report import HOSTILE, Page, with_plots, without_plots, write_rows
 

@@ -61,13 +61,7 @@ def number(value: Any) -> float | None:
 
 def curves(sft: Rows, reward: Rows, ppo: Rows) -> list[Plot]:
     """The training curves that the rows of the three phases' metrics.jsonl hold, in reading order."""
-    held_out = [
-        (x, low, high)
-        for row in reward
-        if (x := number(row.get("step"))) is not None
-        and (low := number(row.get("heldout_accuracy_low"))) is not None
-        and (high := number(row.get("heldout_accuracy_high"))) is not None
-    ]
+    held_out = _band(reward, "heldout_accuracy")
     shown = [
         _lines(
             "Loss, nats per token",
@@ -98,6 +92,26 @@ def curves(sft: Rows, reward: Rows, ppo: Rows) -> list[Plot]:
     }
     shown += [_lines(title, "PPO", [_Series(name, _points(ppo, name))]) for name, title in singles.items()]
     return [plot for plot in shown if plot]
+
+
+def over_steps(rows: Rows, title: str, phase: str, name: str, heldout: str | None = None) -> Plot | None:
+    """A metric over steps, and below it the same of held-out data with its interval, where rows have them."""
+    series = [_Series("training" if heldout else name, _points(rows, name), "b" if heldout else "a")]
+    if heldout is None and name.startswith("heldout_"):
+        series = []
+        heldout = name
+    if heldout:
+        series.append(_Series("held out", _points(rows, heldout), "a", smooth=False, band=_band(rows, heldout)))
+    return _lines(title, phase, series)
+
+
+def _band(rows: Rows, name: str) -> list[tuple[float, float, float]]:
+    found = []
+    for row in rows:
+        x, low, high = (number(row.get(key)) for key in ("step", f"{name}_low", f"{name}_high"))
+        if x is not None and low is not None and high is not None:
+            found.append((x, low, high))
+    return found
 
 
 def criteria(values: dict[str, tuple[float, float]], names: tuple[str, str]) -> Plot | None:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_fast.data.survey import Lengths, Piece, Survey
-from rlhf_fast.evaluation import plots
-from rlhf_fast.evaluation.page import esc, figure, table_of, whole_page
 from rlhf_fast.files import write_atomic
+from rlhf_fast.pages import plots
+from rlhf_fast.pages.page import esc, figure, table_of, whole_page
 from rlhf_fast.terminal import printable
 
 BLOCKS = "▁▂▃▄▅▆▇█"

@@ -10,8 +10,8 @@ import pytest
 
 from rlhf_fast import cli
 from rlhf_fast.data.survey import survey
-from rlhf_fast.evaluation.data_report import as_text, blocks, require_page, write_page
 from rlhf_fast.models.byte_tokenizer import byte_tokenizer
+from rlhf_fast.pages.data_report import as_text, blocks, require_page, write_page
 
 HOSTILE = "</p><script>alert(1)</script>\x1b[2J\x1b]0;title\x07\u202e\r\nProblems: none"
 ROWS = [{"prompt": "Name a colour.", "completion": "Red."}, {"prompt": HOSTILE, "completion": HOSTILE}]

@@ -1,0 +1,1 @@
+"""Pages that runs and data leave behind: one file each, made of other files alone, nothing fetched."""
