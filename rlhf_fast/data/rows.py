@@ -90,8 +90,8 @@ def _row(line: bytes, name: str) -> Row:
             raise RecordError(f"{name}: {_cut_off()}") from error
         raise RecordError(f"{name}: not UTF-8: {error.reason} at byte {error.start}") from error
     except json.JSONDecodeError as error:
-        ends = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
-        if not whole and ends and text.lstrip().startswith("{"):
+        ends = error.pos >= len(text.rstrip()) or not text.rstrip().endswith("}")
+        if not whole and ends and text.startswith("{"):
             raise RecordError(f"{name}: {_cut_off()}") from error
         raise RecordError(f"{name}: not JSON: {error.msg} at column {error.colno}") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of brackets
@@ -144,8 +144,11 @@ def _explain(path: Path, error: RecordError) -> None:
     """Say what a file is whose very first row is no JSON, where that can be told."""
     if "not JSON" not in str(error) and "expected an object" not in str(error):
         return
-    with _open(path) as file:
-        raw = file.read(1 << 24)
+    try:
+        with _open(path) as file:
+            raw = file.read(1 << 24)
+    except (OSError, EOFError, zlib.error):  # what it says of its first row is enough
+        return
     text = raw.decode("utf-8-sig", errors="replace")
     first = next((line.strip() for line in text.split("\n") if line.strip()), "")
     kind, way = "", ""
