@@ -118,8 +118,8 @@ def _row(line: bytes, name: str) -> Row | RecordError:
         cut = not whole and error.reason == "unexpected end of data"
         wrong = _cut_off() if cut else f"not UTF-8: {error.reason} at byte {error.start}"
     except json.JSONDecodeError as error:
-        ends = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
-        cut = not whole and ends and text.lstrip().startswith("{")
+        ends = error.pos >= len(text.rstrip()) or not text.rstrip().endswith("}")
+        cut = not whole and ends and text.startswith("{")
         wrong = _cut_off() if cut else f"not JSON: {error.msg} at column {error.colno}"
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of brackets
         wrong = f"not readable as JSON: {error}"
@@ -177,8 +177,11 @@ def _explain(path: Path, error: RecordError) -> None:
     """Say what a file is whose very first row is no JSON, where that can be told."""
     if "not JSON" not in str(error) and "expected an object" not in str(error):
         return
-    with _open(path) as file:
-        raw = file.read(1 << 24)
+    try:
+        with _open(path) as file:
+            raw = file.read(1 << 24)
+    except (OSError, EOFError, zlib.error):  # what it says of its first row is enough
+        return
     text = raw.decode("utf-8-sig", errors="replace")
     first = next((line.strip() for line in text.split("\n") if line.strip()), "")
     kind, way = "", ""

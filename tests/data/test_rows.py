@@ -92,12 +92,23 @@ def test_a_last_line_that_is_cut_off_is_named_as_that(tmp_path: Path, cut: int) 
     assert said.endswith("the file seems to have been cut off")
 
 
+def test_a_row_that_is_cut_off_anywhere_is_named_as_that(tmp_path: Path) -> None:
+    row = b'{"prompt": "a\\u00e9\\"b", "deep": {"x": [true, null, -1.5e3]}, "completion": "\xc3\xa9"}'
+    for cut in range(1, len(row)):
+        said = refused(tmp_path / "a.jsonl", LINE + b"\n" + row[:cut])
+        assert said.startswith(" line 2: the line ends in the middle of a row: the file seems to have been cut off"), (
+            cut
+        )
+
+
 @pytest.mark.parametrize("share", [0.3, 0.9])
 def test_a_gzip_file_that_is_cut_off_is_named_as_that(tmp_path: Path, share: float) -> None:
     lines = [b'{"prompt": "%x"}\n' % hash((i, "salt")) for i in range(3000)]
     packed = gzip.compress(b"".join(lines))
     said = refused(tmp_path / "a.jsonl.gz", packed[: int(share * len(packed))])
     assert " line " in said and "the file seems to have been cut off" in said
+    packed = gzip.compress(b"prompt,completion\n" + b"".join(lines))  # and no JSON either
+    assert "not JSON" in refused(tmp_path / "a.jsonl.gz", packed[: int(share * len(packed))])
 
 
 def test_a_dataset_of_several_parts_is_named() -> None:
