@@ -234,10 +234,22 @@ def _kind(folder: Path) -> Kind | None:
 
 
 def _reward_advice(name: str | Path) -> str:
+    """What to give in place of a language model that was named as a reward."""
+    parent = Path(name).expanduser().parent
+    others = [parent / other for other in _models_in(parent)]
+    if rewards := [other for other in others if _is_reward(other)]:
+        return f"{rewards[0]} is one"
     return (
         f"train one (rlhf-fast reward --model {name} --data COMPARISONS --out runs/reward), or give rule:NAME, "
         "FILE.py:function or a URL (docs/rewards.md)"
     )
+
+
+def _is_reward(path: Path) -> bool:
+    try:
+        return _kind(Path(find(path))) == "reward"
+    except (OSError, ValueError):  # damaged, and not what was asked about
+        return False
 
 
 def _json(file: Path, setting: str) -> dict[str, Any]:

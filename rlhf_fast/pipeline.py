@@ -37,8 +37,8 @@ from rlhf_fast.trainers.sft import SFTTrainer
 
 SYSTEM = "You answer clients of a design agency."  # stands before every prompt of the demo
 OF_TINY = (  # whatever the reward model's verdict is
-    "a random model learns no preferences, so this reward model is worth nothing; PPO is trained on it all the same, only "
-    "to show how it goes (ppo.min_reward_agreement is 0 here)"
+    "a random model learns no preferences, so this reward model is worth nothing; PPO is trained on it all the same, "
+    "only to show how it goes (ppo.min_reward_agreement is 0 here)"
 )
 PHASES = ("sft", "comparisons", "reward", "ppo", "evaluation")
 

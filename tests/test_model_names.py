@@ -132,12 +132,17 @@ def kinds(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("form", ["whole", "adapter"])
-def test_a_policy_in_place_of_a_reward_model_is_named_and_the_other_way_round(kinds: Path, form: str) -> None:
+def test_a_policy_in_place_of_a_reward_model_is_named_and_the_other_way_round(
+    kinds: Path, tmp_path: Path, form: str
+) -> None:
     policy, reward = kinds / f"policy-{form}", kinds / f"reward-{form}"
     model_names.check(policy)
     model_names.check(reward, "reward", "reward")
     line = said(policy, "reward", "reward")
-    assert line.startswith(f"reward: {policy} is a language model, not a reward model; train one (rlhf-fast reward ")
+    assert line == f"reward: {policy} is a language model, not a reward model; {kinds}/reward-adapter is one"
+    shutil.copytree(policy, tmp_path / "alone")
+    line = said(tmp_path / "alone", "reward", "reward")
+    assert "not a reward model; train one (rlhf-fast reward --model" in line
     assert "rule:NAME, FILE.py:function or a URL" in line
     assert said(reward, "policy").startswith(f"policy: {reward} is a reward model, not a language model; give a policy")
     assert said("smollm2-135m", "reward", "reward").startswith("reward: smollm2-135m is a language model")

@@ -59,6 +59,8 @@ def generate(command: GenerateCommand) -> None:
         name, use = ("n", "several answers") if command.n != 1 else ("out", "a file of answers")
         raise ConfigError(f"--{name}: a chat has one answer to each line; give --prompt or --prompts for {use}")
     inputs.check({"model": command.model}, {"prompts": command.prompts} if command.prompts else {})
+    if command.out:
+        inputs.require_free(command.out, "out")
     from rlhf_fast import models
     from rlhf_fast.data.records import read_prompts
     from rlhf_fast.data.templates import use_template

@@ -41,8 +41,8 @@ class BuiltInAnnotator:
 
     name = "simulated annotator, without error"
     note = (
-        "its rule is made for the demo's subject, replies of an agency to its clients, and says nothing about other "
-        "subjects; --judge takes a reward model, a rule, FILE.py:function or a URL in its place"
+        "its rule is made for the demo's subject, replies of an agency to its clients, and says nothing about another; "
+        "--judge takes a reward model, a rule, FILE.py:function or a URL in its place"
     )
 
     def check(self, prompts: Sequence[PromptRecord]) -> None:
@@ -51,8 +51,9 @@ class BuiltInAnnotator:
         if without:
             raise ValueError(
                 f"{without[0].name or 'a prompt'}: it has no category ({len(without)} of {len(prompts)} prompts have "
-                "none), by which the built-in annotator's rule tells what should be declined (adversarial, off_topic); "
-                f"add one, or choose a judge for your subject: --judge runs/reward. It is simulated: {self.note}"
+                "none), by which the built-in annotator tells what should be declined. Its rule is made for replies of "
+                "an agency to its clients: for another subject choose a judge (--judge runs/reward, rule:NAME, "
+                "FILE.py:function or a URL), else add the categories"
             )
 
     def rate(self, prompts: Sequence[PromptRecord], replies: Sequence[str]) -> list[Verdict]:
