@@ -178,14 +178,18 @@ def test_every_setting_is_explained_unless_its_name_says_all() -> None:
         assert {key.rpartition(".")[2] for key in unexplained} <= plain, (verb, unexplained)
 
 
-def test_help_and_usage_errors_load_neither_torch_nor_transformers() -> None:
+def test_help_and_wrong_commands_load_neither_torch_nor_transformers() -> None:
     """In a process of its own, since the tests have loaded both."""
     code = (
         "import sys\n"
         "from rlhf_fast import cli\n"
-        "codes = [cli.main(words) for words in (['--help'], ['ppo', '--help'], ['ppo', '--ppo.kl_cof', '1'])]\n"
-        "heavy = {'torch', 'transformers', 'peft', 'numpy'} & set(sys.modules)\n"
-        "sys.exit(f'{codes} {heavy}' if heavy or codes != [0, 0, 2] else 0)\n"
+        "__file__ = cli.__file__\n"
+        "wrong = [['--help'], ['ppo', '--help'], ['ppo', '--ppo.kl_cof', '1'], ['generate', '--model', 'runs/none'],\n"
+        "['ppo', '--policy', 'smollm2-135m', '--reward', 'my.py', '--prompts', __file__, '--out', 'o'],\n"
+        "['sft', '--data', 'none.jsonl', '--out', 'o'], ['doctor', '--device', 'cuda'], ['train']]\n"
+        "codes = [cli.main(words) for words in wrong]\n"
+        "heavy = {'torch', 'transformers', 'peft', 'numpy', 'huggingface_hub'} & set(sys.modules)\n"
+        "sys.exit(f'{codes} {heavy}' if heavy or codes != [0, 0, 2, 1, 1, 1, 2, 2] else 0)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

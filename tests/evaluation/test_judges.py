@@ -33,7 +33,9 @@ def test_the_built_in_annotator_says_what_it_is_for() -> None:
 
 def test_a_prompt_without_a_category_is_refused_by_it_and_by_nobody_else() -> None:
     prompts = [*PROMPTS, PromptRecord("q", name="p.jsonl line 4"), PromptRecord("q", name="p.jsonl line 5")]
-    with pytest.raises(ValueError, match=r"^p\.jsonl line 4: it has no category \(2 of 5 prompts .* --judge runs/rew"):
+    with pytest.raises(
+        ValueError, match=r"^p\.jsonl line 4: it has no category \(2 of 5 prompts .*\(--judge runs/reward"
+    ):
         judge_of(None).check(prompts)
     judge_of("rule:length:3").check(prompts)
 
