@@ -137,8 +137,10 @@ def require_reachable(name: str, setting: str = "model") -> None:
         return
     why = "HF_HUB_OFFLINE is set" if offline else f"no connection to {_endpoint()}: {reason}"
     if not _is_cached(name):
+        here = Path(name)
+        near = _nearest(here) if here.parent.is_dir() else ""
         raise FileNotFoundError(
-            f"{setting}: {name!r} was not found: there is no such folder, it is not in the hub's cache, and the hub "
+            f"{setting}: {name!r} was not found: there is no such folder{near}, it is not in the hub's cache, and the hub "
             f"cannot be reached ({why}); {EXPECTED}"
         )
     if not offline and "huggingface_hub" not in sys.modules:  # which reads the variable when it is imported
@@ -196,8 +198,7 @@ def _is_path(name: str | Path) -> bool:
     text = str(name)
     if isinstance(name, Path) or text.startswith((".", "/", "~", "runs/")) or "\\" in text or text.endswith("/"):
         return True
-    owner, slash, rest = text.partition("/")
-    return bool(slash) and ("/" in rest or (Path(owner).is_dir() and not _is_cached(text)))
+    return text.count("/") > 1
 
 
 def _nearest(path: Path) -> str:

@@ -145,7 +145,7 @@ def test_help_names_every_verb(capsys: pytest.CaptureFixture[str], word: str) ->
 
 def test_help_is_a_word_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "help") == run(capsys, "--help")
-    assert run(capsys, "help", "ppo") == run(capsys, "ppo", "--help")
+    assert run(capsys, "help", "ppo") == run(capsys, "ppo", "help") == run(capsys, "ppo", "--help")
 
 
 def test_no_verb_shows_the_help_and_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -182,6 +182,18 @@ def test_a_hub_name_offline_is_refused_by_name(cache: Path, monkeypatch: pytest.
     )
 
 
+def test_what_is_in_a_folder_of_the_same_owner_is_told(
+    here: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder says nothing of the hub: it may be where its models are kept."""
+    (here / "runs").rename(here / "mine")
+    monkeypatch.setattr(model_names, "_is_offline", lambda: True)
+    assert "there is no such folder; did you mean mine/sft?, it is not in the hub's cache" in said("mine/stf")
+    monkeypatch.setattr(model_names, "_is_offline", lambda: False)
+    monkeypatch.setattr(model_names, "_unreachable", lambda endpoint: None)
+    model_names.check("mine/stf")
+
+
 def test_a_hub_name_without_a_network_is_refused_within_two_seconds(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
