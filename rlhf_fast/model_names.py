@@ -140,8 +140,8 @@ def require_reachable(name: str, setting: str = "model") -> None:
         here = Path(name)
         near = _nearest(here) if here.parent.is_dir() else ""
         raise FileNotFoundError(
-            f"{setting}: {name!r} was not found: there is no such folder{near}, it is not in the hub's cache, and the hub "
-            f"cannot be reached ({why}); {EXPECTED}"
+            f"{setting}: {name!r} was not found: there is no such folder{near}, it is not in the hub's cache, and the "
+            f"hub cannot be reached ({why}); {EXPECTED}"
         )
     if not offline and "huggingface_hub" not in sys.modules:  # which reads the variable when it is imported
         print(f"{name}: read from the cache, as the hub cannot be reached ({why})", file=sys.stderr)

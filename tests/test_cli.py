@@ -164,6 +164,11 @@ def test_the_help_of_a_verb_shows_every_setting_with_its_default(capsys: pytest.
         assert lines[f"--{key}"].split() == [f"--{key}", *f"{kind} {default} {comment}".split()]
 
 
+def test_the_help_lists_the_words_of_a_choice_that_may_be_none(capsys: pytest.CaptureFixture[str]) -> None:
+    out = run(capsys, "ppo", "--help")[1]
+    assert "  loss|reward or none  " in out and "  group|batch|none or none  " in out
+
+
 def test_the_help_shows_the_defaults_that_a_verb_really_has(capsys: pytest.CaptureFixture[str]) -> None:
     """The demo's PPO section has other defaults than PPOConfig."""
     assert DemoConfig().ppo.steps != PPOConfig().steps
