@@ -1,7 +1,6 @@
 """Every exception is one line on the command line; a traceback is shown on demand alone."""
 
 import errno
-import json
 import subprocess
 import sys
 from collections.abc import Callable

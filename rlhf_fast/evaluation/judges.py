@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 from rlhf_fast.data.records import PromptRecord
 from rlhf_fast.feedback.simulated import WEIGHTS, SimulatedAnnotator
+from rlhf_fast.models.forward import unwrapped
+from rlhf_fast.rollout.requests import context_length
 from rlhf_fast.trainers.rewards import Reward, RewardModel, resolve_reward
 
 BUILT_IN = "simulated"  # the judge's name in settings
@@ -71,9 +73,12 @@ class RewardJudge:
         self.name = str(reward) if isinstance(reward, str | Path) else parts
         self.note = "a policy that was trained on this very reward pleases it, whether or not it pleases people"
         for part in self.rewards.parts:
-            if isinstance(part.function, RewardModel) and part.function.agreement is not None:
-                agreement = part.function.agreement["mean"]
-                self.note += f"; {part.name} agrees with {agreement:.0%} of its held-out comparisons"
+            if isinstance(part.function, RewardModel):
+                positions = context_length(unwrapped(part.function.model).config.get_text_config())
+                part.function.max_length = min(max_length, positions or max_length)
+                if part.function.agreement is not None:
+                    agreement = part.function.agreement["mean"]
+                    self.note += f"; {part.name} agrees with {agreement:.0%} of its held-out comparisons"
 
     def check(self, prompts: Sequence[PromptRecord]) -> None:
         self.rewards.check(prompts)
