@@ -210,7 +210,7 @@ class PPOConfig(Settings):
     scale: Literal["group", "batch", "none"] | None = None  # deviation of scores that grpo, dr_grpo, rloo divide by
     resample: int = 0  # times that prompts whose responses all score alike are replaced by others in a step (DAPO)
     critic: Literal["shared", "separate", "reward"] = "shared"  # policy with a head, own model, or reward model
-    critic_warmup: int = 0  # first steps, in which only the critic learns
+    critic_warmup: int = 0  # how many of the first steps only the critic learns in
     gamma: float = 1.0  # discount a token
     lam: float = 0.95  # of generalised advantage estimation (arXiv 1506.02438)
     clip_low: float = 0.2  # the probability ratio is clipped at 1 - clip_low

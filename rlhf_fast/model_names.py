@@ -137,9 +137,11 @@ def require_reachable(name: str, setting: str = "model") -> None:
         return
     why = "HF_HUB_OFFLINE is set" if offline else f"no connection to {_endpoint()}: {reason}"
     if not _is_cached(name):
+        here = Path(name)
+        near = _nearest(here) if here.parent.is_dir() else ""
         raise FileNotFoundError(
-            f"{setting}: {name!r} was not found: there is no such folder, it is not in the hub's cache, and the hub "
-            f"cannot be reached ({why}); {EXPECTED}"
+            f"{setting}: {name!r} was not found: there is no such folder{near}, it is not in the hub's cache, and the "
+            f"hub cannot be reached ({why}); {EXPECTED}"
         )
     if not offline and "huggingface_hub" not in sys.modules:  # which reads the variable when it is imported
         print(f"{name}: read from the cache, as the hub cannot be reached ({why})", file=sys.stderr)
@@ -196,8 +198,7 @@ def _is_path(name: str | Path) -> bool:
     text = str(name)
     if isinstance(name, Path) or text.startswith((".", "/", "~", "runs/")) or "\\" in text or text.endswith("/"):
         return True
-    owner, slash, rest = text.partition("/")
-    return bool(slash) and ("/" in rest or (Path(owner).is_dir() and not _is_cached(text)))
+    return text.count("/") > 1
 
 
 def _nearest(path: Path) -> str:
@@ -234,10 +235,22 @@ def _kind(folder: Path) -> Kind | None:
 
 
 def _reward_advice(name: str | Path) -> str:
+    """What to give in place of a language model that was named as a reward."""
+    parent = Path(name).expanduser().parent
+    others = [parent / other for other in _models_in(parent)]
+    if rewards := [other for other in others if _is_reward(other)]:
+        return f"{rewards[0]} is one"
     return (
         f"train one (rlhf-fast reward --model {name} --data COMPARISONS --out runs/reward), or give rule:NAME, "
         "FILE.py:function or a URL (docs/rewards.md)"
     )
+
+
+def _is_reward(path: Path) -> bool:
+    try:
+        return _kind(Path(find(path))) == "reward"
+    except (OSError, ValueError):  # damaged, and not what was asked about
+        return False
 
 
 def _json(file: Path, setting: str) -> dict[str, Any]:

@@ -440,7 +440,7 @@ def _kind_name(kind: Any) -> str:
     if typing.get_origin(kind) is dict:
         return ".NAME any"
     if options:
-        return " or ".join("none" if option is type(None) else option.__name__ for option in options)
+        return " or ".join("none" if option is type(None) else _kind_name(option) for option in options)
     return str(kind.__name__)
 
 

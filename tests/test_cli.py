@@ -156,7 +156,7 @@ def test_help_names_every_verb(capsys: pytest.CaptureFixture[str], word: str) ->
 
 def test_help_is_a_word_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "help") == run(capsys, "--help")
-    assert run(capsys, "help", "ppo") == run(capsys, "ppo", "--help")
+    assert run(capsys, "help", "ppo") == run(capsys, "ppo", "help") == run(capsys, "ppo", "--help")
 
 
 def test_no_verb_shows_the_help_and_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,6 +175,11 @@ def test_the_help_of_a_verb_shows_every_setting_with_its_default(capsys: pytest.
         assert lines[f"--{key}"].split() == [f"--{key}", *f"{kind} {default} {comment}".split()]
 
 
+def test_the_help_lists_the_words_of_a_choice_that_may_be_none(capsys: pytest.CaptureFixture[str]) -> None:
+    out = run(capsys, "ppo", "--help")[1]
+    assert "  loss|reward or none  " in out and "  group|batch|none or none  " in out
+
+
 def test_the_help_shows_the_defaults_that_a_verb_really_has(capsys: pytest.CaptureFixture[str]) -> None:
     """The demo's PPO section has other defaults than PPOConfig."""
     assert DemoConfig().ppo.steps != PPOConfig().steps
@@ -189,14 +194,18 @@ def test_every_setting_is_explained_unless_its_name_says_all() -> None:
         assert {key.rpartition(".")[2] for key in unexplained} <= plain, (verb, unexplained)
 
 
-def test_help_and_usage_errors_load_neither_torch_nor_transformers() -> None:
+def test_help_and_wrong_commands_load_neither_torch_nor_transformers() -> None:
     """In a process of its own, since the tests have loaded both."""
     code = (
         "import sys\n"
         "from rlhf_fast import cli\n"
-        "codes = [cli.main(words) for words in (['--help'], ['ppo', '--help'], ['ppo', '--ppo.kl_cof', '1'])]\n"
-        "heavy = {'torch', 'transformers', 'peft', 'numpy'} & set(sys.modules)\n"
-        "sys.exit(f'{codes} {heavy}' if heavy or codes != [0, 0, 2] else 0)\n"
+        "__file__ = cli.__file__\n"
+        "wrong = [['--help'], ['ppo', '--help'], ['ppo', '--ppo.kl_cof', '1'], ['generate', '--model', 'runs/none'],\n"
+        "['ppo', '--policy', 'smollm2-135m', '--reward', 'my.py', '--prompts', __file__, '--out', 'o'],\n"
+        "['sft', '--data', 'none.jsonl', '--out', 'o'], ['doctor', '--device', 'cuda'], ['train']]\n"
+        "codes = [cli.main(words) for words in wrong]\n"
+        "heavy = {'torch', 'transformers', 'peft', 'numpy', 'huggingface_hub'} & set(sys.modules)\n"
+        "sys.exit(f'{codes} {heavy}' if heavy or codes != [0, 0, 2, 1, 1, 1, 2, 2] else 0)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

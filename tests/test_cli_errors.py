@@ -1,7 +1,6 @@
 """Every exception is one line on the command line; a traceback is shown on demand alone."""
 
 import errno
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -121,7 +120,6 @@ def test_torch_without_memory_on_a_cpu_is_named(
         (lambda: None + 1, "TypeError: unsupported operand type(s)"),
         (lambda: int("x"), "ValueError: invalid literal for int()"),
         (lambda: torch.zeros(2) @ torch.zeros(3), "RuntimeError: inconsistent tensor size"),
-        (lambda: json.loads("{"), "JSONDecodeError: Expecting property name"),
         (raising(AssertionError()), "AssertionError ("),
         (raising(RuntimeError()), "RuntimeError ("),
         (raising(ModuleNotFoundError("", name="rlhf_fast.gone")), "ModuleNotFoundError"),
@@ -151,6 +149,19 @@ def test_nobody_reads_on(words: list[str], reads: int) -> None:
     process.stdout.close()
     err = process.stderr.read()
     assert (process.wait(timeout=60), err) == (141, b"")
+
+
+def test_a_damaged_file_of_a_run_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from rlhf_fast.evaluation.reward_report import write_reward_report
+
+    file = tmp_path / "reward_report.json"
+    for content, words in ((b'{"a": ', "is no JSON (Expecting value: line 1"), (b"\xff", "is no UTF-8 text (")):
+        file.write_bytes(content)
+        command_that(monkeypatch, lambda: write_reward_report(tmp_path))
+        line = said(capsys, 1)
+        assert line.startswith(f"{file} {words}") and "rlhf_fast/evaluation/reward_report.py:" in line
 
 
 def test_a_file_of_another_encoding_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -109,6 +109,26 @@ def test_a_prompt_beyond_the_models_context_is_named_by_its_line(
     assert f"{file} line 2 has 2102 tokens, which with max_new_tokens = 128 exceeds the model's context of 2048" in err
 
 
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        (".", "out: . is a folder; expected a file, such as answers.jsonl"),
+        ("there.jsonl", "out: there.jsonl is there already; choose another name, or remove it first"),
+        ("there.jsonl/x", "out: there.jsonl/x cannot be written, for"),
+    ],
+)
+def test_a_file_that_cannot_be_written_or_would_be_lost_is_refused_first(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], out: str,
+    words: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    Path("there.jsonl").write_text("mine")
+    assert cli.main(["generate", "--model", str(tiny_folder), "--prompt", "q", "--out", out]) == 1
+    assert words in capsys.readouterr().err
+    assert Path("there.jsonl").read_text() == "mine"
+
+
 # A chat --------------------------------------------------------------------------------------------------------------
 
 

@@ -132,12 +132,17 @@ def kinds(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("form", ["whole", "adapter"])
-def test_a_policy_in_place_of_a_reward_model_is_named_and_the_other_way_round(kinds: Path, form: str) -> None:
+def test_a_policy_in_place_of_a_reward_model_is_named_and_the_other_way_round(
+    kinds: Path, tmp_path: Path, form: str
+) -> None:
     policy, reward = kinds / f"policy-{form}", kinds / f"reward-{form}"
     model_names.check(policy)
     model_names.check(reward, "reward", "reward")
     line = said(policy, "reward", "reward")
-    assert line.startswith(f"reward: {policy} is a language model, not a reward model; train one (rlhf-fast reward ")
+    assert line == f"reward: {policy} is a language model, not a reward model; {kinds}/reward-adapter is one"
+    shutil.copytree(policy, tmp_path / "alone")
+    line = said(tmp_path / "alone", "reward", "reward")
+    assert "not a reward model; train one (rlhf-fast reward --model" in line
     assert "rule:NAME, FILE.py:function or a URL" in line
     assert said(reward, "policy").startswith(f"policy: {reward} is a reward model, not a language model; give a policy")
     assert said("smollm2-135m", "reward", "reward").startswith("reward: smollm2-135m is a language model")
@@ -177,13 +182,30 @@ def test_a_hub_name_offline_is_refused_by_name(cache: Path, monkeypatch: pytest.
     )
 
 
+def test_what_is_in_a_folder_of_the_same_owner_is_told(
+    here: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder says nothing of the hub: it may be where its models are kept."""
+    (here / "runs").rename(here / "mine")
+    monkeypatch.setattr(model_names, "_is_offline", lambda: True)
+    assert "there is no such folder; did you mean mine/sft?, it is not in the hub's cache" in said("mine/stf")
+    monkeypatch.setattr(model_names, "_is_offline", lambda: False)
+    monkeypatch.setattr(model_names, "_unreachable", lambda endpoint: None)
+    model_names.check("mine/stf")
+
+
 def test_a_hub_name_without_a_network_is_refused_within_two_seconds(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even where looking an address up never ends."""
     monkeypatch.setattr(model_names, "_is_offline", lambda: False)
     monkeypatch.setattr(model_names, "HUB_SECONDS", 0.2)
-    monkeypatch.setattr(socket, "create_connection", lambda *_: time.sleep(5))
+
+    def never(*_: Any) -> None:
+        time.sleep(3)
+        raise OSError
+
+    monkeypatch.setattr(socket, "create_connection", never)
     start = time.monotonic()
     assert "(no connection to https://huggingface.co: no answer)" in said("owner/name")
     assert time.monotonic() - start < 2

@@ -114,3 +114,37 @@ def test_ppo_refuses_a_reward_model_that_agrees_too_little(
     )
     assert not out.exists()
     assert main([*words, *small, "--ppo.min_reward_agreement", "0.5"]) == 0
+
+
+def test_grpo_is_paid_by_a_function_in_a_file_and_its_run_is_one_of_ppo(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`rlhf-fast ppo` goes on with what `rlhf-fast grpo` began, as from one of its own runs."""
+    monkeypatch.chdir(tmp_path)
+    prompts = rows(tmp_path / "prompts.jsonl", [{"prompt": f"q{i}", "answer": str(i)} for i in range(4)])
+    Path("my.py").write_text(
+        "def digits(prompts, responses, answer):\n    return [sum(c.isdigit() for c in r) for r in responses]\n"
+    )
+    words = [
+        "grpo",
+        "--policy",
+        str(tiny_folder),
+        "--prompts",
+        prompts,
+        "--reward",
+        "1*my.py:digits, 0.1*rule:length:3",
+    ]
+    words += "--out grpo --ppo.steps 2 --ppo.prompts_per_step 2 --ppo.samples_per_prompt 2".split()
+    words += ["--ppo.max_new_tokens", "6"]
+    assert main(words) == 0
+    metrics = [json.loads(line) for line in Path("grpo/metrics.jsonl").read_text().splitlines()]
+    assert all({"score/digits", "score/length"} <= row.keys() and "value_loss" not in row for row in metrics)
+    config = Path("grpo/config.yaml").read_text()
+    assert "advantage: grpo" in config and "my.py:digits" in config
+    for verb in ("ppo", "grpo"):
+        assert main([verb, "--config", "grpo/config.yaml", "--out", verb + "-again"]) == 0
+        again = [json.loads(line) for line in Path(verb + "-again/metrics.jsonl").read_text().splitlines()]
+        assert [row["score"] for row in again] == [row["score"] for row in metrics]
+    capsys.readouterr()
+    assert main(["rloo", "--config", "grpo/config.yaml", "--out", "rloo"]) == 2
+    assert "--ppo.advantage: 'grpo'; the verb rloo is for 'rloo'" in capsys.readouterr().err

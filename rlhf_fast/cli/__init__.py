@@ -91,7 +91,7 @@ def _run(words: list[str]) -> int:
         return errors.USAGE
     cls, action = VERBS[verb]
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our own progress says more
-    if "-h" in rest or "--help" in rest:
+    if "-h" in rest or "--help" in rest or rest == ["help"]:
         print(help.of_verb(verb, cls))
         return 0
     action(_command(verb, cls, rest))

@@ -44,6 +44,8 @@ def explained(error: Exception, verb: str) -> tuple[str, int]:
         return f"weights cannot be read or written ({error}); if a file is damaged, save or download it again", FAILED
     if kinds & {"huggingface_hub", "httpx", "httpx2", "requests", "urllib3", "urllib"}:
         return f"the network: {_first_line(error)}", FAILED
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+        return _of_text(error), FAILED
     if isinstance(error, OSError):
         return _of_system(error), FAILED
     if _has_words(error):
@@ -79,7 +81,7 @@ def reader_is_gone() -> bool:
 
 def _has_words(error: Exception) -> bool:
     """Whether somebody wrote the message for a person: raised by a `raise` as a kind that says what is wrong."""
-    if isinstance(error, json.JSONDecodeError | UnicodeError | RecursionError) or not str(error).strip():
+    if isinstance(error, UnicodeError | RecursionError) or not str(error).strip():
         return False
     foreseen = ValueError, TypeError, RuntimeError, FloatingPointError, ImportError, EOFError, yaml.YAMLError
     return isinstance(error, foreseen) and _was_raised(error.__traceback__)
@@ -116,6 +118,26 @@ def _of_module(name: str) -> str:
     return (
         f"the package {top} is not installed; pip install {f'{chr(39)}rlhf-fast[{extra}]{chr(39)}' if extra else top}"
     )
+
+
+def _of_text(error: json.JSONDecodeError | UnicodeDecodeError) -> str:
+    """Of a file that is damaged, or another than it should be, and that nobody named on the way."""
+    kind = "JSON" if isinstance(error, json.JSONDecodeError) else "UTF-8 text"
+    file = _being_read(error.__traceback__)
+    which = f"{file}, or a file in it," if file and file.is_dir() else str(file or "a file")
+    return f"{which} is no {kind} ({error}; read at {_place(error)}); if it is damaged, put it back or choose another"
+
+
+def _being_read(trace: TracebackType | None) -> Path | None:
+    """The file or folder that the innermost function of this package with such a variable had at hand."""
+    found = None
+    while trace is not None:
+        inside = Path(trace.tb_frame.f_code.co_filename).is_relative_to(_PACKAGE)
+        for name in ("path", "file") if inside else ():
+            value = trace.tb_frame.f_locals.get(name)
+            found = value if isinstance(value, Path) else found
+        trace = trace.tb_next
+    return found
 
 
 def _of_system(error: OSError) -> str:

@@ -43,7 +43,7 @@ class GenerateCommand:
     presence_penalty: float = 0.0  # taken from the logits of tokens in the answer so far
     frequency_penalty: float = 0.0  # the same, for each time that they are there
     max_new_tokens: int = 128  # tokens; an answer that has not ended by then is cut off
-    min_new_tokens: int = 0  # tokens; no end before
+    min_new_tokens: int = 0  # tokens; an answer does not end before
     stop: str = ""  # a text that ends an answer
     chat_template: str | None = None  # chatml, plain or the file of a Jinja template; none: the model's own
     template_kwargs: dict[str, Any] = field(default_factory=dict)  # what it reads besides messages: enable_thinking
@@ -59,6 +59,8 @@ def generate(command: GenerateCommand) -> None:
         name, use = ("n", "several answers") if command.n != 1 else ("out", "a file of answers")
         raise ConfigError(f"--{name}: a chat has one answer to each line; give --prompt or --prompts for {use}")
     inputs.check({"model": command.model}, {"prompts": command.prompts} if command.prompts else {})
+    if command.out:
+        inputs.require_free(command.out, "out")
     from rlhf_fast import models
     from rlhf_fast.data.records import read_prompts
     from rlhf_fast.data.templates import use_template

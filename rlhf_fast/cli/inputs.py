@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 
 from rlhf_fast import model_names
@@ -39,8 +40,25 @@ def _require_file(name: str, setting: str) -> None:
         raise FileNotFoundError(f"{setting}: there is no file {name}{hint}")
 
 
+def require_free(name: str, setting: str) -> None:
+    """Refuse a file that cannot be written when the work is done, or that would be lost.
+
+    Raises:
+        OSError: by its setting.
+    """
+    path = Path(name)
+    if path.is_dir():
+        raise IsADirectoryError(f"{setting}: {name} is a folder; expected a file, such as {path / 'answers.jsonl'}")
+    if path.exists():
+        raise FileExistsError(f"{setting}: {name} is there already; choose another name, or remove it first")
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise PermissionError(f"{setting}: {name} cannot be written, for {parent} takes no files; choose another place")
+
+
 def _has(folder: Path) -> str:
-    names = [name for name in _files(folder) if name.endswith((".jsonl", ".jsonl.gz"))]
+    of_runs = ("metrics.jsonl", "samples.jsonl", "skipped.jsonl")
+    names = [name for name in _files(folder) if name.endswith((".jsonl", ".jsonl.gz")) and name not in of_runs]
     return f", such as {folder / names[0]}" if names else ""
 
 

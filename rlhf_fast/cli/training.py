@@ -48,7 +48,7 @@ class PPOCommand:
 
     policy: str  # the policy to start from, and the reference
     reward: str  # a reward model's run, rule:NAME, FILE.py:function, a URL, or a list "1*runs/reward, 0.5*rule:math"
-    prompts: str  # {"prompt"} a line, with further columns for rules and URLs
+    prompts: str  # {"prompt"} a line, with further columns for rules, functions and URLs
     out: str  # folder of the run
     heldout_data: str = ""  # prompts that are only measured on, before and after, as are those of another split
     ppo: PPOConfig = field(default_factory=PPOConfig)

@@ -108,7 +108,8 @@ def _read(template: str) -> str:
         return Path(template).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"chat_template: {template!r} is neither chatml nor plain nor a file that can be read: {error}"
+            f"chat_template: {template!r} is neither chatml nor plain nor a file that can be read: "
+            f"{getattr(error, 'strerror', None) or error}"
         ) from error
 
 

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 from rlhf_fast.data.records import PromptRecord
 from rlhf_fast.feedback.simulated import WEIGHTS, SimulatedAnnotator
+from rlhf_fast.models.forward import unwrapped
+from rlhf_fast.rollout.requests import context_length
 from rlhf_fast.trainers.rewards import Reward, RewardModel, resolve_reward
 
 BUILT_IN = "simulated"  # the judge's name in settings
@@ -41,8 +43,8 @@ class BuiltInAnnotator:
 
     name = "simulated annotator, without error"
     note = (
-        "its rule is made for the demo's subject, replies of an agency to its clients, and says nothing about other "
-        "subjects; --judge takes a reward model, a rule, FILE.py:function or a URL in its place"
+        "its rule is made for the demo's subject, replies of an agency to its clients, and says nothing about another; "
+        "--judge takes a reward model, a rule, FILE.py:function or a URL in its place"
     )
 
     def check(self, prompts: Sequence[PromptRecord]) -> None:
@@ -51,8 +53,9 @@ class BuiltInAnnotator:
         if without:
             raise ValueError(
                 f"{without[0].name or 'a prompt'}: it has no category ({len(without)} of {len(prompts)} prompts have "
-                "none), by which the built-in annotator's rule tells what should be declined (adversarial, off_topic); "
-                f"add one, or choose a judge for your subject: --judge runs/reward. It is simulated: {self.note}"
+                "none), by which the built-in annotator tells what should be declined. Its rule is made for replies of "
+                "an agency to its clients: for another subject choose a judge (--judge runs/reward, rule:NAME, "
+                "FILE.py:function or a URL), else add the categories"
             )
 
     def rate(self, prompts: Sequence[PromptRecord], replies: Sequence[str]) -> list[Verdict]:
@@ -70,9 +73,12 @@ class RewardJudge:
         self.name = str(reward) if isinstance(reward, str | Path) else parts
         self.note = "a policy that was trained on this very reward pleases it, whether or not it pleases people"
         for part in self.rewards.parts:
-            if isinstance(part.function, RewardModel) and part.function.agreement is not None:
-                agreement = part.function.agreement["mean"]
-                self.note += f"; {part.name} agrees with {agreement:.0%} of its held-out comparisons"
+            if isinstance(part.function, RewardModel):
+                positions = context_length(unwrapped(part.function.model).config.get_text_config())
+                part.function.max_length = min(max_length, positions or max_length)
+                if part.function.agreement is not None:
+                    agreement = part.function.agreement["mean"]
+                    self.note += f"; {part.name} agrees with {agreement:.0%} of its held-out comparisons"
 
     def check(self, prompts: Sequence[PromptRecord]) -> None:
         self.rewards.check(prompts)

@@ -21,6 +21,8 @@ from rlhf_fast.files import named_errors, write_folder_atomic
 from rlhf_fast.model_names import find
 from rlhf_fast.models import smollm2
 
+LONGEST_REASON = 300  # characters of what another library says
+
 
 def resolve(name: str | Path) -> str:
     """The folder or hub name that `name` means (`model_names.find`); that of the demo's model is made if need be.
@@ -95,7 +97,9 @@ def reading_errors(folder: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
+        if "ignore_mismatched_sizes" in reason:  # advice to somebody who calls transformers
+            reason = "its weights have other shapes than its config.json says"
         if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to open it all the same
             reason = "its weights are a pickle of more than tensors, which is not opened"
         if Path(folder).is_dir():

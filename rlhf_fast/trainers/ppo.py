@@ -23,6 +23,7 @@ from rlhf_fast.data.splits import split_prompts, warn_of_shared
 from rlhf_fast.ops.ppo_loss import STATS
 from rlhf_fast.pages.run_report import write_run_report
 from rlhf_fast.run_folder import RunFolder
+from rlhf_fast.trainers import reward_names
 from rlhf_fast.trainers.advantages import FUNCTIONS, AdvantageFunction
 from rlhf_fast.trainers.budget import TokenBudget
 from rlhf_fast.trainers.chat_settings import use_settings
@@ -87,6 +88,8 @@ class PPOTrainer:
         self.heldout = heldout + ([] if heldout_data is None else read_prompts(heldout_data))
         warn_of_shared(self.prompts, self.heldout)
         _require_prompts(self.prompts, config)
+        if isinstance(reward, str | Path):
+            reward_names.check(str(reward))  # before a model is loaded
         self.dtype = getattr(torch, config.dtype)
         loaded, self.tokenizer = models.load(policy, self.dtype)
         config = use_settings(config, "ppo", out, self.tokenizer)

@@ -33,7 +33,9 @@ def test_the_built_in_annotator_says_what_it_is_for() -> None:
 
 def test_a_prompt_without_a_category_is_refused_by_it_and_by_nobody_else() -> None:
     prompts = [*PROMPTS, PromptRecord("q", name="p.jsonl line 4"), PromptRecord("q", name="p.jsonl line 5")]
-    with pytest.raises(ValueError, match=r"^p\.jsonl line 4: it has no category \(2 of 5 prompts .* --judge runs/rew"):
+    with pytest.raises(
+        ValueError, match=r"^p\.jsonl line 4: it has no category \(2 of 5 prompts .*\(--judge runs/reward"
+    ):
         judge_of(None).check(prompts)
     judge_of("rule:length:3").check(prompts)
 
@@ -47,6 +49,21 @@ def test_any_reward_is_a_judge() -> None:
     ]
     assert judge_of("rule:length:2").rate(PROMPTS[:1], ["a b"]) == [Verdict(1.0)]
     assert judge_of(judge) is judge
+
+
+def test_a_reward_model_is_a_judge_that_says_how_far_it_agrees_with_people(tiny_folder: Path, tmp_path: Path) -> None:
+    from rlhf_fast import models
+    from rlhf_fast.config import LoRAConfig
+
+    extra = {"heldout_agreement": {"mean": 0.75, "low": 0.7, "high": 0.8}, "score_mean": 0.0, "score_std": 1.0}
+    models.save(tmp_path / "reward", *models.reward_from(tiny_folder, LoRAConfig(r=0)), extra=extra)
+    judge = judge_of(tmp_path / "reward")
+    assert judge.name == str(tmp_path / "reward") and judge.note.endswith("; reward agrees with 75% of its held-out "
+                                                                           "comparisons")  # fmt: skip
+    first, second = judge.rate(PROMPTS[:2], ["a", "b"])
+    assert first.score != second.score and not first.parts
+    with pytest.raises(ValueError, match=r"response 0.* 2048"):  # the model's positions
+        judge.rate(PROMPTS[:1], ["x" * 3000])
 
 
 def test_columns_that_a_judge_asks_for_are_checked_first() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -140,6 +141,22 @@ def test_a_damaged_folder_is_named(tiny_folder: Path, tmp_path: Path, damage: st
     DAMAGES[damage](folder)
     with pytest.raises(ValueError, match=r"model: .*damaged cannot be read \(.+\); if it is damaged, save or download"):
         models.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("hidden_size", 128, "its weights have other shapes than its config.json says"),
+        ("num_attention_heads", "four", "Validation error for field 'num_attention_heads': TypeError"),
+        ("model_type", "zzz", "has model type `zzz`"),
+    ],
+)
+def test_a_foreign_config_is_told_in_words(tiny_folder: Path, tmp_path: Path, key: str, value: Any, words: str) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "foreign")
+    file = tmp_path / "foreign" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with pytest.raises(ValueError, match=f"foreign cannot be read .*{re.escape(words)}"):
+        models.load(tmp_path / "foreign")
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
