@@ -89,10 +89,11 @@ def _overlong(survey: Survey) -> str:
     if not survey.longer:
         return f"no row is longer than {survey.max_length:,} tokens"
     lost = f", after which nothing is learned of {_rows(survey.lost)}" if survey.lost else ""
+    left = survey.usable - (survey.longer - survey.lost if survey.overlong == "truncate" else 0)
     ways = {
-        "error": "training refuses them",
+        "error": f"training refuses {'it' if survey.longer == 1 else 'them'}",
         "truncate": f"{survey.beyond:,} tokens are cut{lost}",
-        "drop": f"{_rows(survey.rows - survey.longer)} are left",
+        "drop": f"{_rows(left)} {'is' if left == 1 else 'are'} left",
     }
     now = ways.pop(survey.overlong)
     others = "".join(f"; with overlong = {name} {said}" for name, said in ways.items())

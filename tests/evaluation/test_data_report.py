@@ -146,6 +146,18 @@ def test_lines_are_no_wider_than_the_terminal_and_each_of_a_record_has_its_bar()
     assert all(line.strip(" ").endswith("word") for line in said[-4:-1])  # between words
 
 
+def test_what_max_length_does_is_said_for_each_way() -> None:
+    rows = [{"prompt": "p", "completion": "c" * size} for size in (1, 50, 60)]
+    for overlong, words in {
+        "error": "training refuses them; with overlong = truncate 76 tokens are cut; with overlong = drop 1 row is left",
+        "truncate": "76 tokens are cut; with overlong = error training refuses them; with overlong = drop 1 row is left",
+        "drop": "1 row is left; with overlong = error training refuses them; with overlong = truncate 76 tokens are cut",
+    }.items():
+        text = as_text(survey(rows, byte_tokenizer(), max_length=20, overlong=overlong), "f", "m")  # type: ignore[arg-type]
+        assert f"2 rows longer than 20 tokens: {words}" in text
+    assert "no row is longer than 1,024 tokens" in as_text(survey(rows, byte_tokenizer()), "f", "m")
+
+
 def test_a_bin_with_anything_in_it_shows() -> None:
     assert blocks([0, 1, 100, 1000]) == " ▁▁█"
     assert blocks([0, 0]) == "  "
