@@ -61,7 +61,8 @@ def _headline(survey: Survey) -> str:
     kind = survey.kind if survey.rows > 1 else survey.kind[:-1]
     if survey.usable == survey.rows:
         return f"{survey.rows:,} {kind}, all usable"
-    return f"{survey.rows:,} rows, of which {survey.usable:,} are usable as {survey.kind}"
+    are = "is" if survey.usable == 1 else "are"
+    return f"{_rows(survey.rows)}, of which {survey.usable:,} {are} usable as {survey.kind}"
 
 
 def _counts(survey: Survey) -> list[tuple[str, str]]:
