@@ -125,7 +125,7 @@ def test_hostile_text_stays_text_on_the_page(tmp_path: Path) -> None:
 
 def test_a_file_that_is_not_there_is_told_before_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = data(capsys, str(tmp_path / "none.jsonl"), "--model", "no/such/model")
-    assert (code, out) == (1, "") and err.endswith("none.jsonl: cannot be read: No such file or directory\n")
+    assert (code, out) == (1, "") and "none.jsonl" in err and "no/such/model" not in err
 
 
 def test_long_texts_show_their_two_ends_and_problems_are_cut() -> None:
