@@ -115,6 +115,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of the pictures")
     arguments = parser.parse_args(words)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / arguments.hh.name).symlink_to(arguments.hh.resolve())
