@@ -33,7 +33,6 @@ def broken_file(path: Path) -> None:
     """One row in order, and the mistakes that people make."""
     rows: list[object] = [
         {"prompt": "Name a colour.", "completion": "Red."},
-        '{"prompt": "A line that was cut off", "comple',
         {"prompt": "Name a colour.", "completion": "Red."},
         {
             "messages": [
@@ -48,6 +47,7 @@ def broken_file(path: Path) -> None:
         {"text": "Rows of another program."},
         {"prompt": "Count.", "completion": " ".join(map(str, range(700)))},
         {"messages": [{"role": "user", "content": "Hello?"}]},
+        '{"prompt": "A line that was cut off", "comple',
     ]
     path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
 
@@ -115,13 +115,14 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of the pictures")
     arguments = parser.parse_args(words)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / arguments.hh.name).symlink_to(arguments.hh.resolve())
         broken_file(folder / "broken.jsonl")
         shown = {
             "data-hh": ([arguments.hh.name, "--lines", "16", "--out", "hh.html"], 2330),
-            "data-broken": (["broken.jsonl", "--lines", "4", "--out", "broken.html"], 2280),
+            "data-broken": (["broken.jsonl", "--lines", "3", "--out", "broken.html"], 2280),
         }
         for picture, (command, height) in shown.items():
             given = ["data", *command, *(["--model", arguments.model] if arguments.model != "smollm2-135m" else [])]

@@ -158,7 +158,7 @@ def survey(
     return Survey(
         kind=kind if main.rows else None,
         rows=rows,
-        usable=rows - refused - (main.longer.count if overlong == "drop" else 0),
+        usable=rows - refused - {"error": 0, "truncate": main.lost, "drop": main.longer.count}[overlong],
         refused=refused,
         splits=dict(main.splits),
         lengths={name: _lengths(values) for name, values in main.tokens.items()},

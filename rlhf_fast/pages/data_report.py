@@ -61,7 +61,8 @@ def _headline(survey: Survey) -> str:
     kind = survey.kind if survey.rows > 1 else survey.kind[:-1]
     if survey.usable == survey.rows:
         return f"{survey.rows:,} {kind}, all usable"
-    return f"{survey.rows:,} rows, of which {survey.usable:,} are usable as {survey.kind}"
+    are = "is" if survey.usable == 1 else "are"
+    return f"{_rows(survey.rows)}, of which {survey.usable:,} {are} usable as {survey.kind}"
 
 
 def _counts(survey: Survey) -> list[tuple[str, str]]:
@@ -89,10 +90,11 @@ def _overlong(survey: Survey) -> str:
     if not survey.longer:
         return f"no row is longer than {survey.max_length:,} tokens"
     lost = f", after which nothing is learned of {_rows(survey.lost)}" if survey.lost else ""
+    left = survey.usable - (survey.longer - survey.lost if survey.overlong == "truncate" else 0)
     ways = {
-        "error": "training refuses them",
+        "error": f"training refuses {'it' if survey.longer == 1 else 'them'}",
         "truncate": f"{survey.beyond:,} tokens are cut{lost}",
-        "drop": f"{_rows(survey.rows - survey.longer)} are left",
+        "drop": f"{_rows(left)} {'is' if left == 1 else 'are'} left",
     }
     now = ways.pop(survey.overlong)
     others = "".join(f"; with overlong = {name} {said}" for name, said in ways.items())

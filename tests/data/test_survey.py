@@ -105,7 +105,7 @@ def test_duplicates_are_counted_by_rows_prompts_and_sides() -> None:
     assert found.splits == {"": 3, "test": 1}
 
 
-@pytest.mark.parametrize(("overlong", "usable", "refused"), [("error", 2, 2), ("truncate", 4, 0), ("drop", 2, 0)])
+@pytest.mark.parametrize(("overlong", "usable", "refused"), [("error", 2, 2), ("truncate", 3, 0), ("drop", 2, 0)])
 def test_longer_rows_are_refused_cut_or_dropped(overlong: Any, usable: int, refused: int) -> None:
     rows = [
         {"prompt": "p" * 10, "completion": "c" * 7},  # 20 tokens with three that are special
