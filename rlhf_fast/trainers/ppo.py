@@ -21,6 +21,7 @@ from rlhf_fast.data.batches import microbatches_of_examples, pad
 from rlhf_fast.data.records import PromptRecord, Source, read_prompts
 from rlhf_fast.ops.ppo_loss import STATS
 from rlhf_fast.run_folder import RunFolder
+from rlhf_fast.trainers import reward_names
 from rlhf_fast.trainers.advantages import FUNCTIONS, AdvantageFunction
 from rlhf_fast.trainers.budget import TokenBudget
 from rlhf_fast.trainers.chat_settings import use_settings
@@ -70,6 +71,8 @@ class PPOTrainer:
             raise ValueError(
                 f"ppo.prompts_per_step: {config.prompts_per_step}, but there are only {len(self.prompts)} prompts"
             )
+        if isinstance(reward, str | Path):
+            reward_names.check(str(reward))  # before a model is loaded
         self.dtype = getattr(torch, config.dtype)
         loaded, self.tokenizer = models.load(policy, self.dtype)
         config = use_settings(config, "ppo", out, self.tokenizer)
