@@ -14,6 +14,7 @@ import yaml
 from safetensors import SafetensorError
 
 from rlhf_fast import cli
+from rlhf_fast.run_folder import read_result
 
 
 def command_that(monkeypatch: pytest.MonkeyPatch, does: Callable[[], Any]) -> None:
@@ -154,14 +155,11 @@ def test_nobody_reads_on(words: list[str], reads: int) -> None:
 def test_a_damaged_file_of_a_run_is_named(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from rlhf_fast.evaluation.reward_report import write_reward_report
-
-    file = tmp_path / "reward_report.json"
     for content, words in ((b'{"a": ', "is no JSON (Expecting value: line 1"), (b"\xff", "is no UTF-8 text (")):
-        file.write_bytes(content)
-        command_that(monkeypatch, lambda: write_reward_report(tmp_path))
+        (tmp_path / "result.json").write_bytes(content)
+        command_that(monkeypatch, lambda: read_result(tmp_path))
         line = said(capsys, 1)
-        assert line.startswith(f"{file} {words}") and "rlhf_fast/evaluation/reward_report.py:" in line
+        assert line.startswith(f"{tmp_path}, or a file in it, {words}") and "rlhf_fast/run_folder.py:" in line
 
 
 def test_a_file_of_another_encoding_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
