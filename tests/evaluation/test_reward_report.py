@@ -67,7 +67,7 @@ def test_the_page_is_whole_escapes_everything_and_fetches_nothing(tmp_path: Path
 def test_compared_calls_and_thoughts_are_shown_as_what_they_say(tmp_path: Path) -> None:
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "clock", "arguments": {}}}]}
     thought = {"role": "assistant", "content": "noon", "reasoning_content": "Hm."}
-    run = run_of(tmp_path / "run", [{}, {"messages": (call, thought)}])
+    run = run_of(tmp_path / "run", [{}, {"messages": ([call], [thought])}])
     assert "assistant: clock({})" in plain(run) and "assistant: (Hm.)\nnoon" in plain(run)
 
 
