@@ -71,12 +71,15 @@ def test_ppo_is_rewarded_by_rules_that_are_named_on_the_command_line_or_in_yaml(
 def test_ppo_refuses_a_reward_model_that_agrees_too_little(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Pairs that contradict each other give an agreement of one half; below 60 % PPO starts only when told to."""
-    both = [{"chosen": "a", "rejected": "b"}, {"chosen": "b", "rejected": "a"}]
-    pairs = rows(tmp_path / "pairs.jsonl", [{"prompt": f"q{i}", **row} for i in range(16) for row in both])
+    """Pairs that say both give an agreement of one half; below 60 % PPO starts only when told to."""
+    sides = [("a", "b"), ("b", "a")]
+    same = rows(
+        tmp_path / "pairs.jsonl",
+        [{"prompt": f"q{i}", "chosen": one, "rejected": other} for i in range(16) for one, other in sides],
+    )
     prompts = rows(tmp_path / "prompts.jsonl", [{"prompt": "q"}])
     reward, out = str(tmp_path / "reward"), tmp_path / "ppo"
-    assert main(["reward", "--model", str(tiny_folder), "--data", pairs, "--out", reward]) == 0
+    assert main(["reward", "--model", str(tiny_folder), "--data", same, "--out", reward]) == 0
     words = ["ppo", "--policy", str(tiny_folder), "--reward", reward, "--prompts", prompts, "--out", str(out)]
     small = "--ppo.steps 1 --ppo.prompts_per_step 1 --ppo.max_new_tokens 4".split()
     capsys.readouterr()
