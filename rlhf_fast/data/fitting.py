@@ -200,10 +200,12 @@ def shortened(prompt: Prompt, count: Callable[[Prompt], int], room: int) -> Prom
 
 
 def _words(count: Callable[[str], int], text: str, room: int) -> str | None:
-    """As much of the end of a text as comes to at most `room` tokens; None if nothing of it does."""
+    """As much of the end of a text as comes to at most `room` tokens, in whole characters; None if nothing does."""
     text = text.rstrip()
     if not text or count(text[-1:]) > room:
         return None
+    if count(text) <= room:
+        return text
     cut, enough = 0, len(text) - 1  # cut off so much, and it is too long; so much, and it fits
     while enough - cut > 1:
         middle = (cut + enough) // 2

@@ -96,7 +96,7 @@ def test_margins_and_confidences_are_in_the_loss(loss: str, tiny_folder: Path, t
     dpo._remember_reference()
     for name, parameter in dpo.model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
+            torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(3))
     pairs = join(dpo.training, "cpu")
     with torch.no_grad():
         now = dpo._logprobs(pad(pairs.examples)).double()
@@ -121,7 +121,7 @@ def test_margins_and_confidences_are_in_the_loss(loss: str, tiny_folder: Path, t
         assert (len(parts) == 1) == (tokens > 1)
         assert float(sum(part.detach() for part, _ in parts)) == pytest.approx(float(expected), rel=1e-4)
         means = {name: sum(float(stats[name]) for _, stats in parts) for name in ("accuracy", "margin")}
-        assert means["margin"] == pytest.approx(float(x.mean()), rel=1e-4)
+        assert means["margin"] == pytest.approx(float(x.mean()), abs=1e-5)  # of sums of some 30 nats in float32
         assert means["accuracy"] == pytest.approx(float((x > 0).double().mean()))
 
 
