@@ -154,14 +154,14 @@ def test_nobody_reads_on(words: list[str], reads: int) -> None:
 def test_a_damaged_file_of_a_run_is_named(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from rlhf_fast.evaluation.reward_report import write_reward_report
+    from rlhf_fast.pages.reward_report import write_reward_report
 
     file = tmp_path / "reward_report.json"
     for content, words in ((b'{"a": ', "is no JSON (Expecting value: line 1"), (b"\xff", "is no UTF-8 text (")):
         file.write_bytes(content)
         command_that(monkeypatch, lambda: write_reward_report(tmp_path))
         line = said(capsys, 1)
-        assert line.startswith(f"{file} {words}") and "rlhf_fast/evaluation/reward_report.py:" in line
+        assert line.startswith(f"{file} {words}") and "rlhf_fast/pages/reward_report.py:" in line
 
 
 def test_a_file_of_another_encoding_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

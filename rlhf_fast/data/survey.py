@@ -1,7 +1,7 @@
 """What a data file holds, before anything is trained on it: counts, lengths, duplicates, and each row that is wrong.
 
 Rows are read and tokenised one after the other by what the trainers read and tokenise them with, but a row that cannot
-be used is noted and the next one read. Knows no page and no terminal: evaluation/data_report.py shows what is found.
+be used is noted and the next one read. Knows no page and no terminal: pages/data_report.py shows what is found.
 """
 
 from __future__ import annotations
