@@ -99,7 +99,7 @@ def clustered_share(
     worth *= (z / t_quantile((1 + level) / 2, degrees)) ** 2
     middle = (mean + z * z / (2 * worth)) / (1 + z * z / worth)
     half = z / (1 + z * z / worth) * math.sqrt(mean * (1 - mean) / worth + (z / (2 * worth)) ** 2)
-    return Interval(mean, max(0.0, middle - half), min(1.0, middle + half))
+    return Interval(mean, min(mean, max(0.0, middle - half)), max(mean, min(1.0, middle + half)))  # but for rounding
 
 
 def t_quantile(p: float, degrees: int) -> float:

@@ -48,17 +48,19 @@ def run(command: DataCommand) -> None:
     from rlhf_fast.data.templates import use_template
     from rlhf_fast.pages.data_report import as_text, in_colour, require_page, write_page
     from rlhf_fast.terminal import bar_updater, progress_bar
+    from rlhf_fast.trainers.lengths import sizes_of
 
     if command.out:
         require_page(Path(command.out))
     next(scan_rows(command.data), None)  # a file that cannot be read is told before a tokenizer is
     tokenizer = models.load_tokenizer(command.model)
+    context, vocabulary = sizes_of(command.model)
     use_template(tokenizer, command.chat_template, command.template_kwargs, command.parse_special_tokens)
     with progress_bar(count_rows(command.data), "data", "row") as bar:
         found = survey(
             command.data, tokenizer, max_length=command.max_length, max_new_tokens=command.max_new_tokens,
-            overlong=command.overlong, turns=command.turns, examples=command.records, lines=command.lines,
-            kept=command.problems, progress=bar_updater(bar),
+            overlong=command.overlong, context=context, vocabulary=vocabulary, turns=command.turns,
+            examples=command.records, lines=command.lines, kept=command.problems, progress=bar_updater(bar),
         )  # fmt: skip
     if command.json:
         print(json.dumps({"data": command.data, "model": command.model, **asdict(found)}, indent=2))

@@ -48,7 +48,7 @@ class Fitting:
         """The row's conversations; none of one that is left out."""
         self.rows += 1
         found = tokenize_record(row, self.tokenizer, turns=turns)
-        self._check_tokens([conversation.input_ids for conversation in found], row.name)
+        self.check_tokens([conversation.input_ids for conversation in found], row.name)
         tokens = max(map(len, found))
         if not self._cuts(tokens, f"{row.name or 'a demonstration'}: prompt and response have {tokens} tokens"):
             return tuple(found) if tokens <= self.limit else ()
@@ -64,7 +64,7 @@ class Fitting:
         """The row with its prompt as it is read, and the chosen and the rejected answer; None if it is left out."""
         self.rows += 1
         sides = tokenize_comparison(row, self.tokenizer, scored=scored)
-        self._check_tokens([side.prompt + side.response for side in sides], row.name)
+        self.check_tokens([side.prompt + side.response for side in sides], row.name)
         tokens = max(map(len, sides))
         if self._cuts(tokens, f"{row.name or 'a comparison'}: prompt and response have {tokens} tokens"):
             if (short := self._short_prompt(row, tokens)) is not row.prompt:
@@ -90,7 +90,7 @@ class Fitting:
         self.rows += 1
         count = self._counter(record)
         (ids,) = (conversation.input_ids for conversation in tokenize_record(record, self.tokenizer))
-        self._check_tokens([ids], record.name)
+        self.check_tokens([ids], record.name)
         tokens = len(ids) + response
         if not self._cuts(
             tokens, f"{record.name or 'a prompt'}: with max_new_tokens = {response} it comes to {tokens} tokens"
@@ -153,7 +153,7 @@ class Fitting:
         self.dropped += 1
         return ()
 
-    def _check_tokens(self, rows: Sequence[Sequence[int]], name: str) -> None:
+    def check_tokens(self, rows: Sequence[Sequence[int]], name: str) -> None:
         """Refuse tokens that the model has no embedding for."""
         if self.vocabulary is not None and (most := max(map(max, rows))) >= self.vocabulary:
             token = self.tokenizer.convert_ids_to_tokens(most)

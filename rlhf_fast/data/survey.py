@@ -1,7 +1,7 @@
 """What a data file holds, before anything is trained on it: counts, lengths, duplicates, and each row that is wrong.
 
 Rows are read and tokenised one after the other by what the trainers read and tokenise them with, but a row that cannot
-be used is noted and the next one read. Knows no page and no terminal: evaluation/data_report.py shows what is found.
+be used is noted and the next one read. Knows no page and no terminal: pages/data_report.py shows what is found.
 """
 
 from __future__ import annotations
@@ -19,14 +19,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_fast.data.conversations import Tokenized
-from rlhf_fast.data.records import (
-    Comparison,
-    Demonstration,
-    PromptRecord,
-    RecordError,
-    Source,
-    read_record,
-)
+from rlhf_fast.data.fitting import Fitting, Overlong
+from rlhf_fast.data.records import Comparison, Demonstration, PromptRecord, RecordError, Source, read_record
 from rlhf_fast.data.rows import count_rows, scan_rows
 from rlhf_fast.data.templates import added_tokens, pattern_of
 from rlhf_fast.data.tokenize import tokenize_record
@@ -85,13 +79,14 @@ class Survey:
     lengths: dict[str, Lengths]  # of prompt, response (or chosen, rejected), and whole row
     duplicate_rows: int  # rows that are the same as one before them
     duplicate_prompts: int
-    identical_sides: int  # comparisons whose two answers are the same
+    identical_sides: int  # comparisons whose two answers are the same, which training leaves out
     spelled_out: int  # rows in whose texts somebody typed a special token
     max_length: int
     overlong: str  # what is done with longer rows: error, truncate or drop
-    longer: int  # rows with more tokens than max_length
-    beyond: int  # tokens of them beyond max_length
-    lost: int  # rows of which nothing would be learned if they were cut
+    limit: int  # tokens that a row may have: max_length, or the model's positions if these are fewer
+    longer: int  # rows with more tokens
+    beyond: int  # tokens of them that are lost if they are cut
+    lost: int  # rows of which nothing is left then
     problems: list[Problem] = field(default_factory=list)  # the first ones, by line
     examples: list[Example] = field(default_factory=list)
     not_shown: list[int] = field(default_factory=list)  # lines that were asked for, and are no rows that can be used
@@ -109,7 +104,9 @@ def survey(
     *,
     max_length: int = 1024,
     max_new_tokens: int = 0,
-    overlong: Literal["error", "truncate", "drop"] = "error",
+    overlong: Overlong = "error",
+    context: int | None = None,
+    vocabulary: int | None = None,
     turns: Literal["all", "last"] = "all",
     examples: int = 3,
     lines: Collection[int] = (),
@@ -121,6 +118,9 @@ def survey(
     Args:
         tokenizer: set up as the run's is (`data.templates.use_template`).
         max_length: tokens of a row; of prompts with `max_new_tokens` for an answer.
+        overlong: what is done with longer rows.
+        context: positions that the model has; None: any number.
+        vocabulary: tokens that it has.
         examples: rows that are given back with their tokens, the first ones that can be used.
         lines: these in their place.
         kept: problems that are given back at most.
@@ -130,6 +130,7 @@ def survey(
         RecordError: the file cannot be read at all, or has no rows.
     """
     started, total = time.monotonic(), count_rows(source)
+    fitting = Fitting(tokenizer, max_length, "truncate", context=context, vocabulary=vocabulary)
     tallies: dict[Kind, _Tally] = {kind: _Tally(kept) for kind in _KINDS.values()}
     unreadable, rows = _Problems(kept), 0
     for number, name, row in scan_rows(source):
@@ -139,11 +140,13 @@ def survey(
                 raise row
             record = read_record(row, name)
             conversations = tokenize_record(record, tokenizer, turns=turns)
+            fitting.check_tokens([each.input_ids for each in conversations], name)
         except ValueError as error:
             unreadable.add(number, str(error).removeprefix(f"{name}: "))
         else:
             tally = tallies[_KINDS[type(record)]]
-            tally.add(number, row, record, conversations, max_length, max_new_tokens, tokenizer)
+            tally.add(number, row, record, conversations, tokenizer)
+            tally.fit(number, record, conversations, fitting, max_new_tokens, turns)
             if number in lines if lines else len(tally.examples) < examples:
                 tally.examples.append(_example(number, record, conversations, tokenizer))
         if progress:
@@ -154,11 +157,11 @@ def survey(
     main = tallies[kind]
     others = [_of_another_kind(other, kind, tally) for other, tally in tallies.items() if other != kind]
     parts = [unreadable, *others, *([main.longer] if overlong == "error" else [])]
-    refused = sum(part.count for part in parts)
+    refused, dropped = sum(part.count for part in parts), main.longer.count
     return Survey(
         kind=kind if main.rows else None,
         rows=rows,
-        usable=rows - refused - {"error": 0, "truncate": main.lost, "drop": main.longer.count}[overlong],
+        usable=rows - refused - main.identical_sides - {"error": 0, "truncate": main.lost, "drop": dropped}[overlong],
         refused=refused,
         splits=dict(main.splits),
         lengths={name: _lengths(values) for name, values in main.tokens.items()},
@@ -168,6 +171,7 @@ def survey(
         spelled_out=main.spelled_out,
         max_length=max_length,
         overlong=overlong,
+        limit=fitting.limit,
         longer=main.longer.count,
         beyond=main.beyond,
         lost=main.lost,
@@ -209,8 +213,6 @@ class _Tally:
         row: Mapping[str, Any],
         record: PromptRecord | Demonstration | Comparison,
         conversations: list[Tokenized],
-        max_length: int,
-        max_new_tokens: int,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         self.rows += 1
@@ -220,24 +222,46 @@ class _Tally:
         self.seen_rows.add(_digest(text))
         first = _first_learned(conversations[0])
         self.seen_prompts.add(_digest(repr(conversations[0].input_ids[:first])))
-        if isinstance(record, Comparison) and conversations[0] == conversations[1]:
-            self.identical_sides += 1
         if pattern_of(added_tokens(tokenizer).special).search(text):
             self.spelled_out += 1
         for name, count in _parts(record, conversations, first).items():
             self.tokens.setdefault(name, array("q")).append(count)
-        room = max_length - (max_new_tokens if isinstance(record, PromptRecord) else 0)
-        self._measure(line, record, conversations, max_length, room)
 
-    def _measure(self, line: int, record: Any, conversations: list[Tokenized], max_length: int, room: int) -> None:
-        longest = max(map(len, conversations))
-        if longest <= room:
+    def fit(
+        self,
+        line: int,
+        record: PromptRecord | Demonstration | Comparison,
+        conversations: list[Tokenized],
+        fitting: Fitting,
+        max_new_tokens: int,
+        turns: Literal["all", "last"],
+    ) -> None:
+        """Hold a row against what fits, and cut it if it is too long."""
+        answer = max_new_tokens if isinstance(record, PromptRecord) else 0
+        if (tokens := max(map(len, conversations)) + answer) <= fitting.limit:
+            self.identical_sides += isinstance(record, Comparison) and conversations[0] == conversations[1]
             return
-        answer = f" and {max_length - room} for an answer" if room < max_length else ""
-        self.longer.add(line, f"{longest} tokens{answer}, more than max_length = {max_length}")
-        self.beyond += sum(max(0, len(each) - room) for each in conversations)
-        if not isinstance(record, PromptRecord) and any(not any(each.loss_mask[:room]) for each in conversations):
-            self.lost += 1
+        fewer = fitting.limit < fitting.max_length
+        limit = f"the model's {fitting.limit} positions" if fewer else f"max_length = {fitting.max_length}"
+        self.longer.add(line, f"{tokens} tokens{f', {answer} of them for an answer' * bool(answer)}, more than {limit}")
+        left = _cut(record, fitting, max_new_tokens, turns)
+        self.beyond += sum(map(len, conversations)) - left
+        self.lost += not left
+
+
+def _cut(
+    record: PromptRecord | Demonstration | Comparison,
+    fitting: Fitting,
+    max_new_tokens: int,
+    turns: Literal["all", "last"],
+) -> int:
+    """How many tokens training reads of a row that is too long."""
+    if isinstance(record, Demonstration):
+        return sum(map(len, fitting.demonstration(record, turns)))
+    if isinstance(record, Comparison):
+        kept = fitting.comparison(record)
+        return sum(map(len, kept[1])) if kept else 0
+    return sum(len(tokenize_record(kept, fitting.tokenizer)[0]) for kept in fitting.prompts([record], max_new_tokens))
 
 
 def _first_learned(conversation: Tokenized) -> int:

@@ -348,6 +348,7 @@ def _guide(evaluation: dict[str, Any], names: tuple[str, str]) -> str:
         "and the difference is taken prompt by prompt; its 95% interval comes from drawing whole prompts anew, because "
         "more samples of one prompt say nothing about other prompts. An interval that holds zero (for a win rate: 50%) "
         f"means that the two cannot be told apart. {stands} KL, in nats per response, is how far {a} has moved from "
-        f"{b}: a gain bought with little KL is more trustworthy, while a large KL with longer or repetitive replies hints at a reward that is being "
+        f"{b}: a gain bought with little KL is more trustworthy, while a large KL with longer or repetitive replies "
+        "hints at a reward that is being "
         "gamed.</p>"
     )

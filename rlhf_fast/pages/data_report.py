@@ -74,7 +74,8 @@ def _counts(survey: Survey) -> list[tuple[str, str]]:
     said = f"{_rows(survey.duplicate_rows)}; the prompts of {_rows(survey.duplicate_prompts)} stand in rows before them"
     found.append(("duplicates", said if survey.duplicate_rows or survey.duplicate_prompts else "none"))
     if survey.kind == "comparisons":
-        found.append(("same answers", f"chosen and rejected are the same in {_rows(survey.identical_sides)}"))
+        left_out = ", which training leaves out" if survey.identical_sides else ""
+        found.append(("same answers", f"chosen and rejected are the same in {_rows(survey.identical_sides)}{left_out}"))
     if survey.spelled_out:
         found.append(("special tokens", f"spelled out in the texts of {_rows(survey.spelled_out)}"))
     found.append(("max_length", _overlong(survey)))
@@ -87,9 +88,11 @@ def _rows(count: int) -> str:
 
 def _overlong(survey: Survey) -> str:
     """What would be cut or dropped."""
+    fewer = " (the model has no more positions)" if survey.limit < survey.max_length else ""
+    limit = f"{survey.limit:,} tokens{fewer}"
     if not survey.longer:
-        return f"no row is longer than {survey.max_length:,} tokens"
-    lost = f", after which nothing is learned of {_rows(survey.lost)}" if survey.lost else ""
+        return f"no row is longer than {limit}"
+    lost = f", and {_rows(survey.lost)} left out of which nothing remains" if survey.lost else ""
     left = survey.usable - (survey.longer - survey.lost if survey.overlong == "truncate" else 0)
     ways = {
         "error": f"training refuses {'it' if survey.longer == 1 else 'them'}",
@@ -98,7 +101,7 @@ def _overlong(survey: Survey) -> str:
     }
     now = ways.pop(survey.overlong)
     others = "".join(f"; with overlong = {name} {said}" for name, said in ways.items())
-    return f"{_rows(survey.longer)} longer than {survey.max_length:,} tokens: {now}{others}"
+    return f"{_rows(survey.longer)} longer than {limit}: {now}{others}"
 
 
 def _columns(pairs: list[tuple[str, str]], width: int | None) -> list[str]:
@@ -242,7 +245,7 @@ def _cards(survey: Survey) -> str:
         ("Rows", f"{survey.rows:,}", survey.kind or "of no kind"),
         ("Usable", f"{survey.usable:,}", "as training is set"),
         ("Refused", f"{survey.refused:,}", "see the problems" if survey.refused else "none"),
-        ("Longer than max_length", f"{survey.longer:,}", f"{survey.max_length:,} tokens"),
+        ("Longer than max_length", f"{survey.longer:,}", f"{survey.limit:,} tokens"),
     ]
     if whole:
         figures += [

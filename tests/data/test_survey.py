@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from rlhf_fast.data.records import RecordError, read_demonstrations
+from rlhf_fast.data.fitting import Fitting
+from rlhf_fast.data.records import Comparison, Demonstration, RecordError, read_demonstrations, read_record
 from rlhf_fast.data.survey import BINS, survey
 from rlhf_fast.data.tokenize import tokenize_record
 from rlhf_fast.models.byte_tokenizer import byte_tokenizer
@@ -105,17 +106,58 @@ def test_duplicates_are_counted_by_rows_prompts_and_sides() -> None:
     assert found.splits == {"": 3, "test": 1}
 
 
-@pytest.mark.parametrize(("overlong", "usable", "refused"), [("error", 2, 2), ("truncate", 3, 0), ("drop", 2, 0)])
-def test_longer_rows_are_refused_cut_or_dropped(overlong: Any, usable: int, refused: int) -> None:
-    rows = [
+LONG: dict[str, list[dict[str, Any]]] = {
+    "demonstrations": [
         {"prompt": "p" * 10, "completion": "c" * 7},  # 20 tokens with three that are special
         {"prompt": "p" * 10, "completion": "c" * 8},
-        {"prompt": "p" * 18, "completion": "c"},  # nothing learned is left
+        {"prompt": "p" * 30, "completion": "c"},  # whose prompt is cut
         {"prompt": "p", "completion": "c"},
-    ]
-    found = survey(rows, byte_tokenizer(), max_length=20, overlong=overlong)
-    assert (found.usable, found.refused, found.longer) == (usable, refused, 2)
-    assert (found.beyond, found.lost) == (1 + 2, 1)
+        {
+            "prompt": [{"role": "system", "content": "s" * 30}, TALK["messages"][0]],
+            "completion": "c",
+        },  # nothing is left
+    ],
+    "comparisons": [
+        {"prompt": "p", "chosen": "a" * 30, "rejected": "b"},
+        {"prompt": "p" * 40, "chosen": "a", "rejected": "b"},
+        {"prompt": "p", "chosen": "a", "rejected": "b"},
+        {"prompt": "p", "chosen": "a" * 30, "rejected": "a" * 31},  # cut, they are the same
+        {"prompt": "p", "chosen": "c", "rejected": "c"},
+        {"prompt": "p", "chosen": "c" * 40, "rejected": "c" * 40},  # both
+    ],
+    "prompts": [{"prompt": "p" * size} for size in (10, 11, 40)],
+}
+
+
+def kept(kind: str, overlong: Any) -> list[int]:
+    """How many tokens the trainers' own fitting keeps of each row that it keeps."""
+    fitting = Fitting(byte_tokenizer(), 20, overlong)
+    found = []
+    for row in map(read_record, LONG[kind]):
+        if isinstance(row, Demonstration):
+            found.append(sum(map(len, fitting.demonstration(row))))
+        elif isinstance(row, Comparison):
+            both = fitting.comparison(row)
+            found.append(sum(map(len, both[1])) if both else 0)
+        else:
+            found += [len(tokenize_record(one, byte_tokenizer())[0]) for one in fitting.prompts([row], 8)]
+    return [count for count in found if count]
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_longer_rows_are_refused_cut_or_dropped_as_trainers_do_it(kind: str) -> None:
+    rows = LONG[kind]
+    found = {
+        overlong: survey(rows, byte_tokenizer(), max_length=20, max_new_tokens=8, overlong=overlong)  # type: ignore[arg-type]
+        for overlong in ("error", "truncate", "drop")
+    }
+    sizes = [sum(map(len, tokenize_record(row, byte_tokenizer()))) for row in rows]
+    for overlong in ("truncate", "drop"):
+        assert found[overlong].usable == len(kept(kind, overlong)) and found[overlong].refused == 0
+    same = found["error"].identical_sides
+    assert found["error"].refused == found["error"].longer == len(rows) - len(kept(kind, "drop")) - same
+    gone = sum(sizes) - sum(kept(kind, "truncate")) - (10 if same else 0)  # the row of two that are the same, uncut
+    assert found["error"].beyond == gone
 
 
 def test_prompts_leave_room_for_an_answer_and_one_just_fits() -> None:
@@ -123,8 +165,17 @@ def test_prompts_leave_room_for_an_answer_and_one_just_fits() -> None:
     found = survey(rows, byte_tokenizer(), max_length=20, max_new_tokens=8)
     assert found.kind == "prompts"
     assert [(one.line, one.what) for one in found.problems] == [
-        (1, "13 tokens and 8 for an answer, more than max_length = 20")
+        (1, "21 tokens, 8 of them for an answer, more than max_length = 20")
     ]
+
+
+def test_what_the_model_has_no_place_for_is_refused() -> None:
+    found = survey(GOOD, byte_tokenizer(), context=30)
+    assert found.limit == 30 and found.refused == found.longer
+    assert found.longer == sum(len(tokenize_record(row, byte_tokenizer())[0]) > 30 for row in GOOD) > 0
+    assert found.problems[0].what.endswith("tokens, more than the model's 30 positions")
+    found = survey(GOOD, byte_tokenizer(), vocabulary=100)
+    assert found.usable == 0 and "beyond the model's 100 embeddings" in found.problems[0].what
 
 
 def test_examples_show_the_tokens_that_are_learned_and_where_turns_end() -> None:

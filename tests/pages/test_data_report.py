@@ -171,3 +171,24 @@ def test_a_file_of_which_no_row_can_be_used(
     assert "line 2 is not shown: it is no row that can be used" in out
     assert "Line 2 is not shown" in Path(page).read_text()
     assert code == 1 and "none of 3 rows can be used" in out and "line 1 " in out
+
+
+def test_a_model_of_fewer_positions_is_the_limit(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As its config says, of an adapter's base model too."""
+    config = json.loads((tiny_folder / "config.json").read_text())
+    folder, adapter = tmp_path / "short", tmp_path / "adapter"
+    for made, name in ((folder, "config.json"), (adapter, "adapter_config.json")):
+        made.mkdir()
+        for file in [*tiny_folder.glob("*token*"), tiny_folder / "chat_template.jinja"]:
+            (made / file.name).write_bytes(file.read_bytes())
+        kept = {**config, "max_position_embeddings": 40} if made == folder else {
+            "base_model_name_or_path": str(folder), "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2,
+        }  # fmt: skip
+        (made / name).write_text(json.dumps(kept))
+    file = write(tmp_path / "rows.jsonl", [ROWS[0], {"prompt": "p" * 30, "completion": "c" * 10}])
+    for model in (folder, adapter):
+        code, out, _ = data(capsys, file, "--model", str(model))
+        assert code == 1 and "line 2         43 tokens, more than the model's 40 positions" in out
+        assert "1 row longer than 40 tokens (the model has no more positions): training refuses it" in out

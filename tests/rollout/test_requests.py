@@ -339,7 +339,7 @@ def test_prompts_may_be_tensors_and_arrays(tiny: tuple[Any, Any], made: Any) -> 
             "prompt 0: the content of a message of prompt should be text",
         ),
         (
-            [[{"from": "human", "value": "Hi"}]],
+            [[{"who": "human", "text": "Hi"}]],
             ValueError,
             'prompt 0: a message of prompt should be {"role"',
         ),

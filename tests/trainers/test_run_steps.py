@@ -87,7 +87,7 @@ def drive(out: Path, losses: list[float], patience: int | None = None, **run: An
 
 def test_without_being_asked_for_more_a_run_leaves_its_last_checkpoint(tmp_path: Path) -> None:
     outcome, done, left = drive(tmp_path, [3.0, 1.0, 2.0])
-    assert (outcome.step, outcome.row, done, left) == (3, {"heldout_loss": 2.0}, [1, 2, 3], ["step-3"])
+    assert (outcome.step, outcome.row, done, left) == (3, {"loss": 0.0, "heldout_loss": 2.0}, [1, 2, 3], ["step-3"])
 
 
 def test_the_last_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_the_last_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
 
 def test_patience_ends_a_run_whose_outcome_is_its_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     outcome, done, left = drive(tmp_path, [3.0, 1.0, 1.0, 2.0, 0.5], patience=2, keep_last=1)
-    assert (outcome.step, outcome.row, done) == (2, {"heldout_loss": 1.0}, [1, 2, 3, 4])
+    assert (outcome.step, outcome.row, done) == (2, {"loss": 0.0, "heldout_loss": 1.0}, [1, 2, 3, 4])
     assert left == ["step-2", "step-4"]
     assert "ended after step 4 of 5: heldout_loss has not improved for 2 evaluations" in capsys.readouterr().err
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from rlhf_fast.evaluation.reward_report import write_reward_report
 
 from rlhf_fast.config import DPOConfig, LoRAConfig, OptimConfig, RewardConfig
 from rlhf_fast.data.batches import pad
+from rlhf_fast.pages.reward_report import write_reward_report
 from rlhf_fast.trainers.dpo import DPOTrainer
 from rlhf_fast.trainers.reward import RewardTrainer
 
