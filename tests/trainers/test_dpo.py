@@ -102,7 +102,7 @@ def test_margins_and_confidences_are_in_the_loss(loss: str, tiny_folder: Path, t
         now = dpo._logprobs(pad(pairs.examples)).double()
     h = now - torch.tensor([dpo.reference[example] for example in pairs.examples]).double()
     x, c = beta * (h[pairs.chosen] - h[pairs.rejected]), pairs.confidences.double()
-    assert float((x > 0).double().mean()) > 0 and pairs.margins.any() and (c < 1).any()
+    assert pairs.margins.any() and (c < 1).any() and float(x.abs().min()) > 1e-5  # no tie, in float32
 
     def of(x: torch.Tensor) -> torch.Tensor:
         plus, minus = torch.nn.functional.softplus(-x), torch.nn.functional.softplus(x)
