@@ -57,12 +57,12 @@ def main(arguments: list[str] | None = None) -> int:
         code = _run(words)
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:  # a run that was under way says what it kept
         hint = {
             "demo": "the same command goes on after the last finished phase",
-            **dict.fromkeys(TRAINING, "the same command goes on from what was last kept"),
+            **dict.fromkeys(TRAINING, "nothing was trained yet"),
         }
-        errors.say(f"stopped; {hint.get(verb, 'nothing is half-written')}")
+        errors.say(str(error) or f"stopped; {hint.get(verb, 'nothing is half-written')}")
         return 130
     except Exception as error:
         if isinstance(error, BrokenPipeError) and errors.reader_is_gone():
