@@ -76,7 +76,7 @@ def clustered_share(
 
     Wilson's interval (1927) for as many independent judgements as the samples are worth: their number over the design
     effect of their clusters, less for the few clusters that it is estimated from (Korn and Graubard 1998). Where all
-    values are 0, or all are 1, each cluster counts as one judgement. So 8 prompts of which all agree give
+    values are the same, each cluster counts as one judgement. So 8 prompts of which all agree give
     1.00 [0.59, 1.00], of which resampling would say [1.00, 1.00].
 
     Args:
@@ -94,7 +94,9 @@ def clustered_share(
     mean, size, degrees = float(array.mean()), float(len(array)), len(counts) - 1
     # Of the ratio of sums to counts, linearised (Cochran 1977, chapter 6).
     variance = float(((sums - counts * mean) ** 2).sum()) / size**2 * len(counts) / degrees
-    worth = min(size, mean * (1 - mean) / variance) if variance > 0 else float(len(counts))
+    worth = float(len(counts))
+    if variance > 0:  # at most that of independent ones, of which a tie says more than a yes and a no
+        worth = mean * (1 - mean) / max(variance, float(array.var()) / size)
     z = NormalDist().inv_cdf((1 + level) / 2)
     worth *= (z / t_quantile((1 + level) / 2, degrees)) ** 2
     middle = (mean + z * z / (2 * worth)) / (1 + z * z / worth)

@@ -186,11 +186,14 @@ def _brief(summary: dict[str, Any]) -> str:
     """A summary on one line."""
     parts = []
     for name, value in summary.items():
+        if name == "notes" or name.endswith("_before"):
+            continue
         if name == "judge_note":
             continue  # a sentence; it stands in the report
         if isinstance(value, dict):
             value = f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
         elif isinstance(value, float):
             value = f"{value:.3f}"
-        parts.append(f"{name} {value}")
+        before = summary.get(f"{name}_before")
+        parts.append(f"{name} {value}" if before is None else f"{name} {before:.3f} -> {value}")
     return ", ".join(parts)

@@ -171,11 +171,16 @@ def check_folder(
     Args:
         but: settings that may differ from those of the run that was begun there, as they are not known yet.
     """
+    check_place(path, phase, trackers)
+    _refuse_other(Path(path), config_yaml, but)
+
+
+def check_place(path: str | Path, phase: str, trackers: tuple[str, ...] = ()) -> None:
+    """The same before settings are known: raise if no run of `phase` can be in this folder, or be shown so."""
     path = Path(path)
     refuse_foreign(path)
     _refuse_finished(path)
     check_claim(path, phase)
-    _refuse_other(path, config_yaml, but)
     require_trackers(trackers)
 
 

@@ -202,10 +202,12 @@ def test_help_and_wrong_commands_load_neither_torch_nor_transformers() -> None:
         "__file__ = cli.__file__\n"
         "wrong = [['--help'], ['ppo', '--help'], ['ppo', '--ppo.kl_cof', '1'], ['generate', '--model', 'runs/none'],\n"
         "['ppo', '--policy', 'smollm2-135m', '--reward', 'my.py', '--prompts', __file__, '--out', 'o'],\n"
-        "['sft', '--data', 'none.jsonl', '--out', 'o'], ['doctor', '--device', 'cuda'], ['train']]\n"
+        "['sft', '--data', 'none.jsonl', '--out', 'o'], ['doctor', '--device', 'cuda'], ['train'],\n"
+        "['sft', '--data', __file__, '--out', '.'],\n"
+        "['dpo', '--data', __file__, '--out', 'o', '--dpo.run.trackers', 'trackio']]\n"
         "codes = [cli.main(words) for words in wrong]\n"
         "heavy = {'torch', 'transformers', 'peft', 'numpy', 'huggingface_hub'} & set(sys.modules)\n"
-        "sys.exit(f'{codes} {heavy}' if heavy or codes != [0, 0, 2, 1, 1, 1, 2, 2] else 0)\n"
+        "sys.exit(f'{codes} {heavy}' if heavy or codes != [0, 0, 2, 1, 1, 1, 2, 2, 1, 1] else 0)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

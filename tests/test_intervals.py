@@ -147,6 +147,14 @@ def test_the_interval_of_a_share_covers_it(prompts: int, each: int, share: float
     assert covered >= resampled
 
 
+def test_ties_say_more_than_as_many_wins_and_losses() -> None:
+    found = clustered_share([1.0] * 2 + [0.5] * 48, np.arange(50))
+    drawn = clustered_bootstrap([1.0] * 2 + [0.5] * 48, np.arange(50))
+    assert (found.low, found.high) == pytest.approx((drawn.low, drawn.high), abs=0.01)
+    even = clustered_share([1.0, 0.0] * 25, np.arange(50))
+    assert (even.low, even.high) == pytest.approx((0.362, 0.638), abs=1e-3)
+
+
 def test_ties_count_half_and_copies_do_not_shrink_the_interval() -> None:
     values = [1.0, 0.5, 0.0, 1.0, 1.0, 0.5]
     once, often = clustered_share(values, np.arange(6)), clustered_share(values * 4, [*range(6)] * 4)

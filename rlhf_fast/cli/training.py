@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from rlhf_fast.cli import inputs
 from rlhf_fast.cli.told import tell
 from rlhf_fast.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
+from rlhf_fast.run_folder import check_place
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ def _require_advantage(config: PPOConfig, *allowed: str) -> None:
 
 def sft(command: SFTCommand) -> None:
     inputs.check(file=_files(command), model={"model": command.model})
+    check_place(command.out, "sft", command.sft.run.trackers)
     from rlhf_fast.trainers.sft import SFTTrainer
 
     heldout = command.heldout_data or None
@@ -103,6 +105,7 @@ def sft(command: SFTCommand) -> None:
 
 def reward(command: RewardCommand) -> None:
     inputs.check(file=_files(command), model={"model": command.model})
+    check_place(command.out, "reward", command.reward.run.trackers)
     from rlhf_fast.trainers.reward import RewardTrainer
 
     heldout = command.heldout_data or None
@@ -113,6 +116,7 @@ def reward(command: RewardCommand) -> None:
 
 def dpo(command: DPOCommand) -> None:
     inputs.check(file=_files(command), model={"model": command.model})
+    check_place(command.out, "dpo", command.dpo.run.trackers)
     from rlhf_fast.trainers.dpo import DPOTrainer
 
     heldout = command.heldout_data or None
@@ -123,6 +127,7 @@ def dpo(command: DPOCommand) -> None:
 def ppo(command: PPOCommand) -> None:
     files = {"prompts": command.prompts, "heldout_data": command.heldout_data}
     inputs.check({"policy": command.policy}, _given(files), {"reward": command.reward})
+    check_place(command.out, "ppo", command.ppo.run.trackers)
     from rlhf_fast.trainers.ppo import PPOTrainer
 
     heldout = command.heldout_data or None
