@@ -3,6 +3,7 @@
 import errno
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,13 @@ def test_nobody_reads_on(words: list[str], reads: int) -> None:
     process.stdout.close()
     err = process.stderr.read()
     assert (process.wait(timeout=60), err) == (141, b"")
+
+
+def test_a_warning_is_one_line_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    command_that(monkeypatch, lambda: print(warnings.formatwarning("two\n lines", UserWarning, "a.py", 3)))
+    before = warnings.formatwarning
+    assert cli.main(["doctor"]) == 0
+    assert "rlhf-fast: two lines\n" in capsys.readouterr().out and warnings.formatwarning is before
 
 
 def test_a_damaged_file_of_a_run_is_named(

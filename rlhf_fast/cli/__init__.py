@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
     shows_traceback = "--traceback" in words
     words = [word for word in words if word != "--traceback"]
     verb = words[0] if words else ""
+    plain = warnings.formatwarning
+    warnings.formatwarning = _warning
     try:
         code = _run(words)
         sys.stdout.flush()
@@ -72,6 +75,13 @@ def main(arguments: list[str] | None = None) -> int:
         message, code = errors.explained(error, verb)
         errors.say(message)
         return code
+    finally:
+        warnings.formatwarning = plain
+
+
+def _warning(message: Warning | str, *_: Any, **__: Any) -> str:
+    """Without the place in the source, which says nothing to who gave the command."""
+    return f"rlhf-fast: {' '.join(str(message).split())}\n"
 
 
 def _run(words: list[str]) -> int:

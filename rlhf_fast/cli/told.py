@@ -46,4 +46,4 @@ def _words(name: str) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, dict) and {"mean", "low", "high"} <= value.keys():
         return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{round(value, 6) + 0.0:.4g}" if isinstance(value, float) else str(value)  # no -0, nor rounding errors

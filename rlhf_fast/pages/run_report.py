@@ -172,4 +172,4 @@ def _words(name: str) -> str:
 
 
 def _short(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}".replace("-", "−")
+    return "–" if value is None else f"{round(value, 6) + 0.0:.4g}".replace("-", "−")  # no −0, nor rounding errors
