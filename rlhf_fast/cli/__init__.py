@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt as error:  # a run that was under way says what it kept
         hint = {
             "demo": "the same command goes on after the last finished phase",
-            **dict.fromkeys(TRAINING, "nothing was trained yet"),
+            **dict.fromkeys(TRAINING, "no step was made, and nothing has changed"),
         }
         errors.say(str(error) or f"stopped; {hint.get(verb, 'nothing is half-written')}")
         return 130

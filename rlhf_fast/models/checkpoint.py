@@ -48,8 +48,10 @@ def save(
 
     Raises:
         ValueError: an adapter on a model that is not itself saved anywhere, so that it could never be loaded.
-        OSError: it cannot be written; the message says why.
+        OSError: it cannot be written, or `path` is a folder of something else; the message says why.
     """
+    if path.is_dir() and any(path.iterdir()) and not is_checkpoint(path):
+        raise FileExistsError(f"{path} is a folder that holds no model; it is not replaced: choose another one")
     if isinstance(model, PeftModel) and not getattr(model.get_base_model(), "name_or_path", None):
         raise ValueError(
             "model: the adapter's base model was made from a config and is nowhere saved; "

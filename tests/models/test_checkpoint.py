@@ -241,3 +241,13 @@ def test_an_adapter_whose_base_model_is_gone_says_so(tiny: tuple[Any, Any], tmp_
         file.write_text(json.dumps({**config, "base_model_name_or_path": base}))
         with pytest.raises((FileNotFoundError, ValueError), match=message):
             models.load(tmp_path / "a")
+
+
+def test_a_folder_of_something_else_is_not_replaced(tiny: tuple[Any, Any], tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("precious")
+    with pytest.raises(FileExistsError, match="mine is a folder that holds no model; it is not replaced"):
+        models.save(tmp_path / "mine", *tiny)
+    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+    for _ in range(2):  # a checkpoint is
+        models.save(tmp_path / "model", *tiny)
