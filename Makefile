@@ -17,7 +17,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -q
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test asan lint bench gpu rehearsal clean
+.PHONY: help install demo test asan lint mutants bench gpu rehearsal clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -56,6 +56,12 @@ lint: $(STAMP) ## ruff, mypy and clang-format
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy rlhf_fast bench
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+# Not part of the tests: a mutant takes from seconds to some minutes.
+MUTANTS ?= 20
+SEED ?= 0
+mutants: $(STAMP) ## MUTANTS (20) deliberate mistakes of SEED (0), and whether any test notices: build/mutants.jsonl
+	$(BIN)/python -m bench.mutants --count $(MUTANTS) --seed $(SEED)
 
 bench: $(STAMP) ## time the ops beside their peers (bench/results)
 	$(BIN)/rlhf-fast bench ops

@@ -8,6 +8,7 @@ import os
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -214,21 +215,33 @@ def keep_on(out: str) -> None:
         run.finish({})
 
 
+def is_marked(out: Path) -> bool:
+    return (out / MARK).exists() and (out / MARK).stat().st_size > 0
+
+
+def wait_for(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def test_killed_at_any_instant_a_run_goes_on_and_foreign_files_stay(tmp_path: Path) -> None:
     """As soon as there is a folder, somebody's file is put into it; then it is killed, again and again."""
     draw, killed = random.Random(1), 0
     for number in range(6):
         out = tmp_path / f"run-{number}"
-        for _ in range(12):
+        for attempt in range(12):
             process: Any = PROCESSES.Process(target=keep_on, args=(str(out),))
             process.start()
+            if attempt % 2:  # at any instant after the mark; otherwise at any
+                wait_for(lambda out=out: is_marked(out))
+                (out / "notes.txt").write_text("mine")
             time.sleep(draw.random() * 0.04)
             process.kill()
             process.join(60)
             assert process.exitcode in (0, -9), Path(f"{out}.errors").read_text()
             killed += process.exitcode == -9
-            if (out / MARK).exists() and (out / MARK).stat().st_size:
-                (out / "notes.txt").write_text("mine")
             if is_finished(out):  # and perhaps killed before it could tidy up
                 (out / "result.json").unlink()
         process = PROCESSES.Process(target=keep_on, args=(str(out),))

@@ -1,0 +1,63 @@
+"""Which tests reach a source file: by the imports of both, the nearest first.
+
+A test is as far from a module as there are imports between them. `from rlhf_fast import models` is one to the package
+models, whose __init__ imports its files.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections import deque
+from pathlib import Path
+
+ROOTS = ("rlhf_fast", "tests", "bench")
+
+
+def reaching(source: Path, root: Path, farthest: int = 4) -> list[Path]:
+    """Test files that import `source` over at most so many imports, those of its own name first, then the nearest.
+
+    Args:
+        source, root: the file, and the folder of the project that it is in.
+    """
+    imported_by: dict[str, set[str]] = {}
+    files = {module_of(file, root): file for name in ROOTS for file in sorted((root / name).rglob("*.py"))}
+    for name, file in files.items():
+        for other in imports_of(file, name, files.keys()):
+            imported_by.setdefault(other, set()).add(name)
+    start = module_of(source, root)
+    distance, queue = {start: 0}, deque([start])
+    while queue:
+        module = queue.popleft()
+        if distance[module] == farthest:
+            continue
+        for other in sorted(imported_by.get(module, ())):
+            if other not in distance:
+                distance[other] = distance[module] + 1
+                queue.append(other)
+    stem = source.parent.name if source.stem == "__init__" else source.stem
+    found = [name for name in distance if files[name].name.startswith("test_")]
+    own = {name: stem.strip("_") not in files[name].stem for name in found}
+    return [files[name] for name in sorted(found, key=lambda name: (own[name], distance[name], name))]
+
+
+def module_of(file: Path, root: Path) -> str:
+    parts = file.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(file: Path, name: str, known: object) -> set[str]:
+    """The modules of the project that a file imports, in functions too."""
+    found: set[str] = set()
+    package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.rsplit(".", node.level - 1)[0] if node.level > 1 else package
+                base = f"{above}.{base}".rstrip(".")
+            names = {f"{base}.{alias.name}" for alias in node.names}
+            modules = {each for each in names if each in known}  # type: ignore[operator]
+            found |= modules if modules == names else {*modules, base}  # the rest is what `base` itself has
+    return {each for each in found if each in known and each != name}  # type: ignore[operator]
