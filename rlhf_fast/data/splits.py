@@ -71,12 +71,27 @@ def require_heldout(heldout: Sequence[Item], patience: int | None) -> None:
         )
 
 
-def labelled(training: Sequence[Item], heldout: Sequence[Item]) -> list[Item]:
-    """Records of one source to train on and of another to measure on, whatever splits they name; a warning, if prompts
-    are in both."""
-    warn_of_shared(training, heldout)
+def labelled(training: Sequence[Item], heldout: Sequence[Item], apart: bool = False) -> list[Item]:
+    """Records of one source to train on and of another to measure on, whatever splits they name.
+
+    A prompt in both is warned of; with `apart`, as comparisons are split by prompts, its records are not trained on.
+
+    Raises:
+        ValueError: nothing is left to train on.
+    """
     records: list[Any] = [*training]
     others: list[Any] = [*heldout]
+    if apart:
+        asked = {_prompt(record) for record in others}
+        records = [record for record in training if _prompt(record) not in asked]
+        if not records:
+            raise ValueError("heldout_data: it has every prompt of the data, so that nothing is left to train on")
+        if left := len(training) - len(records):
+            warnings.warn(
+                f"{left} of {len(training)} rows are not trained on, as heldout_data has their prompts", stacklevel=3
+            )
+    else:
+        warn_of_shared(training, heldout)
     return [replace(r, split="train") for r in records] + [replace(r, split="heldout") for r in others]
 
 

@@ -59,7 +59,7 @@ class DPOTrainer:
         preflight("dpo", config, inputs)
         comparisons = read_comparisons(data)
         if heldout_data is not None:
-            comparisons = labelled(comparisons, read_comparisons(heldout_data))
+            comparisons = labelled(comparisons, read_comparisons(heldout_data), apart=True)
         loaded, self.tokenizer = models.load(model, getattr(torch, config.dtype))
         self.config = config = use_settings(config, "dpo", out, self.tokenizer)
         self.model = models.trainable(loaded, config.lora, config.seed)

@@ -77,7 +77,7 @@ class RewardTrainer:
         self.start = model
         self.comparisons = read_comparisons(data)
         if heldout_data is not None:
-            self.comparisons = labelled(self.comparisons, read_comparisons(heldout_data))
+            self.comparisons = labelled(self.comparisons, read_comparisons(heldout_data), apart=True)
         dtype = getattr(torch, config.dtype)
         self.model, self.tokenizer = models.reward_from(model, config.lora, config.seed, dtype, config.heads)
         self.config = config = use_settings(config, "reward", out, self.tokenizer)

@@ -67,8 +67,17 @@ def test_prompts_that_are_in_both_are_warned_of(verb: str, tiny_folder: Path, tm
     heldout = data(verb, 2) + data(verb, 2, "other")
     asked = [{"role": "user", "content": "q1"}]
     heldout[1]["prompt"] = asked  # the same, as a message
-    with pytest.warns(UserWarning, match="2 of 4 held-out rows have a prompt that is trained on, too"):
-        make(verb, tiny_folder, tmp_path, data(verb, 6), heldout)
+    words = (
+        "2 of 4 held-out rows have a prompt that is trained on, too"
+        if verb == "sft"
+        else ("2 of 6 rows are not trained on, as heldout_data has their prompts")
+    )
+    with pytest.warns(UserWarning, match=words):
+        trainer = make(verb, tiny_folder, tmp_path, data(verb, 6), heldout)
+    assert (len(trainer.training), len(trainer.heldout)) == (6 if verb == "sft" else 4, 4)
+    if verb != "sft":
+        with pytest.raises(ValueError, match="it has every prompt of the data"):
+            make(verb, tiny_folder, tmp_path, data(verb, 2), data(verb, 2))
 
 
 def ppo(folder: Path, out: Path, prompts: Any, heldout: Any = None) -> PPOTrainer:
