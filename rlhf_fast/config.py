@@ -47,10 +47,11 @@ def _check_date(date: str | None) -> None:
 
 @dataclass(frozen=True)
 class LoRAConfig(Settings):
-    """Low-rank adapters (arXiv 2106.09685) on every linear layer but the head; `r=0` trains all weights."""
+    """Low-rank adapters (arXiv 2106.09685) on linear layers; `r=0` trains all weights."""
 
     r: int = 16  # rank; 0: no adapter, all weights are trained
     alpha: float = 32.0  # the adapter's output is multiplied by alpha / r
+    targets: tuple[str, ...] = ()  # names of the layers: q_proj,v_proj; none: every linear layer but the head
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -238,7 +238,7 @@ def _reward_advice(name: str | Path) -> str:
     """What to give in place of a language model that was named as a reward."""
     parent = Path(name).expanduser().parent
     others = [parent / other for other in _models_in(parent)]
-    if rewards := [other for other in others if _is_reward(other)]:
+    if rewards := [other for other in others if is_reward(other)]:
         return f"{rewards[0]} is one"
     return (
         f"train one (rlhf-fast reward --model {name} --data COMPARISONS --out runs/reward), or give rule:NAME, "
@@ -246,9 +246,10 @@ def _reward_advice(name: str | Path) -> str:
     )
 
 
-def _is_reward(path: Path) -> bool:
+def is_reward(name: str | Path) -> bool:
+    """Whether a name is that of a reward model, as far as its files say."""
     try:
-        return _kind(Path(find(path))) == "reward"
+        return _kind(Path(find(name))) == "reward"
     except (OSError, ValueError):  # damaged, and not what was asked about
         return False
 

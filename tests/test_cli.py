@@ -22,36 +22,38 @@ PPO = """
     ppo.whiten_rewards ppo.reward_clip ppo.missing_eos ppo.missing_eos_penalty ppo.min_reward_agreement
     ppo.reward_timeout ppo.reward_retries ppo.reward_batch ppo.lag ppo.rollout_cap ppo.cuda_graphs
     ppo.max_length ppo.overlong ppo.chat_template ppo.template_kwargs ppo.parse_special_tokens ppo.date
-    ppo.dtype ppo.seed ppo.lora.r ppo.lora.alpha ppo.optim.lr ppo.optim.schedule ppo.optim.warmup
-    ppo.optim.weight_decay ppo.optim.adam_eps ppo.optim.max_grad_norm ppo.optim.max_tokens_per_microbatch
-    ppo.optim.checkpointing ppo.optim.max_skipped ppo.run.save_every ppo.run.keep_last ppo.run.trackers
+    ppo.dtype ppo.seed ppo.lora.r ppo.lora.alpha ppo.lora.targets ppo.optim.lr ppo.optim.schedule
+    ppo.optim.warmup ppo.optim.weight_decay ppo.optim.adam_eps ppo.optim.max_grad_norm
+    ppo.optim.max_tokens_per_microbatch ppo.optim.checkpointing ppo.optim.max_skipped ppo.run.save_every
+    ppo.run.keep_last ppo.run.trackers
 """
 KEYS = {
     "demo": """
         out tiny model sft.epochs sft.max_steps sft.batch_size sft.heldout sft.turns sft.packing sft.samples
         sft.sample_tokens sft.patience sft.max_length sft.overlong sft.chat_template sft.template_kwargs
-        sft.parse_special_tokens sft.date sft.dtype sft.seed sft.lora.r sft.lora.alpha sft.optim.lr
-        sft.optim.schedule sft.optim.warmup sft.optim.weight_decay sft.optim.adam_eps sft.optim.max_grad_norm
-        sft.optim.max_tokens_per_microbatch sft.optim.checkpointing sft.optim.max_skipped sft.run.save_every
-        sft.run.keep_last sft.run.trackers comparisons.prompts comparisons.samples_per_prompt
-        comparisons.max_new_tokens comparisons.temperature comparisons.seed comparisons.annotator.error_rate
-        comparisons.annotator.tie_margin comparisons.annotator.seed reward.epochs reward.max_steps
-        reward.batch_size reward.heldout reward.center_coef reward.heads reward.lcb reward.normalize_samples
-        reward.max_new_tokens reward.patience reward.max_length reward.overlong reward.chat_template
-        reward.template_kwargs reward.parse_special_tokens reward.date reward.dtype reward.seed reward.lora.r
-        reward.lora.alpha reward.optim.lr reward.optim.schedule reward.optim.warmup reward.optim.weight_decay
-        reward.optim.adam_eps reward.optim.max_grad_norm reward.optim.max_tokens_per_microbatch
-        reward.optim.checkpointing reward.optim.max_skipped reward.run.save_every reward.run.keep_last
-        reward.run.trackers ppo.steps ppo.prompts_per_step ppo.samples_per_prompt ppo.max_new_tokens
-        ppo.stop_token_ids ppo.temperature ppo.epochs ppo.minibatches ppo.kl_coef ppo.kl_target ppo.kl_horizon
-        ppo.max_kl ppo.max_update_kl ppo.advantage ppo.kl_in ppo.scale ppo.resample ppo.critic
-        ppo.critic_warmup ppo.gamma ppo.lam ppo.clip_low ppo.clip_high ppo.value_clip ppo.value_coef
-        ppo.whiten_rewards ppo.reward_clip ppo.missing_eos ppo.missing_eos_penalty ppo.min_reward_agreement
-        ppo.reward_timeout ppo.reward_retries ppo.reward_batch ppo.lag ppo.rollout_cap ppo.cuda_graphs
-        ppo.max_length ppo.overlong ppo.chat_template ppo.template_kwargs ppo.parse_special_tokens ppo.date
-        ppo.dtype ppo.seed ppo.lora.r ppo.lora.alpha ppo.optim.lr ppo.optim.schedule ppo.optim.warmup
-        ppo.optim.weight_decay ppo.optim.adam_eps ppo.optim.max_grad_norm ppo.optim.max_tokens_per_microbatch
-        ppo.optim.checkpointing ppo.optim.max_skipped ppo.run.save_every ppo.run.keep_last ppo.run.trackers
+        sft.parse_special_tokens sft.date sft.dtype sft.seed sft.lora.r sft.lora.alpha sft.lora.targets
+        sft.optim.lr sft.optim.schedule sft.optim.warmup sft.optim.weight_decay sft.optim.adam_eps
+        sft.optim.max_grad_norm sft.optim.max_tokens_per_microbatch sft.optim.checkpointing
+        sft.optim.max_skipped sft.run.save_every sft.run.keep_last sft.run.trackers comparisons.prompts
+        comparisons.samples_per_prompt comparisons.max_new_tokens comparisons.temperature comparisons.seed
+        comparisons.annotator.error_rate comparisons.annotator.tie_margin comparisons.annotator.seed
+        reward.epochs reward.max_steps reward.batch_size reward.heldout reward.center_coef reward.heads
+        reward.lcb reward.normalize_samples reward.max_new_tokens reward.patience reward.max_length
+        reward.overlong reward.chat_template reward.template_kwargs reward.parse_special_tokens reward.date
+        reward.dtype reward.seed reward.lora.r reward.lora.alpha reward.lora.targets reward.optim.lr
+        reward.optim.schedule reward.optim.warmup reward.optim.weight_decay reward.optim.adam_eps
+        reward.optim.max_grad_norm reward.optim.max_tokens_per_microbatch reward.optim.checkpointing
+        reward.optim.max_skipped reward.run.save_every reward.run.keep_last reward.run.trackers ppo.steps
+        ppo.prompts_per_step ppo.samples_per_prompt ppo.max_new_tokens ppo.stop_token_ids ppo.temperature
+        ppo.epochs ppo.minibatches ppo.kl_coef ppo.kl_target ppo.kl_horizon ppo.max_kl ppo.max_update_kl
+        ppo.advantage ppo.kl_in ppo.scale ppo.resample ppo.critic ppo.critic_warmup ppo.gamma ppo.lam
+        ppo.clip_low ppo.clip_high ppo.value_clip ppo.value_coef ppo.whiten_rewards ppo.reward_clip
+        ppo.missing_eos ppo.missing_eos_penalty ppo.min_reward_agreement ppo.reward_timeout ppo.reward_retries
+        ppo.reward_batch ppo.lag ppo.rollout_cap ppo.cuda_graphs ppo.max_length ppo.overlong ppo.chat_template
+        ppo.template_kwargs ppo.parse_special_tokens ppo.date ppo.dtype ppo.seed ppo.lora.r ppo.lora.alpha
+        ppo.lora.targets ppo.optim.lr ppo.optim.schedule ppo.optim.warmup ppo.optim.weight_decay
+        ppo.optim.adam_eps ppo.optim.max_grad_norm ppo.optim.max_tokens_per_microbatch ppo.optim.checkpointing
+        ppo.optim.max_skipped ppo.run.save_every ppo.run.keep_last ppo.run.trackers
         evaluation.samples_per_prompt evaluation.max_new_tokens evaluation.temperature evaluation.tie_margin
         evaluation.chat_template evaluation.template_kwargs evaluation.parse_special_tokens evaluation.seed
     """,
@@ -59,8 +61,8 @@ KEYS = {
         data out heldout_data model sft.epochs sft.max_steps sft.batch_size sft.heldout sft.turns sft.packing
         sft.samples sft.sample_tokens sft.patience sft.max_length sft.overlong sft.chat_template
         sft.template_kwargs sft.parse_special_tokens sft.date sft.dtype sft.seed sft.lora.r sft.lora.alpha
-        sft.optim.lr sft.optim.schedule sft.optim.warmup sft.optim.weight_decay sft.optim.adam_eps
-        sft.optim.max_grad_norm sft.optim.max_tokens_per_microbatch sft.optim.checkpointing
+        sft.lora.targets sft.optim.lr sft.optim.schedule sft.optim.warmup sft.optim.weight_decay
+        sft.optim.adam_eps sft.optim.max_grad_norm sft.optim.max_tokens_per_microbatch sft.optim.checkpointing
         sft.optim.max_skipped sft.run.save_every sft.run.keep_last sft.run.trackers
     """,
     "reward": """
@@ -68,18 +70,18 @@ KEYS = {
         reward.center_coef reward.heads reward.lcb reward.normalize_samples reward.max_new_tokens
         reward.patience reward.max_length reward.overlong reward.chat_template reward.template_kwargs
         reward.parse_special_tokens reward.date reward.dtype reward.seed reward.lora.r reward.lora.alpha
-        reward.optim.lr reward.optim.schedule reward.optim.warmup reward.optim.weight_decay
-        reward.optim.adam_eps reward.optim.max_grad_norm reward.optim.max_tokens_per_microbatch
-        reward.optim.checkpointing reward.optim.max_skipped reward.run.save_every reward.run.keep_last
-        reward.run.trackers
+        reward.lora.targets reward.optim.lr reward.optim.schedule reward.optim.warmup
+        reward.optim.weight_decay reward.optim.adam_eps reward.optim.max_grad_norm
+        reward.optim.max_tokens_per_microbatch reward.optim.checkpointing reward.optim.max_skipped
+        reward.run.save_every reward.run.keep_last reward.run.trackers
     """,
     "dpo": """
         data out heldout_data model dpo.epochs dpo.max_steps dpo.batch_size dpo.heldout dpo.loss dpo.beta
         dpo.label_smoothing dpo.patience dpo.max_length dpo.overlong dpo.chat_template dpo.template_kwargs
-        dpo.parse_special_tokens dpo.date dpo.dtype dpo.seed dpo.lora.r dpo.lora.alpha dpo.optim.lr
-        dpo.optim.schedule dpo.optim.warmup dpo.optim.weight_decay dpo.optim.adam_eps dpo.optim.max_grad_norm
-        dpo.optim.max_tokens_per_microbatch dpo.optim.checkpointing dpo.optim.max_skipped dpo.run.save_every
-        dpo.run.keep_last dpo.run.trackers
+        dpo.parse_special_tokens dpo.date dpo.dtype dpo.seed dpo.lora.r dpo.lora.alpha dpo.lora.targets
+        dpo.optim.lr dpo.optim.schedule dpo.optim.warmup dpo.optim.weight_decay dpo.optim.adam_eps
+        dpo.optim.max_grad_norm dpo.optim.max_tokens_per_microbatch dpo.optim.checkpointing
+        dpo.optim.max_skipped dpo.run.save_every dpo.run.keep_last dpo.run.trackers
     """,
     "ppo": PPO,
     "grpo": PPO,
@@ -98,6 +100,7 @@ KEYS = {
         evaluation.temperature evaluation.tie_margin evaluation.chat_template evaluation.template_kwargs
         evaluation.parse_special_tokens evaluation.seed
     """,
+    "export": "model out dtype",
     "bench": "suite op seconds out",
     "doctor": """
         config model device memory price tflops bandwidth utilisation sequences prompt_tokens response_tokens

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_fast import __version__
-from rlhf_fast.cli import bench, data, doctor, errors, evaluate, generate, help, inputs, training
+from rlhf_fast.cli import bench, data, doctor, errors, evaluate, export, generate, help, inputs, training
 from rlhf_fast.config import DemoConfig, tiny_demo
 from rlhf_fast.settings import ConfigError, build
 
@@ -38,6 +38,7 @@ VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "data": (data.DataCommand, data.run),
     "generate": (generate.GenerateCommand, generate.generate),
     "evaluate": (evaluate.EvaluateCommand, evaluate.run),
+    "export": (export.ExportCommand, export.run),
     "bench": (bench.BenchCommand, bench.run),
     "doctor": (doctor.DoctorCommand, doctor.diagnose),
 }
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     shows_traceback = "--traceback" in words
     words = [word for word in words if word != "--traceback"]
     verb = words[0] if words else ""
-    plain = warnings.formatwarning
+    plain, device = warnings.formatwarning, os.environ.get("RLHF_FAST_DEVICE")
     warnings.formatwarning = _warning
     try:
         code = _run(words)
@@ -77,6 +78,10 @@ def main(arguments: list[str] | None = None) -> int:
         return code
     finally:
         warnings.formatwarning = plain
+        if device is None:
+            os.environ.pop("RLHF_FAST_DEVICE", None)
+        else:
+            os.environ["RLHF_FAST_DEVICE"] = device
 
 
 def _warning(message: Warning | str, *_: Any, **__: Any) -> str:
@@ -99,6 +104,8 @@ def _run(words: list[str]) -> int:
     if verb not in VERBS:
         errors.say(f"unknown verb {verb!r}; {_meant(verb)}, see rlhf-fast --help")
         return errors.USAGE
+    if verb in (*TRAINING, "demo", "generate", "evaluate", "export"):
+        rest = _take_device(rest)
     cls, action = VERBS[verb]
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our own progress says more
     if "-h" in rest or "--help" in rest or rest == ["help"]:
@@ -123,6 +130,18 @@ def _command(verb: str, cls: type, words: list[str]) -> Any:
     if verb == "demo" and command.tiny:  # it changes many defaults, over which the settings are laid again
         return build(cls, file, rest, tiny_demo())
     return command
+
+
+def _take_device(words: list[str]) -> list[str]:
+    """Let `--device NAME` decide where models go, and leave it out."""
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--device=") else [word])]
+    if "--device" not in words:
+        return words
+    place = words.index("--device")
+    if place + 1 == len(words):
+        raise ConfigError("--device needs a value: cpu, cuda or cuda:N")
+    os.environ["RLHF_FAST_DEVICE"] = words[place + 1]
+    return words[:place] + words[place + 2 :]
 
 
 def _take_config(words: list[str]) -> tuple[Path | None, list[str]]:

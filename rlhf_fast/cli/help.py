@@ -38,7 +38,7 @@ def of_verb(verb: str, cls: type) -> str:
     lines += [
         "A YAML file holds the same keys, nested at the dots; the command line goes before it. With --traceback an"
     ]
-    lines += ["error shows Python's traceback, too.", ""]
+    lines += ["error shows Python's traceback, too; --device cpu, cuda or cuda:N says where models go.", ""]
     base = cls() if cls is DemoConfig else None
     for key, kind, default, comment in describe(cls, base):
         lines.append(f"  --{key:<40} {kind:<28} {default:<14} {comment}".rstrip())

@@ -38,6 +38,7 @@ def trainable(model: Model, lora: LoRAConfig, seed: int = 0) -> Model:
     if isinstance(model, PeftModel):
         refuse_prompts_of_adapters(model)
         require_same_rank(rank_of(model.active_peft_config), lora, "the checkpoint")
+        require_same_targets(getattr(model.active_peft_config, "target_modules", None), lora, "the checkpoint")
         model.requires_grad_(False)
         unfreeze_adapter(model)
         return model
@@ -112,6 +113,9 @@ def with_adapter(model: Model, lora: LoRAConfig, seed: int, task: str) -> Model:
     if model.config.model_type in MAMBA:
         others |= {"out_proj", "conv1d"}
     targets = sorted({_target(n) for n in linear} - others)
+    if unknown := sorted(set(lora.targets) - set(targets)):
+        raise ValueError(f"lora.targets: {unknown[0]!r} is no linear layer of this model; it has {', '.join(targets)}")
+    targets = sorted(lora.targets) or targets
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft only multiplies by it
@@ -200,6 +204,15 @@ def refuse_prompts(config: PeftConfig, of: str) -> None:
         raise ValueError(
             f"model: {of} is an adapter of the kind {kind}, which puts learned states before every prompt; expected "
             "one that changes layers, such as LoRA"
+        )
+
+
+def require_same_targets(found: Any, lora: LoRAConfig, name: str) -> None:
+    layers = sorted(found) if isinstance(found, list | set | tuple) else [str(found)]
+    if lora.targets and lora.r and layers != sorted(lora.targets):
+        raise ValueError(
+            f"lora.targets: {', '.join(lora.targets)} does not fit the adapter of {name}, which is on "
+            f"{', '.join(layers)}; leave lora.targets out, or set lora.r to 0 to merge it and train all weights"
         )
 
 

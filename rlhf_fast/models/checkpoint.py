@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_fast import __version__
 from rlhf_fast.files import named_errors, write_folder_atomic
 from rlhf_fast.model_names import find, is_checkpoint
 from rlhf_fast.models import smollm2
@@ -40,11 +41,12 @@ def save(
     tokenizer: PreTrainedTokenizerBase,
     extra: dict[str, Any] | None = None,
     tensors: dict[str, torch.Tensor] | None = None,
+    card: str = "",
 ) -> None:
     """Write a checkpoint folder at once: safetensors that transformers or peft load unchanged, and the tokenizer.
 
     `extra` goes beside it as `rlhf_fast.json` (reward normalisation, controller state), `tensors` (a critic) as
-    `value_head.safetensors`. Nothing is left behind when writing fails.
+    `value_head.safetensors`, `card` as `README.md`. Nothing is left behind when writing fails.
 
     Raises:
         ValueError: an adapter on a model that is not itself saved anywhere, so that it could never be loaded.
@@ -72,6 +74,9 @@ def save(
         else:
             model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)  # peft's, in which everything is yet to be filled in
+        if card:
+            (folder / "README.md").write_text(card, encoding="utf-8")
         if tensors:
             save_file({key: x.contiguous() for key, x in tensors.items()}, folder / "value_head.safetensors")
         if extra is not None:
@@ -79,6 +84,24 @@ def save(
 
     with named_errors(path):
         write_folder_atomic(path, fill)
+
+
+def card(name: str | Path, is_reward: bool) -> str:
+    """A README.md of a model in Markdown: what it is, how it is loaded, and with what settings its run made it."""
+    config = Path(name) / "config.yaml"
+    made = (
+        "\n".join(f"    {line}" for line in config.read_text("utf-8", "replace").splitlines())
+        if config.is_file()
+        else ""
+    )
+    auto = "AutoModelForSequenceClassification" if is_reward else "AutoModelForCausalLM"
+    return (
+        "---\nlibrary_name: transformers\ntags: [rlhf-fast]\n---\n\n"
+        f"# {'A reward model' if is_reward else 'A language model'} made with rlhf-fast {__version__}\n\n"
+        f"    from transformers import {auto}, AutoTokenizer\n"
+        f'    model, tokenizer = {auto}.from_pretrained("."), AutoTokenizer.from_pretrained(".")\n'
+        + (f"\nThe settings of its last run:\n\n{made}\n" if made else "")
+    )
 
 
 def read_extra(folder: str | Path) -> dict[str, Any]:

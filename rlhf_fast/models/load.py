@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from rlhf_fast.models.adapters import (
     adapter_rank,
     is_adapter,
     require_same_rank,
+    require_same_targets,
     unfreeze_adapter,
     with_adapter,
     with_policy_adapter,
@@ -120,6 +122,7 @@ def reward_from(
             weight.copy_(torch.randn(weight.shape, generator=generator) * spread)
     if is_adapter(folder):
         require_same_rank(adapter_rank(folder), lora, str(name))
+        require_same_targets(adapter_config(folder).get("target_modules"), lora, str(name))
         model = with_policy_adapter(model, folder)
         if lora.r == 0:
             model = model.merge_and_unload()
@@ -183,7 +186,21 @@ def _placed(model: Model, device: str | torch.device | None) -> Model:
 
 
 def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """What `RLHF_FAST_DEVICE` (on the command line `--device`) says, else the GPU, if there is one.
+
+    Raises:
+        ValueError: it says something else than a device that is here.
+    """
+    name = os.environ.get("RLHF_FAST_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    if kind == "cpu" and not number:
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind != "cuda" or not (number or "0").isdigit():
+        raise ValueError(f"device: {name!r}; expected cpu, cuda or cuda:N")
+    if int(number or 0) >= count:
+        raise ValueError(f"device: {name}, but torch {torch.__version__} sees {count} CUDA devices here")
+    return torch.device(name)
 
 
 def _pretrained(
