@@ -72,6 +72,8 @@ def test_a_verb_says_before_and_after_and_what_is_next(
     assert "heldout_data" in (tmp_path / "run" / "config.yaml").read_text()
     assert main([*words[:-3], str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "b")]) == 1
     assert "heldout_data: there is no file" in capsys.readouterr().err
+    assert main([*words[:4], "Anthropic/hh-rlhf", "--out", str(tmp_path / "b")]) == 1
+    assert "datasets.load_dataset('Anthropic/hh-rlhf', split='train').to_json('data.jsonl')" in capsys.readouterr().err
 
 
 def test_ppo_is_rewarded_by_rules_that_are_named_on_the_command_line_or_in_yaml(

@@ -34,7 +34,15 @@ def _require_file(name: str, setting: str) -> None:
     if not path.exists():
         parent = path.absolute().parent
         if not parent.is_dir():
-            raise FileNotFoundError(f"{setting}: there is no file {name} (nor the folder {path.parent})")
+            hub = (
+                ""
+                if path.suffix or path.is_absolute() or len(path.parts) != 2
+                else (
+                    "; if it is a dataset of a hub, write it into a file: "
+                    f"datasets.load_dataset({name!r}, split='train').to_json('data.jsonl')"
+                )
+            )
+            raise FileNotFoundError(f"{setting}: there is no file {name} (nor the folder {path.parent}){hub}")
         near = difflib.get_close_matches(path.name, _files(parent), n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise FileNotFoundError(f"{setting}: there is no file {name}{hint}")
