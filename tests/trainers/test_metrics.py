@@ -29,7 +29,7 @@ from rlhf_fast.trainers.rewards import RewardModel
 from rlhf_fast.trainers.sft import SFTTrainer
 
 # Several micro-batches a step, gradients that are clipped, a rate that is another in every step.
-OPTIM = OptimConfig(lr=4e-3, schedule="linear", warmup=0.4, max_grad_norm=0.1, max_tokens_per_microbatch=64)
+OPTIM = OptimConfig(lr=4e-3, schedule="linear", warmup=0.4, max_grad_norm=0.1, max_tokens_per_microbatch=16)
 COMMON: dict[str, Any] = {
     "lora": LoRAConfig(r=0),
     "optim": OPTIM,
