@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_fast.config import LoRAConfig, OptimConfig, PPOConfig
+from rlhf_fast import models
+from rlhf_fast.config import LoRAConfig, OptimConfig, PPOConfig, RunConfig
 from rlhf_fast.data.batches import Example
 from rlhf_fast.data.templates import Prompt
+from rlhf_fast.rollout.generator import Generator
+from rlhf_fast.rollout.sampling import SamplingParams
 from rlhf_fast.trainers.ppo import PPOTrainer
-from rlhf_fast.trainers.sampler import Sampled
+from rlhf_fast.trainers.sampler import Sampled, step_prompts
 
 PROMPTS = [{"prompt": f"question {i}"} for i in range(8)]
 TIMED = {"seconds", "seconds_rollout", "seconds_scoring", "seconds_training", "decode_roofline", "busy"}
@@ -206,6 +209,7 @@ RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     "gae": ([(1.0, letters), (-0.5, length)], {"reward_clip": 2.0, "clip_low": 0.1, "clip_high": 0.3}),
     "gae, an older policy's samples": ([(1.0, letters)], {"lag": 1, "rollout_cap": 1.1}),
     "grpo": ([(1.0, flat)], {"advantage": "grpo", "kl_coef": 0.3}),
+    "grpo with other prompts": ([(1.0, flat)], {"advantage": "grpo", "resample": 1}),
     "few updates": ([(1.0, letters)], {"max_update_kl": 1e-3, "value_coef": 0.7, "value_clip": 0.05}),
 }
 
@@ -230,6 +234,9 @@ def test_every_figure_of_a_step(name: str, tiny_folder: Path, tmp_path: Path, mo
         expected = {**by_hand(step, reference, parts, config, coef), "step": i + 1, "lr": lrs[i]}
         if config.lag:
             expected["lag"] = float(i > 0)
+        if config.resample:
+            own = step_prompts(trainer.prompts, config, i + 1)
+            expected["resampled"] = float(sum(record not in own for record in step.sampled.records))
         assert row.keys() - TIMED == expected.keys()
         assert {key: row[key] for key in expected} == pytest.approx(expected, rel=2e-3, abs=2e-5), i + 1
         coef = adapted(coef, expected["kl"], 8, config)  # of 8 sequences, after the row was told
@@ -242,7 +249,58 @@ def test_every_figure_of_a_step(name: str, tiny_folder: Path, tmp_path: Path, mo
     assert any(0 < row["clip_fraction"] < 1 for row in found)
     if name == "grpo":
         assert any(0 < row["equal_groups"] < 1 for row in found)
+    if config.resample:
+        assert any(0 < row["resampled"] < 4 for row in found)
     if name == "few updates":
         assert any(row["updates"] < 4 for row in found)
     if config.lag:
         assert any(0 < row["rollout_clip_fraction"] < 1 for row in found)
+
+
+def test_held_out_figures_are_of_one_unpaid_response_to_each_prompt_by_the_checkpoint_of_the_step(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """By the same random numbers each time; clips and penalties are for training."""
+    ends, asked = tuple(range(4, 40)), [f"held out {i}" for i in range(6)]
+    config = PPOConfig(
+        steps=2, prompts_per_step=4, samples_per_prompt=2, max_new_tokens=6, temperature=0.8, stop_token_ids=ends,
+        reward_clip=0.1, seed=3, lora=LoRAConfig(r=0), optim=OPTIM, run=RunConfig(save_every=1, keep_last=9),
+    )  # fmt: skip
+    held_out = [{"prompt": prompt} for prompt in asked]
+    result = PPOTrainer(tiny_folder, letters, PROMPTS, tmp_path, config, heldout_data=held_out).train()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    measured = {row["step"]: row for row in rows if "heldout_score" in row}
+    assert list(measured) == [0, 1, 2]
+    params = SamplingParams(temperature=0.8, max_new_tokens=6, stop_token_ids=ends, seed=3)
+    for step, row in measured.items():
+        folder = tmp_path / "checkpoints" / f"step-{step}" if step else tiny_folder
+        rollouts = Generator(*models.load(folder)).generate(asked, params)
+        assert {name: value for name, value in row.items() if name not in ("step", "seconds")} == pytest.approx(
+            {
+                "heldout_score": np.mean(letters(list(asked), rollouts.texts)),
+                "heldout_finished": rollouts.finish_reasons.count("stop") / 6,
+                "heldout_tokens": np.mean([len(example.response) for example in rollouts.examples()]),
+            }
+        )
+        assert 0 < row["heldout_finished"] < 1 and row["heldout_score"] > 0.1
+    names = ("heldout_score", "heldout_finished", "heldout_tokens")
+    assert {name: result["summary"][name] for name in names} == {name: measured[2][name] for name in names}
+    before = {name: result["summary"][f"{name}_before"] for name in names}
+    assert before == {name: measured[0][name] for name in names}
+
+
+@pytest.mark.parametrize(("held_out", "best"), [(False, 2), (True, 3)])
+def test_the_best_checkpoint_is_that_of_the_highest_reward_or_held_out_score(
+    held_out: bool, best: int, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is what was paid less the KL penalty, and not the score."""
+    config = PPOConfig(
+        steps=5, prompts_per_step=4, lora=LoRAConfig(r=2), run=RunConfig(save_every=1, keep_last=1)
+    )  # fmt: skip
+    others = [{"prompt": "held out"}] if held_out else None
+    trainer = PPOTrainer(tiny_folder, letters, PROMPTS, tmp_path, config, heldout_data=others)
+    scores, rewards, measured = [4.0, 1.0, 2.0, 3.0, 0.0], [0.1, 0.3, 0.2, 0.0, 0.1], [9.0, 1.0, 2.0, 3.0, 2.5, 1.0]
+    monkeypatch.setattr(trainer, "step", lambda run, n: {"score": scores[n - 1], "reward": rewards[n - 1], "kl": 0.0})
+    monkeypatch.setattr(trainer, "evaluate", lambda n: {"heldout_score": measured[n]})
+    trainer.train()
+    assert {folder.name for folder in (tmp_path / "checkpoints").iterdir()} == {f"step-{best}", "step-5"}
