@@ -207,6 +207,20 @@ def test_every_category_has_the_figures_of_its_own_rows(compared: Compared) -> N
         }
 
 
+@pytest.mark.parametrize(
+    ("categories", "expected"),
+    [("-----", {"all": 5}), ("s--hh", {"hard": 2, "none": 2, "simple": 1}), ("a-aaa", {"all": 4, "none": 1})],
+)
+def test_prompts_without_a_category_are_all_or_apart_from_those_with_one(
+    categories: str, expected: dict[str, int], tiny_folder: Path
+) -> None:
+    names = {"s": "simple", "h": "hard", "a": "all", "-": ""}
+    prompts = [PromptRecord(f"q{i}", names[letter]) for i, letter in enumerate(categories)]
+    config = EvaluationConfig(samples_per_prompt=2, max_new_tokens=1)
+    figures, _ = evaluate(tiny_folder, tiny_folder, prompts, config, judge=Table())
+    assert {name: row["prompts"] for name, row in figures["by_category"].items()} == expected
+
+
 def test_a_row_has_the_two_replies_to_a_prompt_with_what_was_said_of_each(
     compared: Compared, said: tuple[Rollouts, Rollouts]
 ) -> None:
@@ -260,3 +274,14 @@ def test_the_verb_compares_its_a_with_its_b(policies: tuple[Path, Path], tmp_pat
     assert figures["score_difference"] == clustered_bootstrap(difference, CLUSTERS).as_dict()
     assert figures["score_difference"]["mean"] != 0 and (figures["a"], figures["b"]) == ("a", "b")
     assert figures["a_metrics"]["kl"] == pytest.approx(mean_kl(*policies, a, CONFIG.temperature), rel=1e-4)
+
+
+def test_a_single_prompt_is_refused_before_anything_is_loaded_or_written(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match=r"^prompts: 1 came; expected at least 2, as the intervals say"):
+        evaluate(tmp_path / "no model", tmp_path / "no model", PROMPTS[:1], judge=Table())
+    (tmp_path / "p.jsonl").write_text('{"prompt": "q", "category": "simple"}\n')
+    words = ["evaluate", "--a", str(tiny_folder), "--b", str(tiny_folder), "--prompts", str(tmp_path / "p.jsonl")]
+    assert cli.main([*words, "--out", str(tmp_path / "out")]) == 1
+    assert "prompts: 1 came; expected at least 2" in capsys.readouterr().err and not (tmp_path / "out").exists()
