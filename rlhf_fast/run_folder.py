@@ -80,10 +80,13 @@ class RunFolder:
         return {file.name: file.stat().st_size for file in files if file.exists()}
 
     def rewind(self, sizes: dict[str, int], seconds: float) -> None:
-        """Cut the growing files back to these sizes, and go on counting from so many seconds."""
+        """Cut the growing files back to these sizes, remove those that have none as they began later, and go on
+        counting from so many seconds."""
         for name in GROWING:
-            if (self.path / name).exists():
-                os.truncate(self.path / name, sizes.get(name, 0))
+            if name not in sizes:
+                (self.path / name).unlink(missing_ok=True)
+            elif (self.path / name).exists():
+                os.truncate(self.path / name, sizes[name])
         self.started = time.monotonic() - seconds
 
     def log(self, row: dict[str, Any]) -> None:

@@ -39,10 +39,11 @@ def run(command: EvaluateCommand) -> None:
     from rlhf_fast.data.records import read_prompts
     from rlhf_fast.evaluation.judges import judge_of
     from rlhf_fast.evaluation.report import write_report
-    from rlhf_fast.evaluation.win_rate import evaluate, write_evaluation
+    from rlhf_fast.evaluation.win_rate import evaluate, require_several, write_evaluation
     from rlhf_fast.settings import to_yaml
 
     prompts = read_prompts(command.prompts, command.split or None)
+    require_several(prompts)
     judge = judge_of(command.judge)  # before the folder is made: a wrong one leaves nothing
     judge.check(prompts)
     print(f"Judge: {judge.name}: {judge.note}", file=sys.stderr)

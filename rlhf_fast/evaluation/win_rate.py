@@ -64,8 +64,12 @@ def evaluate(
 
     Returns:
         The figures (`evaluation.json`), and one row a compared pair (`samples.jsonl`).
+
+    Raises:
+        ValueError: fewer than two prompts, or prompts that the judge cannot judge by; before anything is loaded.
     """
     config = settings.given(EvaluationConfig, config)
+    require_several(prompts)
     judge = judge_of(judge)
     judge.check(prompts)
     model_a, tokenizer_a = models.load(a, merged=True)
@@ -94,9 +98,17 @@ def evaluate(
         "a_metrics": _metrics(side_a, _mean_kl(model_a, model_b, side_a.rollouts, config.temperature)),
         "b_metrics": _metrics(side_b, 0.0),
         "criteria": {name: {key: parts[key][name] for key in parts} for name in parts["a"] if name in parts["b"]},
-        "by_category": _by_category(side_a.scores, side_b.scores, [prompts[i].category for i in cluster], cluster),
+        "by_category": _by_category(side_a.scores, side_b.scores, _categories(prompts, cluster), cluster),
     }
     return figures, [_row(prompts[i], k, side_a, side_b) for k, i in enumerate(cluster)]
+
+
+def require_several(prompts: Sequence[PromptRecord]) -> None:
+    """Refuse what no interval could be given for."""
+    if len(prompts) < 2:
+        raise ValueError(
+            f"prompts: {len(prompts)} came; expected at least 2, as the intervals say what other prompts would give"
+        )
 
 
 def write_evaluation(run: RunFolder, figures: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -165,6 +177,12 @@ def _metrics(side: Side, kl: float) -> dict[str, float]:
     }
 
 
+def _categories(prompts: Sequence[PromptRecord], of: Sequence[int]) -> list[str]:
+    """Of each reply. Where no prompt has one, they are "all"; where some have none, these are "none"."""
+    without = "none" if any(prompt.category for prompt in prompts) else "all"
+    return [prompts[i].category or without for i in of]
+
+
 def _by_category(
     scores_a: np.ndarray, scores_b: np.ndarray, categories: list[str], clusters: list[int]
 ) -> dict[str, dict[str, Any]]:
@@ -174,7 +192,7 @@ def _by_category(
         inside = [clusters[i] for i in rows]
         count = len(set(inside))
         difference = clustered_bootstrap(scores_a[rows] - scores_b[rows], inside).as_dict() if count > 1 else None
-        result[category or "all"] = {
+        result[category] = {
             "prompts": count,
             "a_score": _mean(scores_a[rows]),
             "b_score": _mean(scores_b[rows]),

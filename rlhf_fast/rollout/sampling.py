@@ -129,7 +129,10 @@ def uniforms(seed: int, prompt: int, sample: int, count: int, start: int = 0) ->
 
 @functools.lru_cache(maxsize=4096)
 def _key(seed: int, prompt: int, sample: int) -> np.ndarray:
-    return np.random.SeedSequence(entropy=(seed, prompt, sample)).generate_state(2, np.uint64)
+    # Numbers are strung together in words of 32 bits, and zeros follow: what a seed has beyond its first word comes
+    # last, where no prompt or sample is.
+    entropy = (seed % 2**32, prompt, sample, seed // 2**32)
+    return np.random.SeedSequence(entropy=entropy).generate_state(2, np.uint64)
 
 
 class Uniforms:

@@ -63,6 +63,13 @@ def test_random_numbers_depend_on_seed_prompt_sample_and_position_only() -> None
     assert len(np.unique(rows)) == rows.size
 
 
+def test_no_two_responses_share_random_numbers_whatever_the_size_of_their_seeds() -> None:
+    """Among them those by which PPO answers prompts that stand in for others: a step's, and rounds from bit 32 on."""
+    seeds = [low + (high << 32) for low in range(4) for high in (0, 1, 2, 3, 1 << 32, 1 << 64)]
+    first = [uniforms(seed, prompt, sample, 1)[0] for seed in seeds for prompt in range(4) for sample in range(4)]
+    assert len(set(first)) == len(first)
+
+
 def test_random_numbers_are_uniform_over_responses_too() -> None:
     first = np.array([uniforms(0, prompt, sample, 1)[0] for prompt in range(60) for sample in range(50)])
     assert chisquare(np.histogram(first, bins=20, range=(0, 1))[0]).pvalue > 1e-4
