@@ -41,7 +41,7 @@ def make(method: str, folder: Path, out: Path, tokens: int) -> Any:
         [{"prompt": row["prompt"]} for row in ROWS],
         out,
         PPOConfig(
-            steps=1, prompts_per_step=6, samples_per_prompt=2, epochs=1, minibatches=1, max_new_tokens=16, **common
+            steps=1, prompts_per_step=6, samples_per_prompt=2, epochs=1, minibatches=1, max_new_tokens=6, **common
         ),
     )
 
@@ -83,7 +83,7 @@ def test_the_gradient_after_it_is_the_whole_batchs(
         assert trainer.budget.tokens == (32 if number else 64)
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         found.append({name: x for name, x in rows[-1].items() if not name.startswith(TIMED)})
-    assert counts[0] > 3 and min(counts[1:]) > counts[0], "several parts, and more once they are smaller"
+    assert counts[0] >= 3 and min(counts[1:]) > counts[0], "several parts, and more once they are smaller"
     whole, *others = [update.gradient for update in updates]
     assert len(others) == 2 and float(whole.norm()) > 0
     for other in others:
