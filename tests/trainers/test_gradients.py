@@ -64,8 +64,10 @@ def logprobs(model: Any, example: Example) -> torch.Tensor:
     return torch.log_softmax(logits, -1).gather(-1, torch.tensor(example.response)[:, None]).squeeze(-1)
 
 
-def assert_gradients(update: Update, model: Any, expected: dict[str, torch.Tensor | None]) -> None:
-    """Of every weight that is trained, to float32's rounding of the whole."""
+def assert_gradients(update: Update, model: Any, r: int, expected: dict[str, torch.Tensor | None]) -> None:
+    """Of every weight, or of the adapter and a head beside it alone; to float32's rounding of the whole."""
+    names = [n for n, _ in model.named_parameters() if r == 0 or "lora_" in n or "modules_to_save" in n]
+    assert list(expected) == list(trained(model)) == names
     whole = torch.cat([g.flatten() for g in expected.values() if g is not None]).norm()
     assert whole > 0
     for name, weight in trained(model).items():
@@ -114,7 +116,7 @@ def test_the_critics_loss_reaches_the_trunk_that_it_reads(
     of_model, of_head = gradients(loss, model), torch.autograd.grad(loss_of_head(model, head, examples), head.weight)[0]
     trainer.train()
     (update,) = updates
-    assert_gradients(update, reads, of_model)
+    assert_gradients(update, reads, r, of_model)
     torch.testing.assert_close(update.of(trainer.critic.head.weight), of_head, rtol=1e-4, atol=1e-6)
     if critic == "separate":
         assert_none(update, trainer.model.parameters())
@@ -138,7 +140,7 @@ def test_the_policys_loss_reaches_no_critic(
     expected = gradients(-(found * (torch.arange(len(found)) % 2)).mean(), model)
     trainer.train()
     (update,) = updates
-    assert_gradients(update, trainer.model, expected)
+    assert_gradients(update, trainer.model, r, expected)
     assert_none(update, [p for module in trainer.critic.modules for p in module.parameters()])
 
 
@@ -256,7 +258,7 @@ def test_a_reward_models_loss_reaches_trunk_and_head(
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
     trainer.train()
     (update,) = updates
-    assert_gradients(update, trainer.model, expected)
+    assert_gradients(update, trainer.model, r, expected)
     assert any("score" in name and gradient is not None for name, gradient in expected.items())
     for name, weight in trainer.model.named_parameters():
         if name in before:
