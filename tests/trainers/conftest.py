@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -38,9 +39,9 @@ class Update:
         return next((gradient for own, gradient in pairs if own is weight), None)
 
 
-@pytest.fixture
-def updates() -> Iterator[list[Update]]:
-    """Filled in with each step that an optimiser of torch takes."""
+@contextlib.contextmanager
+def recorded_updates() -> Iterator[list[Update]]:
+    """Filled in with each step that an optimiser of torch takes meanwhile."""
     seen: list[Update] = []
 
     def record(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -50,5 +51,13 @@ def updates() -> Iterator[list[Update]]:
         seen.append(Update(settings, weights, gradients))
 
     hook = register_optimizer_step_pre_hook(record)
-    yield seen
-    hook.remove()
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+@pytest.fixture
+def updates() -> Iterator[list[Update]]:
+    with recorded_updates() as seen:
+        yield seen
