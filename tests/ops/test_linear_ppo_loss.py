@@ -205,6 +205,38 @@ def test_the_sweep_is_no_worse_than_torch(
                 assert_close(mine[name], truth[name], 1.5 * error + 2e-6 * max(1.0, abs(float(truth[name]))), name)
 
 
+@pytest.mark.parametrize("term", ["policy", "value", "entropy", "kl"])
+@pytest.mark.parametrize("where", ["reference", "cpu in two steps", "cpu swept"])
+def test_each_term_alone_has_its_own_gradient(term: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the others: all other weights are 0, so none of them can stand in for it. By hand in float64."""
+    monkeypatch.setitem(_head._WHOLE_ROWS, "cpu", (7 * 30, 1 if where == "cpu swept" else 64))
+    given = batch(4, 9, dtype=torch.float32)
+    given["advantages"] = given["advantages"] * (term == "policy")
+    weights = {"value_coef": 0.7 * (term == "value"), "entropy_coef": 0.3 * (term == "entropy")}
+    weights["kl_coef"] = 0.2 * (term == "kl")
+    own = ["hidden", "weight", "bias", *(["values"] if term == "value" else [])]
+    x = {name: value.double() if name != "tokens" else value for name, value in given.items()}
+    for name in own:
+        x[name].requires_grad_()
+    logprobs = torch.log_softmax(x["hidden"] @ x["weight"].T + x["bias"], -1)
+    own_logprobs = logprobs.gather(-1, x["tokens"].long()[..., None]).squeeze(-1)
+    apart = x["ref_logprobs"] - own_logprobs
+    losses = {
+        "policy": -(own_logprobs - x["old_logprobs"]).exp() * x["advantages"],
+        "value": 0.7 * 0.5 * (x["values"] - x["returns"]).square(),
+        "entropy": 0.3 * (logprobs.exp() * logprobs).sum(-1),
+        "kl": 0.2 * (apart.exp() - apart - 1),
+    }
+    expected = torch.autograd.grad(losses[term].mean(), [x[name] for name in own], allow_unused=True)
+    frozen = tuple(name for name in OWN if name not in own)
+    options: dict[str, Any] = {**weights, "value_clip": None, "clip_low": math.inf, "clip_high": math.inf}
+    got = everything(Backend(where.split()[0]), given, frozen, 1.0, **options)
+    assert any(gradient is not None and gradient.any() for gradient in expected)
+    for name, gradient in zip(own, expected, strict=True):
+        want = torch.zeros_like(x[name]) if gradient is None else gradient
+        assert_close(got[f"in {name}"], want, 1e-6, name)
+
+
 def test_the_sweep_is_the_two_steps(kernel_backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     """... and blocks change no more than roundings."""
     inputs, options = with_adapter(batch(4, 9, dtype=torch.float32)), {"mask": cases.holes(), **HEAD, **TERMS}
