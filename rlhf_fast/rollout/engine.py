@@ -172,4 +172,4 @@ class Engine:
         statistics.bytes_read += runner.weight_bytes + reads * runner.served.bytes_per_token
         rows = sum(w.samples for w in work)
         statistics.operations += 2 * (runner.trunk_weights * tokens + runner.head_weights * rows)
-        statistics.reused_tokens, statistics.preemptions = self.scheduler.pool.hits, self.scheduler.preemptions
+        statistics.reused_tokens, statistics.preemptions = self.scheduler.reused, self.scheduler.preemptions
