@@ -24,7 +24,6 @@ class BlockPool:
         self._keys: list[Key | None] = [None] * count
         self._contents: list[int] = [0] * count
         self._next_content = 1
-        self.hits = 0  # tokens that were not computed again
 
     @property
     def free(self) -> int:
@@ -77,7 +76,6 @@ class BlockPool:
             content = self._contents[block]
             sequence.registered += 1
         sequence.content, sequence.computed = content, sequence.registered * size
-        self.hits += sequence.computed
 
     def register(self, sequence: Sequence, computed: int) -> None:
         """Make the full blocks of a sequence's first `computed` tokens known as prefixes.

@@ -153,10 +153,9 @@ class Engine:
             sequence.values.append(value)
         sequence.weight_versions.append(self.weight_version)
         self.statistics.sampled_tokens += 1
-        if token in sequence.stop_token_ids:
-            self.scheduler.finish(sequence, "stop")
-        elif sequence.stop_texts and (end := self._stop_text(sequence)) is not None:
-            sequence.text_end = end
+        if sequence.stop_texts:
+            sequence.text_end = self._stop_text(sequence)
+        if sequence.text_end is not None or token in sequence.stop_token_ids:
             self.scheduler.finish(sequence, "stop")
         elif len(sequence.response) >= sequence.params.max_new_tokens:
             self.scheduler.finish(sequence, "length")
@@ -172,4 +171,4 @@ class Engine:
         statistics.bytes_read += runner.weight_bytes + reads * runner.served.bytes_per_token
         rows = sum(w.samples for w in work)
         statistics.operations += 2 * (runner.trunk_weights * tokens + runner.head_weights * rows)
-        statistics.reused_tokens, statistics.preemptions = self.scheduler.pool.hits, self.scheduler.preemptions
+        statistics.reused_tokens, statistics.preemptions = self.scheduler.reused, self.scheduler.preemptions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_fast.data.templates import added_tokens
 from rlhf_fast.data.tokenize import decode_response
 from rlhf_fast.models.adapters import Model
 from rlhf_fast.rollout.engine import Engine, Statistics
@@ -247,13 +249,19 @@ class Generator:
         least = sequence.params.min_new_tokens
         if len(sequence.response) <= least:
             return None
-        # Looked for in the last tokens first: one that ends here has at most four to a character, as bytes have.
+        # Looked for in the last tokens first: one that ends here has at most four to a character, as bytes have, and
+        # special tokens, which no text has.
         window = 4 * max(map(len, sequence.stop_texts)) + 4
-        end = decode_response(self.tokenizer, sequence.response[-window:])
+        special = added_tokens(self.tokenizer).special_ids
+        last = [*itertools.islice((i for i in reversed(sequence.response) if i not in special), window)]
+        end = decode_response(self.tokenizer, last[::-1])
         if not any(stop in end for stop in sequence.stop_texts):
             return None
         text = decode_response(self.tokenizer, sequence.response)
-        early = len(decode_response(self.tokenizer, sequence.response[:least])) if least else 0
+        first = decode_response(self.tokenizer, sequence.response[:least])
+        early = len(first)
+        while not text.startswith(first[:early]):  # its last character may be half of one
+            early -= 1
         places = (text.find(stop, max(early - len(stop) + 1, 0)) for stop in sequence.stop_texts)
         return min((at for at in places if at >= 0), default=None)
 

@@ -31,6 +31,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self.reused = 0  # tokens that were not computed again
         self._leaders: dict[tuple[int, ...], Sequence] = {}  # by prompt, while it is not computed
 
     def add(self, sequence: Sequence) -> None:
@@ -64,12 +65,14 @@ class Scheduler:
             sequence = self.waiting[0]
             if self.share_prefixes:
                 self.pool.reuse_prefix(sequence)
-            count = min(len(sequence) - sequence.computed, budget)
+            reused = sequence.computed
+            count = min(len(sequence) - reused, budget)
             enough = self.pool.blocks_for(len(sequence)) - len(sequence.blocks) + self._spoken_for() <= self.pool.free
             if not (enough or not self.running) or not self.pool.grow(sequence, sequence.computed + count):
                 self.pool.release(sequence)
                 break
             self.running.append(self.waiting.popleft())
+            self.reused += reused
             work.append(self._given(sequence, count))
             budget -= count
         if not work and not self.is_empty():
@@ -116,7 +119,7 @@ class Scheduler:
                 leader.registered,
                 leader.content,
             )
-            self.pool.hits += leader.computed
+            self.reused += leader.computed
             copy = None
             if rest:
                 sequence.blocks.append(self.pool.take())

@@ -118,6 +118,55 @@ def test_of_equals_at_the_edge_the_first_are_kept(backend: Backend, cuts: Cuts) 
         np.testing.assert_allclose(kept.numpy(), whole[there].sum() / whole.sum(), rtol=1e-6, atol=1e-6)
 
 
+INF = math.inf
+JUST_ABOVE_A_HALF = float(np.nextafter(np.float32(0.5), np.float32(1.0)))
+EDGES: list[tuple[list[float], Cuts, list[int]]] = [
+    (4 * [0.0], (1.0, 0, 0.5, 0.0), [0, 1]),  # two reach a half, and a third would be too many
+    (4 * [0.0], (1.0, 0, JUST_ABOVE_A_HALF, 0.0), [0, 1, 2]),
+    (4 * [0.0], (1.0, 0, 0.25, 0.0), [0]),
+    (4 * [7.5], (0.3, 0, 0.75, 0.0), [0, 1, 2]),
+    (4 * [0.0], (1.0, 0, 1.0, 0.0), [0, 1, 2, 3]),
+    (8 * [0.0], (1.0, 0, 0.5, 0.0), [0, 1, 2, 3]),
+    ([-INF, 0.0, -INF, 0.0, 0.0, 0.0], (1.0, 0, 0.5, 0.0), [1, 3]),
+    ([0.0, 0.0, 2.0, 2.0, 2.0, 2.0], (1e-3, 0, 0.5, 0.0), [2, 3]),  # what is nothing beside them
+    (4 * [0.0], (1.0, 2, 1.0, 0.0), [0, 1]),
+    (4 * [0.0], (1.0, 4, 1.0, 0.0), [0, 1, 2, 3]),
+    ([0.0, 1.0, 0.0, 1.0], (1.0, 3, 1.0, 0.0), [0, 1, 3]),
+    (4 * [0.0], (1.0, 2, 0.5, 0.0), [0]),  # a half of what top_k has left
+    (8 * [0.0], (1.0, 4, 0.5, 0.0), [0, 1]),
+    ([0.0, -1.0, -1.0], (1.0, 0, 0.7, math.exp(-1) * (1 - 1e-5)), [0, 1]),  # min_p of the likeliest, not of all
+    ([0.0, -1.0, -1.0], (1.0, 0, 1.0, math.exp(-1) * (1 - 1e-5)), [0, 1, 2]),
+    ([0.0, -1.0, -1.0], (1.0, 0, 1.0, math.exp(-1) * (1 + 1e-5)), [0]),
+    ([0.0, -1.0, -1.0], (2.0, 0, 1.0, math.exp(-0.5) * (1 - 1e-5)), [0, 1, 2]),  # of what the temperature gives
+    ([0.0, -1.0, -1.0], (2.0, 0, 1.0, math.exp(-0.5) * (1 + 1e-5)), [0]),
+    ([0.0, 0.0, -1.0], (1.0, 0, 1.0, float(np.nextafter(np.float32(1.0), np.float32(0.0)))), [0, 1]),
+    ([0.0, -14.0], (1.0, 0, 1.0, 0.0), [0, 1]),  # 1.0 is not nearly all
+    ([0.0, -30.0, -30.5], (1.0, 3, 1.0, 1e-14), [0, 1, 2]),
+]
+
+
+@pytest.mark.parametrize("width", [None, 3000], ids=["alone", "in a row of many"])
+@pytest.mark.parametrize(("logits", "cuts", "there"), EDGES, ids=str)
+def test_at_an_edge_as_many_are_kept_as_are_needed_and_no_more(
+    backend: Backend, logits: list[float], cuts: Cuts, there: list[int], width: int | None
+) -> None:
+    if width is not None:  # far apart, with banned tokens between
+        places = [round((i + 0.5) * width / len(logits)) for i in range(len(logits))]
+        row = torch.full((width,), -INF).index_copy(0, torch.tensor(places), torch.tensor(logits))
+        there = [places[i] for i in there]
+    else:
+        row = torch.tensor(logits)
+    weights = torch.exp((row.double() - row.max()) / cuts[0])
+    kept = weights[there]
+    middles = (kept.cumsum(0) - kept / 2) / kept.sum()
+    numbers = torch.cat([torch.tensor([0.0]).double(), middles, torch.tensor([JUST_BELOW_ONE])])
+    found = draw(backend, row.expand(len(numbers), -1).contiguous(), numbers, cuts)
+    assert found.tokens.tolist() == [there[0], *there, there[-1]]
+    torch.testing.assert_close(
+        found.kept.double(), (kept.sum() / weights.sum()).expand(len(numbers)), rtol=1e-6, atol=0
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_temperature_zero_takes_the_likeliest_token(backend: Backend, dtype: torch.dtype) -> None:
     logits = torch.tensor([LOGITS, LOGITS[::-1], [0.0, 1.0, 1.0] + 7 * [0.5]], dtype=dtype)
