@@ -17,7 +17,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -q
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test asan lint mutants bench gpu rehearsal clean
+.PHONY: help install demo check test asan lint mutants bench gpu rehearsal clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -26,6 +26,9 @@ install: $(STAMP) ## virtual environment, dependencies, compiled kernels, demo m
 
 demo: $(STAMP) ## the whole pipeline on a small model; the run goes to DEMO_OUT (runs/demo)
 	$(BIN)/rlhf-fast demo --out $(DEMO_OUT)
+
+check: $(STAMP) ## lint and test what was changed since HEAD, for a minute
+	@OMP_NUM_THREADS=1 $(BIN)/python -m bench.check
 
 # Triton decides when it is imported whether its kernels run on the CPU, so those tests need a process of their own. It
 # runs beside the rest, and what it says is shown at the end. Small models gain nothing from threads, which would wait

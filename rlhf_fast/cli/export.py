@@ -38,5 +38,5 @@ def run(command: ExportCommand) -> None:
     load = models.load_reward if is_reward else models.load
     model, tokenizer = load(command.model, getattr(torch, command.dtype), merged=True)
     extra = read_extra(models.resolve(command.model))
-    models.save(out, model, tokenizer, extra or None, card=card(command.model, is_reward))
+    models.save(out, model, tokenizer, extra if is_reward else None, card=card(command.model, is_reward))
     print(f"{'Reward model' if is_reward else 'Policy'} written to {out}")

@@ -1,0 +1,97 @@
+"""What a change may have broken, within a minute: `python -m bench.check`, or `make check`.
+
+Changed files are linted, and the tests that reach them run (reach.py), the nearest first, until the time is over. What
+was left out is said; `make test` runs all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from bench.reach import reaching
+
+ROOT = Path(__file__).resolve().parents[1]
+NEAR = 2  # imports between a test and what it is run for
+
+
+def changed(since: str, root: Path = ROOT) -> list[Path]:
+    """Files that differ from a commit, and new ones that git does not ignore."""
+    listed = subprocess.check_output(["git", "diff", "--name-only", "--diff-filter=d", since], cwd=root, text=True)
+    new = subprocess.check_output(["git", "ls-files", "--others", "--exclude-standard"], cwd=root, text=True)
+    return [root / name for name in dict.fromkeys([*listed.splitlines(), *new.splitlines()])]
+
+
+def of_files(files: Iterable[Path], root: Path = ROOT) -> list[Path]:
+    """Test files that reach any of `files`: changed tests first, then those of each file in turn, the nearest first."""
+    files = list(files)
+    columns: list[list[Path]] = []
+    first = []
+    for file in files:
+        place = file.relative_to(root)
+        if place.parts[0] == "tests" and file.name.startswith("test_"):
+            first.append(file)
+        elif place.suffix == ".py" and place.parts[0] in ("rlhf_fast", "bench", "tests"):
+            columns.append(reaching(file, root, NEAR))
+        elif place.parts[0] == "csrc":  # of an op, or shared by all
+            own = root / "tests" / "ops" / f"test_{file.stem}.py"
+            columns.append([own] if own.exists() else sorted((root / "tests" / "ops").glob("test_*.py")))
+        elif place.suffix == ".md":
+            columns.append([root / "tests" / "test_docs.py", root / "tests" / "test_readme.py"])
+    longest = max(map(len, columns), default=0)
+    turns = [column[i] for i in range(longest) for column in columns if i < len(column)]
+    return list(dict.fromkeys([*first, *turns]))
+
+
+class Budget:
+    """Stops pytest after so many seconds, between two tests."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end, self.left = time.monotonic() + seconds, 0
+
+    def pytest_runtestloop(self, session: Any) -> None:
+        self.left = len(session.items)
+
+    def pytest_runtest_logfinish(self) -> None:
+        self.left -= 1
+
+    def pytest_runtest_setup(self, item: Any) -> None:
+        if time.monotonic() > self.end:
+            item.session.shouldstop = "the time is over"
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--since", default="HEAD", help="the commit that the change is from")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of tests")
+    given = parser.parse_args(words)
+    files = changed(given.since)
+    python = [str(file) for file in files if file.suffix == ".py"]
+    if python:
+        for tool in (
+            ["ruff", "check", "-q", *python],
+            ["ruff", "format", "--check", "-q", *python],
+            ["mypy", "rlhf_fast", "bench"],
+        ):
+            if code := subprocess.run([sys.executable, "-m", *tool], cwd=ROOT).returncode:
+                return code
+    tests = of_files(files)
+    if not tests:
+        print("no test reaches what was changed")
+        return 0
+    import pytest
+
+    budget = Budget(given.seconds)
+    code = int(pytest.main(["-q", "-x", "-m", "not slow and not gpu", *map(str, tests)], plugins=[budget]))
+    if budget.left:
+        print(f"{budget.left} tests that reach the change were not run; make test runs all")
+    return 0 if code == pytest.ExitCode.INTERRUPTED and budget.left else code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""`make check`: which tests are run for which files, and that it ends in time."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.check import ROOT, Budget, changed, of_files
+
+
+def names(*files: str) -> list[str]:
+    return [str(test.relative_to(ROOT)) for test in of_files([ROOT / file for file in files])]
+
+
+def test_changed_tests_come_first_and_then_each_files_own() -> None:
+    found = names("rlhf_fast/intervals.py", "csrc/cpu/gae.cpp", "tests/test_cli.py", "docs/sft.md", "Makefile")
+    assert found[0] == "tests/test_cli.py"
+    assert set(found[1:4]) == {"tests/test_intervals.py", "tests/ops/test_gae.py", "tests/test_docs.py"}
+    assert "tests/trainers/test_reward_measures.py" in found and len(found) == len(set(found))
+    assert names("csrc/cpu/simd.h") == names(*["csrc/cpu/simd.h"] * 2) and len(names("csrc/cpu/simd.h")) > 20
+    assert names("Makefile") == []
+
+
+def test_what_is_new_and_what_differs_is_changed(tmp_path: Path) -> None:
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True)
+
+    git("init", "-q")
+    for name in ("kept.py", "edited.py", "gone.py", ".gitignore"):
+        (tmp_path / name).write_text("ignored.py\n")
+    git("add", "-A")
+    git("commit", "-q", "-m", "first")
+    (tmp_path / "edited.py").write_text("x = 1\n")
+    (tmp_path / "gone.py").unlink()
+    (tmp_path / "new.py").touch()
+    (tmp_path / "ignored.py").touch()
+    assert [file.name for file in changed("HEAD", tmp_path)] == ["edited.py", "new.py"]
+
+
+def test_it_ends_between_two_tests_when_the_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Item:
+        class session:
+            shouldstop: Any = False
+
+    budget = Budget(10.0)
+    budget.pytest_runtestloop(type("Session", (), {"items": [1, 2, 3]}))
+    budget.pytest_runtest_setup(Item)
+    assert not Item.session.shouldstop
+    budget.pytest_runtest_logfinish()
+    monkeypatch.setattr(time, "monotonic", lambda: budget.end + 1.0)
+    budget.pytest_runtest_setup(Item)
+    assert Item.session.shouldstop == "the time is over" and budget.left == 2
