@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlhf_fast import cli, models
-from rlhf_fast.config import EvaluationConfig
+from rlhf_fast.config import EvaluationConfig, tiny_demo
 from rlhf_fast.data.records import PromptRecord
 from rlhf_fast.data.text_metrics import repetition, words
 from rlhf_fast.evaluation.judges import Verdict
 from rlhf_fast.evaluation.win_rate import evaluate, write_evaluation
 from rlhf_fast.intervals import clustered_bootstrap, clustered_share
+from rlhf_fast.pipeline import _Demo
 from rlhf_fast.rollout.generator import Generator
 from rlhf_fast.rollout.rollouts import Rollouts
 from rlhf_fast.rollout.sampling import SamplingParams
@@ -274,6 +277,23 @@ def test_the_verb_compares_its_a_with_its_b(policies: tuple[Path, Path], tmp_pat
     assert figures["score_difference"] == clustered_bootstrap(difference, CLUSTERS).as_dict()
     assert figures["score_difference"]["mean"] != 0 and (figures["a"], figures["b"]) == ("a", "b")
     assert figures["a_metrics"]["kl"] == pytest.approx(mean_kl(*policies, a, CONFIG.temperature), rel=1e-4)
+
+
+def test_the_demo_compares_ppo_with_sft(policies: tuple[Path, Path], tmp_path: Path) -> None:
+    config = tiny_demo()
+    config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, max_new_tokens=4))
+    for name, folder in zip(("ppo", "sft"), policies, strict=True):
+        shutil.copytree(folder, tmp_path / name)
+    demo = _Demo(config, tmp_path)
+    demo.evaluation()
+    figures = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "evaluation" / "samples.jsonl").read_text().splitlines()]
+    assert (figures["a"], figures["b"], figures["prompts"]) == ("ppo", "sft", 50)
+    params = SamplingParams(n=config.evaluation.samples_per_prompt, max_new_tokens=4, seed=config.evaluation.seed)
+    for side, folder in zip("ab", policies, strict=True):
+        texts = Generator(*models.load(folder)).generate(demo.evaluation_prompts, params).texts
+        assert [row[side]["text"] for row in rows] == texts
+    assert any(row["a"]["text"] != row["b"]["text"] for row in rows)
 
 
 def test_a_single_prompt_is_refused_before_anything_is_loaded_or_written(
