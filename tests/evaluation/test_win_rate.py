@@ -210,6 +210,21 @@ def test_every_category_has_the_figures_of_its_own_rows(compared: Compared) -> N
         }
 
 
+def test_a_prompt_that_comes_twice_is_one(tiny_folder: Path) -> None:
+    """As if it had twice as many samples, which say no more of other prompts."""
+    prompts = [PromptRecord("first"), PromptRecord("second"), PromptRecord("first"), *PROMPTS[3:]]
+    config = EvaluationConfig(samples_per_prompt=2, max_new_tokens=1, tie_margin=0.1)
+    figures, rows = evaluate(tiny_folder, tiny_folder, prompts, config, judge=Table())
+    clusters = [0, 0, 1, 1, 0, 0, 2, 2, 3, 3]
+    difference = [a - b for a, b in zip(SCORES_A, SCORES_B, strict=True)]
+    assert figures["score_difference"] == clustered_bootstrap(difference, clusters).as_dict()
+    assert figures["win_rate"] == clustered_share(OUTCOMES, clusters).as_dict()
+    assert figures["prompts"] == 4 and figures["by_category"]["none"]["prompts"] == 2
+    assert [row["prompt"] for row in rows] == ["first"] * 2 + ["second"] * 2 + ["first"] * 2 + ["fourth"] * 2 + [
+        "fifth"
+    ] * 2
+
+
 @pytest.mark.parametrize(
     ("categories", "expected"),
     [("-----", {"all": 5}), ("s--hh", {"hard": 2, "none": 2, "simple": 1}), ("a-aaa", {"all": 4, "none": 1})],
@@ -300,7 +315,7 @@ def test_a_single_prompt_is_refused_before_anything_is_loaded_or_written(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ValueError, match=r"^prompts: 1 came; expected at least 2, as the intervals say"):
-        evaluate(tmp_path / "no model", tmp_path / "no model", PROMPTS[:1], judge=Table())
+        evaluate(tmp_path / "no model", tmp_path / "no model", PROMPTS[:1] * 3, judge=Table())
     (tmp_path / "p.jsonl").write_text('{"prompt": "q", "category": "simple"}\n')
     words = ["evaluate", "--a", str(tiny_folder), "--b", str(tiny_folder), "--prompts", str(tmp_path / "p.jsonl")]
     assert cli.main([*words, "--out", str(tmp_path / "out")]) == 1
