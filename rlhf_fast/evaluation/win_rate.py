@@ -55,7 +55,7 @@ def evaluate(
 
     Each samples `samples_per_prompt` replies to every prompt; the judge scores them, and sample k of `a` is compared
     with sample k of `b`, a tie within `tie_margin`. Intervals resample whole prompts, since samples of one prompt are
-    not independent.
+    not independent; a prompt that comes several times is one.
 
     Args:
         names: of the policies, in figures and rows.
@@ -78,7 +78,9 @@ def evaluate(
         use_template(tokenizer, config.chat_template, config.template_kwargs, config.parse_special_tokens)
     side_a = _sample(model_a, tokenizer_a, prompts, config, judge, names[0])
     side_b = _sample(model_b, tokenizer_b, prompts, config, judge, names[1])
-    cluster = side_a.rollouts.prompt_index.tolist()
+    of = side_a.rollouts.prompt_index.tolist()
+    numbers = _numbers(prompts)
+    cluster = [numbers[i] for i in of]
     difference = side_a.scores - side_b.scores
     wins = np.where(np.abs(difference) <= config.tie_margin + 1e-9, 0.5, (difference > 0).astype(float))
     parts = {key: mean_parts(side.verdicts) for key, side in (("a", side_a), ("b", side_b))}
@@ -88,7 +90,7 @@ def evaluate(
         "tie_margin": config.tie_margin,
         "a": names[0],
         "b": names[1],
-        "prompts": len(prompts),
+        "prompts": len(set(numbers)),
         "samples_per_prompt": config.samples_per_prompt,
         "score_difference": clustered_bootstrap(difference, cluster).as_dict(),
         "win_rate": clustered_share(wins, cluster).as_dict(),
@@ -98,17 +100,24 @@ def evaluate(
         "a_metrics": _metrics(side_a, _mean_kl(model_a, model_b, side_a.rollouts, config.temperature)),
         "b_metrics": _metrics(side_b, 0.0),
         "criteria": {name: {key: parts[key][name] for key in parts} for name in parts["a"] if name in parts["b"]},
-        "by_category": _by_category(side_a.scores, side_b.scores, _categories(prompts, cluster), cluster),
+        "by_category": _by_category(side_a.scores, side_b.scores, _categories(prompts, of), cluster),
     }
-    return figures, [_row(prompts[i], k, side_a, side_b) for k, i in enumerate(cluster)]
+    return figures, [_row(prompts[i], k, side_a, side_b) for k, i in enumerate(of)]
 
 
 def require_several(prompts: Sequence[PromptRecord]) -> None:
     """Refuse what no interval could be given for."""
-    if len(prompts) < 2:
+    different = len(set(_numbers(prompts)))
+    if different < 2:
         raise ValueError(
-            f"prompts: {len(prompts)} came; expected at least 2, as the intervals say what other prompts would give"
+            f"prompts: {different} came; expected at least 2, as the intervals say what other prompts would give"
         )
+
+
+def _numbers(prompts: Sequence[PromptRecord]) -> list[int]:
+    """Of each prompt, the same for the same prompt."""
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(json.dumps(prompt.prompt, sort_keys=True), len(numbers)) for prompt in prompts]
 
 
 def write_evaluation(run: RunFolder, figures: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:

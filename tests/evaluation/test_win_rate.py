@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlhf_fast import cli, models
-from rlhf_fast.config import EvaluationConfig
+from rlhf_fast.config import EvaluationConfig, tiny_demo
 from rlhf_fast.data.records import PromptRecord
 from rlhf_fast.data.text_metrics import repetition, words
 from rlhf_fast.evaluation.judges import Verdict
 from rlhf_fast.evaluation.win_rate import evaluate, write_evaluation
 from rlhf_fast.intervals import clustered_bootstrap, clustered_share
+from rlhf_fast.pipeline import _Demo
 from rlhf_fast.rollout.generator import Generator
 from rlhf_fast.rollout.rollouts import Rollouts
 from rlhf_fast.rollout.sampling import SamplingParams
@@ -207,6 +210,21 @@ def test_every_category_has_the_figures_of_its_own_rows(compared: Compared) -> N
         }
 
 
+def test_a_prompt_that_comes_twice_is_one(tiny_folder: Path) -> None:
+    """As if it had twice as many samples, which say no more of other prompts."""
+    prompts = [PromptRecord("first"), PromptRecord("second"), PromptRecord("first"), *PROMPTS[3:]]
+    config = EvaluationConfig(samples_per_prompt=2, max_new_tokens=1, tie_margin=0.1)
+    figures, rows = evaluate(tiny_folder, tiny_folder, prompts, config, judge=Table())
+    clusters = [0, 0, 1, 1, 0, 0, 2, 2, 3, 3]
+    difference = [a - b for a, b in zip(SCORES_A, SCORES_B, strict=True)]
+    assert figures["score_difference"] == clustered_bootstrap(difference, clusters).as_dict()
+    assert figures["win_rate"] == clustered_share(OUTCOMES, clusters).as_dict()
+    assert figures["prompts"] == 4 and figures["by_category"]["none"]["prompts"] == 2
+    assert [row["prompt"] for row in rows] == ["first"] * 2 + ["second"] * 2 + ["first"] * 2 + ["fourth"] * 2 + [
+        "fifth"
+    ] * 2
+
+
 @pytest.mark.parametrize(
     ("categories", "expected"),
     [("-----", {"all": 5}), ("s--hh", {"hard": 2, "none": 2, "simple": 1}), ("a-aaa", {"all": 4, "none": 1})],
@@ -276,11 +294,28 @@ def test_the_verb_compares_its_a_with_its_b(policies: tuple[Path, Path], tmp_pat
     assert figures["a_metrics"]["kl"] == pytest.approx(mean_kl(*policies, a, CONFIG.temperature), rel=1e-4)
 
 
+def test_the_demo_compares_ppo_with_sft(policies: tuple[Path, Path], tmp_path: Path) -> None:
+    config = tiny_demo()
+    config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, max_new_tokens=4))
+    for name, folder in zip(("ppo", "sft"), policies, strict=True):
+        shutil.copytree(folder, tmp_path / name)
+    demo = _Demo(config, tmp_path)
+    demo.evaluation()
+    figures = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "evaluation" / "samples.jsonl").read_text().splitlines()]
+    assert (figures["a"], figures["b"], figures["prompts"]) == ("ppo", "sft", 50)
+    params = SamplingParams(n=config.evaluation.samples_per_prompt, max_new_tokens=4, seed=config.evaluation.seed)
+    for side, folder in zip("ab", policies, strict=True):
+        texts = Generator(*models.load(folder)).generate(demo.evaluation_prompts, params).texts
+        assert [row[side]["text"] for row in rows] == texts
+    assert any(row["a"]["text"] != row["b"]["text"] for row in rows)
+
+
 def test_a_single_prompt_is_refused_before_anything_is_loaded_or_written(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ValueError, match=r"^prompts: 1 came; expected at least 2, as the intervals say"):
-        evaluate(tmp_path / "no model", tmp_path / "no model", PROMPTS[:1], judge=Table())
+        evaluate(tmp_path / "no model", tmp_path / "no model", PROMPTS[:1] * 3, judge=Table())
     (tmp_path / "p.jsonl").write_text('{"prompt": "q", "category": "simple"}\n')
     words = ["evaluate", "--a", str(tiny_folder), "--b", str(tiny_folder), "--prompts", str(tmp_path / "p.jsonl")]
     assert cli.main([*words, "--out", str(tmp_path / "out")]) == 1

@@ -25,7 +25,7 @@ from rlhf_fast.trainers.sampler import Sampled, step_prompts
 PROMPTS = [{"prompt": f"question {i}"} for i in range(8)]
 TIMED = {"seconds", "seconds_rollout", "seconds_scoring", "seconds_training", "decode_roofline", "busy"}
 TIMED |= {"training_utilisation"}
-OPTIM = OptimConfig(lr=8e-3, schedule="linear", warmup=0.25, max_grad_norm=0.05, max_tokens_per_microbatch=100)
+OPTIM = OptimConfig(lr=8e-3, schedule="linear", warmup=0.25, max_grad_norm=0.05, max_tokens_per_microbatch=40)
 
 
 def letters(prompts: list[Prompt], responses: list[str]) -> list[float]:
@@ -48,6 +48,7 @@ class Step:
     sampled: Sampled
     drawn_by: Any  # the policy that drew them
     updates: list[tuple[Any, Any, list[int]]] = field(default_factory=list)  # policy, value head, rows
+    statistics: list[dict[str, float]] = field(default_factory=list)  # of each update, by hand
 
 
 def watched(trainer: PPOTrainer, monkeypatch: pytest.MonkeyPatch) -> list[Step]:
@@ -129,7 +130,7 @@ def by_hand(step: Step, reference: Any, parts: list[Any], config: PPOConfig, kl_
     if config.advantage == "gae":
         advantages = []
         for (logp, _, values), other, paid in zip(old, ref, rewards, strict=True):
-            of_tokens = -kl_coef * (logp - other)
+            of_tokens = -(kl_coef if config.kl_estimator is None else 0.0) * (logp - other)
             of_tokens[-1] += paid
             advantages.append(gae(of_tokens, values, config.gamma, config.lam))
             returns.append(advantages[-1] + values)
@@ -138,13 +139,46 @@ def by_hand(step: Step, reference: Any, parts: list[Any], config: PPOConfig, kl_
         all_returns, all_values = torch.cat(returns), torch.cat([o[2] for o in old])
         unexplained = (all_returns - all_values).var(correction=0)
         row["explained_variance"] = 1 - float(unexplained / all_returns.var(correction=0))
-    else:  # grpo
-        groups = torch.tensor(rewards).view(-1, n)
-        of_responses = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-6)
-        whole = [torch.full_like(r, float(a)) for r, a in zip(ref, of_responses.flatten(), strict=True)]
-        row["equal_groups"] = float((groups == groups[:, :1]).all(1).double().mean())
-    rows = [update(*at, examples, old, ref, drawn, whole, returns, config, kl_coef) for at in step.updates]
+    else:
+        kls = torch.tensor([float((o[0] - r).sum()) for o, r in zip(old, ref, strict=True)])
+        of_responses = without_critic(step, torch.tensor(rewards), kls, config, kl_coef)
+        whole = [torch.full_like(r, float(a)) for r, a in zip(ref, of_responses, strict=True)]
+        if config.advantage == "reinforce++":
+            everything = torch.cat(whole)
+            whole = [(a - everything.mean()) / (everything.var() + 1e-8).sqrt() for a in whole]
+        if config.advantage != "remax":
+            groups = rewards.reshape(-1, n)
+            row["equal_groups"] = (groups == groups[:, :1]).all(1).mean()
+    step.statistics = rows = [
+        update(*at, examples, old, ref, drawn, whole, returns, config, kl_coef) for at in step.updates
+    ]
     return {**row, **{name: float(np.mean([one[name] for one in rows])) for name in rows[0]}}
+
+
+def without_critic(
+    step: Step, rewards: torch.Tensor, kls: torch.Tensor, config: PPOConfig, kl_coef: float
+) -> torch.Tensor:
+    """Of each response: (B,)."""
+    n = config.samples_per_prompt
+    if config.advantage == "remax":
+        assert step.sampled.greedy is not None
+        rollouts = step.sampled.greedy[0]
+        likeliest = letters([record.prompt for record in step.sampled.records], rollouts.texts)
+        cut = [reason != "stop" for reason in rollouts.finish_reasons]
+        paid = [score - config.missing_eos_penalty * x for score, x in zip(likeliest, cut, strict=True)]
+        return rewards - kl_coef * kls - torch.tensor(paid).repeat_interleave(n)
+
+    def apart(x: torch.Tensor) -> torch.Tensor:
+        groups = x.view(-1, n)
+        others = (groups.sum(1, keepdim=True) - groups) / (n - 1)
+        return groups - (others if config.advantage == "rloo" else groups.mean(1, keepdim=True))
+
+    found = apart(rewards)
+    if config.advantage == "grpo":
+        found = found / (rewards.view(-1, n).std(1, keepdim=True) + 1e-6)
+    if config.kl_estimator is None:
+        found = found - kl_coef * apart(kls)
+    return found.flatten()
 
 
 def update(
@@ -174,7 +208,7 @@ def update(
         loss = loss + config.value_coef * row["value_loss"]
     if config.kl_estimator is not None:
         away = logp - torch.cat([ref[i] for i in part])
-        loss = loss + kl_coef * (torch.exp(-away) - 1 + away).mean()
+        loss = loss + kl_coef * (0.5 * away**2 if config.kl_estimator == "k2" else torch.exp(-away) - 1 + away).mean()
     loss.backward()
     gradients = [p.grad for module in (model, head) if module is not None for p in module.parameters()]
     row |= {
@@ -210,7 +244,12 @@ RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     "gae, an older policy's samples": ([(1.0, letters)], {"lag": 1, "rollout_cap": 1.1}),
     "grpo": ([(1.0, flat)], {"advantage": "grpo", "kl_coef": 0.3}),
     "grpo with other prompts": ([(1.0, flat)], {"advantage": "grpo", "resample": 1}),
-    "few updates": ([(1.0, letters)], {"max_update_kl": 1e-3, "value_coef": 0.7, "value_clip": 0.05}),
+    "dr_grpo": ([(1.0, letters)], {"advantage": "dr_grpo", "samples_per_prompt": 4}),
+    "rloo": ([(1.0, letters)], {"advantage": "rloo", "samples_per_prompt": 4}),
+    "reinforce++": ([(1.0, letters)], {"advantage": "reinforce++"}),
+    "remax": ([(1.0, letters)], {"advantage": "remax"}),
+    "gae with the penalty in the loss": ([(1.0, letters)], {"kl_in": "loss"}),
+    "few updates": ([(1.0, letters)], {"max_update_kl": 0.01, "value_coef": 0.7, "value_clip": 0.05}),
 }
 
 
@@ -239,7 +278,7 @@ def test_every_figure_of_a_step(name: str, tiny_folder: Path, tmp_path: Path, mo
             expected["resampled"] = float(sum(record not in own for record in step.sampled.records))
         assert row.keys() - TIMED == expected.keys()
         assert {key: row[key] for key in expected} == pytest.approx(expected, rel=2e-3, abs=2e-5), i + 1
-        coef = adapted(coef, expected["kl"], 8, config)  # of 8 sequences, after the row was told
+        coef = adapted(coef, expected["kl"], 4 * config.samples_per_prompt, config)  # once the row was told
     assert coef != config.kl_coef and trainer.kl_controller.coef == pytest.approx(coef, rel=1e-4)
     told = ("score", "reward", "kl", "kl_coef", "entropy", "finished")
     summary = {key: found[-1][key] for key in told} | {f"{key}_before": found[0][key] for key in told}
@@ -252,7 +291,11 @@ def test_every_figure_of_a_step(name: str, tiny_folder: Path, tmp_path: Path, mo
     if config.resample:
         assert any(0 < row["resampled"] < 4 for row in found)
     if name == "few updates":
-        assert any(row["updates"] < 4 for row in found)
+        for step in steps:
+            moved = [row["approx_kl_k3"] > options["max_update_kl"] for row in step.statistics]
+            assert not any(moved[:-1]) and (moved[-1] or len(moved) == 4)
+        # The estimator that is never negative, and not the other, which is below the limit all the same.
+        assert any(step.statistics[-1]["approx_kl"] < 0 for step in steps if len(step.updates) < 4)
     if config.lag:
         assert any(0 < row["rollout_clip_fraction"] < 1 for row in found)
 

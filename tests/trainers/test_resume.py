@@ -98,6 +98,33 @@ def kill_and_resume(name: str, folder: Path, out: Path) -> None:
         assert there[key] == value, (name, key)
 
 
+@pytest.mark.parametrize("name", ["ppo-lag", "reward"])
+def test_a_run_goes_on_from_a_step_before_that_it_was_killed_in(
+    name: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process: what has been adapted, sampled ahead, measured and written by then is as without a break."""
+
+    class Killed(BaseException):
+        pass
+
+    def after(self: TrainState, step: int) -> None:
+        if step == 3:
+            self._keep(step)
+        if step == 4:
+            raise Killed
+
+    folder = str(tiny_folder)
+    killed_run.trainer(name, folder, str(tmp_path / "unbroken")).train()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(TrainState, "after", after)
+        killed_run.trainer(name, folder, str(tmp_path / "run")).train()
+    killed_run.trainer(name, folder, str(tmp_path / "run")).train()
+    there, expected = outcome(tmp_path / "run"), outcome(tmp_path / "unbroken")
+    assert there.keys() == expected.keys()
+    for key, value in expected.items():
+        assert there[key] == value, key
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "name", "code"), [(signal.SIGTERM, "SIGTERM", 143), (signal.SIGINT, "Ctrl-C", 1)])
 def test_a_signal_ends_a_run_after_its_step_and_it_says_how_to_go_on(

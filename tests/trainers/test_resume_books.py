@@ -158,9 +158,28 @@ def test_a_file_that_began_after_the_kept_step_is_gone_unless_it_begins_again(
 def test_checkpoints_of_steps_that_are_not_done_again_are_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Such as those after a step in which patience ends this time."""
+    """Where patience ends this time, as on a device whose sums come in any order."""
+
+    def there() -> set[str]:
+        return {folder.name for folder in (tmp_path / "checkpoints").iterdir()}
+
+    options: dict[str, Any] = {"patience": 1, "keep_last": 4}
     with pytest.raises(Killed):
-        run(tmp_path, monkeypatch, losses=[3.0, 1.0, 0.9, 0.8, 0.7, 0.6], patience=1, kept=2, killed=5)
-    assert {folder.name for folder in (tmp_path / "checkpoints").iterdir()} == {"step-4", "step-5"}
-    outcome = run(tmp_path, monkeypatch, losses=[3.0, 1.0, 1.1, 0.8, 0.7, 0.6], patience=1)
-    assert outcome.step == 2
+        run(tmp_path, monkeypatch, [3.0, 1.0, 0.9, 0.8, 0.7, 0.6], kept=2, killed=5, **options)
+    assert there() == {"step-2", "step-3", "step-4", "step-5"}
+    outcome = run(tmp_path, monkeypatch, [3.0, 1.0, 1.1, 0.8, 0.7, 0.6], **options)
+    assert outcome.step == 2 and there() == {"step-2", "step-3"}
+
+
+def test_the_seconds_of_before_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not those in which nothing ran."""
+    now = [1000.0]
+    monkeypatch.setattr("rlhf_fast.run_folder.time.monotonic", lambda: now[0])
+    with RunFolder(tmp_path, "sft", "") as folder:
+        now[0] += 30.0
+        folder.rewind({}, 100.0)
+        now[0] += 5.0
+        folder.log({"step": 1})
+        assert folder.seconds() == 105.0
+        assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "seconds": 105.0}
+        assert folder.finish({})["seconds"] == 105.0
