@@ -133,9 +133,8 @@ def _make(method: str, folder: Path, data: Any, reward: Any, seen: Seen) -> Any:
         seen.rewarded.append((prompts, responses, scores))
         return list(scores)
 
-    given = rewarded if reward is length or getattr(reward, "__name__", "") == "<lambda>" else reward
     loss = _recorded(ops.linear_ppo_loss, seen.losses)
-    return PPOTrainer(folder, given, data, seen.out, seen.config, advantage=advantage, loss=loss)
+    return PPOTrainer(folder, rewarded, data, seen.out, seen.config, advantage=advantage, loss=loss)
 
 
 def _recorded(op: Callable[..., Any], calls: list[Call]) -> Callable[..., Any]:

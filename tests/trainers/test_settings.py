@@ -51,6 +51,7 @@ COMMON: dict[str, dict[str, Any]] = {
     },
     "plain": {},
     "seeded": {"seed": 3},
+    "split": {"seed": 3},
     "broken": {"optim": OptimConfig(max_skipped=1)},
     "flat": {"optim": OptimConfig(lr=1e-30)},  # nothing gets better
 }  # fmt: skip
@@ -58,8 +59,9 @@ OWN: dict[str, dict[str, dict[str, Any]]] = {
     "sft": {
         "told": {"turns": "last", "packing": False, "max_steps": 1, "heldout": 0.0},
         "trained": {"epochs": 3, "batch_size": 5, "heldout": 0.5, "samples": 2, "sample_tokens": 5},
-        "plain": {"samples": 0, "max_steps": 1},
-        "seeded": {"samples": 0, "max_steps": 1},
+        "plain": {"samples": 0, "max_steps": 1, "heldout": 0.0},
+        "seeded": {"samples": 0, "max_steps": 1, "heldout": 0.0},
+        "split": {"samples": 0, "max_steps": 1, "heldout": 0.5},
         "broken": {"samples": 0, "batch_size": 2},
         "flat": {"samples": 0, "patience": 1, "epochs": 4},
     },
@@ -67,16 +69,18 @@ OWN: dict[str, dict[str, dict[str, Any]]] = {
         "told": {"center_coef": 0.7, "heads": 3, "lcb": 0.5, "normalize_samples": 2, "max_new_tokens": 6,
                  "batch_size": 4, "max_steps": 1},
         "trained": {"epochs": 3, "batch_size": 5, "heldout": 0.5},
-        "plain": {"max_steps": 1},
-        "seeded": {"max_steps": 1},
+        "plain": {"max_steps": 1, "batch_size": 4, "heldout": 0.0},
+        "seeded": {"max_steps": 1, "batch_size": 4, "heldout": 0.0},
+        "split": {"max_steps": 1, "heldout": 0.5},
         "broken": {"batch_size": 2},
         "flat": {"patience": 1, "epochs": 4},
     },
     "dpo": {
         "told": {"loss": "robust", "beta": 0.3, "label_smoothing": 0.2, "max_steps": 1, "batch_size": 4},
         "trained": {"epochs": 3, "batch_size": 5, "heldout": 0.5},
-        "plain": {"max_steps": 1},
-        "seeded": {"max_steps": 1},
+        "plain": {"max_steps": 1, "batch_size": 4, "heldout": 0.0},
+        "seeded": {"max_steps": 1, "batch_size": 4, "heldout": 0.0},
+        "split": {"max_steps": 1, "heldout": 0.5},
         "broken": {"batch_size": 2},
         "flat": {"patience": 1, "epochs": 4},
     },
@@ -301,11 +305,21 @@ def test_a_setting_reaches_what_it_names(method: str, name: str, seen: Callable[
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_seed_gives_other_adapters_and_other_draws(method: str, seen: Callable[[str, str], Seen]) -> None:
-    """The first weights of the adapter, and which rows were read, or what was sampled."""
+    """The adapter's first weights, the order of the rows, and which are held out, or how PPO samples."""
     plain, seeded = seen(method, "plain"), seen(method, "seeded")
     starts = [[p.detach() for n, p in f.trainer.model.named_parameters() if "lora_A" in n] for f in (plain, seeded)]
     assert all(float((a - b).abs().mean()) > 0.01 for a, b in zip(*starts, strict=True))
-    assert [ids.tolist() for ids in plain.read] != [ids.tolist() for ids in seeded.read]
+    if method == "ppo":
+        assert plain.sampled[0][0].seed != seeded.sampled[0][0].seed
+        assert plain.rewarded[0][0] != seeded.rewarded[0][0], "other prompts, or another order"
+    else:
+        assert [ids.tolist() for ids in plain.read] != [ids.tolist() for ids in seeded.read]
+        assert heldout(seen(method, "split")) != heldout(seen(method, "trained"))
+
+
+def heldout(found: Seen) -> set[str]:
+    """What half of the rows is held out, as text."""
+    return {repr(row) for row in found.trainer.heldout}
 
 
 @pytest.mark.parametrize("method", METHODS)
