@@ -285,13 +285,17 @@ def whitening_sums(x: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def whiten(x: Tensor, mask: Tensor | None = None, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
     """(x - mean) * rsqrt(var + eps) [+ mean], var = sum (x - mean)^2 / (n - 1), over the n unmasked elements."""
-    x = keep(x, mask)
+    if x.numel() == 0:
+        return widen(x)
+    # Less the least of them, so that equal ones are apart by exactly nothing, however large they are.
+    least = keep(x.detach(), mask, math.inf).amin()
+    x = keep(widen(x) - least, mask)
     n = torch.tensor(x.numel(), device=x.device) if mask is None else mask.sum()
     mean = x.sum() / n.clamp(min=1)
     centred = keep(x - mean, mask)
     variance = centred.square().sum() / (n - 1).clamp(min=1)
     whitened = centred * torch.rsqrt(variance + eps)
-    return whitened if shift_mean else keep(whitened + mean, mask)
+    return whitened if shift_mean else keep(whitened + mean + least, mask)
 
 
 def group_advantages(
