@@ -39,7 +39,7 @@ STEPS = 6  # of the run `trained`: half of the rows, twice in each of three epoc
 COMMON: dict[str, dict[str, Any]] = {
     "told": {
         "template_kwargs": {"mood": "kind"}, "parse_special_tokens": True, "date": "2020-02-29", "max_length": 90,
-        "overlong": "truncate", "dtype": "bfloat16", "lora": LoRAConfig(r=3, alpha=7.5),
+        "overlong": "truncate", "dtype": "bfloat16", "lora": LoRAConfig(r=3, alpha=7.5, targets=("q_proj", "up_proj")),
     },
     "trained": {
         "lora": LoRAConfig(r=2),
@@ -225,6 +225,7 @@ OF_LORA: Table = {
         checked(lambda found: {p.shape[0] for p in found.updates[0].weights[:1]} | {adapter(found)["r"]}, {3}),
     ),
     "alpha": ("told", checked(lambda found: adapter(found)["lora_alpha"], 7.5)),
+    "targets": ("told", checked(lambda found: set(adapter(found)["target_modules"]), {"q_proj", "up_proj"})),
 }
 OF_OPTIM: Table = {
     "lr": ("trained", follows_the_schedule),
