@@ -34,6 +34,7 @@ class Checkpoints:
         self.best: dict[str, float] = {}  # what was measured after the best step
         self.best_step, self.worse = 0, 0
         self.saved: list[int] = []  # steps, in order; those that this run wrote and has not removed
+        self._needed = 0  # the best step of the state that the run would go on from, if it were killed now
 
     @property
     def exhausted(self) -> bool:
@@ -51,24 +52,31 @@ class Checkpoints:
             self._keep(step)
 
     def _keep(self, step: int) -> None:
-        """Save, and then remove what is neither the best nor among the last."""
+        """Save, and then remove what is neither the best nor among the last, now or in the state that was kept."""
         self._save(self.run.will_write(step))
         self.run.has_written(step)
         self.saved = [*[at for at in self.saved if at != step], step]
-        kept = {self.best_step, *self.saved[-self.config.keep_last :]}
+        self._forget_all_but({self._needed, *self._kept()})
+
+    def _kept(self) -> set[int]:
+        return {self.best_step, *self.saved[-self.config.keep_last :]}
+
+    def _forget_all_but(self, kept: set[int]) -> None:
         for at in set(self.saved) - kept:
             self.run.forget(at)
         self.saved = [at for at in self.saved if at in kept]
 
     def outcome(self, last: int, row: dict[str, float]) -> tuple[int, dict[str, float]]:
         """The step whose checkpoint is the run's, and its metrics: with patience the best, otherwise the last."""
+        self._forget_all_but(self._kept())
         for step in set(self.run.written()) - set(self.saved):  # of before a kill; not saved again
             self.run.forget(step)
         return (last, row) if self.patience is None else (self.best_step, self.best)
 
     def state_dict(self) -> dict[str, Any]:
+        self._needed = self.best_step
         return {"best": self.best, "best_step": self.best_step, "worse": self.worse, "saved": self.saved}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best, self.best_step, self.worse = state["best"], state["best_step"], state["worse"]
-        self.saved = state["saved"]
+        self.saved, self._needed = state["saved"], self.best_step

@@ -95,12 +95,13 @@ def left(out: Path) -> dict[str, Any]:
 
 LOSSES = [3.0, 1.0, 2.0, 2.5, 0.5, 0.7, 0.6, 0.9]
 KINDS: dict[str, dict[str, Any]] = {
-    # Half of the patience is used after steps 3 and 6; the fifth step uses it up, if steps 3 and 4 are not forgotten.
+    # Steps 3 and 4 use up two thirds of it.
     "patience": {"losses": [3.0, 1.0, 2.0, 2.5, 1.5, 0.1], "patience": 3},
     "patience that is given back": {"losses": LOSSES, "patience": 3, "keep_last": 1},
     "skipped steps": {"losses": LOSSES, "skipped": {2, 3, 5}, "samples": {1, 4, 6}, "max_skipped": 2},
     "files that begin late": {"losses": LOSSES, "skipped": {5}, "samples": {4, 7}, "keep_last": 1},
 }
+ENDS = {"patience": (2, 5), "patience that is given back": (5, 8)}  # the outcome's step and the last; else 8 and 8
 KILLS = [(kept, killed) for killed in range(1, 5) for kept in range(1, killed + 1)]
 
 
@@ -113,6 +114,7 @@ def test_a_run_goes_on_with_what_it_had_counted_from_any_step(
     options = KINDS[kind]
     outcome = run(tmp_path / "unbroken", monkeypatch, **options)
     expected = left(tmp_path / "unbroken")
+    assert (outcome.step, expected["metrics"][-1]["step"]) == ENDS.get(kind, (8, 8))
     for kept, killed in KILLS:
         out = tmp_path / f"{kept}-{killed}"
         with pytest.raises(Killed):
@@ -169,6 +171,18 @@ def test_checkpoints_of_steps_that_are_not_done_again_are_removed(
     assert there() == {"step-2", "step-3", "step-4", "step-5"}
     outcome = run(tmp_path, monkeypatch, [3.0, 1.0, 1.1, 0.8, 0.7, 0.6], **options)
     assert outcome.step == 2 and there() == {"step-2", "step-3"}
+
+
+def test_the_best_checkpoint_of_the_kept_step_is_there_whatever_was_done_in_vain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Better steps came after it, which are not as good this time."""
+    options: dict[str, Any] = {"patience": 3, "keep_last": 1}
+    with pytest.raises(Killed):
+        run(tmp_path, monkeypatch, [3.0, 1.0, 0.9, 0.8, 0.7, 0.6], kept=2, killed=5, **options)
+    outcome = run(tmp_path, monkeypatch, [3.0, 1.0, 1.1, 1.2, 1.3, 1.4], **options)
+    assert outcome.step == 2
+    assert {folder.name for folder in (tmp_path / "checkpoints").iterdir()} == {"step-2", "step-5"}
 
 
 def test_the_seconds_of_before_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
