@@ -233,6 +233,15 @@ def as_text(found: Forecast) -> str:
     return "\n".join(lines)
 
 
+def refusal(found: Forecast) -> str:
+    """In a line why it does not fit."""
+    room, available = found.available * (1 - SPARE) / 1e9, found.available / 1e9
+    return (
+        f"{found.prediction.peak / 1e9:.4g} GB do not fit into the {room:.4g} GB that a run may have of "
+        f"{available:.4g} GB: {SPARE:.0%} are left to the device itself"
+    )
+
+
 def as_dict(found: Forecast) -> dict[str, Any]:
     """The same for programs."""
     return {

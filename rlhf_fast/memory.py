@@ -133,9 +133,11 @@ class _Run:
                     free = available - sum(parts.values()) + parts["keys and values"]
                     parts["keys and values"] = min(parts["keys and values"], max(free, 0) // 2)
         phases["training"] = {**standing, "gradients": _bytes(self.trained), **self._training()}
-        # PyTorch's AdamW takes the roots of all second moments at once on a GPU, of one after another on a CPU.
+        # PyTorch's AdamW takes the roots of all second moments at once on a GPU, of one after another on a CPU, where
+        # the last one's are still there.
         sizes = [4 * p.numel() for p in self.trained]
-        working = sum(sizes) if self.device == "cuda" else 2 * max(sizes)
+        one_by_one = max(2 * size + before for before, size in zip([0, *sizes], sizes, strict=False))
+        working = sum(sizes) if self.device == "cuda" else one_by_one
         phases["optimiser step"] = {**standing, "gradients": sum(sizes), "workspace": working}
         if isinstance(config, PPOConfig) and config.cuda_graphs:
             for phase in ("scoring", "training", "optimiser step"):

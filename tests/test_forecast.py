@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def test_micro_batches_are_the_first_to_be_made_smaller(
     _, whole, _ = doctor(capsys, "--config", str(file), "--memory", "8GB")
     limit = int(0.6 * whole["peak"] / (1 - forecast.SPARE))
     code, found, err = doctor(capsys, "--config", str(file), "--memory", str(limit))
-    assert code == 1 and "do not fit into" in err and err.count("\n") == 1
+    assert code == 1 and "do not fit into the" in err and err.count("\n") == 1
     (change,) = found["changes"]
     assert list(change["settings"]) == ["sft.optim.max_tokens_per_microbatch"] and change["fits"]
     assert 0.5 * whole["peak"] < change["peak"] <= limit * (1 - forecast.SPARE), "as large as it may be"
@@ -111,6 +112,29 @@ def test_micro_batches_are_the_first_to_be_made_smaller(
     file = write(tmp_path, {"model": str(model), "sft": sft})
     code, found, _ = doctor(capsys, "--config", str(file), "--memory", str(limit))
     assert (code, found["peak"]) == (0, change["peak"])
+
+
+@pytest.mark.parametrize(
+    ("share", "fits"), [(0.94, True), (0.951, False), (0.97, False), (0.999, False), (1.01, False)]
+)
+def test_a_run_that_needs_what_is_left_to_the_device_does_not_fit(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path, share: float, fits: bool
+) -> None:
+    """Between 95 and 100 % of the memory as well; and no number in what is said is the smaller one."""
+    file = write(tmp_path, {"model": str(model), "sft": {"max_length": 256}})
+    _, whole, _ = doctor(capsys, "--config", str(file), "--memory", "8GB")
+    limit = int(whole["peak"] / share)
+    code, found, err = doctor(capsys, "--config", str(file), "--memory", str(limit))
+    assert (code, found["fits"], found["peak"]) == (0 if fits else 1, fits, whole["peak"])
+    if fits:
+        assert err == "" and found["changes"] == []
+        return
+    peak, room, all_there = (float(x) for x in re.findall(r"([\d.]+) GB", err))
+    assert peak > room and peak == pytest.approx(whole["peak"] / 1e9, rel=1e-3)
+    assert room == pytest.approx(0.95 * limit / 1e9, rel=1e-3) and all_there == pytest.approx(limit / 1e9, rel=1e-3)
+    assert found["changes"][-1]["fits"] and found["changes"][-1]["peak"] <= 0.95 * limit
+    assert cli.main(["doctor", "--config", str(file), "--memory", str(limit)]) == 1
+    assert "5% of which are left to the device itself: it does not fit." in capsys.readouterr().out
 
 
 def test_what_changes_results_comes_last(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:

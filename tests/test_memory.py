@@ -11,15 +11,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import GemmaConfig, GPT2Config, LlamaConfig, PreTrainedConfig
+from transformers import AutoModelForSequenceClassification, GemmaConfig, GPT2Config, LlamaConfig, PreTrainedConfig
 
 from bench import memory as measured
-from rlhf_fast import memory, models
+from rlhf_fast import Generator, SamplingParams, memory, models
 from rlhf_fast.config import DPOConfig, LoRAConfig, OptimConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf_fast.data.batches import LONGEST_ROW
 from rlhf_fast.memory import LiveBytes, TrainerConfig, predict
 from rlhf_fast.rollout.probe import probe
 from rlhf_fast.trainers.critic import Critic
+from rlhf_fast.trainers.optimizer import Optimizer
 
 LLAMA = LlamaConfig(
     hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -79,13 +80,7 @@ def test_a_pass_without_memory_takes_what_the_same_pass_takes_with_it(
     config = dataclasses.replace(config, optim=optim, max_length=64)
     predicted = predict(config, shape).phases["training"]
     torch.manual_seed(0)
-    # The same model with memory, of which any values do.
-    model = memory.policy(config, shape).to_empty(device="cpu")
-    for x in (*model.parameters(), *model.buffers()):
-        x.data.normal_(std=0.02)
-    for part in model.modules():
-        if hasattr(part, "config"):
-            part.config._attn_implementation_internal = "sdpa"
+    model = with_memory(config, shape)
     if checkpointing:
         models.recompute_activations(model)
     critic = Critic(torch.nn.Linear(64, 1)) if isinstance(config, PPOConfig) else None
@@ -98,6 +93,91 @@ def test_a_pass_without_memory_takes_what_the_same_pass_takes_with_it(
         memory.loss(config, model, critic, batch).backward()
     assert live.peak > 100_000
     assert predicted["activations"] + predicted["block of logits"] == pytest.approx(live.peak, rel=0.02)
+
+
+def with_memory(config: TrainerConfig, shape: PreTrainedConfig) -> Any:
+    """The model that a run of these settings trains, of which any values do."""
+    model = memory.policy(config, shape).to_empty(device="cpu")
+    for x in (*model.parameters(), *model.buffers()):
+        x.data.normal_(std=0.02)
+    for part in model.modules():
+        if hasattr(part, "config"):
+            part.config._attn_implementation_internal = "sdpa"
+    return model
+
+
+@pytest.mark.parametrize("shape", [LLAMA, GPT2], ids=lambda shape: shape.model_type)
+def test_scoring_takes_what_log_probabilities_take_without_gradients(shape: PreTrainedConfig) -> None:
+    config = PPOConfig(max_length=64, optim=OptimConfig(max_tokens_per_microbatch=512))
+    predicted = predict(config, shape).phases["scoring"]
+    model, batch = with_memory(config, shape), memory.full_batch(config)
+    with torch.no_grad(), LiveBytes(model.parameters(), "cpu") as live:
+        models.response_logprobs(model, batch)
+    assert live.peak > 100_000
+    assert predicted["activations"] + predicted["block of logits"] == pytest.approx(live.peak, rel=0.02)
+
+
+@pytest.mark.parametrize("r", [0, 8])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_of_the_optimiser_takes_what_it_holds_and_works_in(r: int, dtype: Any) -> None:
+    config = SFTConfig(lora=LoRAConfig(r=r), dtype=dtype)
+    phase = predict(config, LLAMA).phases["optimiser step"]
+    model = models.trainable(models.load(LLAMA, getattr(torch, dtype))[0], config.lora)
+    optimizer = Optimizer([model], config.optim, 10)
+    trained = optimizer.parameters
+
+    def give_gradients() -> None:
+        for p in trained:
+            p.grad = torch.full_like(p, 0.01)
+
+    give_gradients()
+    optimizer.step()
+    moments = [x for state in optimizer.adam.state.values() for name, x in state.items() if name != "step"]
+    assert phase["Adam's moments"] == sum(x.nbytes for x in moments)
+    copies = [m for m, p in zip(optimizer.masters, trained, strict=True) if m is not p]
+    assert phase["float32 copies of those"] == sum(x.nbytes for x in copies)
+    give_gradients()
+    steps = [state["step"] for state in optimizer.adam.state.values()]
+    given = [p.grad for p in trained if p.grad is not None]
+    with LiveBytes([*trained, *optimizer.masters, *moments, *steps, *given], "cpu") as live:
+        optimizer.step()
+    made = sum(4 * p.numel() for p in trained if p.dtype != torch.float32)  # gradients of the copies
+    assert made + phase["workspace"] == pytest.approx(live.peak, rel=0.02)
+    assert phase["gradients"] == sum(4 * p.numel() for p in trained)
+
+
+@pytest.mark.parametrize("shape", [LLAMA, GPT2], ids=lambda shape: shape.model_type)
+def test_generation_takes_its_keys_and_values_and_its_fullest_step(shape: PreTrainedConfig) -> None:
+    config = PPOConfig(prompts_per_step=3, samples_per_prompt=2, max_length=48)
+    phase = predict(config, shape).phases["rollouts"]
+    model, tokenizer = models.load(shape)
+    generator = Generator(model, tokenizer, fast=False)
+    params = SamplingParams(n=2, max_new_tokens=8, ignore_eos=True)
+    prompts = [[5 + i] * 40 for i in range(3)]
+    generator.generate(prompts, params)
+    kept = [x for cache in generator.runner.caches.values() for x in (cache.keys, cache.values)]
+    assert phase["keys and values"] == sum(x.nbytes for x in kept)
+    prompts = [[5 + i] * 341 for i in range(6)]  # a step of as many tokens as there may be
+    params = SamplingParams(max_new_tokens=1, ignore_eos=True)
+    generator.generate(prompts, params)
+    kept = [x for cache in generator.runner.caches.values() for x in (cache.keys, cache.values)]
+    generator._weights = None
+    with LiveBytes([*model.parameters(), *model.buffers(), *kept], "cpu") as live:
+        generator.generate(prompts, params)
+    assert generator.statistics.steps == 1
+    found = (phase["activations"] + phase["block of logits"]) / live.peak
+    assert 0.99 < found < 1.25, "never too little; paged attention repeats no keys, as is assumed"
+
+
+def test_a_reference_and_reward_models_take_their_weights() -> None:
+    phase = predict(PPOConfig(dtype="bfloat16"), LLAMA, rewards=[GEMMA, LLAMA]).phases["scoring"]
+    scorers = []
+    for shape in (GEMMA, LLAMA):
+        shape = type(shape)(**{**shape.to_dict(), "num_labels": 1})
+        scorers.append(AutoModelForSequenceClassification.from_config(shape, dtype=torch.bfloat16))
+    assert phase["reward models"] == sum(p.nbytes for model in scorers for p in model.parameters())
+    policy = models.trainable(models.load(LLAMA, torch.bfloat16)[0], PPOConfig().lora)
+    assert phase["reference"] == sum(p.nbytes for p in policy.parameters() if p.requires_grad) > 0
 
 
 @given(st.integers(1, 5000), st.integers(4, 3000), st.sampled_from(CONFIGS))

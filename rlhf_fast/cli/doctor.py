@@ -70,7 +70,7 @@ def diagnose(command: DoctorCommand) -> None:
         if command.price is not None:
             print("\n" + forecast.cost_table(hours, command.price))
     if not found.fits:
-        raise RuntimeError(f"{command.config}: {found.prediction.peak / 1e9:.1f} GB do not fit into {memory / 1e9:.1f}")
+        raise RuntimeError(f"{command.config}: {forecast.refusal(found)}")
 
 
 def _require_nothing_else(command: DoctorCommand) -> None:
