@@ -86,13 +86,15 @@ def n(world: World) -> None:
 
 
 def temperature(world: World) -> None:
-    """Of what is drawn the log-probability is told, which depends on it."""
-    (response,) = world.sample(temperature=0.6)
-    by_hand = [
-        float(torch.log_softmax(world.logits(response[:t]) / 0.6, -1)[token]) for t, token in enumerate(response)
-    ]
-    assert world.rollouts.logprobs[world.rollouts.response_mask].tolist() == pytest.approx(by_hand, abs=1e-3)
-    assert world.sample(temperature=0.0) == [world.plain] != [response]
+    """Of what is drawn the model's own log-probability is told, which depends on it, whatever else changes logits."""
+    for others in ({}, {"logit_bias": {77: 2.0}, "presence_penalty": 1.0}):
+        (response,) = world.sample(temperature=0.6, **others)
+        by_hand = [
+            float(torch.log_softmax(world.logits(response[:t]) / 0.6, -1)[token]) for t, token in enumerate(response)
+        ]
+        assert world.rollouts.logprobs[world.rollouts.response_mask].tolist() == pytest.approx(by_hand, abs=1e-3)
+        assert response != world.plain
+    assert world.sample(temperature=0.0) == [world.plain]
 
 
 def cut_to_the_likeliest(**params: Any) -> Callable[[World], None]:
