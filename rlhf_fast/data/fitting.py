@@ -113,11 +113,16 @@ class Fitting:
         if self.rows == self.dropped + self.identical:
             why = "compare an answer with itself" if not self.dropped else f"have more than {self.limit} tokens"
             raise ValueError(f"{self.phase}: no row is left: all {self.rows} {why}; look at the data, or at max_length")
+        if said := self.told():
+            print(f"{self.phase}: {said}", file=sys.stderr)
+
+    def told(self) -> str:
+        """What became of rows, in words; empty where all are as they were."""
         cut = f"{self.truncated} cut to {self.limit} tokens" if self.truncated else ""
         out = f"{self.dropped} left out, being longer than {self.limit} tokens" if self.dropped else ""
         same = f"{self.identical} left out, as chosen and rejected are the same" if self.identical else ""
-        if said := "; ".join(part for part in (cut, out, same) if part):
-            print(f"{self.phase}: of {self.rows} rows {said}", file=sys.stderr)
+        said = "; ".join(part for part in (cut, out, same) if part)
+        return said and f"of {self.rows} rows {said}"
 
     def summary(self) -> dict[str, int]:
         """What became of rows, for a run's result; empty where all are as they were."""

@@ -238,6 +238,7 @@ class RewardTrainer:
         """Write what the last evaluation's scores are worth."""
         if not self.heldout:
             report = not_measured(self.comparisons)
+            report["notes"] += [self.fitting.told()] if self.fitting.told() else []
             write_atomic(run.path / "reward_report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
             return report
         pairs = join(self.heldout, "cpu")
@@ -252,6 +253,7 @@ class RewardTrainer:
             tokens=np.array([example.own_tokens for example in pairs.examples]),
         )
         report = measure(heldout, self.comparisons)
+        report["notes"] += [self.fitting.told()] if self.fitting.told() else []
         if self.split.by_pairs:
             report["notes"].append("these comparisons' prompts were trained on, and agreement on others is not known")
         report["alone"] = self._alone(pairs.examples)

@@ -56,6 +56,8 @@ def test_what_was_cut_or_left_out_is_said_at_the_start_and_kept_in_the_result(
     assert f"{phase}: of 8 rows 1 {word}" in capsys.readouterr().err
     assert trainer.train()["summary"][name] == 1
     assert json.loads((tmp_path / "run" / "result.json").read_text())["summary"][name] == 1
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert (f"Of 8 rows 1 {word}" if phase == "reward" else name.replace("_", " ")) in page
 
 
 @pytest.mark.parametrize("phase", PHASES)
