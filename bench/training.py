@@ -9,6 +9,7 @@ first tries several settings, and the fastest one takes part. TRL is no dependen
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -145,8 +146,9 @@ class Side:
 
     def step(self) -> dict[str, float]:
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which is told below
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError(f"{self.name} ended with {self.process.wait()}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import sys
@@ -19,10 +18,9 @@ from rlhf_fast.claim import MARK, Claim, check_claim
 from rlhf_fast.config import RunConfig
 from rlhf_fast.run_folder import RunFolder, check_folder, is_finished
 from rlhf_fast.trainers.checkpoints import Checkpoints, Goal
+from tests.processes import PROCESSES
 from tests.test_run_folder import contents
 
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.test_ownership"])
 SETTINGS = "sft:\n  epochs: 2\n"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import signal
 import subprocess
@@ -22,6 +21,7 @@ from rlhf_fast.config import DemoConfig, tiny_demo
 from rlhf_fast.data.records import read_comparisons
 from rlhf_fast.models.checkpoint import resolve
 from rlhf_fast.pipeline import PHASES, run_demo
+from tests.processes import verb
 
 
 def smallest(out: Path) -> DemoConfig:
@@ -117,29 +117,33 @@ def test_a_full_disk_is_refused_before_any_work(tmp_path: Path, monkeypatch: pyt
 def test_a_killed_run_goes_on_after_its_last_finished_phase(tmp_path: Path) -> None:
     """SIGKILL in one phase after another: no half-written file is ever left, and the end is that of an unbroken run."""
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "rlhf_fast.cli", "demo", "--tiny", "--out", str(out), *SHORT]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words, said = ["demo", "--tiny", *SHORT, "--out"], tmp_path / "said"
     for phase in ("sft", "reward", "ppo"):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+        process = verb([*words, str(out)], str(said))
+        process.start()
         deadline = time.monotonic() + 120
         while not (out / phase / "metrics.jsonl").exists():
-            assert process.poll() is None and time.monotonic() < deadline, f"{phase} never began"
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+            assert process.is_alive() and time.monotonic() < deadline, f"{phase} never began: {said.read_text()}"
+            time.sleep(0.002)
+        process.kill()
+        process.join()
         assert not (out / phase / "result.json").exists()
         for file in out.rglob("*.jsonl"):
             assert all(json.loads(line) is not None for line in file.read_text().splitlines())
         for file in out.rglob("*.json"):
             if ".tmp" not in str(file):
                 json.loads(file.read_text())
-    finished = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    assert finished.stdout.count("finished earlier") == 3  # sft, comparisons, reward
-    assert (out / "report.html").exists() and not list(out.rglob("*.tmp"))
     whole = tmp_path / "whole"
-    words = [*command[:5], "--out", str(whole), *SHORT]
-    unbroken = subprocess.run(words, capture_output=True, text=True, env=environment, check=True)
-    assert "this reward model is worth nothing; PPO is trained on it all the same" in unbroken.stdout
+    told = []
+    for folder in (out, whole):
+        process = verb([*words, str(folder)], str(said))
+        process.start()
+        process.join(120)
+        assert process.exitcode == 0, said.read_text()
+        told.append(said.read_text())
+    assert told[0].count("finished earlier") == 3  # sft, comparisons, reward
+    assert (out / "report.html").exists() and not list(out.rglob("*.tmp"))
+    assert "this reward model is worth nothing; PPO is trained on it all the same" in told[1]
     for name in ("comparisons/comparisons.jsonl", "evaluation/samples.jsonl"):
         assert (out / name).read_text() == (whole / name).read_text()
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from rlhf_fast.config import DPOConfig, LoRAConfig, OptimConfig, PPOConfig, RewardConfig, RunConfig, SFTConfig
+from rlhf_fast.pages import plots
 from rlhf_fast.trainers import state
 from rlhf_fast.trainers.dpo import DPOTrainer
 from rlhf_fast.trainers.ppo import PPOTrainer
@@ -32,6 +33,7 @@ def train(name: str, folder: str, out: str, pause: float, errors: str = "") -> N
     if errors:
         os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), sys.stderr.fileno())
     torch.set_num_threads(1)
+    plots.available = lambda: False  # they take a second a page, and are nothing that a kill could change
     state.EVERY, state.MOST = 0.0, 1e9
     after = state.TrainState.after
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -24,15 +23,11 @@ from rlhf_fast.trainers import state as state_module
 from rlhf_fast.trainers.optimizer import Optimizer
 from rlhf_fast.trainers.sft import SFTTrainer
 from rlhf_fast.trainers.state import Interrupted, TrainState, weights_digest
+from tests.processes import PROCESSES
 from tests.trainers import killed_run
 
 METHODS = ("ppo", "grpo", "ppo-lag", "remax-lag", "dpo", "reward", "sft")
 TIMED = ("seconds", "decode_roofline", "training_utilisation", "busy")  # metrics that no two runs have the same
-
-
-# Processes that are there as soon as they are asked for, each copied from one that has imported all.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.trainers.killed_run"])
 
 
 def start(name: str, folder: Path, out: Path, pause: float = 0.0) -> Any:
