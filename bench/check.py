@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bench.reach import reaching
+from bench.reach import reaching, reaching_compiled
 
 ROOT = Path(__file__).resolve().parents[1]
 NEAR = 2  # imports between a test and what it is run for
@@ -38,9 +38,8 @@ def of_files(files: Iterable[Path], root: Path = ROOT) -> list[Path]:
             first.append(file)
         elif place.suffix == ".py" and place.parts[0] in ("rlhf_fast", "bench", "tests"):
             columns.append(reaching(file, root, NEAR))
-        elif place.parts[0] == "csrc":  # of an op, or shared by all
-            own = root / "tests" / "ops" / f"test_{file.stem}.py"
-            columns.append([own] if own.exists() else sorted((root / "tests" / "ops").glob("test_*.py")))
+        elif place.parts[0] == "csrc":
+            columns.append(reaching_compiled(file, root))
         elif place.suffix == ".md":
             columns.append([root / "tests" / "test_docs.py", root / "tests" / "test_readme.py"])
     longest = max(map(len, columns), default=0)

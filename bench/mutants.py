@@ -1,49 +1,32 @@
 """Deliberate mistakes, one at a time: does any test notice? `python -m bench.mutants --count 200 --seed 0`
 
-A mutant is the source with one small change (an operator, a number, a branch), made by cosmic-ray. They are drawn over
-the files by their lines, and of a file's changes each is as likely. Each is tried in a copy of the tree, by the tests
-that reach its file (reach.py), until one fails. CONTRIBUTING.md says how to read what comes out.
+A mutant is the source with one small change (an operator, a number, a branch; mutations.py). Each is tried in a copy of
+the tree, until a test fails: by the tests that run its line where `python -m bench.covered` has been run on these
+sources, else by those that reach its file (reach.py), the nearest first. CONTRIBUTING.md says how to read it.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import difflib
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from bench.reach import reaching
-
-ROOT = Path(__file__).resolve().parents[1]
-LEFT_OUT = ("demo/", "_C")  # of rlhf_fast: data, and what is compiled
-# `is` for `==` is the same for most operands, and no decorator is taken away, since most are declarations.
-USELESS = ("RemoveDecorator", "_Is", "_IsNot", "ExceptionReplacer")
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """One change of one file."""
-
-    file: str  # in the project
-    line: int
-    operator: str
-    diff: str
-    code: str  # of the whole file, changed
-
-    @property
-    def room(self) -> str:
-        parts = Path(self.file).parts
-        return parts[1] if len(parts) > 2 else "rlhf_fast"
+from bench.covered import FOLDER, Map
+from bench.mutations import ROOT, Mutant, draw
+from bench.reach import reaching, reaching_compiled
+from tests.simt import build
 
 
 @dataclass(frozen=True)
@@ -54,143 +37,150 @@ class Outcome:
     operator: str
     diff: str
     killed: bool
-    by: str  # the test that failed, or why it is taken for killed
+    by: str  # the test that failed, or what was run in vain
     seconds: float
 
 
-def sources(root: Path = ROOT, room: str = "") -> list[Path]:
-    """The files that mutants are made of."""
-    files = sorted((root / "rlhf_fast").rglob("*.py"))
-    named = {file: str(file.relative_to(root / "rlhf_fast")) for file in files}
-    return [file for file, name in named.items() if not name.startswith(LEFT_OUT) and name.startswith(room)]
+@dataclass(frozen=True)
+class Plan:
+    """What is run for a mutant."""
+
+    tests: list[str]
+    expected: float  # seconds that these tests took without the mistake; 0 where nobody knows
+    words: tuple[str, ...] = ()  # of pytest
+    environment: tuple[tuple[str, str], ...] = ()
 
 
-def draw(count: int, seed: int, root: Path = ROOT, room: str = "") -> Iterator[Mutant]:
-    """So many mutants, the same for a seed and a state of the sources."""
-    dice = random.Random(seed)
-    files = sources(root, room)
-    lines = [len(file.read_text(encoding="utf-8").splitlines()) for file in files]
-    made: set[str] = set()
-    while count:
-        (file,) = dice.choices(files, lines)
-        text = file.read_text(encoding="utf-8")
-        found = changes(text)
-        if not found:
-            continue
-        place, operators = dice.choice(sorted(found.items()))
-        mutant = mutate(file.relative_to(root), text, dice.choice(operators), place[1])
-        if mutant is None or mutant.code in made or not is_visible(text, mutant):
-            continue
-        made.add(mutant.code)
-        count -= 1
-        yield mutant
-
-
-def changes(text: str) -> dict[tuple[str, int], list[str]]:
-    """The operators of cosmic-ray that can change each place: what stands there, and which of its kind it is."""
-    import parso
-    from cosmic_ray.ast import ast_nodes
-    from cosmic_ray.plugins import get_operator, operator_names
-
-    nodes = list(ast_nodes(parso.parse(text)))
-    found: dict[tuple[str, int], list[str]] = {}
-    for name in sorted(operator_names()):
-        cls = get_operator(name)
-        if cls.arguments() or any(part in name for part in USELESS):  # some would have to be told what to put there
-            continue
-        stands = name.rpartition("_")[0] or name  # ReplaceBinaryOperator_Add of ..._Add_Sub
-        for place in range(sum(1 for node in nodes for _ in cls().mutation_positions(node))):
-            found.setdefault((stands, place), []).append(name)
-    return found
-
-
-def mutate(file: Path, text: str, operator: str, place: int) -> Mutant | None:
-    from cosmic_ray.mutating import mutate_code
-    from cosmic_ray.plugins import get_operator
-
-    code = mutate_code(text, get_operator(operator)(), place)
-    if code is None or code == text:
-        return None
-    old, new = text.splitlines(), code.splitlines()
-    line = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new))) + 1
-    rows = list(difflib.unified_diff(old, new, lineterm="", n=0))[2:]
-    diff = [row for row in rows if not row.startswith("@@")]
-    return Mutant(str(file), line, operator.removeprefix("core/"), "\n".join(diff), code)
-
-
-def is_visible(text: str, mutant: Mutant) -> bool:
-    """Whether the program could differ: not in annotations, which nobody evaluates, nor under TYPE_CHECKING."""
-    try:
-        before, after = (ast.dump(_Bare().visit(ast.parse(code))) for code in (text, mutant.code))
-    except SyntaxError:
-        return False
-    return before != after
-
-
-class _Bare(ast.NodeTransformer):
-    """Takes annotations and docstrings away."""
-
-    def visit_arg(self, node: ast.arg) -> ast.arg:
-        node.annotation = None
-        return node
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
-        node.returns = None
-        self.generic_visit(node)
-        return node
-
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
-        node.annotation = ast.Constant(None)
-        self.generic_visit(node)
-        return node
-
-    def visit_If(self, node: ast.If) -> ast.AST | None:
-        if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            return None
-        self.generic_visit(node)
-        return node
-
-
-def attempt(mutant: Mutant, tree: Path, limit: float) -> Outcome:
-    """Run the tests that reach the mutant's file in a copy of the tree, until one fails."""
+def attempt(mutant: Mutant, tree: Path, limit: float, covered: Map | None = None) -> Outcome | None:
+    """Run a mutant's tests in a copy of the tree until one fails. None if it does not compile, or to the same code."""
     file = tree / mutant.file
     whole = file.read_text(encoding="utf-8")
-    tests = [str(test.relative_to(tree)) for test in reaching(file, tree)]
     started = time.monotonic()
-    killed, by = False, "no test reaches it"
-    if tests:
+    if file.suffix == ".py":
+        plan = plan_of_python(mutant, tree, limit, covered)
         file.write_text(mutant.code, encoding="utf-8")
-        try:
-            killed, by = _run(tests, tree, limit, interpreted=mutant.room == "kernels")
-        finally:
-            file.write_text(whole, encoding="utf-8")
+    else:
+        before = compiled_sides(file, tree)
+        file.write_text(mutant.code, encoding="utf-8")
+    try:
+        if file.suffix != ".py":
+            after = {side: build.library(side, tree) for side in before}
+            if all(same(after[side], before[side]) for side in before):
+                return None
+            plan = plan_of_compiled(file, tree, after, limit, covered)
+        killed, by = _run(plan, tree, limit) if plan.tests else (False, "no test reaches it")
+    except build.CompileError:
+        return None
+    finally:
+        file.write_text(whole, encoding="utf-8")
     seconds = round(time.monotonic() - started, 1)
     return Outcome(mutant.file, mutant.line, mutant.room, mutant.operator, mutant.diff, killed, by, seconds)
 
 
-def _run(tests: list[str], tree: Path, limit: float, interpreted: bool) -> tuple[bool, str]:
-    words = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:randomly", *tests]
+def compiled_sides(file: Path, tree: Path) -> dict[str, Path]:
+    """The modules that a C++ or CUDA file is part of, as they are without a mistake."""
+    parts = {
+        side: [source for source in build.sources(side, tree) if file == source or file in build.included(source, tree)]
+        for side in ("cpu", "cuda")
+    }
+    if file.name in ("bindings.cpp", "isa.cpp"):  # where both have it, what the CPU's does is seen more quickly
+        parts["cuda"] = []
+    return {side: build.library(side, tree) for side, of in parts.items() if of}
+
+
+def same(a: Path, b: Path) -> bool:
+    """Whether two modules have the same code: a comment was changed, or what the compiler leaves out."""
+    return a == b or a.read_bytes() == b.read_bytes()
+
+
+def plan_of_compiled(file: Path, tree: Path, built: dict[str, Path], limit: float, covered: Map | None) -> Plan:
+    """The op tests of the sides that were built, those of the file's own op first."""
+    module = (("RLHF_FAST_TEST_MODULE", str(built["cpu"])),) if "cpu" in built else ()
+    near = [str(test.relative_to(tree)) for test in reaching_compiled(file, tree)]
+    if covered is None:
+        sides = " or ".join(["fuzz", *built])
+        return Plan(near, 0.0, ("-k", f"({sides}) and not triton and not reference"), module)
+    known = {
+        name: [
+            test
+            for test in covered.of_file.get(name, ())
+            if any(word in test for word in ("fuzz", *built)) and "triton" not in test and "reference" not in test
+        ]
+        for name in near
+    }
+    return _fitting(known, limit, covered, module)
+
+
+def _fitting(known: dict[str, list[str]], limit: float, covered: Map, environment: Any = ()) -> Plan:
+    """As many tests as take no longer than the limit, in the order of their files, of each the quickest first."""
+    chosen: list[str] = []
+    expected = 0.0
+    for name, tests in known.items():
+        if not tests:
+            continue
+        expected += covered.setup(name)
+        for test in sorted(tests, key=lambda test: (covered.seconds.get(test, 0.0), test)):
+            if expected + covered.seconds.get(test, 0.0) <= limit or not chosen:
+                chosen.append(test)
+                expected += covered.seconds.get(test, 0.0)
+        if expected > limit:
+            break
+    return Plan(chosen, expected, (), environment)
+
+
+def plan_of_python(mutant: Mutant, tree: Path, limit: float, covered: Map | None) -> Plan:
+    """Those that run its line, the nearest files first, as many as fit into the limit."""
+    file = tree / mutant.file
+    near = [str(test.relative_to(tree)) for test in reaching(file, tree)]
+    if mutant.room == "kernels":  # the tests of Triton, which has to be told before it is imported
+        return Plan(near, 0.0, ("-k", "triton"), (("TRITON_INTERPRET", "1"),))
+    known = covered.tests(mutant.file, statement(file.read_text(encoding="utf-8"), mutant.line)) if covered else {}
+    if not known or covered is None:
+        return Plan(near, 0.0)
+    place = {name: i for i, name in enumerate(near)}
+    names = sorted(known, key=lambda name: (place.get(name, len(place)), name))
+    return _fitting({name: known[name] for name in names}, limit, covered)
+
+
+def statement(text: str, line: int) -> range:
+    """The lines of the smallest statement around one."""
+    around = [
+        node
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.stmt) and node.lineno <= line <= (node.end_lineno or node.lineno)
+    ]
+    inner = min(around, key=lambda node: (node.end_lineno or 0) - node.lineno, default=None)
+    if inner is None:
+        return range(line, line + 1)
+    if isinstance(inner, (ast.FunctionDef, ast.ClassDef, ast.If, ast.For, ast.While, ast.With, ast.Try)):
+        return range(line, line + 1)  # its head: what is in it has lines of its own
+    return range(inner.lineno, (inner.end_lineno or inner.lineno) + 1)
+
+
+def _run(plan: Plan, tree: Path, limit: float) -> tuple[bool, str]:
+    words = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:randomly"]
     environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    if interpreted:
-        words, environment["TRITON_INTERPRET"] = [*words, "-k", "triton"], "1"
     process = subprocess.Popen(
-        words,
+        [*words, *plan.words, *plan.tests],
         cwd=tree,
-        env=environment,
+        env={**environment, **dict(plan.environment)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
+    patience = 60 + 4 * plan.expected if plan.expected else limit
     try:
-        said, _ = process.communicate(timeout=limit)
+        said, _ = process.communicate(timeout=patience)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, 9)
         process.communicate()
+        if plan.expected:  # they would have ended long since
+            return True, f"did not end within {patience:.0f} s"
         return False, f"passed for {limit:.0f} s, then stopped"
     failed = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    if process.returncode == 0:
-        return False, "all passed"
+    if process.returncode in (0, 5):  # 5: no test was chosen
+        return False, f"all passed: {said.strip().splitlines()[-1]}"
     return True, failed[0].split(" - ")[0] if failed else f"pytest ended with {process.returncode}"
 
 
@@ -205,46 +195,89 @@ def copy_of(root: Path, folder: Path) -> Path:
             shutil.copy2(root / name, folder / name)
     for compiled in (root / "rlhf_fast").glob("_C*.so"):
         shutil.copy2(compiled, folder / "rlhf_fast" / compiled.name)
+    if (root / "build" / "simt").exists():
+        shutil.copytree(root / "build" / "simt", folder / "build" / "simt")
     return folder
 
 
-def table(outcomes: list[Outcome]) -> str:
+def tried(
+    mutants: Iterator[Mutant], count: int, trees: list[Path], limit: float, covered: Map | None, out: Path
+) -> list[Outcome]:
+    """The outcomes of the first `count` mutants that can be compiled, in their order; a process for each tree."""
+    lock, outcomes, drawn = threading.Lock(), dict[int, Outcome](), 0
+
+    def work(tree: Path) -> None:
+        nonlocal drawn
+        while True:
+            with lock:
+                mutant = next(mutants, None) if len(outcomes) < count else None
+                number, drawn = drawn, drawn + 1
+            if mutant is None:
+                return
+            outcome = attempt(mutant, tree, limit, covered)
+            if outcome is not None:
+                with lock:
+                    outcomes[number] = outcome
+                    with open(out, "a", encoding="utf-8") as file:
+                        file.write(json.dumps(asdict(outcome)) + "\n")
+                    said = f"killed by {outcome.by}" if outcome.killed else f"SURVIVED: {outcome.by}"
+                    left = (time.monotonic() - started) / len(outcomes) * (count - len(outcomes)) / 60
+                    print(
+                        f"[{len(outcomes)}/{count}, {max(left, 0):.0f} min left] {outcome.file}:{outcome.line} {said} "
+                        f"in {outcome.seconds:.0f} s", file=sys.stderr, flush=True,
+                    )  # fmt: skip
+
+    started = time.monotonic()
+    with ThreadPoolExecutor(len(trees)) as pool:
+        for done in [pool.submit(work, tree) for tree in trees]:
+            done.result()
+    return [outcomes[number] for number in sorted(outcomes)[:count]]
+
+
+def table(outcomes: Iterable[Outcome]) -> str:
     """Killed and survived by room, and every survivor."""
+    outcomes = list(outcomes)
     rows = ["| room | mutants | killed | |", "|---|---|---|---|"]
     for room in [*sorted({one.room for one in outcomes}), "all"]:
         of = [one for one in outcomes if room in (one.room, "all")]
         killed = sum(one.killed for one in of)
-        rows.append(f"| {room} | {len(of)} | {killed} | {killed / len(of):.0%} |")
+        rows.append(f"| {room} | {len(of)} | {killed} | {killed / max(len(of), 1):.0%} |")
     survivors = [one for one in outcomes if not one.killed]
     shown = [f"\n{one.file}:{one.line} {one.operator} ({one.by})\n{one.diff}" for one in survivors]
     return "\n".join([*rows, *shown])
+
+
+def read(file: Path) -> list[Outcome]:
+    return [Outcome(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--count", type=int, default=20, help="mutants")
     parser.add_argument("--seed", type=int, default=0, help="which ones")
-    parser.add_argument("--room", default="", help="only of files whose path below rlhf_fast begins so: trainers/")
+    parser.add_argument("--room", default="", help="only of files whose path begins so: rlhf_fast/trainers, csrc/cpu")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds of tests for each")
+    parser.add_argument("--jobs", type=int, default=1, help="at a time")
+    parser.add_argument("--again", type=Path, help="an earlier --out of this count and seed: only try its survivors")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "mutants.jsonl", help="one outcome a line")
     given = parser.parse_args(words)
-    outcomes: list[Outcome] = []
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder, open(given.out, "w", encoding="utf-8") as file:
-        tree = copy_of(ROOT, Path(folder))
-        started = time.monotonic()
-        for number, mutant in enumerate(draw(given.count, given.seed, room=given.room), start=1):
-            outcome = attempt(mutant, tree, given.limit)
-            outcomes.append(outcome)
-            file.write(json.dumps(asdict(outcome)) + "\n")
-            file.flush()
-            left = (time.monotonic() - started) / number * (given.count - number)
-            said = f"killed by {outcome.by}" if outcome.killed else f"SURVIVED: {outcome.by}"
-            print(
-                f"[{number}/{given.count}, {left / 60:.0f} min left] {outcome.file}:{outcome.line} {said} "
-                f"in {outcome.seconds:.0f} s", file=sys.stderr, flush=True,
-            )  # fmt: skip
-    print(table(outcomes))
+    covered = Map() if (FOLDER / "tests.json").exists() else None
+    if covered is None:
+        print("by the tests that reach a file; python -m bench.covered finds those that run a line", file=sys.stderr)
+    mutants, count, before = draw(given.seed, room=given.room), given.count, dict[tuple[str, str], Outcome]()
+    if given.again:
+        before = {(one.file, one.diff): one for one in read(given.again)}
+        survivors = {place for place, one in before.items() if not one.killed}
+        count = len(survivors)
+        mutants = (mutant for mutant in mutants if (mutant.file, mutant.diff) in survivors)
+    with tempfile.TemporaryDirectory() as folder:
+        trees = [copy_of(ROOT, Path(folder) / str(job)) for job in range(given.jobs)]
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.write_text("", encoding="utf-8")
+        outcomes = tried(mutants, count, trees, given.limit, covered, given.out)
+    before |= {(one.file, one.diff): one for one in outcomes}
+    given.out.write_text("".join(json.dumps(asdict(one)) + "\n" for one in before.values()), encoding="utf-8")
+    print(table(before.values()))
     return 0
 
 

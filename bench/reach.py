@@ -10,6 +10,8 @@ import ast
 from collections import deque
 from pathlib import Path
 
+from tests.simt.build import included
+
 ROOTS = ("rlhf_fast", "tests", "bench")
 
 
@@ -38,6 +40,26 @@ def reaching(source: Path, root: Path, farthest: int = 4) -> list[Path]:
     found = [name for name in distance if files[name].name.startswith("test_")]
     own = {name: stem.strip("_") not in files[name].stem for name in found}
     return [files[name] for name in sorted(found, key=lambda name: (own[name], distance[name], name))]
+
+
+def reaching_compiled(source: Path, root: Path) -> list[Path]:
+    """The op tests for a file of csrc/: those named like a source that it is part of, those that name it, the rest.
+
+    Args:
+        source, root: the file, and the folder of the project that it is in.
+    """
+    kernels = [file for file in sorted((root / "csrc").rglob("*")) if file.suffix in (".cpp", ".cu")]
+    own = [file for file in kernels if file == source or source in included(file, root)]
+    stems = sorted({file.stem for file in own if file.stem != "bindings"})
+    tests = sorted((root / "tests" / "ops").glob("test_*.py"))
+
+    def distance(test: Path) -> int:
+        if any(stem in test.stem for stem in stems):
+            return 0
+        text = test.read_text(encoding="utf-8")
+        return 1 if any(stem in text for stem in stems) else 2
+
+    return sorted(tests, key=lambda test: (distance(test), test.name))
 
 
 def module_of(file: Path, root: Path) -> str:
