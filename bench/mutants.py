@@ -143,7 +143,7 @@ def plan_of_python(mutant: Mutant, tree: Path, limit: float, covered: Map | None
 
 
 def statement(text: str, line: int) -> range:
-    """The lines of the smallest statement around one."""
+    """The lines of the smallest statement around one; of a whole function for those of its head."""
     around = [
         node
         for node in ast.walk(ast.parse(text))
@@ -152,7 +152,7 @@ def statement(text: str, line: int) -> range:
     inner = min(around, key=lambda node: (node.end_lineno or 0) - node.lineno, default=None)
     if inner is None:
         return range(line, line + 1)
-    if isinstance(inner, (ast.FunctionDef, ast.ClassDef, ast.If, ast.For, ast.While, ast.With, ast.Try)):
+    if isinstance(inner, (ast.ClassDef, ast.If, ast.For, ast.While, ast.With, ast.Try)):
         return range(line, line + 1)  # its head: what is in it has lines of its own
     return range(inner.lineno, (inner.end_lineno or inner.lineno) + 1)
 
