@@ -34,10 +34,12 @@ def of_files(files: Iterable[Path], root: Path = ROOT) -> list[Path]:
     first = []
     for file in files:
         place = file.relative_to(root)
+        if place.parts[0] == "kernels":  # a part of the package by a link
+            place = Path("rlhf_fast", place)
         if place.parts[0] == "tests" and file.name.startswith("test_"):
             first.append(file)
         elif place.suffix == ".py" and place.parts[0] in ("rlhf_fast", "bench", "tests"):
-            columns.append(reaching(file, root, NEAR))
+            columns.append(reaching(root / place, root, NEAR))
         elif place.parts[0] == "csrc":
             columns.append(reaching_compiled(file, root))
         elif place.suffix == ".md":

@@ -17,6 +17,8 @@ from pathlib import Path
 from time import monotonic  # by this name, for tests replace that of the module
 from typing import Any
 
+from bench.reach import python_files
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "covered"
 SETUP = " (setup)"  # of a test: what is made there may serve all tests of its file
@@ -111,7 +113,7 @@ def main() -> int:
     FOLDER.mkdir(parents=True, exist_ok=True)
     for file in FOLDER.iterdir():
         file.unlink()
-    states = {str(file.relative_to(ROOT)): state(file) for file in (ROOT / "rlhf_fast").rglob("*.py")}
+    states = {str(file.relative_to(ROOT)): state(file) for file in python_files(ROOT / "rlhf_fast")}
     words = ["-q", "-p", "bench.covered", "-n", "2", "--dist", "worksteal", "-m", "not slow and not gpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     code = subprocess.run([sys.executable, "-m", "pytest", *words], cwd=ROOT, env=environment).returncode

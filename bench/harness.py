@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import _compiled, _dispatch
-from rlhf_fast.rates import product_rate
+from rlhf_fast.machine import product_rate
+from rlhf_fast.ops import compiled, dispatch
 
 try:
     from tqdm import tqdm
@@ -148,7 +148,7 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    _compiled.release_memory()  # what is kept for the next results is part of what these need
+    compiled.release_memory()  # what is kept for the next results is part of what these need
     try:
         Path("/proc/self/clear_refs").write_text("5")  # forget the highest mark so far
         before = status("VmRSS")
@@ -249,9 +249,9 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if gpu else _processor(),
         "threads": torch.get_num_threads(),
-        "isa": None if _compiled._C is None else _compiled._C.isa(),
-        "compiler": None if _compiled._C is None else _compiled._C.build_info()["compiler"],
-        "backend": _dispatch.choose("token_logprobs", _dispatch.KNOWN, torch.empty(0, device=device)),
+        "isa": None if compiled._C is None else compiled._C.isa(),
+        "compiler": None if compiled._C is None else compiled._C.build_info()["compiler"],
+        "backend": dispatch.choose("token_logprobs", dispatch.KNOWN, torch.empty(0, device=device)),
         "cuda": torch.version.cuda,
     }
 

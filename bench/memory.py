@@ -31,15 +31,16 @@ import torch
 from transformers import AutoConfig, LlamaConfig, PreTrainedTokenizerBase
 
 from bench import harness
-from rlhf_fast import cli, memory, models
+from rlhf_fast import cli, models
 from rlhf_fast.config import DPOConfig, LoRAConfig, OptimConfig, PPOConfig, RewardConfig, SFTConfig
+from rlhf_fast.config.settings import flatten, from_flat, to_dict
 from rlhf_fast.data.tokenize import tokenize_example, tokenize_prompt
-from rlhf_fast.files import write_atomic
-from rlhf_fast.forecast import CONFIGS
-from rlhf_fast.ops import _compiled
-from rlhf_fast.settings import flatten, from_flat, to_dict
+from rlhf_fast.ops import compiled
+from rlhf_fast.planning import memory
+from rlhf_fast.planning.forecast import CONFIGS
+from rlhf_fast.runs.files import write_atomic
 from rlhf_fast.trainers.dpo import DPOTrainer
-from rlhf_fast.trainers.ppo import PPOTrainer
+from rlhf_fast.trainers.ppo.trainer import PPOTrainer
 from rlhf_fast.trainers.reward import RewardTrainer
 from rlhf_fast.trainers.sft import SFTTrainer
 
@@ -168,7 +169,7 @@ def _text(tokenizer: PreTrainedTokenizerBase, prompt: str, length: int) -> str:
 def _give_back() -> None:
     """Let go of all that nobody holds."""
     gc.collect()
-    _compiled.release_memory()
+    compiled.release_memory()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
     if torch.cuda.is_available():

@@ -190,7 +190,10 @@ def copy_of(root: Path, folder: Path) -> Path:
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=root, capture_output=True, text=True, check=True
     )
     for name in names.stdout.splitlines():
-        if (root / name).is_file():
+        if (root / name).is_symlink():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).symlink_to(os.readlink(root / name))
+        elif (root / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, folder / name)
     for compiled in (root / "rlhf_fast").glob("_C*.so"):

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.reach import python_files
+
 ROOT = Path(__file__).resolve().parents[1]
 LEFT_OUT = ("rlhf_fast/demo/", "rlhf_fast/_C")  # data, and what is compiled
 CPLUSPLUS = (".cpp", ".h", ".cu", ".cuh")
@@ -42,7 +44,7 @@ class Mutant:
 
 def sources(root: Path = ROOT, room: str = "") -> list[Path]:
     """The files that mutants are made of, of rooms whose path begins so (`rlhf_fast/trainers`, `csrc/cpu`)."""
-    files = [*sorted((root / "rlhf_fast").rglob("*.py"))]
+    files = python_files(root / "rlhf_fast")
     files += [file for file in sorted((root / "csrc").rglob("*")) if file.suffix in CPLUSPLUS]
     named = {file: file.relative_to(root).as_posix() for file in files}
     return [file for file, name in named.items() if not name.startswith(LEFT_OUT) and name.startswith(room)]

@@ -7,6 +7,7 @@ models, whose __init__ imports its files.
 from __future__ import annotations
 
 import ast
+import os
 from collections import deque
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def reaching(source: Path, root: Path, farthest: int = 4) -> list[Path]:
         source, root: the file, and the folder of the project that it is in.
     """
     imported_by: dict[str, set[str]] = {}
-    files = {module_of(file, root): file for name in ROOTS for file in sorted((root / name).rglob("*.py"))}
+    files = {module_of(file, root): file for name in ROOTS for file in python_files(root / name)}
     for name, file in files.items():
         for other in imports_of(file, name, files.keys()):
             imported_by.setdefault(other, set()).add(name)
@@ -40,6 +41,12 @@ def reaching(source: Path, root: Path, farthest: int = 4) -> list[Path]:
     found = [name for name in distance if files[name].name.startswith("test_")]
     own = {name: stem.strip("_") not in files[name].stem for name in found}
     return [files[name] for name in sorted(found, key=lambda name: (own[name], distance[name], name))]
+
+
+def python_files(folder: Path) -> list[Path]:
+    """Those below a folder, by way of links too, such as rlhf_fast/kernels is one."""
+    found = (Path(above, name) for above, _, names in os.walk(folder, followlinks=True) for name in names)
+    return sorted(file for file in found if file.suffix == ".py")
 
 
 def reaching_compiled(source: Path, root: Path) -> list[Path]:

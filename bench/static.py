@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_fast.kernels._sizes import OWN
+from rlhf_fast.kernels.launch_sizes import OWN
 
 RESULTS = Path(__file__).resolve().parent / "results" / "static.json"
 TARGETS = (80, 90, 100, 120)
@@ -181,12 +181,12 @@ def cuda_name(mangled: str) -> tuple[str, str, str, str, int]:
 
 def cuda_kernels() -> Iterator[Static]:
     """Those in the compiled module; none if it was built without CUDA."""
-    from rlhf_fast.ops import _compiled
+    from rlhf_fast.ops import compiled
 
-    if _compiled.cuda is None:
+    if compiled.cuda is None:
         return
     with tempfile.TemporaryDirectory() as folder:
-        run(tool("cuobjdump"), "-xelf", "all", str(_compiled._C.__file__), cwd=folder)
+        run(tool("cuobjdump"), "-xelf", "all", str(compiled._C.__file__), cwd=folder)
         for cubin in sorted(Path(folder).glob("*.cubin")):
             architecture = re.search(r"sm_(\d+)", cubin.name)
             if architecture is not None and int(architecture[1]) in TARGETS:
@@ -454,10 +454,10 @@ def faults(one: Static) -> list[str]:
 def versions() -> dict[str, str]:
     import triton
 
-    from rlhf_fast.ops import _compiled
+    from rlhf_fast.ops import compiled
 
     ptxas = run(tool("ptxas"), "--version").splitlines()[-1].strip()
-    cuda = "" if _compiled._C is None else str(_compiled._C.build_info()["cuda"] or "")
+    cuda = "" if compiled._C is None else str(compiled._C.build_info()["cuda"] or "")
     return {"triton": triton.__version__, "triton_ptxas": ptxas, "cuda": cuda}
 
 

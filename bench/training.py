@@ -25,7 +25,7 @@ from typing import IO, Any
 import torch
 
 from bench import harness
-from rlhf_fast.files import write_atomic
+from rlhf_fast.runs.files import write_atomic
 
 PROMPTS, SAMPLES, NEW_TOKENS, RANK, KL, LR = 8, 4, 48, 16, 0.05, 1e-4
 MODEL = "smollm2-135m"
@@ -51,7 +51,7 @@ def prompts() -> list[str]:
 
 def ours(name: str, out: Path, wait: Wait, tell: Tell) -> None:
     from rlhf_fast import LoRAConfig, OptimConfig, PPOConfig, PPOTrainer
-    from rlhf_fast.run_folder import RunFolder
+    from rlhf_fast.runs.folder import RunFolder
 
     config = PPOConfig(
         prompts_per_step=PROMPTS, samples_per_prompt=SAMPLES, max_new_tokens=NEW_TOKENS, epochs=1, minibatches=1,

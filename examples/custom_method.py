@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import PPOConfig, PPOTrainer, ops
-from rlhf_fast.trainers.advantages import Advantages, Scored
+from rlhf_fast.trainers.ppo.advantages import Advantages, Scored
 
 
 def better_half(scored: Scored, kl_coef: float, config: PPOConfig) -> Advantages:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rlhf_fast.rollout.rollouts import Rollouts
     from rlhf_fast.rollout.sampling import SamplingParams
     from rlhf_fast.trainers.dpo import DPOTrainer
-    from rlhf_fast.trainers.ppo import PPOTrainer
+    from rlhf_fast.trainers.ppo.trainer import PPOTrainer
     from rlhf_fast.trainers.reward import RewardTrainer
     from rlhf_fast.trainers.sft import SFTTrainer
 
@@ -30,7 +30,7 @@ _HOME = {
     "SFTTrainer": "rlhf_fast.trainers.sft",
     "RewardTrainer": "rlhf_fast.trainers.reward",
     "DPOTrainer": "rlhf_fast.trainers.dpo",
-    "PPOTrainer": "rlhf_fast.trainers.ppo",
+    "PPOTrainer": "rlhf_fast.trainers.ppo.trainer",
     "LoRAConfig": "rlhf_fast.config",
     "OptimConfig": "rlhf_fast.config",
     "SFTConfig": "rlhf_fast.config",

@@ -88,11 +88,11 @@ def _compiled_module() -> str:
 
 def _backends() -> str:
     try:
-        from rlhf_fast.ops import _dispatch
+        from rlhf_fast.ops import dispatch
     except Exception as error:  # without torch there is none
         return f"unknown ({_one_line(error)})"
-    missing = "; ".join(f"no {name}: {remedy}" for name, remedy in _dispatch.MISSING.items())
-    here = ", ".join(name for name in _dispatch.KNOWN if name not in _dispatch.MISSING)
+    missing = "; ".join(f"no {name}: {remedy}" for name, remedy in dispatch.MISSING.items())
+    here = ", ".join(name for name in dispatch.KNOWN if name not in dispatch.MISSING)
     return f"{here}; {missing}" if missing else here
 
 
@@ -101,11 +101,11 @@ def _launch_sizes() -> str:
     try:
         import torch
 
-        from rlhf_fast.kernels import _sizes
+        from rlhf_fast.kernels import launch_sizes
 
         device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-        name = _sizes.device_name(device)
-        tuned = [op for op, own in _sizes.OWN.items() if _sizes.sizes(op, device) != own]
+        name = launch_sizes.device_name(device)
+        tuned = [op for op, own in launch_sizes.OWN.items() if launch_sizes.sizes(op, device) != own]
     except Exception as error:  # no torch, or a file that is none
         return f"unknown ({_one_line(error)})"
     return f"tuned for {name}: {', '.join(tuned)}" if tuned else f"the Triton kernels' own; none were tuned for {name}"

@@ -15,24 +15,24 @@ from typing import Any
 import yaml
 from transformers import LlamaConfig
 
-from rlhf_fast import models, settings
-from rlhf_fast.claim import Claim
-from rlhf_fast.config import DemoConfig
+from rlhf_fast import models
+from rlhf_fast.config import DemoConfig, settings
 from rlhf_fast.data.batches import shuffled
 from rlhf_fast.data.records import PromptRecord, prompt_text, read_demonstrations, read_prompts
 from rlhf_fast.data.templates import Prompt
 from rlhf_fast.evaluation.report import write_report
 from rlhf_fast.evaluation.win_rate import evaluate, write_evaluation
 from rlhf_fast.feedback.simulated import SimulatedAnnotator
-from rlhf_fast.files import require_space, write_atomic, write_jsonl
 from rlhf_fast.models.byte_tokenizer import VOCAB_SIZE
+from rlhf_fast.rewards.measures import AIM
 from rlhf_fast.rollout.generator import Generator
 from rlhf_fast.rollout.sampling import SamplingParams
-from rlhf_fast.run_folder import RunFolder, is_finished, read_result
-from rlhf_fast.terminal import bar_updater, progress_bar
-from rlhf_fast.trainers.ppo import PPOTrainer
+from rlhf_fast.runs.claim import Claim
+from rlhf_fast.runs.files import require_space, write_atomic, write_jsonl
+from rlhf_fast.runs.folder import RunFolder, is_finished, read_result
+from rlhf_fast.runs.terminal import bar_updater, progress_bar
+from rlhf_fast.trainers.ppo.trainer import PPOTrainer
 from rlhf_fast.trainers.reward import RewardTrainer
-from rlhf_fast.trainers.reward_measures import AIM
 from rlhf_fast.trainers.sft import SFTTrainer
 
 SYSTEM = "You answer clients of a design agency."  # stands before every prompt of the demo

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_fast.calibration import (
+from rlhf_fast.statistics.calibration import (
     brier,
     calibration_error,
     error_of_the_calibrated,

@@ -17,7 +17,9 @@ def names(*files: str) -> list[str]:
 
 
 def test_changed_tests_come_first_and_then_each_files_own() -> None:
-    found = names("rlhf_fast/intervals.py", "csrc/cpu/gae.cpp", "tests/test_cli.py", "docs/sft.md", "Makefile")
+    found = names(
+        "rlhf_fast/statistics/intervals.py", "csrc/cpu/gae.cpp", "tests/test_cli.py", "docs/sft.md", "Makefile"
+    )
     assert found[0] == "tests/test_cli.py"
     assert set(found[1:4]) == {"tests/test_intervals.py", "tests/ops/test_gae.py", "tests/test_docs.py"}
     assert "tests/trainers/test_reward_measures.py" in found and len(found) == len(set(found))

@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_fast import __version__, cli
 from rlhf_fast.config import DemoConfig, PPOConfig, tiny_demo
-from rlhf_fast.settings import describe, keys, run_yaml
+from rlhf_fast.config.settings import describe, keys, run_yaml
 
 # Every verb and every setting that a person can give. A longer list is a harder program to learn, so it grows on
 # purpose only.

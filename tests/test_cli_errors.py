@@ -15,7 +15,7 @@ import yaml
 from safetensors import SafetensorError
 
 from rlhf_fast import cli
-from rlhf_fast.run_folder import read_result
+from rlhf_fast.runs.folder import read_result
 
 
 def command_that(monkeypatch: pytest.MonkeyPatch, does: Callable[[], Any]) -> None:
@@ -167,7 +167,7 @@ def test_a_damaged_file_of_a_run_is_named(
         (tmp_path / "result.json").write_bytes(content)
         command_that(monkeypatch, lambda: read_result(tmp_path))
         line = said(capsys, 1)
-        assert line.startswith(f"{tmp_path}, or a file in it, {words}") and "rlhf_fast/run_folder.py:" in line
+        assert line.startswith(f"{tmp_path}, or a file in it, {words}") and "rlhf_fast/runs/folder.py:" in line
 
 
 def test_a_file_of_another_encoding_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from rlhf_fast.config import (
     SFTConfig,
     tiny_demo,
 )
-from rlhf_fast.settings import ConfigError, build, describe, flatten, from_flat, keys, run_yaml, to_dict, to_yaml
+from rlhf_fast.config.settings import ConfigError, build, describe, flatten, from_flat, keys, run_yaml, to_dict, to_yaml
 
 
 @dataclass(frozen=True)

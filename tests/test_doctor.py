@@ -100,9 +100,9 @@ def test_doctor_prints_each_part_and_succeeds(capsys):
 def test_doctor_tells_which_kernels_have_tuned_sizes(tmp_path, monkeypatch):
     import torch
 
-    from rlhf_fast.kernels import _sizes
+    from rlhf_fast.kernels import launch_sizes
 
-    name = _sizes.device_name(torch.device("cuda:0" if torch.cuda.is_available() else "cpu"))
+    name = launch_sizes.device_name(torch.device("cuda:0" if torch.cuda.is_available() else "cpu"))
     file = tmp_path / "sizes.json"
     monkeypatch.setenv("RLHF_FAST_TUNED", str(file))
     program = "from rlhf_fast import doctor; print(dict(doctor.report())['launch sizes'])"

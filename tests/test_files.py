@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_fast import files
-from rlhf_fast.files import (
+from rlhf_fast.runs import files
+from rlhf_fast.runs.files import (
     append_line,
     named_errors,
     require_space,

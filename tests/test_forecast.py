@@ -11,9 +11,10 @@ import pytest
 import yaml
 from transformers import LlamaConfig
 
-from rlhf_fast import cli, cost, forecast, settings
-from rlhf_fast.config import LoRAConfig, OptimConfig, PPOConfig, RewardConfig, SFTConfig
-from rlhf_fast.settings import ConfigError, run_yaml
+from rlhf_fast import cli
+from rlhf_fast.config import LoRAConfig, OptimConfig, PPOConfig, RewardConfig, SFTConfig, settings
+from rlhf_fast.config.settings import ConfigError, run_yaml
+from rlhf_fast.planning import cost, forecast
 
 ROOT = Path(__file__).parents[1]
 SHAPE = LlamaConfig(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rlhf_fast import intervals
-from rlhf_fast.intervals import Interval, clustered_bootstrap, clustered_share, t_quantile
+from rlhf_fast.statistics import intervals
+from rlhf_fast.statistics.intervals import Interval, clustered_bootstrap, clustered_share, t_quantile
 
 
 def test_an_interval_prints_and_is_stored() -> None:

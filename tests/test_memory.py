@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, GemmaConfig, GPT2Config, LlamaConfig, PreTrainedConfig
 
 from bench import memory as measured
-from rlhf_fast import Generator, SamplingParams, memory, models
+from rlhf_fast import Generator, SamplingParams, models
 from rlhf_fast.config import DPOConfig, LoRAConfig, OptimConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf_fast.data.batches import LONGEST_ROW
-from rlhf_fast.memory import LiveBytes, TrainerConfig, predict
-from rlhf_fast.rollout.probe import probe
-from rlhf_fast.trainers.critic import Critic
-from rlhf_fast.trainers.optimizer import Optimizer
+from rlhf_fast.planning import memory
+from rlhf_fast.planning.memory import LiveBytes, TrainerConfig, predict
+from rlhf_fast.rollout.model.probe import probe
+from rlhf_fast.trainers.loop.optimizer import Optimizer
+from rlhf_fast.trainers.ppo.critic import Critic
 
 LLAMA = LlamaConfig(
     hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,

@@ -19,11 +19,11 @@ def names(source: str) -> list[str]:
 
 
 def test_the_nearest_tests_come_first_and_distant_ones_are_reached() -> None:
-    assert names("rlhf_fast/intervals.py")[0] == "tests/test_intervals.py"
+    assert names("rlhf_fast/statistics/intervals.py")[0] == "tests/test_intervals.py"
     assert names("rlhf_fast/ops/gae.py")[0] == "tests/ops/test_gae.py"
     blocks = names("rlhf_fast/rollout/blocks.py")  # by way of scheduler, engine and generator
     assert "tests/rollout/test_generator.py" in blocks and "tests/test_intervals.py" not in blocks
-    assert "tests/trainers/test_run_steps.py" in names("rlhf_fast/trainers/loop.py")
+    assert "tests/trainers/test_run_steps.py" in names("rlhf_fast/trainers/loop/steps.py")
 
 
 def test_the_same_mutants_come_for_a_seed_and_each_changes_what_is_run() -> None:

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from rlhf_fast import trackers
-from rlhf_fast.claim import MARK, Claim, check_claim
 from rlhf_fast.config import RunConfig
-from rlhf_fast.run_folder import RunFolder, check_folder, is_finished
-from rlhf_fast.trainers.checkpoints import Checkpoints, Goal
+from rlhf_fast.runs import trackers
+from rlhf_fast.runs.claim import MARK, Claim, check_claim
+from rlhf_fast.runs.folder import RunFolder, check_folder, is_finished
+from rlhf_fast.trainers.loop.checkpoints import Checkpoints, Goal
 from tests.processes import PROCESSES
 from tests.test_run_folder import contents
 
@@ -190,7 +190,7 @@ def test_who_holds_a_folder_is_named_to_the_next_and_let_go_of_in_the_end(tmp_pa
 def keep_on(out: str) -> None:
     """A run of 12 steps as trainers make it, with checkpoints and states, and little else."""
     os.dup2(os.open(f"{out}.errors", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), sys.stderr.fileno())
-    from rlhf_fast.files import write_folder_atomic
+    from rlhf_fast.runs.files import write_folder_atomic
 
     with RunFolder(out, "sft", SETTINGS) as run:
         done, state = 0, run.state / "state.json"

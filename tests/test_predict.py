@@ -172,7 +172,7 @@ def test_every_goal_is_held_against_a_prediction(whole: dict[str, Any]) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_launches_are_as_wide_as_the_kernels_have_it() -> None:
     """A thread takes as many elements as the static table counts: else the sizes here are no longer the kernels'."""
-    from rlhf_fast.kernels._sizes import OWN
+    from rlhf_fast.kernels.launch_sizes import OWN
 
     cases = {op: case for op, case, _ in predict.cases()}
     for op, name in (("gae", "gae"), ("ppo_loss", "ppo_loss"), ("dpo_loss", "pair_loss"), ("sample", "sample"),

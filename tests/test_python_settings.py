@@ -15,7 +15,7 @@ import pytest
 from rlhf_fast import Generator, SamplingParams
 from rlhf_fast import config as configs
 from rlhf_fast.config import DemoConfig, DPOConfig, LoRAConfig, OptimConfig, PPOConfig, RunConfig, SFTConfig
-from rlhf_fast.settings import from_flat, keys, to_dict
+from rlhf_fast.config.settings import from_flat, keys, to_dict
 
 CLASSES = [
     one for one in vars(configs).values() if isinstance(one, type) and dataclasses.is_dataclass(one)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_fast import rates
+from rlhf_fast import machine as rates
 
 
 def test_limits_are_measured_once_and_products_take_as_long_as_they_say() -> None:

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_fast import run_folder
-from rlhf_fast.run_folder import RunFolder, is_finished, peak_rss_gb, read_result
-from rlhf_fast.terminal import bar_updater, progress_bar
+from rlhf_fast.runs import folder as run_folder
+from rlhf_fast.runs.folder import RunFolder, is_finished, peak_rss_gb, read_result
+from rlhf_fast.runs.terminal import bar_updater, progress_bar
 
 
 def lines(file: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import importlib.util
 import pytest
 
 from bench import static
-from rlhf_fast.ops import _compiled
+from rlhf_fast.ops import compiled
 
 triton_only = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
@@ -60,7 +60,7 @@ def test_no_kernel_spills_or_loads_narrow_on_any_target_and_the_table_is_up_to_d
     assert {(one.backend, one.target) for one in table} == {(b, t) for b in ("triton", "cuda") for t in static.TARGETS}
     kernels = static.collect([90], every=3)
     listed = {one.key: one for one in table}
-    in_cuda = {key for key, one in listed.items() if one.backend == "cuda" and _compiled.cuda is not None}
+    in_cuda = {key for key, one in listed.items() if one.backend == "cuda" and compiled.cuda is not None}
     assert {one.key for one in kernels if one.backend == "cuda"} == in_cuda, "run: python -m bench.static"
     compiled = [one for one in listed.values() if one.backend == "triton" and one.target == 90]
     assert len(kernels) - len(in_cuda) >= len(compiled) // 3 and len(compiled) >= len(list(static.triton_variants()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_fast.terminal import COLUMNS, WORDS, columns_that_fit, heading, table_line
+from rlhf_fast.runs.terminal import COLUMNS, WORDS, columns_that_fit, heading, table_line
 
 VALUES = [0.0, -1.5, 12.25, -123.456]
 

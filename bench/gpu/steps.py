@@ -26,8 +26,8 @@ import torch
 from bench import harness
 from bench.gpu.plan import ROOT, SKIPPED, python
 from rlhf_fast import ops
-from rlhf_fast.ops import _compiled, _dispatch
-from rlhf_fast.rates import product_rate
+from rlhf_fast.machine import product_rate
+from rlhf_fast.ops import compiled, dispatch
 
 ROWS, WIDTH = 8, 96  # at most, of a rehearsal's shapes
 # Most valuable first: when the time is over, the rest is left out.
@@ -98,8 +98,8 @@ def build(context: Context) -> None:
             raise Skip(reason)
         simt.module()
         return context.record(op="build", case="tests/simt", seconds=time.monotonic() - started)
-    if _compiled.cuda is not None:
-        return context.record(op="build", case="prebuilt", seconds=0.0, **_compiled._C.build_info())
+    if compiled.cuda is not None:
+        return context.record(op="build", case="prebuilt", seconds=0.0, **compiled._C.build_info())
     needs("pybind11", "setuptools")
     if shutil.which("nvcc") is None and not Path("/usr/local/cuda/bin/nvcc").exists():
         raise Skip("nvcc was not found, and rlhf_fast._C is not built: the CUDA C++ is left out, Triton runs")
@@ -213,7 +213,7 @@ def _by_backend(bench: harness.Bench, context: Context) -> Providers:
         name, ours = next(iter(every.items()))
         found: dict[str, harness.Call] = {}
         for backend in ("cuda", "triton"):
-            if backend not in _dispatch.MISSING:
+            if backend not in dispatch.MISSING:
                 with contextlib.suppress(RuntimeError):
                     _under(backend, ours)()
                     found[f"{name}, {backend}"] = _under(backend, ours)
@@ -238,9 +238,9 @@ def _kernels_on_the_cpu() -> None:
     from tests.simt import build as simt
 
     if simt.missing() is None:
-        _compiled.cuda = simt.module().cuda
-        _dispatch.RUNS_ON["cuda"] = ("cpu",)
-        _dispatch.MISSING.pop("cuda", None)
+        compiled.cuda = simt.module().cuda
+        dispatch.RUNS_ON["cuda"] = ("cpu",)
+        dispatch.MISSING.pop("cuda", None)
 
 
 # --- generation and training ------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from bench import harness
 from bench.gpu.steps import Context
 from bench.rollout import run as rollout
 from rlhf_fast import LoRAConfig, OptimConfig, PPOConfig, PPOTrainer, models
-from rlhf_fast.rates import product_rate
-from rlhf_fast.run_folder import RunFolder
+from rlhf_fast.machine import product_rate
+from rlhf_fast.runs.folder import RunFolder
 
 QWEN3 = Qwen3Config(
     vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,

@@ -28,8 +28,8 @@ from bench import harness
 from bench.gpu.plan import Results
 from bench.gpu.steps import Context, _cases, _under, _version
 from bench.harness import FORWARD, Bench, Call, Case
-from rlhf_fast.files import write_atomic
-from rlhf_fast.kernels import _sizes
+from rlhf_fast.kernels import launch_sizes
+from rlhf_fast.runs.files import write_atomic
 
 # op -> what is tried in place of some of its own sizes; the most valuable ops first, in case the time is over.
 CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
@@ -68,7 +68,7 @@ def tune(context: Context) -> None:
     benches = {bench.op: bench for bench in harness.benches("ops")}
     about = {**harness.environment(context.device), "triton": _version("triton")}
     about = {key: about[key] for key in ("date", "commit", "torch", "triton")}
-    about |= {"device": _sizes.device_name(context.device), "rehearsal": context.rehearse}
+    about |= {"device": launch_sizes.device_name(context.device), "rehearsal": context.rehearse}
     failed = []
     for op, candidates in list(CANDIDATES.items())[: 2 if context.short else None]:
         print(f"{op}: {len(candidates)} beside its own", flush=True)
@@ -109,7 +109,7 @@ def tune_op(op: str, bench: Bench, candidates: dict[str, dict[str, int]], contex
             continue
         gain, noise = statistics.geometric_mean(gains.values()), statistics.geometric_mean(noises.values())
         if pays(list(gains.values()), list(noises.values())):
-            kept = {"sizes": {**_sizes.OWN[op], **changes}, "gain": gain, "noise": noise, "gains": gains}
+            kept = {"sizes": {**launch_sizes.OWN[op], **changes}, "gain": gain, "noise": noise, "gains": gains}
             break
         refused[label] = (
             f"{gain:.3f} times as fast over all cases, {min(gains.values()):.3f} at worst; noise {noise:.3f}"
@@ -179,7 +179,7 @@ def _right(
 
 def _with(op: str, changes: dict[str, int], device: torch.device, call: Call) -> Call:
     def run() -> Any:
-        with _sizes.trying(op, device, changes):
+        with launch_sizes.trying(op, device, changes):
             return call()
 
     return run
@@ -220,9 +220,9 @@ def apply(results: Path, to: Path) -> dict[str, float]:
     records = [one for one in Results.read(results).records if one["op"].startswith("tune: ") and "sizes" in one]
     if not records:
         raise ValueError(f"{results}: no sizes were measured in this run; python -m bench.gpu --only tune does")
-    if to.resolve() == _sizes.TUNED.resolve() and any(one["rehearsal"] for one in records):
+    if to.resolve() == launch_sizes.TUNED.resolve() and any(one["rehearsal"] for one in records):
         raise ValueError(f"{results}: a rehearsal has measured no GPU; only --to FILE takes what it found")
-    content, gains = _sizes.read(to) if to.exists() else {}, {}
+    content, gains = launch_sizes.read(to) if to.exists() else {}, {}
     for one in records:
         op, of_device = one["op"].removeprefix("tune: "), content.setdefault(one["device"], {})
         of_device.pop(op, None)
@@ -230,7 +230,7 @@ def apply(results: Path, to: Path) -> dict[str, float]:
             of_device[op] = {key: one[key] for key in KEPT}
             gains[op] = one["gain"]
     content = {device: ops for device, ops in content.items() if ops}
-    _sizes.check(content, str(results))
+    launch_sizes.check(content, str(results))
     write_atomic(to, json.dumps(content, indent=1, sort_keys=True) + "\n")
     return gains
 
@@ -240,7 +240,9 @@ def main(words: Sequence[str] | None = None) -> int:
         "python -m bench.gpu.tuning", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--apply", type=Path, required=True, metavar="RESULTS.json", help="of python -m bench.gpu")
-    parser.add_argument("--to", type=Path, default=_sizes.TUNED, metavar="SIZES.json", help="default: the package's")
+    parser.add_argument(
+        "--to", type=Path, default=launch_sizes.TUNED, metavar="SIZES.json", help="default: the package's"
+    )
     given = parser.parse_args(words)
     try:
         gains = apply(given.apply, given.to)

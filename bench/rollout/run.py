@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from bench import harness
 from rlhf_fast import Generator, SamplingParams, models
-from rlhf_fast.ops import _compiled
+from rlhf_fast.ops import compiled
 
 ROUNDS, ENOUGH = 5, 90.0  # no further round after so many seconds
 Run = Callable[[], int]  # generates; returns the number of new tokens
@@ -127,7 +127,7 @@ def limit(case: Case, model: Any, rates: harness.Rates) -> float:
 def profile(run: Run) -> dict[str, float]:
     """Milliseconds of a run in each compiled kernel, products by their first dimension (rows), and in all the rest."""
     spent: dict[str, float] = {}
-    kernels = _compiled.cpu
+    kernels = compiled.cpu
 
     class Timed:
         def __getattr__(self, name: str) -> Callable[..., Any]:
@@ -146,10 +146,10 @@ def profile(run: Run) -> dict[str, float]:
 
     started = time.perf_counter()
     try:
-        _compiled.cpu = Timed()
+        compiled.cpu = Timed()
         run()
     finally:
-        _compiled.cpu = kernels
+        compiled.cpu = kernels
     spent["all else"] = 1e3 * (time.perf_counter() - started) - sum(spent.values())
     return spent
 
@@ -173,7 +173,7 @@ def main(only: str, out: Path) -> None:
             runs["rlhf-fast without sharing"] = ours(case, model, share_prefixes=False)
         least = limit(case, model, rates)
         records = timed(case, runs, least, about, rates)
-        if _compiled.cpu is not None:
+        if compiled.cpu is not None:
             spent = profile(runs["rlhf-fast"])
             largest = sorted(spent.items(), key=lambda item: -item[1])[:7]
             tqdm.write("  our ms: " + ", ".join(f"{name} {ms:.0f}" for name, ms in largest))

@@ -16,7 +16,7 @@ from typing import Any
 from rlhf_fast import __version__
 from rlhf_fast.cli import bench, data, doctor, errors, evaluate, export, generate, help, inputs, training
 from rlhf_fast.config import DemoConfig, tiny_demo
-from rlhf_fast.settings import ConfigError, build
+from rlhf_fast.config.settings import ConfigError, build
 
 
 def _demo(command: DemoConfig) -> None:

@@ -47,8 +47,8 @@ def run(command: DataCommand) -> None:
     from rlhf_fast.data.survey import survey
     from rlhf_fast.data.templates import use_template
     from rlhf_fast.pages.data_report import as_text, in_colour, require_page, write_page
-    from rlhf_fast.terminal import bar_updater, progress_bar
-    from rlhf_fast.trainers.lengths import sizes_of
+    from rlhf_fast.runs.terminal import bar_updater, progress_bar
+    from rlhf_fast.trainers.loop.lengths import sizes_of
 
     if command.out:
         require_page(Path(command.out))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from rlhf_fast.settings import ConfigError
+from rlhf_fast.config.settings import ConfigError
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def diagnose(command: DoctorCommand) -> None:
 
         doctor.main()
         return
-    from rlhf_fast import cost, forecast
+    from rlhf_fast.planning import cost, forecast
 
     run = forecast.read_run(Path(command.config), command.model)
     device, memory = forecast.device_and_memory(command.device, command.memory)

@@ -19,7 +19,7 @@ from types import TracebackType
 
 import yaml
 
-from rlhf_fast.settings import ConfigError
+from rlhf_fast.config.settings import ConfigError
 
 FAILED, USAGE, FAULT, BROKEN_PIPE = 1, 2, 70, 141  # exit codes
 _RAISE = dis.opmap["RAISE_VARARGS"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from rlhf_fast.cli import inputs
 from rlhf_fast.cli.told import tell
 from rlhf_fast.config import EvaluationConfig
-from rlhf_fast.run_folder import RunFolder, check_place
+from rlhf_fast.runs.folder import RunFolder, check_place
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ def run(command: EvaluateCommand) -> None:
     judged = {} if command.judge == "simulated" else {"judge": command.judge}
     inputs.check({"a": command.a, "b": command.b}, {"prompts": command.prompts}, judged)
     check_place(command.out, "evaluation")
+    from rlhf_fast.config.settings import to_yaml
     from rlhf_fast.data.records import read_prompts
     from rlhf_fast.evaluation.judges import judge_of
     from rlhf_fast.evaluation.report import write_report
     from rlhf_fast.evaluation.win_rate import evaluate, require_several, write_evaluation
-    from rlhf_fast.settings import to_yaml
 
     prompts = read_prompts(command.prompts, command.split or None)
     require_several(prompts)

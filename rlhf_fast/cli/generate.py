@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_fast.cli import inputs
-from rlhf_fast.settings import ConfigError
+from rlhf_fast.config.settings import ConfigError
 
 if TYPE_CHECKING:
     from rlhf_fast.rollout.sampling import SamplingParams
@@ -114,8 +114,8 @@ def _params(command: GenerateCommand, chosen: dict[str, Any]) -> SamplingParams:
 
 def _answer(generator: Any, records: list[Any], params: SamplingParams, out: str) -> None:
     """Write a row for each answer to the file `out`, or print it."""
-    from rlhf_fast.files import write_jsonl
-    from rlhf_fast.terminal import bar_updater, progress_bar
+    from rlhf_fast.runs.files import write_jsonl
+    from rlhf_fast.runs.terminal import bar_updater, progress_bar
 
     with progress_bar(len(records) * params.n, "generate", "reply") as bar:
         rollouts = generator.generate(records, params, bar_updater(bar))

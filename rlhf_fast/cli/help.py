@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping
 
 from rlhf_fast.config import DemoConfig
-from rlhf_fast.settings import describe
+from rlhf_fast.config.settings import describe
 
 
 def overview(verbs: Mapping[str, type]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from rlhf_fast.cli import inputs
 from rlhf_fast.cli.told import tell
 from rlhf_fast.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
-from rlhf_fast.run_folder import check_place
+from rlhf_fast.runs.folder import check_place
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def ppo(command: PPOCommand) -> None:
     files = {"prompts": command.prompts, "heldout_data": command.heldout_data}
     inputs.check({"policy": command.policy}, _given(files), {"reward": command.reward})
     check_place(command.out, "ppo", command.ppo.run.trackers)
-    from rlhf_fast.trainers.ppo import PPOTrainer
+    from rlhf_fast.trainers.ppo.trainer import PPOTrainer
 
     heldout = command.heldout_data or None
     trainer = PPOTrainer(

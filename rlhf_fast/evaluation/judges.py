@@ -11,8 +11,8 @@ from typing import Any, Protocol
 from rlhf_fast.data.records import PromptRecord
 from rlhf_fast.feedback.simulated import WEIGHTS, SimulatedAnnotator
 from rlhf_fast.models.forward import unwrapped
+from rlhf_fast.rewards.model import Reward, RewardModel, resolve_reward
 from rlhf_fast.rollout.requests import context_length
-from rlhf_fast.trainers.rewards import Reward, RewardModel, resolve_reward
 
 BUILT_IN = "simulated"  # the judge's name in settings
 

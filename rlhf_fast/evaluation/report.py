@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rlhf_fast.files import write_atomic
-from rlhf_fast.intervals import Interval
 from rlhf_fast.pages import plots
 from rlhf_fast.pages.page import SAMPLES_SHOWN, bar, duration, esc, figure, fmt, table_of, whisker, whole_page
 from rlhf_fast.pages.plots import Rows, number
+from rlhf_fast.runs.files import write_atomic
+from rlhf_fast.statistics.intervals import Interval
 
 PHASES = {
     "sft": "Supervised fine-tuning",

@@ -11,22 +11,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf_fast import models, ops, settings
-from rlhf_fast.config import EvaluationConfig
+from rlhf_fast import models, ops
+from rlhf_fast.config import EvaluationConfig, settings
 from rlhf_fast.data.records import PromptRecord, user_text
 from rlhf_fast.data.templates import use_template
 from rlhf_fast.data.text_metrics import repetition, words
 from rlhf_fast.evaluation.judges import Judge, Verdict, judge_of, mean_parts
-from rlhf_fast.files import write_atomic
-from rlhf_fast.intervals import clustered_bootstrap, clustered_share
 from rlhf_fast.models.adapters import Model
+from rlhf_fast.models.scoring import per_example
+from rlhf_fast.rewards.model import Reward
 from rlhf_fast.rollout.generator import Generator
 from rlhf_fast.rollout.rollouts import Rollouts
 from rlhf_fast.rollout.sampling import SamplingParams
-from rlhf_fast.run_folder import RunFolder
-from rlhf_fast.terminal import bar_updater, progress_bar
-from rlhf_fast.trainers.loop import per_example
-from rlhf_fast.trainers.rewards import Reward
+from rlhf_fast.runs.files import write_atomic
+from rlhf_fast.runs.folder import RunFolder
+from rlhf_fast.runs.terminal import bar_updater, progress_bar
+from rlhf_fast.statistics.intervals import clustered_bootstrap, clustered_share
 
 MAX_TOKENS = 2048  # padded tokens scored at once
 

@@ -20,7 +20,6 @@ from transformers import (
 from transformers.utils import logging
 
 from rlhf_fast.config import LoRAConfig
-from rlhf_fast.model_names import require_reachable, require_whole
 from rlhf_fast.models.adapters import (
     Model,
     adapter_config,
@@ -36,7 +35,8 @@ from rlhf_fast.models.adapters import (
 from rlhf_fast.models.byte_tokenizer import VOCAB_SIZE, byte_tokenizer
 from rlhf_fast.models.checkpoint import read_extra, reading_errors, resolve
 from rlhf_fast.models.forward import check_head, unwrapped
-from rlhf_fast.ops import _compiled
+from rlhf_fast.models.names import require_reachable, require_whole
+from rlhf_fast.ops import compiled
 
 
 @torch.inference_mode(False)  # else nobody could train what is loaded inside of it
@@ -181,7 +181,7 @@ def _placed(model: Model, device: str | torch.device | None) -> Model:
     for parameter in model.parameters():
         if parameter.device.type == "cpu":
             weight = parameter.data
-            parameter.data = _compiled.new(weight.shape, weight.dtype, weight.device, large=1 << 20).copy_(weight)
+            parameter.data = compiled.new(weight.shape, weight.dtype, weight.device, large=1 << 20).copy_(weight)
     return model
 
 

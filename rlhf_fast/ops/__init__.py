@@ -4,8 +4,8 @@ Every op takes padded (B, T) and packed (N,) + cu_seqlens (B + 1,) tensors where
 (float64 for float64 inputs), and leaves its inputs alone. Needs torch and nothing else.
 """
 
-from rlhf_fast.ops._dispatch import use_backend
 from rlhf_fast.ops.cross_entropy import cross_entropy
+from rlhf_fast.ops.dispatch import use_backend
 from rlhf_fast.ops.dpo_loss import dpo_loss
 from rlhf_fast.ops.full_kl import full_kl
 from rlhf_fast.ops.gae import gae

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import _compiled
+from rlhf_fast.ops import compiled
 from rlhf_fast.ops._rows import is_plain
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -125,7 +125,7 @@ def vocabulary(tokens: Tensor, size: int, mask: Tensor | None = None) -> None:
     """Every unmasked token is in [0, size)."""
     if not values_are_checked(tokens):
         return
-    first = _compiled.first_outside(tokens, size, mask)
+    first = compiled.first_outside(tokens, size, mask)
     if first == -1:
         return
     bad = (tokens < 0) | (tokens >= size)

@@ -8,10 +8,11 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import _compiled
+from rlhf_fast.kernels.arguments import Denominator, PairInputs, PairOptions
+from rlhf_fast.ops import compiled
 from rlhf_fast.ops._gradients import in_x
 from rlhf_fast.ops._library import Op
-from rlhf_fast.ops._rows import Denominator, PairInputs, PairOptions, plain
+from rlhf_fast.ops._rows import plain
 
 # torch.library reads the annotations of registered functions and knows no other form of Optional.
 # ruff: noqa: UP045
@@ -54,7 +55,7 @@ def kernels(backend: str) -> Any:
         from rlhf_fast.kernels import pair_loss
 
         return pair_loss
-    return _compiled.PairLoss(backend)
+    return compiled.PairLoss(backend)
 
 
 def pair_loss_forward(

@@ -9,9 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops._head import HeadGradients
 from rlhf_fast.ops._rows import matrix
 from rlhf_fast.ops.linear_token_logprobs import Problem
+from rlhf_fast.ops.lm_head import HeadGradients
 
 # Of a block: its rows, what the kernel found of each (logprobs, entropies, largest z, sums below it), and its logits.
 # Returns the loss's gradients in logprobs, entropies, logs of the sums, and each z of a row; None for 0.

@@ -7,7 +7,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import _checks, _compiled, _dispatch, reference
+from rlhf_fast.ops import _checks, compiled, dispatch, reference
 from rlhf_fast.ops._library import Op
 from rlhf_fast.ops._rows import matrix, transform
 from rlhf_fast.ops.reference import divide
@@ -70,7 +70,7 @@ def cross_entropy(
     if label_smoothing == 0 and z_loss == 0:
         logprobs, _ = token_logprobs(logits, tokens, 1.0, softcap, logit_scale, counted)
         return divide(-logprobs.sum(), counted.sum(), denominator)
-    backend = _dispatch.choose("cross_entropy", BACKENDS, logits)
+    backend = dispatch.choose("cross_entropy", BACKENDS, logits)
     if backend == "reference":
         return reference.cross_entropy(
             logits, tokens, mask, ignore_index, denominator, softcap, logit_scale, label_smoothing, z_loss
@@ -153,7 +153,7 @@ def cross_entropy_backward(
     backend: str,
 ) -> Tensor:
     """The gradient in logits, contiguous."""
-    out, x = _compiled.new_like(logits), matrix(logits)
+    out, x = compiled.new_like(logits), matrix(logits)
     if x.rows:
         every = upstream.expand(mask.shape).reshape(-1)
         kernels(backend).gradient(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import _checks, _dispatch, reference
+from rlhf_fast.ops import _checks, dispatch, reference
 from rlhf_fast.ops._pair_loss import BACKENDS, pair_loss
 
 LOSSES = ("sigmoid", "robust", "hinge", "ipo", "kto")
@@ -76,7 +76,7 @@ def dpo_loss(
         raise ValueError(f"kl: shape {tuple(kl.shape)}, expected a number or a tensor of shape ()")
     _checks.denominators(denominator)
     widest = next((x for x in (chosen, *given.values()) if x.dtype == torch.float64), chosen)
-    backend = _dispatch.choose("dpo_loss", BACKENDS, widest)
+    backend = dispatch.choose("dpo_loss", BACKENDS, widest)
     if backend == "reference":
         return reference.dpo_loss(
             chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing, denominator, loss, weights, kl

@@ -8,7 +8,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import _checks, _compiled, _dispatch, reference
+from rlhf_fast.ops import _checks, compiled, dispatch, reference
 from rlhf_fast.ops._library import Op
 from rlhf_fast.ops._rows import flat, matrix, per_row, transform
 
@@ -70,7 +70,7 @@ def full_kl(
     if logits.dtype != torch.float64 and _checks.is_low(temperature, mask):
         p, q = logits.double(), ref_logits.double()
         return reference.full_kl(p, q, mask, kind, temperature, softcap, logit_scale).float()
-    backend = _dispatch.choose("full_kl", BACKENDS, logits)
+    backend = dispatch.choose("full_kl", BACKENDS, logits)
     if backend == "reference":
         return reference.full_kl(logits, ref_logits, mask, kind, temperature, softcap, logit_scale)
     if kind == "reverse_kl":
@@ -87,7 +87,7 @@ def kernels(backend: str) -> Any:
         from rlhf_fast.kernels import full_kl
 
         return full_kl
-    return _compiled.FullKL(backend)
+    return compiled.FullKL(backend)
 
 
 def full_kl_forward(
@@ -128,8 +128,8 @@ def full_kl_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The gradients in the logits of p and of q; an empty tensor for one not needed."""
-    in_p = _compiled.new_like(p) if needs[0] else None
-    in_q = _compiled.new_like(q) if needs[1] else None
+    in_p = compiled.new_like(p) if needs[0] else None
+    in_q = compiled.new_like(q) if needs[1] else None
     x, y = matrix(p), matrix(q)
     if x.rows:
         t = transform(temperatures, temperature, softcap, logit_scale)

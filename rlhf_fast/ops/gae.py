@@ -8,9 +8,10 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import _checks, _compiled, _dispatch, reference
+from rlhf_fast.kernels.arguments import GAEInputs
+from rlhf_fast.ops import _checks, compiled, dispatch, reference
 from rlhf_fast.ops._library import Op
-from rlhf_fast.ops._rows import GAEInputs, plain
+from rlhf_fast.ops._rows import plain
 
 # torch.library reads the annotations of registered functions and knows no other form of Optional.
 # ruff: noqa: UP045
@@ -99,7 +100,7 @@ def gae(
 
     dtype = functools.reduce(torch.promote_types, [x.dtype for x in (values, *per_token.values()) if x is not None])
     exact = [x for x in (values, scores, bootstrap, *per_token.values()) if x is not None and x.dtype == torch.float64]
-    backend = _dispatch.choose("gae", BACKENDS, exact[0] if exact else values)
+    backend = dispatch.choose("gae", BACKENDS, exact[0] if exact else values)
     arguments = (
         rewards, values, float(gamma), float(lam), mask, cu_seqlens, bootstrap,
         float(lam if critic_lam is None else critic_lam), scores, logprobs, ref_logprobs, float(kl_coef),
@@ -118,7 +119,7 @@ def kernels(backend: str) -> Any:
         from rlhf_fast.kernels import gae
 
         return gae
-    return _compiled.GAE(backend)
+    return compiled.GAE(backend)
 
 
 def gae_forward(
@@ -141,7 +142,7 @@ def gae_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """advantages, returns, and (B, 3) sums of each sequence's advantages, or (0, 3) if not asked for."""
 
-    advantages, returns = _compiled.new_like(values, torch.float32), _compiled.new_like(values, torch.float32)
+    advantages, returns = compiled.new_like(values, torch.float32), compiled.new_like(values, torch.float32)
     per_sequence = values.new_empty(sequences if sums else 0, 3, dtype=torch.float64)
     if sequences:
         inputs = GAEInputs(

@@ -8,9 +8,10 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import _checks, _compiled, _dispatch, reference
+from rlhf_fast.kernels.arguments import Sequences
+from rlhf_fast.ops import _checks, compiled, dispatch, reference
 from rlhf_fast.ops._library import Op
-from rlhf_fast.ops._rows import Sequences, plain
+from rlhf_fast.ops._rows import plain
 
 # torch.library reads the annotations of registered functions and knows no other form of Optional.
 # ruff: noqa: UP045
@@ -60,7 +61,7 @@ def group_advantages(
     _checks.masks(rewards.shape, "rewards", mask)
     _checks.option("kind", kind, KINDS)
     _checks.number("eps", eps, above=0)
-    backend = _dispatch.choose("group_advantages", BACKENDS, rewards)
+    backend = dispatch.choose("group_advantages", BACKENDS, rewards)
     with torch.no_grad():
         if backend == "reference":
             return reference.group_advantages(rewards, kind, mask, cu_groups, eps)
@@ -75,7 +76,7 @@ def kernels(backend: str) -> Any:
         from rlhf_fast.kernels import group_advantages
 
         return group_advantages
-    return _compiled.GroupAdvantages(backend)
+    return compiled.GroupAdvantages(backend)
 
 
 def group_advantages_forward(

@@ -8,7 +8,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import _checks, _compiled, _dispatch, reference
+from rlhf_fast.ops import _checks, compiled, dispatch, reference
 from rlhf_fast.ops._library import Op
 from rlhf_fast.ops._rows import flat
 
@@ -60,7 +60,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1", mask: 
     if logprobs.dtype != ref_logprobs.dtype:
         widest = torch.promote_types(torch.promote_types(logprobs.dtype, ref_logprobs.dtype), torch.float32)
         logprobs, ref_logprobs = logprobs.to(widest), ref_logprobs.to(widest)
-    backend = _dispatch.choose("kl_estimate", BACKENDS, logprobs)
+    backend = dispatch.choose("kl_estimate", BACKENDS, logprobs)
     if backend == "reference":
         return reference.kl_estimate(logprobs, ref_logprobs, kind, mask)
     estimate: Tensor = _op(logprobs, ref_logprobs, mask, kind, backend)
@@ -74,7 +74,7 @@ def kernels(backend: str) -> Any:
         from rlhf_fast.kernels import kl_estimate
 
         return kl_estimate
-    return _compiled.KLEstimate(backend)
+    return compiled.KLEstimate(backend)
 
 
 def kl_estimate_forward(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import _checks, _compiled, _dispatch, reference
+from rlhf_fast.ops import _checks, compiled, dispatch, reference
 
 BACKENDS = ("cpu", "reference")
 GATES = ("none", "silu", "gelu_tanh")
@@ -50,10 +50,10 @@ def linear(x: Tensor, weights: Sequence[Weight], gate: str = "none") -> list[Ten
             f"weights: shapes {tuple(weights[0].weight.shape)} and {tuple(weights[1].weight.shape)}, "
             "expected the same with a gate"
         )
-    backend = _dispatch.choose("linear", BACKENDS, x)
+    backend = dispatch.choose("linear", BACKENDS, x)
     if backend == "reference":
         return reference.linear(x, weights, gate)
-    return _compiled.Linear([_readable(one) for one in weights], GATES.index(gate))(_rows(x))
+    return compiled.Linear([_readable(one) for one in weights], GATES.index(gate))(_rows(x))
 
 
 def _check_weight(x: Tensor, one: Weight) -> None:
@@ -98,13 +98,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     if x.dim() < 1:
         raise ValueError("x: shape (), expected (..., H)")
     _checks.shapes(x.shape[-1:], "the last dimension of x", weight=weight)
-    backend = _dispatch.choose("rms_norm", BACKENDS, x)
+    backend = dispatch.choose("rms_norm", BACKENDS, x)
     if backend == "reference" or weight.dtype != x.dtype or x.numel() == 0:
         return reference.rms_norm(x, weight, eps, offset)
-    return _compiled.rms_norm(x, weight.contiguous(), eps, offset)
+    return compiled.rms_norm(x, weight.contiguous(), eps, offset)
 
 
 def usable(x: Tensor) -> bool:
     """Whether tensors like x are to be multiplied by the compiled kernels, in the dtype that those are made for."""
-    here = "cpu" not in _dispatch.MISSING and x.device.type == "cpu" and x.dtype == torch.float32
-    return here and _dispatch.asked() in ("", "cpu")
+    here = "cpu" not in dispatch.MISSING and x.device.type == "cpu" and x.dtype == torch.float32
+    return here and dispatch.asked() in ("", "cpu")

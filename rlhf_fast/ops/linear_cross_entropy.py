@@ -7,13 +7,13 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import _checks, _dispatch, reference
+from rlhf_fast.ops import _checks, dispatch, reference
 from rlhf_fast.ops._gradients import in_x
-from rlhf_fast.ops._head import whole_rows_pay
 from rlhf_fast.ops._library import Op
 from rlhf_fast.ops._sweep import sweep
 from rlhf_fast.ops.cross_entropy import check_terms, smoothed_losses
 from rlhf_fast.ops.linear_token_logprobs import Problem, in_its_own_dtypes, linear_token_logprobs
+from rlhf_fast.ops.lm_head import whole_rows_pay
 from rlhf_fast.ops.reference import divide
 from rlhf_fast.ops.token_logprobs import BACKENDS
 
@@ -68,7 +68,7 @@ def linear_cross_entropy(
     _checks.denominators(denominator)
     check_terms(softcap, logit_scale, label_smoothing, z_loss)
     counted = (tokens != ignore_index) if mask is None else mask & (tokens != ignore_index)
-    backend = _dispatch.choose("linear_cross_entropy", BACKENDS, weight if weight.dtype == torch.float64 else hidden)
+    backend = dispatch.choose("linear_cross_entropy", BACKENDS, weight if weight.dtype == torch.float64 else hidden)
     a, b, scaling = lora or (None, None, 0.0)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias, a, b)]
     pays = backend != "reference" and whole_rows_pay(tokens.numel(), weight.shape[0], hidden.device)

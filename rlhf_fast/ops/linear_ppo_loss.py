@@ -8,13 +8,13 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import _checks, _dispatch
+from rlhf_fast.ops import _checks, dispatch
 from rlhf_fast.ops._gradients import in_x
-from rlhf_fast.ops._head import whole_rows_pay
 from rlhf_fast.ops._library import Op
 from rlhf_fast.ops._rows import per_row
 from rlhf_fast.ops._sweep import sweep
 from rlhf_fast.ops.linear_token_logprobs import Problem, in_its_own_dtypes, linear_token_logprobs
+from rlhf_fast.ops.lm_head import whole_rows_pay
 from rlhf_fast.ops.ppo_loss import (
     BACKENDS,
     STATS,
@@ -112,7 +112,7 @@ def linear_ppo_loss(
     a, b, scaling = lora or (None, None, 0.0)
     given = [x for x in (*tensors.values(), *per_token.values()) if isinstance(x, Tensor) and x.is_floating_point()]
     widest = next((x for x in given if x.dtype == torch.float64), hidden)
-    backend = _dispatch.choose("linear_ppo_loss", BACKENDS, widest)
+    backend = dispatch.choose("linear_ppo_loss", BACKENDS, widest)
     differentiable = (hidden, weight, bias, a, b, values if value_coef != 0 else None)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in differentiable]
     pays = backend != "reference" and whole_rows_pay(tokens.numel(), weight.shape[0], hidden.device)

@@ -9,10 +9,10 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import _checks, _dispatch, reference
-from rlhf_fast.ops._head import Block, Head, HeadGradients, LoRA, blocks, whole_rows
+from rlhf_fast.ops import _checks, dispatch, reference
 from rlhf_fast.ops._library import Op
 from rlhf_fast.ops._rows import flat, matrix, per_row, transform
+from rlhf_fast.ops.lm_head import Block, Head, HeadGradients, LoRA, blocks, whole_rows
 from rlhf_fast.ops.token_logprobs import BACKENDS, kernels
 
 # torch.library reads the annotations of registered functions and knows no other form of Optional.
@@ -68,7 +68,7 @@ def linear_token_logprobs(
             softcap, logit_scale, mask,
         )  # fmt: skip
         return exact[0].float(), exact[1].float()
-    backend = _dispatch.choose("linear_token_logprobs", BACKENDS, widest)
+    backend = dispatch.choose("linear_token_logprobs", BACKENDS, widest)
     if backend == "reference":
         return reference.linear_token_logprobs(
             hidden, weight, tokens, bias, lora, temperature, softcap, logit_scale, mask

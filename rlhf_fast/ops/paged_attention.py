@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import _checks, _compiled, _dispatch, reference
+from rlhf_fast.ops import _checks, compiled, dispatch, reference
 
 BACKENDS = ("cpu", "triton", "cuda", "reference")  # best first: Triton has the tensor cores
 MOST_DIM = 256  # of a head, on kernels
@@ -132,7 +132,7 @@ def paged_attention(
         raise TypeError(f"query: {query.dtype}, expected {cache.keys.dtype} like the cache")
     _check_places(batch, cache, n)
     scale = dim**-0.5 if scale is None else scale
-    backend = _dispatch.choose("paged_attention", _backends(cache), query)
+    backend = dispatch.choose("paged_attention", _backends(cache), query)
     if backend == "reference":
         return reference.paged_attention(query, cache, batch, scale, softcap, window, sinks)
     out = torch.empty(n, heads, dim, dtype=query.dtype, device=query.device)
@@ -182,7 +182,7 @@ def write_kv(
         )
     if _checks.values_are_checked(slots) and slots.numel():
         _check_range("slots", slots, cache.keys.shape[0] * cache.block_size)
-    backend = _dispatch.choose("write_kv", _backends(cache), key)
+    backend = dispatch.choose("write_kv", _backends(cache), key)
     if backend == "reference":
         return reference.write_kv(cache, key, value, slots, cos, sin, query)
     if key.stride(2) != 1 or value.stride(2) != 1:
@@ -227,4 +227,4 @@ def kernels(backend: str) -> Any:
         from rlhf_fast.kernels import paged_attention as in_triton
 
         return in_triton
-    return _compiled.PagedAttention(backend)
+    return compiled.PagedAttention(backend)

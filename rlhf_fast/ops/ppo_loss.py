@@ -9,9 +9,10 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import _checks, _compiled, _dispatch, reference
+from rlhf_fast.kernels.arguments import Denominator, PPOInputs, PPOOptions
+from rlhf_fast.ops import _checks, compiled, dispatch, reference
 from rlhf_fast.ops._library import Op
-from rlhf_fast.ops._rows import Denominator, PPOInputs, PPOOptions, plain
+from rlhf_fast.ops._rows import plain
 from rlhf_fast.ops.kl_estimate import ESTIMATES, KINDS
 from rlhf_fast.ops.sequence_sum import spread, sums_of
 
@@ -139,7 +140,7 @@ def ppo_loss(
     check_aggregation(logprobs, cu_seqlens, aggregation, denominator, ratio)
     given = [x for x in tensors.values() if x is not None]
     dtype = functools.reduce(torch.promote_types, [x.dtype for x in given])
-    backend = _dispatch.choose("ppo_loss", BACKENDS, next((x for x in given if x.dtype == torch.float64), logprobs))
+    backend = dispatch.choose("ppo_loss", BACKENDS, next((x for x in given if x.dtype == torch.float64), logprobs))
     if backend == "reference":
         return reference.ppo_loss(
             logprobs, old_logprobs, advantages, values, old_values, returns, mask, cu_seqlens, clip_low, clip_high,
@@ -228,7 +229,7 @@ def kernels(backend: str) -> Any:
         from rlhf_fast.kernels import ppo_loss
 
         return ppo_loss
-    return _compiled.PPOLoss(backend)
+    return compiled.PPOLoss(backend)
 
 
 def ppo_loss_forward(
@@ -273,7 +274,7 @@ def ppo_loss_forward(
     low, high, dual, value_clip, value_coef, entropy_coef, kl_coef, cap = options
     estimates = ESTIMATES.index(kl[:2]), ESTIMATES.index("k2" if kl.endswith("+") else kl)
     terms = Denominator(plain(denominator, torch.float32), number)
-    gradients = [_compiled.new_like(logprobs, torch.float32) if needed else None for needed in needs]
+    gradients = [compiled.new_like(logprobs, torch.float32) if needed else None for needed in needs]
     ranges = -(-logprobs.numel() // run.range_size(logprobs.device))
     new = functools.partial(logprobs.new_empty, dtype=torch.float32)
     loss, stats, inverse = new(()), new(len(STATS)), new(())
@@ -302,7 +303,7 @@ def ppo_loss_gradients(
     that is None. Knows those, so that autograd refuses to go on from here."""
     own = logprobs, values, entropy
     gradients = [None if x is None else g for x, g in zip(own, (in_logprobs, in_values, in_entropy), strict=True)]
-    scaled = [None if g is None else _compiled.new_like(g) for g in gradients]
+    scaled = [None if g is None else compiled.new_like(g) for g in gradients]
     kernels(backend).scale(gradients, upstream, inverse, scaled)
     of_logprobs, of_values, of_entropy = (
         inverse.new_empty(0) if x is None or s is None else s.to(x.dtype) for x, s in zip(own, scaled, strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import _checks, _dispatch, reference
+from rlhf_fast.ops import _checks, dispatch, reference
 from rlhf_fast.ops._pair_loss import BACKENDS, pair_loss
 
 
@@ -51,7 +51,7 @@ def reward_loss(
     _checks.number("label_smoothing", label_smoothing, least=0, most=0.5)
     _checks.denominators(denominator)
     given = [x for x in (chosen, rejected, margins) if x is not None]
-    backend = _dispatch.choose("reward_loss", BACKENDS, next((x for x in given if x.dtype == torch.float64), chosen))
+    backend = dispatch.choose("reward_loss", BACKENDS, next((x for x in given if x.dtype == torch.float64), chosen))
     if backend == "reference":
         return reference.reward_loss(chosen, rejected, margin, center_coef, label_smoothing, denominator, weights)
     if margins is None and margin:

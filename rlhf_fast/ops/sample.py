@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import _checks, _compiled, _dispatch, reference
+from rlhf_fast.ops import _checks, compiled, dispatch, reference
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 
@@ -54,7 +54,7 @@ def sample(
     options = {"uniform": uniform, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     _checks.devices(logits=logits, **options)
     _checks.shapes(logits.shape[:1], "the rows of logits", **options)
-    backend = _dispatch.choose("sample", BACKENDS, logits)
+    backend = dispatch.choose("sample", BACKENDS, logits)
     if backend == "reference":
         return Samples(*reference.sample(logits, uniform, temperature, top_k, top_p, min_p))
     rows = logits.shape[0]
@@ -77,4 +77,4 @@ def kernels(backend: str) -> Any:
         from rlhf_fast.kernels import sample as in_triton
 
         return in_triton
-    return _compiled.Sample(backend)
+    return compiled.Sample(backend)

@@ -8,9 +8,10 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import _checks, _compiled, _dispatch, reference
+from rlhf_fast.kernels.arguments import Sequences
+from rlhf_fast.ops import _checks, compiled, dispatch, reference
 from rlhf_fast.ops._library import Op
-from rlhf_fast.ops._rows import Sequences, plain
+from rlhf_fast.ops._rows import plain
 
 # torch.library reads the annotations of registered functions and knows no other form of Optional.
 # ruff: noqa: UP045
@@ -39,7 +40,7 @@ def sequence_sum(x: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | Non
     _checks.devices(x=x, mask=mask, cu_seqlens=cu_seqlens)
     sequences = _checks.sequences("x", x, cu_seqlens)
     _checks.masks(x.shape, "x", mask)
-    backend = _dispatch.choose("sequence_sum", BACKENDS, x)
+    backend = dispatch.choose("sequence_sum", BACKENDS, x)
     if backend == "reference":
         return reference.sequence_sum(x, mask, cu_seqlens)
     return sums_of(x, mask, cu_seqlens, sequences, backend)
@@ -57,7 +58,7 @@ def kernels(backend: str) -> Any:
         from rlhf_fast.kernels import sequence_sum
 
         return sequence_sum
-    return _compiled.SequenceSum(backend)
+    return compiled.SequenceSum(backend)
 
 
 def spread(x: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import _checks, _compiled, _dispatch, reference
+from rlhf_fast.ops import _checks, compiled, dispatch, reference
 from rlhf_fast.ops._library import Op
 from rlhf_fast.ops._rows import flat, matrix, per_row, transform
 
@@ -79,7 +79,7 @@ def token_logprobs(
     if logits.dtype != torch.float64 and _checks.is_low(temperature, mask):
         exact = reference.token_logprobs(logits.double(), tokens, temperature, softcap, logit_scale, mask)
         return exact[0].float(), exact[1].float()
-    backend = _dispatch.choose("token_logprobs", BACKENDS, logits)
+    backend = dispatch.choose("token_logprobs", BACKENDS, logits)
     if backend == "reference":
         return reference.token_logprobs(logits, tokens, temperature, softcap, logit_scale, mask)
     temperatures, number = per_row(temperature, rows)
@@ -96,7 +96,7 @@ def kernels(backend: str) -> Any:
         from rlhf_fast.kernels import token_logprobs
 
         return token_logprobs
-    return _compiled.TokenLogprobs(backend)
+    return compiled.TokenLogprobs(backend)
 
 
 def token_logprobs_forward(
@@ -148,7 +148,7 @@ def token_logprobs_backward(
 ) -> Tensor:
     """The gradient in logits, contiguous."""
     return _write_gradient(
-        _compiled.new_like(logits), grad_logprobs, grad_entropy, logits, tokens, temperatures, temperature, softcap,
+        compiled.new_like(logits), grad_logprobs, grad_entropy, logits, tokens, temperatures, temperature, softcap,
         logit_scale, mask, logprobs, entropy, saved, backend,
     )  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rlhf_fast.ops import _checks, _dispatch, reference
+from rlhf_fast.ops import _checks, dispatch, reference
 
 BACKENDS = ("reference",)
 
@@ -34,5 +34,5 @@ def whiten(x: Tensor, mask: Tensor | None = None, shift_mean: bool = True, eps: 
     _checks.devices(x=x, mask=mask)
     _checks.masks(x.shape, "x", mask)
     _checks.number("eps", eps, above=0)
-    _dispatch.choose("whiten", BACKENDS, x)
+    dispatch.choose("whiten", BACKENDS, x)
     return reference.whiten(x, mask, shift_mean, eps)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_fast.data.survey import Lengths, Piece, Survey
-from rlhf_fast.files import write_atomic
 from rlhf_fast.pages import plots
 from rlhf_fast.pages.page import esc, figure, table_of, whole_page
-from rlhf_fast.terminal import printable
+from rlhf_fast.runs.files import write_atomic
+from rlhf_fast.runs.terminal import printable
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 SAID_KEPT = 1200  # characters of a run of tokens that are shown; of a longer one its two ends

@@ -7,8 +7,8 @@ import hashlib
 import html
 from typing import Any
 
-from rlhf_fast.intervals import Interval
 from rlhf_fast.pages.plots import Plot
+from rlhf_fast.statistics.intervals import Interval
 
 SAMPLES_SHOWN = 60  # at once: elements are what makes a page slow
 

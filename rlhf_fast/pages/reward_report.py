@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_fast.data.records import prompt_text
-from rlhf_fast.files import write_atomic
-from rlhf_fast.intervals import Interval
 from rlhf_fast.pages import plots
 from rlhf_fast.pages.page import esc, figure, fmt, table_of, whisker, whole_page
+from rlhf_fast.runs.files import write_atomic
+from rlhf_fast.statistics.intervals import Interval
 
 SHOWN = 40  # comparisons, those that it disagrees with most
 TEXT_KEPT = 3000  # characters of a text

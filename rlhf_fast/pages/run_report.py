@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rlhf_fast.files import write_atomic
 from rlhf_fast.pages import plots
 from rlhf_fast.pages.page import duration, esc, figure, table_of, whole_page
 from rlhf_fast.pages.plots import Rows, number
+from rlhf_fast.runs.files import write_atomic
 
 TITLES = {
     "sft": "Supervised fine-tuning",

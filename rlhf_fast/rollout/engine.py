@@ -12,8 +12,8 @@ import torch
 
 from rlhf_fast import ops
 from rlhf_fast.ops.sample import Samples
+from rlhf_fast.rollout.model.runner import ModelRunner
 from rlhf_fast.rollout.processors import process
-from rlhf_fast.rollout.runner import ModelRunner
 from rlhf_fast.rollout.scheduler import Scheduler, Work
 from rlhf_fast.rollout.sequence import Sequence
 

@@ -12,18 +12,18 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_fast.config.settings import Settings
 from rlhf_fast.data.templates import added_tokens
 from rlhf_fast.data.tokenize import decode_response
 from rlhf_fast.models.adapters import Model
 from rlhf_fast.rollout.engine import Engine, Statistics
 from rlhf_fast.rollout.memory import Budget
+from rlhf_fast.rollout.model.runner import ModelRunner
 from rlhf_fast.rollout.requests import Params, Prompts, sequences_for
 from rlhf_fast.rollout.rollouts import Rollouts
-from rlhf_fast.rollout.runner import ModelRunner
 from rlhf_fast.rollout.scheduler import Scheduler
 from rlhf_fast.rollout.sequence import Sequence
 from rlhf_fast.rollout.shown import Shown
-from rlhf_fast.settings import Settings
 
 Progress = Callable[[int, int], None]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from rlhf_fast.rollout.blocks import BlockPool
-from rlhf_fast.rollout.runner import ModelRunner
+from rlhf_fast.rollout.model.runner import ModelRunner
 from rlhf_fast.rollout.sequence import Sequence
 
 

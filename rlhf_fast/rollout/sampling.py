@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from rlhf_fast.settings import Settings
+from rlhf_fast.config.settings import Settings
 
 LEAST_TEMPERATURE = 2.0**-149
 

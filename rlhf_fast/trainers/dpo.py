@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from rlhf_fast import models, ops, settings
-from rlhf_fast.config import DPOConfig
+from rlhf_fast import models, ops
+from rlhf_fast.config import DPOConfig, settings
 from rlhf_fast.data.batches import Batch, Example, pad
 from rlhf_fast.data.pairs import (
     PairGroup,
@@ -22,14 +22,15 @@ from rlhf_fast.data.pairs import (
 )
 from rlhf_fast.data.records import Comparison, Source, read_comparisons
 from rlhf_fast.data.splits import labelled, require_heldout
+from rlhf_fast.models.scoring import per_example
+from rlhf_fast.models.token_budget import TokenBudget
 from rlhf_fast.pages.run_report import write_run_report
-from rlhf_fast.run_folder import RunFolder
-from rlhf_fast.trainers.budget import TokenBudget
-from rlhf_fast.trainers.chat_settings import use_settings
-from rlhf_fast.trainers.checkpoints import Goal
-from rlhf_fast.trainers.lengths import fitting_for
-from rlhf_fast.trainers.loop import Stats, add_stats, fit, per_example
-from rlhf_fast.trainers.preflight import preflight
+from rlhf_fast.runs.folder import RunFolder
+from rlhf_fast.trainers.loop.chat_settings import use_settings
+from rlhf_fast.trainers.loop.checkpoints import Goal
+from rlhf_fast.trainers.loop.lengths import fitting_for
+from rlhf_fast.trainers.loop.preflight import preflight
+from rlhf_fast.trainers.loop.steps import Stats, add_stats, fit
 
 Sides = tuple[torch.Tensor, torch.Tensor]  # of the chosen and of the rejected responses
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf_fast import models, ops, settings
-from rlhf_fast.config import RewardConfig
+from rlhf_fast import models, ops
+from rlhf_fast.config import RewardConfig, settings
 from rlhf_fast.data.batches import Example, pad
 from rlhf_fast.data.pairs import (
     PairGroup,
@@ -28,20 +28,21 @@ from rlhf_fast.data.pairs import (
 from rlhf_fast.data.records import Comparison, PromptRecord, Source, read_comparisons
 from rlhf_fast.data.splits import labelled, require_heldout
 from rlhf_fast.data.tokenize import tokenize_example, tokenize_record
-from rlhf_fast.files import write_atomic
-from rlhf_fast.intervals import Interval, clustered_share
+from rlhf_fast.models.scoring import per_example
+from rlhf_fast.models.token_budget import TokenBudget
 from rlhf_fast.pages.reward_report import write_reward_report
+from rlhf_fast.rewards.measures import Heldout, agrees, histogram, measure, not_measured
 from rlhf_fast.rollout.generator import Generator
 from rlhf_fast.rollout.sampling import SamplingParams
-from rlhf_fast.run_folder import RunFolder
-from rlhf_fast.terminal import bar_updater, progress_bar
-from rlhf_fast.trainers.budget import TokenBudget
-from rlhf_fast.trainers.chat_settings import use_settings
-from rlhf_fast.trainers.checkpoints import Goal
-from rlhf_fast.trainers.lengths import fitting_for
-from rlhf_fast.trainers.loop import Stats, fit, per_example
-from rlhf_fast.trainers.preflight import preflight
-from rlhf_fast.trainers.reward_measures import Heldout, agrees, histogram, measure, not_measured
+from rlhf_fast.runs.files import write_atomic
+from rlhf_fast.runs.folder import RunFolder
+from rlhf_fast.runs.terminal import bar_updater, progress_bar
+from rlhf_fast.statistics.intervals import Interval, clustered_share
+from rlhf_fast.trainers.loop.chat_settings import use_settings
+from rlhf_fast.trainers.loop.checkpoints import Goal
+from rlhf_fast.trainers.loop.lengths import fitting_for
+from rlhf_fast.trainers.loop.preflight import preflight
+from rlhf_fast.trainers.loop.steps import Stats, fit
 
 POISSON = np.cumsum([math.exp(-1) / math.factorial(n) for n in range(12)])  # of mean 1: P(X <= n)
 SCALED = 256  # training responses that set the scale where none is held out

@@ -11,24 +11,24 @@ from typing import Any
 
 import torch
 
-from rlhf_fast import models, ops, settings
-from rlhf_fast.config import SFTConfig
+from rlhf_fast import models, ops
+from rlhf_fast.config import SFTConfig, settings
 from rlhf_fast.data.batches import Batch
 from rlhf_fast.data.conversations import Tokenized, batch_of, microbatches_of_conversations
 from rlhf_fast.data.records import Demonstration, PromptRecord, Source, prompt_text, read_demonstrations
 from rlhf_fast.data.splits import labelled, other_splits, require_heldout, split_as_labelled, split_heldout
 from rlhf_fast.data.tokenize import tokenize_record
 from rlhf_fast.models.forward import unwrapped
+from rlhf_fast.models.token_budget import TokenBudget
 from rlhf_fast.pages.run_report import write_run_report
 from rlhf_fast.rollout.generator import Generator
 from rlhf_fast.rollout.sampling import SamplingParams
-from rlhf_fast.run_folder import RunFolder
-from rlhf_fast.trainers.budget import TokenBudget
-from rlhf_fast.trainers.chat_settings import use_settings
-from rlhf_fast.trainers.checkpoints import Goal
-from rlhf_fast.trainers.lengths import fitting_for
-from rlhf_fast.trainers.loop import Stats, epoch_batches, fit
-from rlhf_fast.trainers.preflight import preflight
+from rlhf_fast.runs.folder import RunFolder
+from rlhf_fast.trainers.loop.chat_settings import use_settings
+from rlhf_fast.trainers.loop.checkpoints import Goal
+from rlhf_fast.trainers.loop.lengths import fitting_for
+from rlhf_fast.trainers.loop.preflight import preflight
+from rlhf_fast.trainers.loop.steps import Stats, epoch_batches, fit
 
 Encoded = tuple[Tokenized, ...]  # one demonstration: a conversation, or one for each answer that needs its own
 

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import _compiled
-from rlhf_fast.ops._rows import Denominator, GAEInputs, PPOInputs, PPOOptions, Transform, matrix
+from rlhf_fast.kernels.arguments import Denominator, GAEInputs, PPOInputs, PPOOptions, Transform
+from rlhf_fast.ops import compiled
+from rlhf_fast.ops._rows import matrix
 
 TOKEN_LOGPROBS, FULL_KL, KL_ESTIMATE, GAE, PPO_LOSS = 0, 1, 2, 3, 4
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -77,19 +78,19 @@ def answer(call: Call) -> list[Tensor]:
     in_p, in_q = torch.zeros_like(p), torch.zeros_like(q)
     x, y, t = matrix(p), matrix(q), call.transform
     if call.op == TOKEN_LOGPROBS:
-        kernels = _compiled.TokenLogprobs("cpu")
+        kernels = compiled.TokenLogprobs("cpu")
         kernels.forward(x, t, tokens, None, results[:4])
         kernels.gradient(x, t, tokens, None, 0, results[:4], grad, grad_2, in_p, grad_2, grad)
     elif call.op == FULL_KL:
-        divergences = _compiled.FullKL("cpu")
+        divergences = compiled.FullKL("cpu")
         divergences.forward(x, y, t, None, call.kind, results)
         divergences.gradient(x, y, t, None, call.kind, results, grad, in_p, in_q)
     elif call.op == GAE:
         advantages, returns = results[:2]
         inputs = GAEInputs(q, p, q, grad_2, 0.3, p, None, grad_2, None, *p.shape, 0.9, 0.8, 0.95)
-        _compiled.GAE("cpu").forward(inputs, advantages, returns, None)
+        compiled.GAE("cpu").forward(inputs, advantages, returns, None)
     elif call.op == PPO_LOSS:
-        ppo_loss = _compiled.PPOLoss("cpu")
+        ppo_loss = compiled.PPOLoss("cpu")
         ranges = -(-p.numel() // ppo_loss.range_size(p.device))
         partials = torch.zeros(ranges, ppo_loss.SUMS, dtype=torch.float64)
         sums = torch.tensor([10.0, 1.0, 20.0], dtype=torch.float64)
@@ -99,7 +100,7 @@ def answer(call: Call) -> list[Tensor]:
         numbers = results[3][:1], results[3][1:18], results[3][18:19]
         ppo_loss.forward(x, options, count, count, numbers, results[:3], partials)
     else:
-        estimates = _compiled.KLEstimate("cpu")
+        estimates = compiled.KLEstimate("cpu")
         estimates.forward(p, q, None, call.kind, results[0])
         estimates.gradient(p, q, None, call.kind, grad, in_p, in_q)
     return [*results, in_p, in_q]
@@ -132,6 +133,6 @@ def _bytes(x: Tensor) -> bytes:
 
 
 if __name__ == "__main__":
-    print(_compiled._C.isa())
+    print(compiled._C.isa())
     for one in calls():
         print(digest(answer(one)))

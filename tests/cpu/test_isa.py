@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_fast.ops import _compiled
+from rlhf_fast.ops import compiled
 from tests.cpu import calls
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
 FLAGS = ["-std=c++17", "-ffp-contract=off", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'cpu'}"]
 
-pytestmark = pytest.mark.skipif(_compiled.cpu is None, reason="rlhf_fast._C was not built")
+pytestmark = pytest.mark.skipif(compiled.cpu is None, reason="rlhf_fast._C was not built")
 
 
 def isas() -> list[str]:
-    return _compiled._C.isa_available() if _compiled._C is not None else []
+    return compiled._C.isa_available() if compiled._C is not None else []
 
 
 def digests(isa: str, program: str = "tests.cpu.calls") -> list[str]:

@@ -19,12 +19,12 @@ from rlhf_fast.data.records import PromptRecord
 from rlhf_fast.data.text_metrics import repetition, words
 from rlhf_fast.evaluation.judges import Verdict
 from rlhf_fast.evaluation.win_rate import evaluate, write_evaluation
-from rlhf_fast.intervals import clustered_bootstrap, clustered_share
 from rlhf_fast.pipeline import _Demo
 from rlhf_fast.rollout.generator import Generator
 from rlhf_fast.rollout.rollouts import Rollouts
 from rlhf_fast.rollout.sampling import SamplingParams
-from rlhf_fast.run_folder import RunFolder
+from rlhf_fast.runs.folder import RunFolder
+from rlhf_fast.statistics.intervals import clustered_bootstrap, clustered_share
 
 PROMPTS = [
     PromptRecord("first", "simple"),

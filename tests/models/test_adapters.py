@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from rlhf_fast import Generator, SamplingParams, SFTTrainer, models
 from rlhf_fast.config import LoRAConfig, PPOConfig, SFTConfig
 from rlhf_fast.data.batches import Example, pad
-from rlhf_fast.trainers.ppo import PPOTrainer
+from rlhf_fast.trainers.ppo.trainer import PPOTrainer
 
 TARGETS = ["q_proj", "down_proj", "lm_head"]
 TASK = {"task_type": "CAUSAL_LM"}

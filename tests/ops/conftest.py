@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import ops
-from rlhf_fast.ops import _compiled, _dispatch
+from rlhf_fast.ops import compiled, dispatch
 from tests.simt import build
 
 GPU = torch.cuda.is_available()
@@ -26,7 +26,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 def _reason_to_skip(name: str) -> str | None:
     if name == "cpu":
-        return None if _compiled.cpu is not None else "rlhf_fast._C was not built"
+        return None if compiled.cpu is not None else "rlhf_fast._C was not built"
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
@@ -34,7 +34,7 @@ def _reason_to_skip(name: str) -> str | None:
     if name == "cuda" and not GPU:
         return build.missing()
     if name == "cuda":
-        return None if _compiled.cuda is not None else "rlhf_fast._C was built without CUDA"
+        return None if compiled.cuda is not None else "rlhf_fast._C was built without CUDA"
     return None
 
 
@@ -146,9 +146,9 @@ def _to_cpu(x: Any) -> Any:
 @pytest.fixture
 def simt(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the CUDA kernels run on CPU tensors."""
-    monkeypatch.setattr(_compiled, "cuda", build.module().cuda)
-    monkeypatch.setitem(_dispatch.RUNS_ON, "cuda", ("cpu",))
-    monkeypatch.delitem(_dispatch.MISSING, "cuda", raising=False)
+    monkeypatch.setattr(compiled, "cuda", build.module().cuda)
+    monkeypatch.setitem(dispatch.RUNS_ON, "cuda", ("cpu",))
+    monkeypatch.delitem(dispatch.MISSING, "cuda", raising=False)
 
 
 def _make(request: pytest.FixtureRequest) -> Backend:

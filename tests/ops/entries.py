@@ -1,4 +1,4 @@
-"""Every compiled entry of the CPU with arguments that fit it, as rlhf_fast/ops/_compiled.py hands them over: what the
+"""Every compiled entry of the CPU with arguments that fit it, as rlhf_fast/ops/compiled.py hands them over: what the
 fuzz of tests/ops/test_fuzz.py begins from."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import _compiled
+from rlhf_fast.ops import compiled
 from rlhf_fast.ops._rows import matrix
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -159,7 +159,7 @@ def ppo_loss_forward(m: Maker) -> Arguments:
     cispo = m.rng.random() < 0.5
     options = (0.2, 0.3, m.rng.choice((0.0, 3.0)), m.rng.choice((-1.0, 0.2)), 0.1, 0.1, 0.1, 2.0, cispo, 2, 1)
     gradients = [m.maybe(new(n)) for _ in range(3)]
-    partials = new(-(-n // _compiled.cpu.ppo_loss_range), _compiled.cpu.ppo_loss_sums, dtype=torch.float64)
+    partials = new(-(-n // compiled.cpu.ppo_loss_range), compiled.cpu.ppo_loss_sums, dtype=torch.float64)
     out = (new(1), new(17), new(1), *gradients, partials)
     return [tensors, others, options, (m.maybe(new(1)), 3.0), (None, 0.0), out, RUN]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import ops
-from rlhf_fast.ops import _dispatch
+from rlhf_fast.ops import dispatch
 
 
 def call() -> Tensor:
@@ -50,7 +50,7 @@ def test_a_missing_backend_is_an_error_that_says_what_to_install(
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert float(ran.stdout) == pytest.approx(1.3862944)
     assert re.search(f"RuntimeError: use_backend: backend '{name}' is not here: .*{remedy}", ran.stderr), ran.stderr
-    monkeypatch.setitem(_dispatch.MISSING, name, remedy)
+    monkeypatch.setitem(dispatch.MISSING, name, remedy)
     monkeypatch.setenv("RLHF_FAST_BACKEND", name)
     with pytest.raises(RuntimeError, match=f"RLHF_FAST_BACKEND: backend {name!r} is not here"):
         ops.token_logprobs(torch.zeros(1, 4), torch.zeros(1).long())
@@ -58,14 +58,14 @@ def test_a_missing_backend_is_an_error_that_says_what_to_install(
 
 @pytest.mark.parametrize("name", ["cpu", "cuda", "triton"])
 def test_an_op_that_lacks_the_chosen_backend_says_so(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(_dispatch, "MISSING", {})
+    monkeypatch.setattr(dispatch, "MISSING", {})
     with ops.use_backend(name), pytest.raises(RuntimeError, match=f"whiten: has no '{name}' backend; it has reference"):
         ops.whiten(torch.ones(2))
 
 
 def test_a_tensor_that_the_chosen_backend_cannot_take_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_dispatch, "MISSING", {})
-    monkeypatch.setitem(_dispatch.RUNS_ON, "cuda", ("cuda",))
+    monkeypatch.setattr(dispatch, "MISSING", {})
+    monkeypatch.setitem(dispatch.RUNS_ON, "cuda", ("cuda",))
     with (
         ops.use_backend("cuda"),
         pytest.raises(RuntimeError, match="token_logprobs: backend 'cuda' takes tensors on cuda"),
@@ -82,24 +82,24 @@ ALL = ("cpu", "cuda", "triton", "reference")
 
 
 def test_scopes_nest_win_over_the_environment_and_end_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_dispatch, "MISSING", {})
+    monkeypatch.setattr(dispatch, "MISSING", {})
     for name in ("triton", "cuda"):
-        monkeypatch.setitem(_dispatch.RUNS_ON, name, ("cpu",))
+        monkeypatch.setitem(dispatch.RUNS_ON, name, ("cpu",))
     monkeypatch.setenv("RLHF_FAST_BACKEND", "cuda")
     x = torch.zeros(1)
     with ops.use_backend("cpu"):
         with pytest.raises(KeyError), ops.use_backend("triton"):
-            assert _dispatch.choose("op", ALL, x) == "triton"
+            assert dispatch.choose("op", ALL, x) == "triton"
             raise KeyError
-        assert _dispatch.choose("op", ALL, x) == "cpu"
-    assert _dispatch.choose("op", ALL, x) == "cuda"
+        assert dispatch.choose("op", ALL, x) == "cpu"
+    assert dispatch.choose("op", ALL, x) == "cuda"
 
 
 def test_a_scope_is_local_to_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_dispatch, "MISSING", {})
+    monkeypatch.setattr(dispatch, "MISSING", {})
     seen = []
     with ops.use_backend("reference"):
-        other = threading.Thread(target=lambda: seen.append(_dispatch.choose("op", ALL, torch.zeros(1))))
+        other = threading.Thread(target=lambda: seen.append(dispatch.choose("op", ALL, torch.zeros(1))))
         other.start()
         other.join()
     assert seen == ["cpu"]
@@ -118,8 +118,8 @@ def test_a_scope_is_local_to_its_thread(monkeypatch: pytest.MonkeyPatch) -> None
 def test_device_and_dtype_give_the_backend(
     monkeypatch: pytest.MonkeyPatch, x: Tensor, missing: tuple[str, ...], best: str
 ) -> None:
-    monkeypatch.setattr(_dispatch, "MISSING", dict.fromkeys(missing, "gone"))
-    assert _dispatch.choose("op", ALL, x) == best
+    monkeypatch.setattr(dispatch, "MISSING", dict.fromkeys(missing, "gone"))
+    assert dispatch.choose("op", ALL, x) == best
 
 
 def test_a_gpu_takes_cuda_then_triton_then_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,8 +127,8 @@ def test_a_gpu_takes_cuda_then_triton_then_the_reference(monkeypatch: pytest.Mon
         device, dtype = torch.device("cuda"), torch.bfloat16
 
     for missing, best in (((), "cuda"), (("cuda",), "triton"), (("cuda", "triton"), "reference")):
-        monkeypatch.setattr(_dispatch, "MISSING", dict.fromkeys(missing, "gone"))
-        assert _dispatch.choose("op", ALL, OnGPU()) == best  # type: ignore[arg-type]
+        monkeypatch.setattr(dispatch, "MISSING", dict.fromkeys(missing, "gone"))
+        assert dispatch.choose("op", ALL, OnGPU()) == best  # type: ignore[arg-type]
 
 
 def test_the_backend_asked_for_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:

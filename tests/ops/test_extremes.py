@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_fast import ops
-from rlhf_fast.kernels import _sizes
-from rlhf_fast.ops import _compiled, _head
+from rlhf_fast.kernels import launch_sizes
+from rlhf_fast.ops import compiled, lm_head
 from tests.ops import cases
 from tests.ops.compare import assert_close, assert_no_worse
 from tests.ops.conftest import GPU, Backend
@@ -121,7 +121,7 @@ def test_tiles_of_minus_infinity_behind_a_head(
     def plain(h: Tensor) -> tuple[Tensor, Tensor]:
         return torch_logprobs(h @ weight.to(h.dtype).T + bias.to(h.dtype), tokens)
 
-    monkeypatch.setattr(_head, "_BLOCK", dict.fromkeys(("cpu", "cuda"), (1024, 2 * TILE)))
+    monkeypatch.setattr(lm_head, "_BLOCK", dict.fromkeys(("cpu", "cuda"), (1024, 2 * TILE)))
     assert_no_worse(
         lambda h: kernel_backend(ops.linear_token_logprobs, h, weight, tokens, bias=bias),
         plain, [hidden], [[cases.random(2, seed=1), cases.random(2, seed=2)]], ["logprobs", "entropy"],
@@ -203,12 +203,12 @@ def test_the_loss_of_a_pair_that_is_far_apart_keeps_its_digits(backend: Backend,
 def ranges(kernel_backend: Backend, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, int]]:
     """(more ranges of ppo_loss than are added up at a time, tokens of one). Interpreted, both are made small."""
     if kernel_backend.name != "triton" or GPU:
-        yield 259, _compiled.PPOLoss(kernel_backend.name).range_size(kernel_backend.device)
+        yield 259, compiled.PPOLoss(kernel_backend.name).range_size(kernel_backend.device)
         return
     from rlhf_fast.kernels import ppo_loss
 
     monkeypatch.setattr(ppo_loss, "FINISH", 8)
-    with _sizes.trying("ppo_loss", kernel_backend.device, {"RANGE": 16}):
+    with launch_sizes.trying("ppo_loss", kernel_backend.device, {"RANGE": 16}):
         yield 19, 16
 
 

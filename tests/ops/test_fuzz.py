@@ -21,13 +21,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlhf_fast import ops
-from rlhf_fast.ops import _compiled
+from rlhf_fast.ops import compiled
 from rlhf_fast.ops.linear import Weight
 from rlhf_fast.ops.paged_attention import KVCache, PagedBatch
 from tests.ops.compare import assert_close
 from tests.ops.entries import ENTRIES, Maker, sequences
 
-pytestmark = pytest.mark.skipif(_compiled.cpu is None, reason="rlhf_fast._C was not built")
+pytestmark = pytest.mark.skipif(compiled.cpu is None, reason="rlhf_fast._C was not built")
 
 CALLS = int(os.environ.get("RLHF_FAST_FUZZ_CALLS", "600"))
 SANITIZED = "RLHF_FAST_TEST_MODULE" in os.environ  # every byte is watched
@@ -136,7 +136,7 @@ class Surroundings:
 
 def test_no_entry_is_left_out() -> None:
     assert set(ENTRIES) == {
-        name for name in dir(_compiled.cpu) if callable(getattr(_compiled.cpu, name)) and name[0] != "_"
+        name for name in dir(compiled.cpu) if callable(getattr(compiled.cpu, name)) and name[0] != "_"
     }
 
 
@@ -156,7 +156,7 @@ def test_entries(entry: str, seed: int, spoils: int) -> None:
     around = Surroundings()
     moved = around(arguments)
     try:
-        getattr(_compiled.cpu, entry)(*moved)
+        getattr(compiled.cpu, entry)(*moved)
     except REFUSALS as refusal:
         assert spoils, f"refused what fits: {refusal}"
         assert str(refusal)

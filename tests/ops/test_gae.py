@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlhf_fast import ops
-from rlhf_fast.kernels import _sizes
+from rlhf_fast.kernels import launch_sizes
 from rlhf_fast.ops import reference
 from tests.ops import cases
 from tests.ops.compare import assert_close, assert_leaves_inputs_alone, assert_no_worse_than_torch
@@ -23,7 +23,7 @@ NAMES = ("advantages", "returns")
 @pytest.fixture(autouse=True)
 def small_tiles() -> Iterator[None]:
     """Interpreted, a tile of Triton's costs its width in Python, whatever lies in it; and so more cases cross tiles."""
-    with _sizes.trying("gae", torch.device("cpu"), {"BLOCK": 64} if INTERPRETED else {}):
+    with launch_sizes.trying("gae", torch.device("cpu"), {"BLOCK": 64} if INTERPRETED else {}):
         yield
 
 

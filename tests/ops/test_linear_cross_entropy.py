@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_fast import ops
-from rlhf_fast.ops import _head
+from rlhf_fast.ops import lm_head
 from tests.ops import cases
 from tests.ops.compare import assert_close, assert_leaves_inputs_alone, assert_no_worse_than_torch
 from tests.ops.compare import outputs_and_gradients as run
@@ -118,7 +118,7 @@ def test_bad_input_is_named(change: dict[str, Any], error: type[Exception], text
 def test_the_sweep_is_no_worse_than_torch(
     kernel_backend: Backend, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(_head._WHOLE_ROWS, kernel_backend.device.type, (7 * 30, 1))  # seven rows of thirty words
+    monkeypatch.setitem(lm_head._WHOLE_ROWS, kernel_backend.device.type, (7 * 30, 1))  # seven rows of thirty words
     shapes = ((4, 9, 8), (30, 8), (30,), (3, 8), (30, 3))
     inputs = [cases.random(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes)]
     tokens, mask = cases.random_tokens(4, 9, vocabulary=30), cases.holes()
@@ -143,7 +143,7 @@ def test_the_sweep_is_no_worse_than_torch(
 def test_a_large_vocabulary_is_computed_twice_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, tokens = [cases.random(9, 8), cases.random(30, 8, seed=1)], cases.random_tokens(9, vocabulary=30)
     swept, gradients = run(lambda h, w: ops.linear_cross_entropy(h, w, tokens), inputs, [torch.ones(())])
-    monkeypatch.setitem(_head._WHOLE_ROWS, "cpu", (7 * 30, 64))
+    monkeypatch.setitem(lm_head._WHOLE_ROWS, "cpu", (7 * 30, 64))
     twice, others = run(lambda h, w: ops.linear_cross_entropy(h, w, tokens), inputs, [torch.ones(())])
     for x, y in zip(swept + gradients, twice + others, strict=True):
         assert_close(x, y, 1e-5)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import ops
-from rlhf_fast.ops import _head, reference
+from rlhf_fast.ops import lm_head, reference
 from tests.ops import cases
 from tests.ops.compare import assert_close, assert_leaves_inputs_alone, assert_no_worse_than_torch, gradient_of
 from tests.ops.conftest import Backend
@@ -159,7 +159,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     for device in ("cpu", "cuda"):
-        monkeypatch.setitem(_head._WHOLE_ROWS, device, (7 * 30, 1))  # seven rows of thirty words
+        monkeypatch.setitem(lm_head._WHOLE_ROWS, device, (7 * 30, 1))  # seven rows of thirty words
 
 
 def with_adapter(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def test_the_sweep_is_no_worse_than_torch(
 @pytest.mark.parametrize("where", ["reference", "cpu in two steps", "cpu swept"])
 def test_each_term_alone_has_its_own_gradient(term: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the others: all other weights are 0, so none of them can stand in for it. By hand in float64."""
-    monkeypatch.setitem(_head._WHOLE_ROWS, "cpu", (7 * 30, 1 if where == "cpu swept" else 64))
+    monkeypatch.setitem(lm_head._WHOLE_ROWS, "cpu", (7 * 30, 1 if where == "cpu swept" else 64))
     given = batch(4, 9, dtype=torch.float32)
     given["advantages"] = given["advantages"] * (term == "policy")
     weights = {"value_coef": 0.7 * (term == "value"), "entropy_coef": 0.3 * (term == "entropy")}
@@ -241,9 +241,9 @@ def test_the_sweep_is_the_two_steps(kernel_backend: Backend, monkeypatch: pytest
     """... and blocks change no more than roundings."""
     inputs, options = with_adapter(batch(4, 9, dtype=torch.float32)), {"mask": cases.holes(), **HEAD, **TERMS}
     swept = everything(kernel_backend, inputs, **options)
-    monkeypatch.setitem(_head._WHOLE_ROWS, kernel_backend.device.type, (7 * 30, 1))
+    monkeypatch.setitem(lm_head._WHOLE_ROWS, kernel_backend.device.type, (7 * 30, 1))
     in_parts = everything(kernel_backend, inputs, **options)
-    monkeypatch.setitem(_head._WHOLE_ROWS, kernel_backend.device.type, (7 * 30, 64))
+    monkeypatch.setitem(lm_head._WHOLE_ROWS, kernel_backend.device.type, (7 * 30, 64))
     in_two_steps = everything(kernel_backend, inputs, **options)
     for name in swept:
         assert_close(in_parts[name], swept[name], 1e-5, name)
@@ -267,13 +267,13 @@ def test_masked_rows_may_hold_anything_in_the_sweep(
 
 def test_masked_rows_cost_no_products(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = []
-    fill = _head.Head.fill
+    fill = lm_head.Head.fill
 
-    def counting(head: _head.Head, block: _head.Block) -> None:
+    def counting(head: lm_head.Head, block: lm_head.Block) -> None:
         rows.append(block.logits.shape[0])
         fill(head, block)
 
-    monkeypatch.setattr(_head.Head, "fill", counting)
+    monkeypatch.setattr(lm_head.Head, "fill", counting)
     everything(Backend("cpu"), batch(4, 9, dtype=torch.float32), mask=cases.holes())
     assert sum(rows) == int(cases.holes().sum())
 
@@ -336,7 +336,7 @@ def test_a_gradient_of_the_gradient_is_refused(kernel_backend: Backend) -> None:
 
 
 def test_never_holds_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(_head._WHOLE_ROWS, "cpu", (5 * 30, 1))
+    monkeypatch.setitem(lm_head._WHOLE_ROWS, "cpu", (5 * 30, 1))
     sizes: list[int] = []
     empty = torch.empty
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from rlhf_fast import ops
-from rlhf_fast.ops import _head
+from rlhf_fast.ops import lm_head
 from tests.ops import cases
 from tests.ops.compare import (
     assert_close,
@@ -59,7 +59,7 @@ def upstream(*rows: int) -> list[Tensor]:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks so small that a tiny problem has several in either direction."""
     for device in ("cpu", "cuda"):
-        monkeypatch.setitem(_head._BLOCK, device, (4, 0))
+        monkeypatch.setitem(lm_head._BLOCK, device, (4, 0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.case_id)
@@ -163,7 +163,7 @@ def test_masked_rows_may_hold_anything_and_add_nothing_to_the_weight(backend: Ba
 def test_blocks_change_no_more_than_roundings(kernel_backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, inputs = cases.random_tokens(9, vocabulary=9000), problem(9, vocabulary=9000)
     whole, gradients = run(op(kernel_backend, tokens), inputs, upstream(9))
-    monkeypatch.setitem(_head._BLOCK, kernel_backend.device.type, (2, 0))
+    monkeypatch.setitem(lm_head._BLOCK, kernel_backend.device.type, (2, 0))
     parts, part_gradients = run(op(kernel_backend, tokens), inputs, upstream(9))
     for a, b in zip([*whole, *gradients], [*parts, *part_gradients], strict=True):
         assert_close(a, b, 1e-5 * (1 + float(b.abs().max())))
@@ -180,7 +180,7 @@ def test_same_call_same_bits(kernel_backend: Backend, small_blocks: None) -> Non
 def test_never_holds_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensor of a tenth of N * V elements is ever made, forward or backward, but the gradient of the weight."""
     n, vocabulary = 600, 30_000
-    monkeypatch.setitem(_head._BLOCK, "cpu", (256, 256 * 4096))
+    monkeypatch.setitem(lm_head._BLOCK, "cpu", (256, 256 * 4096))
     largest = []
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: (largest.append((out := empty(*a, **k)).numel()), out)[1])
@@ -296,7 +296,7 @@ def test_a_narrow_weight_is_widened_a_tile_at_a_time(rows: int, frozen: bool) ->
         return max(event.self_cpu_memory_usage for event in record.events())
 
     own = weight.nbytes + (1 << 20)  # its gradient is as large as itself
-    tile = 4 * _head._TILE + (1 << 20)
+    tile = 4 * lm_head._TILE + (1 << 20)
     assert largest(ops.linear_token_logprobs) <= (tile if frozen else max(tile, own))
     if frozen:
         assert largest(lambda *given: (ops.linear_cross_entropy(*given),)) <= tile

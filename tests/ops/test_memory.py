@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from rlhf_fast import ops
-from rlhf_fast.ops import _compiled
+from rlhf_fast.ops import compiled
 
-pytestmark = pytest.mark.skipif(_compiled._Memory is None, reason="needs the compiled module, on Linux")
+pytestmark = pytest.mark.skipif(compiled._Memory is None, reason="needs the compiled module, on Linux")
 
 MIB = 1 << 20
 
 
 def large(mebibytes: int) -> torch.Tensor:
-    return _compiled.new_like(torch.empty(mebibytes, MIB, dtype=torch.uint8))
+    return compiled.new_like(torch.empty(mebibytes, MIB, dtype=torch.uint8))
 
 
 def resident() -> int:
@@ -27,7 +27,7 @@ def resident() -> int:
 
 def test_is_a_plain_tensor_of_that_shape() -> None:
     x = torch.empty(1024, 3, 1024).transpose(0, 2)
-    new = _compiled.new_like(x)
+    new = compiled.new_like(x)
     assert new.shape == x.shape and new.dtype == x.dtype and new.is_contiguous()
     assert new._base is None and new.storage_offset() == 0 and new.data_ptr() % (2 * MIB) == 0
     new.fill_(2.0)
@@ -35,7 +35,7 @@ def test_is_a_plain_tensor_of_that_shape() -> None:
 
 
 def test_freed_memory_is_used_again_and_memory_in_use_is_not() -> None:
-    _compiled.release_memory()
+    compiled.release_memory()
     first = large(8)
     address = first.data_ptr()
     second = large(8)
@@ -48,7 +48,7 @@ def test_freed_memory_is_used_again_and_memory_in_use_is_not() -> None:
 
 
 def test_a_block_twice_too_large_waits_for_a_result_of_its_size() -> None:
-    _compiled.release_memory()
+    compiled.release_memory()
     block = large(64)
     address = block.data_ptr()
     del block
@@ -58,19 +58,19 @@ def test_a_block_twice_too_large_waits_for_a_result_of_its_size() -> None:
 
 
 def test_keeps_few_blocks_and_releases_them() -> None:
-    _compiled.release_memory()
+    compiled.release_memory()
     before = resident()
     blocks = [large(32).fill_(1) for _ in range(8)]
     assert resident() - before > 200 * MIB
     del blocks
     assert resident() - before < 160 * MIB, "four blocks are kept"
-    _compiled.release_memory()
+    compiled.release_memory()
     assert resident() - before < 32 * MIB
 
 
 def test_what_asks_for_too_much_is_told() -> None:
     with pytest.raises(MemoryError):
-        _compiled._Memory(1 << 60)
+        compiled._Memory(1 << 60)
 
 
 def test_a_gradient_in_it_lives_as_long_as_it_is_held() -> None:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlhf_fast import ops
-from rlhf_fast.kernels import _sizes
-from rlhf_fast.ops import _compiled
+from rlhf_fast.kernels import launch_sizes
+from rlhf_fast.ops import compiled
 from rlhf_fast.ops.paged_attention import KVCache, PagedBatch, kernels
 from tests.ops import cases
 from tests.ops.compare import assert_no_worse_than_torch
@@ -227,7 +227,7 @@ def test_long_contexts_in_parts_of_their_own_change_no_bit_in_triton(monkeypatch
             found = []
             for most in (0, 1 << 30):
                 monkeypatch.setattr(kernels, "MOST_SPLIT", most)
-                with _sizes.trying("paged_attention", backend.device, {"PART": 32}):
+                with launch_sizes.trying("paged_attention", backend.device, {"PART": 32}):
                     found.append(backend(ops.paged_attention, one.query, one.cache, batch, **options))
             assert torch.equal(*found)
             torch.testing.assert_close(found[0].double(), by_definition(one, options), rtol=1e-5, atol=1e-5)
@@ -243,7 +243,7 @@ def test_long_contexts_in_parts_of_their_own_change_no_bit_in_cuda(
         for options in ({}, {"window": 270, "softcap": 3.0}):
             found = []
             for most in (0, 1 << 30):
-                monkeypatch.setattr(_compiled, "_MOST_PARTS", most)
+                monkeypatch.setattr(compiled, "_MOST_PARTS", most)
                 found.append(kernel_backend(ops.paged_attention, p.query, p.cache, p.batch, **options))
             assert torch.equal(*found)
             torch.testing.assert_close(found[0].double(), by_definition(p, options), rtol=1e-5, atol=1e-5)

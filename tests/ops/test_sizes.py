@@ -19,7 +19,7 @@ from bench.gpu import report, tuning
 from bench.gpu.plan import Results
 from bench.gpu.steps import Context
 from rlhf_fast import ops
-from rlhf_fast.kernels import _sizes
+from rlhf_fast.kernels import launch_sizes
 from tests.ops import cases
 from tests.ops.conftest import Backend, only
 from tests.ops.test_paged_attention import problem
@@ -35,10 +35,10 @@ TENSORS = [CPU, *([torch.empty(0, device="cuda").device] if torch.cuda.is_availa
 def nothing_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Files are read anew, and neither the package's nor the user's says anything."""
     monkeypatch.delenv("RLHF_FAST_TUNED", raising=False)
-    monkeypatch.setattr(_sizes, "TUNED", write(tmp_path / "package.json", {}))
-    _sizes._known.clear()
+    monkeypatch.setattr(launch_sizes, "TUNED", write(tmp_path / "package.json", {}))
+    launch_sizes._known.clear()
     yield
-    _sizes._known.clear()
+    launch_sizes._known.clear()
 
 
 def write(path: Path, content: Any) -> Path:
@@ -48,14 +48,14 @@ def write(path: Path, content: Any) -> Path:
 
 def use(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
     monkeypatch.setenv("RLHF_FAST_TUNED", str(path))
-    _sizes._known.clear()
+    launch_sizes._known.clear()
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_package_brings_a_file_whose_figures_have_a_source() -> None:
-    content = _sizes.read(Path(_sizes.__file__).with_name("tuned.json"))
+    content = launch_sizes.read(Path(launch_sizes.__file__).with_name("tuned.json"))
     assert "cpu" not in content, "the interpreter's times are nobody's"
     for name, entry in [(f"{device}, {op}", entry) for device, of in content.items() for op, entry in of.items()]:
         assert set(tuning.KEPT) <= set(entry), name
@@ -65,9 +65,9 @@ def test_the_package_brings_a_file_whose_figures_have_a_source() -> None:
 
 def test_without_an_entry_a_kernel_has_its_own_sizes(tmp_path: Path) -> None:
     write(tmp_path / "package.json", {"another card": {"gae": {"sizes": {"BLOCK": 64}}}})
-    for op, own in _sizes.OWN.items():
-        assert _sizes.sizes(op, CPU) == own
-        limits = {name: _sizes.LIMITS[name] for name in own}
+    for op, own in launch_sizes.OWN.items():
+        assert launch_sizes.sizes(op, CPU) == own
+        limits = {name: launch_sizes.LIMITS[name] for name in own}
         assert all(least <= own[name] <= most for name, (least, most) in limits.items())
 
 
@@ -75,26 +75,26 @@ def test_a_file_of_the_users_goes_before_the_packages_op_by_op(monkeypatch: pyte
     both = {"gae": {"sizes": {"BLOCK": 64}}, "sample": {"sizes": {"BLOCK": 64, "WARPS": 1}}}
     write(tmp_path / "package.json", {"cpu": both})
     use(monkeypatch, write(tmp_path / "own.json", {"cpu": {"gae": {"sizes": {"WARPS": 2}, "note": "by hand"}}}))
-    assert _sizes.sizes("gae", CPU) == {"BLOCK": 1024, "WARPS": 2}
-    assert _sizes.sizes("sample", CPU) == {"BLOCK": 64, "WARPS": 1}
-    assert _sizes.sizes("kl_estimate", CPU) == _sizes.OWN["kl_estimate"]
+    assert launch_sizes.sizes("gae", CPU) == {"BLOCK": 1024, "WARPS": 2}
+    assert launch_sizes.sizes("sample", CPU) == {"BLOCK": 64, "WARPS": 1}
+    assert launch_sizes.sizes("kl_estimate", CPU) == launch_sizes.OWN["kl_estimate"]
 
 
 def test_a_file_is_read_once_for_each_op_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = _sizes.sizes("gae", CPU)
-    monkeypatch.setattr(_sizes, "read", lambda path: pytest.fail("read again"))
-    assert _sizes.sizes("gae", torch.empty(3).device) is before
+    before = launch_sizes.sizes("gae", CPU)
+    monkeypatch.setattr(launch_sizes, "read", lambda path: pytest.fail("read again"))
+    assert launch_sizes.sizes("gae", torch.empty(3).device) is before
 
 
 def test_sizes_are_tried_for_as_long_as_it_takes_and_no_longer() -> None:
     for device in TENSORS:
-        with _sizes.trying("gae", device, {"WARPS": 8}):
-            assert _sizes.sizes("gae", device) == {"BLOCK": 1024, "WARPS": 8}
-            assert _sizes.sizes("sample", device) == _sizes.OWN["sample"]
-        assert _sizes.sizes("gae", device) == _sizes.OWN["gae"]
-        with pytest.raises(KeyError, match="on the way"), _sizes.trying("gae", device, {"WARPS": 1}):
+        with launch_sizes.trying("gae", device, {"WARPS": 8}):
+            assert launch_sizes.sizes("gae", device) == {"BLOCK": 1024, "WARPS": 8}
+            assert launch_sizes.sizes("sample", device) == launch_sizes.OWN["sample"]
+        assert launch_sizes.sizes("gae", device) == launch_sizes.OWN["gae"]
+        with pytest.raises(KeyError, match="on the way"), launch_sizes.trying("gae", device, {"WARPS": 1}):
             raise KeyError("on the way")
-        assert _sizes.sizes("gae", device) == _sizes.OWN["gae"]
+        assert launch_sizes.sizes("gae", device) == launch_sizes.OWN["gae"]
 
 
 def entry(**sizes: Any) -> Any:
@@ -127,9 +127,9 @@ def test_what_is_wrong_in_a_file_is_named_whichever_card_it_is_of(
     path = write(tmp_path / "own.json", content)
     use(monkeypatch, path)
     with pytest.raises(ValueError, match=re.escape(message)) as error:
-        _sizes.sizes("sample", CPU)
+        launch_sizes.sizes("sample", CPU)
     assert str(error.value).startswith(f"{path}: ")
-    assert not _sizes._known
+    assert not launch_sizes._known
 
 
 @pytest.mark.parametrize(
@@ -141,10 +141,10 @@ def test_a_file_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch, tm
         path.write_text(text, encoding="latin-1")
     use(monkeypatch, path)
     with pytest.raises(ValueError, match=re.escape(f"{path}: expected a file of launch sizes (RLHF_FAST_TUNED)")):
-        _sizes.sizes("gae", CPU)
+        launch_sizes.sizes("gae", CPU)
 
 
-names = st.sampled_from(["cpu", "sizes", *_sizes.OWN, *_sizes.LIMITS])
+names = st.sampled_from(["cpu", "sizes", *launch_sizes.OWN, *launch_sizes.LIMITS])
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.sampled_from([1, 2, 3, 16, 256]) | st.floats() | st.text(),
     lambda inner: st.dictionaries(names, inner, max_size=3) | st.lists(inner, max_size=2),
@@ -155,13 +155,13 @@ values = st.recursive(
 @given(values | st.fixed_dictionaries({"cpu": st.dictionaries(names, st.fixed_dictionaries({"sizes": values}))}))
 def test_any_json_is_sizes_within_their_limits_or_an_error(content: Any) -> None:
     try:
-        found = _sizes.check(content, "file")
+        found = launch_sizes.check(content, "file")
     except ValueError as error:
         assert str(error).startswith("file: ")
         return
     for one in (one for of_device in found.values() for one in of_device.values()):
         for name, value in one["sizes"].items():
-            assert _sizes.LIMITS[name][0] <= value <= _sizes.LIMITS[name][1]
+            assert launch_sizes.LIMITS[name][0] <= value <= launch_sizes.LIMITS[name][1]
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ def every_op() -> dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]]:
 
 
 def test_every_op_with_sizes_is_here() -> None:
-    assert {name.split(" ")[0] for name in every_op()} == set(_sizes.OWN)
+    assert {name.split(" ")[0] for name in every_op()} == set(launch_sizes.OWN)
 
 
 @pytest.mark.parametrize("name", every_op())
@@ -234,11 +234,11 @@ def test_with_other_sizes_results_are_right_and_a_row_has_the_bits_that_it_has_a
 ) -> None:
     """Read from a file, by the device's name."""
     op = name.split(" ")[0]
-    sizes = {key: times * value for key, value in SMALL.items() if key in _sizes.OWN[op]}
+    sizes = {key: times * value for key, value in SMALL.items() if key in launch_sizes.OWN[op]}
     if op == "sample":
         sizes["BLOCK"] *= 8  # which goes over each row some seventy times
-    sizes |= {key: value for key, value in {"WARPS": 2, "STAGES": 3}.items() if key in _sizes.OWN[op]}
-    device = _sizes.device_name(triton.device)
+    sizes |= {key: value for key, value in {"WARPS": 2, "STAGES": 3}.items() if key in launch_sizes.OWN[op]}
+    device = launch_sizes.device_name(triton.device)
     use(monkeypatch, write(tmp_path / "own.json", {device: {op: {"sizes": sizes}}}))
     compute, compute_alone = every_op()[name]
     found, again, alone = flat(compute(triton)), flat(compute(triton)), flat(compute_alone(triton))
@@ -250,7 +250,7 @@ def test_with_other_sizes_results_are_right_and_a_row_has_the_bits_that_it_has_a
     whole = name in ("ppo_loss", "pair_loss", "token_logprobs of a head")
     assert all(torch.equal(x if whole else x[rows], y) for x, y in zip(found, alone, strict=True))
     tensor = torch.empty(0, device=triton.device).device
-    assert _sizes._known[op, tensor] == {**_sizes.OWN[op], **sizes}, "or the kernel has not asked for them"
+    assert launch_sizes._known[op, tensor] == {**launch_sizes.OWN[op], **sizes}, "or the kernel has not asked for them"
 
 
 def flat(x: Any) -> list[Tensor]:
@@ -276,7 +276,7 @@ def take(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[Mapping[str, int]],
     asked: list[Mapping[str, int]] = []
 
     def sizes(op: str, device: torch.device) -> Mapping[str, int]:
-        asked.append(_sizes.sizes(op, device))
+        asked.append(launch_sizes.sizes(op, device))
         return asked[-1]
 
     def seconds_of(call: Callable[[], Any], device: torch.device, short: bool = False) -> float:
@@ -298,7 +298,7 @@ def test_the_fastest_sizes_that_are_right_are_kept(triton: Backend, monkeypatch:
     forward = kl_estimate.forward
 
     def sometimes_wrong(*inputs: Any) -> None:
-        block = _sizes.sizes("kl_estimate", inputs[0].device)["BLOCK"]
+        block = launch_sizes.sizes("kl_estimate", inputs[0].device)["BLOCK"]
         if block == 64:
             raise RuntimeError("out of resource: shared memory")
         forward(*inputs)
@@ -344,11 +344,11 @@ def test_results_differ_where_more_than_the_order_of_adding_does() -> None:
 
 
 def test_candidates_are_sizes_that_differ_from_a_kernels_own() -> None:
-    assert set(tuning.CANDIDATES) == set(_sizes.OWN)
+    assert set(tuning.CANDIDATES) == set(launch_sizes.OWN)
     for op, candidates in tuning.CANDIDATES.items():
-        every: list[dict[str, int]] = [{**_sizes.OWN[op], **candidate} for candidate in (*candidates, {})]
+        every: list[dict[str, int]] = [{**launch_sizes.OWN[op], **candidate} for candidate in (*candidates, {})]
         for sizes in every:
-            assert _sizes.check({"any": {op: {"sizes": sizes}}}, op) and every.count(sizes) == 1
+            assert launch_sizes.check({"any": {op: {"sizes": sizes}}}, op) and every.count(sizes) == 1
 
 
 def test_what_the_step_finds_is_what_the_kernels_then_read(
@@ -372,14 +372,14 @@ def test_what_the_step_finds_is_what_the_kernels_then_read(
     assert "kl_estimate      2.00 times as fast as with its own sizes" in capsys.readouterr().out
     use(monkeypatch, own)
     tensor = torch.empty(0, device=triton.device)
-    assert _sizes.sizes("kl_estimate", tensor.device) == {"BLOCK": 2048, "WARPS": 4}
+    assert launch_sizes.sizes("kl_estimate", tensor.device) == {"BLOCK": 2048, "WARPS": 4}
     p, q = cases.random(5000, seed=0), cases.random(5000, seed=1)
     with ops.use_backend("reference"):
         expected = ops.kl_estimate(p, q, "k3")
     assert torch.allclose(triton(ops.kl_estimate, p, q, "k3"), expected, rtol=1e-5, atol=1e-6)
     text = report.write({}, results.records, results.path)[0].read_text()
     assert "| BLOCK 2048, WARPS 4 | 2.00 |  |" in text
-    (kept,) = json.loads(own.read_text())[_sizes.device_name(tensor.device)].values()
+    (kept,) = json.loads(own.read_text())[launch_sizes.device_name(tensor.device)].values()
     assert set(kept) == set(tuning.KEPT)
 
     step(1.0)  # a later run finds its own sizes to be best
@@ -397,9 +397,9 @@ def of_run(tmp_path: Path, **changes: Any) -> Path:
 
 def test_sizes_go_into_the_package_beside_those_of_other_cards_and_ops(tmp_path: Path) -> None:
     others = {"gae": {"sizes": {"BLOCK": 64}}, "sample": {"sizes": {"WARPS": 4}}}
-    write(_sizes.TUNED, {"A Card": others, "Another": others})
+    write(launch_sizes.TUNED, {"A Card": others, "Another": others})
     assert tuning.main(["--apply", str(of_run(tmp_path))]) == 0
-    content = _sizes.read(_sizes.TUNED)
+    content = launch_sizes.read(launch_sizes.TUNED)
     assert content["Another"] == others and content["A Card"]["sample"] == others["sample"]
     assert content["A Card"]["gae"]["sizes"] == {"BLOCK": 512, "WARPS": 4}
     assert content["A Card"]["gae"]["gain"] == 1.25
@@ -417,8 +417,8 @@ def test_sizes_go_into_the_package_beside_those_of_other_cards_and_ops(tmp_path:
 def test_what_must_not_go_into_the_package_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
 ) -> None:
-    before = _sizes.TUNED.read_text()
+    before = launch_sizes.TUNED.read_text()
     with pytest.raises(SystemExit):
         tuning.main(["--apply", str(of_run(tmp_path, **changes))])
     assert message in capsys.readouterr().err
-    assert _sizes.TUNED.read_text() == before
+    assert launch_sizes.TUNED.read_text() == before

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_fast import ops
-from rlhf_fast.ops import _head
+from rlhf_fast.ops import lm_head
 from tests.ops import cases
 from tests.ops.compare import assert_close, assert_no_worse_than_torch, gradient_of
 from tests.ops.compare import outputs_and_gradients as run
@@ -60,7 +60,7 @@ def test_is_torchs_loss_and_no_worse(
 def test_from_hidden_states_it_is_the_same(
     backend: Backend, terms: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(_head._WHOLE_ROWS, "cpu", (7 * 30, 1))  # seven rows of thirty words
+    monkeypatch.setitem(lm_head._WHOLE_ROWS, "cpu", (7 * 30, 1))  # seven rows of thirty words
     shapes = ((4, 9, 8), (30, 8), (30,), (3, 8), (30, 3))
     inputs = [cases.random(*shape, seed=i) for i, shape in enumerate(shapes)]
     tokens, mask = cases.random_tokens(4, 9, vocabulary=30), cases.holes()

@@ -13,7 +13,7 @@ import pytest
 from rlhf_fast.data.records import Comparison
 from rlhf_fast.pages import plots
 from rlhf_fast.pages.reward_report import write_reward_report
-from rlhf_fast.trainers.reward_measures import Heldout, histogram, measure
+from rlhf_fast.rewards.measures import Heldout, histogram, measure
 from tests.evaluation.test_report import HOSTILE, Page, with_plots, without_plots, write_rows
 
 __all__ = ["without_plots"]  # a fixture

@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_fast.pages import plots
 from rlhf_fast.pages.run_report import write_run_report
-from rlhf_fast.run_folder import RunFolder
+from rlhf_fast.runs.folder import RunFolder
 from tests.evaluation.test_report import HOSTILE, with_plots
 
 

@@ -14,8 +14,8 @@ import transformers
 
 from rlhf_fast import Generator, SamplingParams, models, ops
 from rlhf_fast.data.batches import pad
-from rlhf_fast.ops import _compiled
-from rlhf_fast.rollout import layers
+from rlhf_fast.ops import compiled
+from rlhf_fast.rollout.model import layers
 from rlhf_fast.rollout.rollouts import Rollouts
 
 SMALL: dict[str, Any] = {
@@ -153,7 +153,7 @@ def test_greedy_tokens_and_logprobs(
             assert off.max() < 1e-4 and off.mean() < 1e-5, f"{name}: {off.max():.1e}, {off.mean():.1e} on average"
 
 
-@pytest.mark.skipif(_compiled.cpu is None, reason="rlhf_fast._C was not built")
+@pytest.mark.skipif(compiled.cpu is None, reason="rlhf_fast._C was not built")
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

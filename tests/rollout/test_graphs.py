@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rlhf_fast import Generator, SamplingParams, models
 from rlhf_fast.config import LoRAConfig, PPOConfig
 from rlhf_fast.data.records import PromptRecord
-from rlhf_fast.ops import _compiled
-from rlhf_fast.rollout import graphs, layers
+from rlhf_fast.ops import compiled
+from rlhf_fast.rewards.model import resolve_reward
+from rlhf_fast.rollout.model import graphs, layers
 from rlhf_fast.rollout.rollouts import Rollouts
-from rlhf_fast.trainers import sampler
-from rlhf_fast.trainers.rewards import resolve_reward
+from rlhf_fast.trainers.ppo.trainer import sampler
 
 PROMPTS: list[list[int]] = [[5], list(range(20, 45)), [7, 8, 9, 10, 11], [50, 60], [70, 71, 72, 73]]
 MANY_STOPS = tuple(range(4, 30))
@@ -72,13 +72,13 @@ class Kernels:
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[[Generator], Generator]:
-    if _compiled.cpu is None:
+    if compiled.cpu is None:
         pytest.skip("needs the compiled kernels")
 
     def record(compute: Callable[[], torch.Tensor], others: list[Any]) -> tuple[Any, torch.Tensor]:
         recorder = Recorder()
         with monkeypatch.context() as patch, recorder:
-            patch.setattr(_compiled, "module", lambda backend: Kernels(_compiled.cpu, recorder))
+            patch.setattr(compiled, "module", lambda backend: Kernels(compiled.cpu, recorder))
             hidden = compute()
         hidden.zero_()  # what is read must come from a replay
         return recorder, hidden

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from rlhf_fast.ops import _compiled
+from rlhf_fast.ops import compiled
 
 PROGRAM = """
 import torch, transformers
@@ -49,7 +49,7 @@ CASES = [
 ]
 
 
-@pytest.mark.skipif(_compiled.cpu is None, reason="rlhf_fast._C was not built")
+@pytest.mark.skipif(compiled.cpu is None, reason="rlhf_fast._C was not built")
 def test_a_trunk_and_an_output_layer_of_two_dtypes() -> None:
     program = f"import torch\nCASES = {CASES!r}\n{PROGRAM}"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

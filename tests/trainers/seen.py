@@ -19,9 +19,9 @@ from rlhf_fast.models.forward import unwrapped
 from rlhf_fast.models.inner import trunk
 from rlhf_fast.rollout.generator import Generator
 from rlhf_fast.rollout.sampling import SamplingParams
-from rlhf_fast.trainers.advantages import FUNCTIONS, Advantages, Scored
 from rlhf_fast.trainers.dpo import DPOTrainer
-from rlhf_fast.trainers.ppo import PPOTrainer
+from rlhf_fast.trainers.ppo.advantages import FUNCTIONS, Advantages, Scored
+from rlhf_fast.trainers.ppo.trainer import PPOTrainer
 from rlhf_fast.trainers.reward import RewardTrainer
 from rlhf_fast.trainers.sft import SFTTrainer
 from tests.trainers.conftest import Update, recorded_updates

@@ -11,10 +11,10 @@ import torch
 
 from rlhf_fast import ops
 from rlhf_fast.config import LoRAConfig, OptimConfig, PPOConfig
-from rlhf_fast.run_folder import RunFolder
-from rlhf_fast.trainers.advantages import FUNCTIONS, Advantages, Scored, equal_groups
-from rlhf_fast.trainers.loop import per_example
-from rlhf_fast.trainers.ppo import PPOTrainer
+from rlhf_fast.models.scoring import per_example
+from rlhf_fast.runs.folder import RunFolder
+from rlhf_fast.trainers.ppo.advantages import FUNCTIONS, Advantages, Scored, equal_groups
+from rlhf_fast.trainers.ppo.trainer import PPOTrainer
 from tests.trainers.test_ppo_options import rows
 
 LENGTHS = [3, 1, 5, 2, 4, 2]  # of two prompts' responses, three each

@@ -17,11 +17,11 @@ from rlhf_fast.config import DPOConfig, LoRAConfig, OptimConfig, PPOConfig, Rewa
 from rlhf_fast.data.batches import Example
 from rlhf_fast.models.forward import unwrapped
 from rlhf_fast.pipeline import tiny_model
-from rlhf_fast.run_folder import RunFolder
-from rlhf_fast.trainers.advantages import Advantages, Scored
-from rlhf_fast.trainers.collect import Experience
+from rlhf_fast.runs.folder import RunFolder
 from rlhf_fast.trainers.dpo import DPOTrainer
-from rlhf_fast.trainers.ppo import PPOTrainer
+from rlhf_fast.trainers.ppo.advantages import Advantages, Scored
+from rlhf_fast.trainers.ppo.collect import Experience
+from rlhf_fast.trainers.ppo.trainer import PPOTrainer
 from rlhf_fast.trainers.reward import RewardTrainer
 from tests.trainers.conftest import Update
 

@@ -13,9 +13,9 @@ from rlhf_fast import models
 from rlhf_fast.config import DPOConfig, LoRAConfig, OptimConfig, RewardConfig, SFTConfig
 from rlhf_fast.models.checkpoint import read_extra
 from rlhf_fast.pages.reward_report import write_reward_report
+from rlhf_fast.rewards.model import resolve_reward
 from rlhf_fast.trainers.dpo import DPOTrainer
 from rlhf_fast.trainers.reward import RewardTrainer, poisson_weight
-from rlhf_fast.trainers.rewards import resolve_reward
 from rlhf_fast.trainers.sft import SFTTrainer
 
 ROWS = [{"prompt": f"say {i}", "completion": "abc"[: 1 + i % 3]} for i in range(12)]

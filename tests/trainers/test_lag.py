@@ -16,9 +16,9 @@ from rlhf_fast import models, ops
 from rlhf_fast.config import LoRAConfig, OptimConfig, PPOConfig
 from rlhf_fast.data.batches import Example, pad
 from rlhf_fast.data.templates import Prompt
-from rlhf_fast.trainers.advantages import Advantages, Scored, against_critic
-from rlhf_fast.trainers.ppo import PPOTrainer
-from rlhf_fast.trainers.scoring import IN_FLIGHT, THREAD
+from rlhf_fast.rewards.scoring import IN_FLIGHT, THREAD
+from rlhf_fast.trainers.ppo.advantages import Advantages, Scored, against_critic
+from rlhf_fast.trainers.ppo.trainer import PPOTrainer
 
 PROMPTS = [{"prompt": f"question {i}"} for i in range(12)]
 

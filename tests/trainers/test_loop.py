@@ -17,11 +17,12 @@ from rlhf_fast import models
 from rlhf_fast.config import DPOConfig, LoRAConfig, OptimConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf_fast.data.batches import Example
 from rlhf_fast.data.splits import split_heldout
-from rlhf_fast.run_folder import RunFolder
+from rlhf_fast.models.scoring import per_example
+from rlhf_fast.runs.folder import RunFolder
 from rlhf_fast.trainers.dpo import DPOTrainer
-from rlhf_fast.trainers.loop import epoch_batches, per_example
-from rlhf_fast.trainers.optimizer import Optimizer, learning_rate_factor
-from rlhf_fast.trainers.ppo import PPOTrainer
+from rlhf_fast.trainers.loop.optimizer import Optimizer, learning_rate_factor
+from rlhf_fast.trainers.loop.steps import epoch_batches
+from rlhf_fast.trainers.ppo.trainer import PPOTrainer
 from rlhf_fast.trainers.reward import RewardTrainer
 from rlhf_fast.trainers.sft import SFTTrainer
 

@@ -20,12 +20,12 @@ from rlhf_fast import models
 from rlhf_fast.config import DPOConfig, LoRAConfig, OptimConfig, RewardConfig, RunConfig, SFTConfig
 from rlhf_fast.data.batches import Example
 from rlhf_fast.data.pairs import PairGroup, epoch_batches_by_pairs
-from rlhf_fast.intervals import clustered_share
 from rlhf_fast.models.checkpoint import read_extra
+from rlhf_fast.rewards.model import RewardModel
+from rlhf_fast.statistics.intervals import clustered_share
 from rlhf_fast.trainers.dpo import DPOTrainer
-from rlhf_fast.trainers.loop import epoch_batches
+from rlhf_fast.trainers.loop.steps import epoch_batches
 from rlhf_fast.trainers.reward import RewardTrainer, poisson_weight
-from rlhf_fast.trainers.rewards import RewardModel
 from rlhf_fast.trainers.sft import SFTTrainer
 
 # Several micro-batches a step, gradients that are clipped, a rate that is another in every step.

@@ -12,10 +12,10 @@ from torch import nn
 
 from rlhf_fast.config import OptimConfig
 from rlhf_fast.data.batches import Example
-from rlhf_fast.run_folder import RunFolder
-from rlhf_fast.trainers.budget import TokenBudget
-from rlhf_fast.trainers.loop import learn
-from rlhf_fast.trainers.optimizer import Optimizer
+from rlhf_fast.models.token_budget import TokenBudget
+from rlhf_fast.runs.folder import RunFolder
+from rlhf_fast.trainers.loop.optimizer import Optimizer
+from rlhf_fast.trainers.loop.steps import learn
 
 STEPS = 10
 FACTORS = {  # on the rate of each of ten steps, a quarter of which (three, rounded up) warm up

@@ -18,7 +18,7 @@ import torch
 from rlhf_fast.config import LoRAConfig, OptimConfig, PPOConfig
 from rlhf_fast.data.templates import Prompt
 from rlhf_fast.data.tokenize import tokenize_prompt
-from rlhf_fast.trainers.ppo import PPOTrainer
+from rlhf_fast.trainers.ppo.trainer import PPOTrainer
 
 BEST = "etaoinshrdlu"  # the reward of a letter: the earlier, the better
 PROMPTS = [{"prompt": f"q{i}"} for i in range(2)]

@@ -14,7 +14,7 @@ from rlhf_fast.config import DPOConfig, LoRAConfig, OptimConfig, PPOConfig, Rewa
 from rlhf_fast.models.forward import unwrapped
 from rlhf_fast.models.inner import trunk
 from rlhf_fast.trainers.dpo import DPOTrainer
-from rlhf_fast.trainers.ppo import PPOTrainer
+from rlhf_fast.trainers.ppo.trainer import PPOTrainer
 from rlhf_fast.trainers.reward import RewardTrainer
 from rlhf_fast.trainers.sft import SFTTrainer
 from tests.trainers.conftest import Update

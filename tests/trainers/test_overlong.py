@@ -12,7 +12,7 @@ from transformers import GPT2Config
 from rlhf_fast import models
 from rlhf_fast.config import DPOConfig, LoRAConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf_fast.trainers.dpo import DPOTrainer
-from rlhf_fast.trainers.ppo import PPOTrainer
+from rlhf_fast.trainers.ppo.trainer import PPOTrainer
 from rlhf_fast.trainers.reward import RewardTrainer
 from rlhf_fast.trainers.sft import SFTTrainer
 

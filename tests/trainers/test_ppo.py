@@ -20,11 +20,11 @@ from rlhf_fast.data.batches import Example, pad
 from rlhf_fast.data.templates import Prompt
 from rlhf_fast.ops import reference
 from rlhf_fast.rollout.sampling import SamplingParams
-from rlhf_fast.run_folder import RunFolder
-from rlhf_fast.trainers.collect import Experience, minibatches
-from rlhf_fast.trainers.kl_controller import KLController
-from rlhf_fast.trainers.ppo import PPOTrainer
-from rlhf_fast.trainers.sampler import step_prompts
+from rlhf_fast.runs.folder import RunFolder
+from rlhf_fast.trainers.ppo.collect import Experience, minibatches
+from rlhf_fast.trainers.ppo.kl_controller import KLController
+from rlhf_fast.trainers.ppo.sampler import step_prompts
+from rlhf_fast.trainers.ppo.trainer import PPOTrainer
 
 TIMED = ("seconds", "decode_roofline", "training_utilisation", "busy")  # metrics that no two runs have the same
 PROMPTS = [{"prompt": f"question {i}"} for i in range(12)]

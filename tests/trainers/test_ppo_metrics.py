@@ -19,8 +19,8 @@ from rlhf_fast.data.batches import Example
 from rlhf_fast.data.templates import Prompt
 from rlhf_fast.rollout.generator import Generator
 from rlhf_fast.rollout.sampling import SamplingParams
-from rlhf_fast.trainers.ppo import PPOTrainer
-from rlhf_fast.trainers.sampler import Sampled, step_prompts
+from rlhf_fast.trainers.ppo.sampler import Sampled, step_prompts
+from rlhf_fast.trainers.ppo.trainer import PPOTrainer
 
 PROMPTS = [{"prompt": f"question {i}"} for i in range(8)]
 TIMED = {"seconds", "seconds_rollout", "seconds_scoring", "seconds_training", "decode_roofline", "busy"}

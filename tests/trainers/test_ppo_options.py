@@ -15,12 +15,12 @@ from rlhf_fast.config import LoRAConfig, OptimConfig, PPOConfig, RewardConfig, R
 from rlhf_fast.data.batches import pad
 from rlhf_fast.data.templates import Prompt
 from rlhf_fast.data.tokenize import tokenize_example
-from rlhf_fast.run_folder import RunFolder
-from rlhf_fast.trainers.advantages import Advantages, Scored
-from rlhf_fast.trainers.collect import Experience
-from rlhf_fast.trainers.ppo import PPOTrainer
+from rlhf_fast.rewards.model import RewardModel
+from rlhf_fast.runs.folder import RunFolder
+from rlhf_fast.trainers.ppo.advantages import Advantages, Scored
+from rlhf_fast.trainers.ppo.collect import Experience
+from rlhf_fast.trainers.ppo.trainer import PPOTrainer
 from rlhf_fast.trainers.reward import RewardTrainer
-from rlhf_fast.trainers.rewards import RewardModel
 
 PROMPTS = [{"prompt": f"question {i}"} for i in range(8)]
 

@@ -18,11 +18,11 @@ import torch
 
 from rlhf_fast import models
 from rlhf_fast.config import LoRAConfig, SFTConfig
-from rlhf_fast.run_folder import RunFolder
-from rlhf_fast.trainers import state as state_module
-from rlhf_fast.trainers.optimizer import Optimizer
+from rlhf_fast.runs.folder import RunFolder
+from rlhf_fast.trainers.loop.optimizer import Optimizer
+from rlhf_fast.trainers.loop.state import Interrupted, TrainState, weights_digest
+from rlhf_fast.trainers.loop.steps import state as state_module
 from rlhf_fast.trainers.sft import SFTTrainer
-from rlhf_fast.trainers.state import Interrupted, TrainState, weights_digest
 from tests.processes import PROCESSES
 from tests.trainers import killed_run
 
@@ -178,7 +178,7 @@ def test_folder_trackers_and_template_are_looked_at_before_a_model_is_loaded(
     """The model of these does not even exist."""
     from rlhf_fast.config import DPOConfig, PPOConfig, RewardConfig, RunConfig
     from rlhf_fast.trainers.dpo import DPOTrainer
-    from rlhf_fast.trainers.ppo import PPOTrainer
+    from rlhf_fast.trainers.ppo.trainer import PPOTrainer
     from rlhf_fast.trainers.reward import RewardTrainer
 
     kinds: dict[str, Any] = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "ppo": PPOConfig}

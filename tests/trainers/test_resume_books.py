@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from rlhf_fast.config import OptimConfig, RunConfig
-from rlhf_fast.files import write_folder_atomic
-from rlhf_fast.run_folder import RunFolder
-from rlhf_fast.trainers.budget import TokenBudget
-from rlhf_fast.trainers.checkpoints import Checkpoints, Goal
-from rlhf_fast.trainers.loop import Outcome, learn, run_steps
-from rlhf_fast.trainers.optimizer import Optimizer
-from rlhf_fast.trainers.state import TrainState
+from rlhf_fast.models.token_budget import TokenBudget
+from rlhf_fast.runs.files import write_folder_atomic
+from rlhf_fast.runs.folder import RunFolder
+from rlhf_fast.trainers.loop.checkpoints import Checkpoints, Goal
+from rlhf_fast.trainers.loop.optimizer import Optimizer
+from rlhf_fast.trainers.loop.state import TrainState
+from rlhf_fast.trainers.loop.steps import Outcome, learn, run_steps
 
 
 class Killed(BaseException):
@@ -189,7 +189,7 @@ def test_the_best_checkpoint_of_the_kept_step_is_there_whatever_was_done_in_vain
 def test_the_seconds_of_before_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And not those in which nothing ran."""
     now = [1000.0]
-    monkeypatch.setattr("rlhf_fast.run_folder.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("rlhf_fast.runs.folder.time.monotonic", lambda: now[0])
     with RunFolder(tmp_path, "sft", "") as folder:
         now[0] += 30.0
         folder.rewind({}, 100.0)

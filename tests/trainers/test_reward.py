@@ -19,10 +19,10 @@ from rlhf_fast.data.pairs import PairGroup, join
 from rlhf_fast.data.records import read_comparisons
 from rlhf_fast.data.tokenize import tokenize_example
 from rlhf_fast.models.checkpoint import read_extra
+from rlhf_fast.rewards.model import RewardModel, Rewards, resolve_reward
 from rlhf_fast.rollout.generator import Generator
 from rlhf_fast.rollout.sampling import SamplingParams
 from rlhf_fast.trainers.reward import RewardTrainer, poisson_weight
-from rlhf_fast.trainers.rewards import RewardModel, Rewards, resolve_reward
 
 ROWS = [
     {"prompt": f"question {i}", "chosen": "a" * (3 + i % 4) + "!", "rejected": "b" * (3 + (i * 7) % 5)}

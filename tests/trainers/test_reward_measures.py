@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_fast.data.records import Comparison
-from rlhf_fast.intervals import Interval, clustered_share
-from rlhf_fast.trainers.reward_measures import (
+from rlhf_fast.rewards.measures import (
     Heldout,
     agrees,
     contradictory,
@@ -24,6 +23,7 @@ from rlhf_fast.trainers.reward_measures import (
     of_people,
     ranges,
 )
+from rlhf_fast.statistics.intervals import Interval, clustered_share
 
 
 def heldout(pairs: list[tuple[float, float, int, int]], **labels: list[Any]) -> Heldout:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from rlhf_fast.data.records import PromptRecord
-from rlhf_fast.trainers import reward_names
-from rlhf_fast.trainers.reward_calls import RewardError
-from rlhf_fast.trainers.rewards import resolve_reward
+from rlhf_fast.rewards import names as reward_names
+from rlhf_fast.rewards.calls import RewardError
+from rlhf_fast.rewards.model import resolve_reward
 
 GOOD = """import beside
 

@@ -16,11 +16,12 @@ import pytest
 
 from rlhf_fast.config import LoRAConfig, PPOConfig
 from rlhf_fast.data.records import read_prompts
-from rlhf_fast.trainers import reward_calls, reward_url
-from rlhf_fast.trainers.ppo import PPOTrainer
-from rlhf_fast.trainers.reward_calls import RewardError
-from rlhf_fast.trainers.reward_url import RewardURL
-from rlhf_fast.trainers.rewards import resolve_reward
+from rlhf_fast.rewards import calls as reward_calls
+from rlhf_fast.rewards import url as reward_url
+from rlhf_fast.rewards.calls import RewardError
+from rlhf_fast.rewards.model import resolve_reward
+from rlhf_fast.rewards.url import RewardURL
+from rlhf_fast.trainers.ppo.trainer import PPOTrainer
 
 Answer = tuple[int, dict[str, str], bytes]
 

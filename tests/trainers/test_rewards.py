@@ -23,11 +23,11 @@ from hypothesis import strategies as st
 
 from rlhf_fast.config import LoRAConfig, PPOConfig
 from rlhf_fast.data.records import PromptRecord, RecordError, read_prompts
-from rlhf_fast.trainers import reward_calls
-from rlhf_fast.trainers.ppo import PPOTrainer
-from rlhf_fast.trainers.reward_calls import RewardError
-from rlhf_fast.trainers.rewards import resolve_reward
-from rlhf_fast.trainers.verifiers import RULES, rule
+from rlhf_fast.rewards import calls as reward_calls
+from rlhf_fast.rewards.calls import RewardError
+from rlhf_fast.rewards.model import resolve_reward
+from rlhf_fast.rewards.rules import RULES, rule
+from rlhf_fast.trainers.ppo.trainer import PPOTrainer
 
 ROWS = [{"prompt": "one", "answer": "1", "kind": "a"}, {"prompt": "two", "answer": "2", "kind": "b"}]
 RECORDS = read_prompts(ROWS)
@@ -392,7 +392,7 @@ def test_every_rule_of_the_page_on_rewards_is_one_and_every_rule_is_there() -> N
 def test_a_run_whose_reward_fails_says_so_and_goes_on_from_what_was_kept(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rlhf_fast.trainers import state
+    from rlhf_fast.trainers.loop.steps import state
 
     monkeypatch.setattr(state, "EVERY", 0.0)
     monkeypatch.setattr(state, "MOST", 1e9)

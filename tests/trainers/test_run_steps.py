@@ -13,16 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_fast import models, trackers
+from rlhf_fast import models
 from rlhf_fast.config import DPOConfig, LoRAConfig, OptimConfig, PPOConfig, RewardConfig, RunConfig, SFTConfig
-from rlhf_fast.run_folder import RunFolder
-from rlhf_fast.terminal import Terminal
-from rlhf_fast.trainers.budget import LEAST, TokenBudget
-from rlhf_fast.trainers.checkpoints import Checkpoints, Goal
+from rlhf_fast.models.scoring import per_example
+from rlhf_fast.models.token_budget import LEAST, TokenBudget
+from rlhf_fast.runs import trackers
+from rlhf_fast.runs.folder import RunFolder
+from rlhf_fast.runs.terminal import Terminal
 from rlhf_fast.trainers.dpo import DPOTrainer
-from rlhf_fast.trainers.loop import per_example, run_steps
-from rlhf_fast.trainers.optimizer import Optimizer
-from rlhf_fast.trainers.ppo import PPOTrainer
+from rlhf_fast.trainers.loop.checkpoints import Checkpoints, Goal
+from rlhf_fast.trainers.loop.optimizer import Optimizer
+from rlhf_fast.trainers.loop.steps import run_steps
+from rlhf_fast.trainers.ppo.trainer import PPOTrainer
 from rlhf_fast.trainers.reward import RewardTrainer
 from rlhf_fast.trainers.sft import SFTTrainer
 

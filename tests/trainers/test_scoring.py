@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from rlhf_fast.config import LoRAConfig, PPOConfig
 from rlhf_fast.data.records import read_prompts
-from rlhf_fast.trainers.ppo import PPOTrainer
-from rlhf_fast.trainers.reward_calls import RewardError, is_async
-from rlhf_fast.trainers.rewards import Rewards, resolve_reward
-from rlhf_fast.trainers.scoring import IN_FLIGHT, Background, Scoring
+from rlhf_fast.rewards.calls import RewardError, is_async
+from rlhf_fast.rewards.model import Rewards, resolve_reward
+from rlhf_fast.rewards.scoring import IN_FLIGHT, Background, Scoring
+from rlhf_fast.trainers.ppo.trainer import PPOTrainer
 
 TIMED = ("seconds", "decode_roofline", "training_utilisation", "busy")  # metrics that no two runs have the same
 

@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_fast.config import LoRAConfig, OptimConfig, PPOConfig, RunConfig
 from rlhf_fast.data.templates import Prompt
-from rlhf_fast.trainers.ppo import PPOTrainer
+from rlhf_fast.trainers.ppo.trainer import PPOTrainer
 
 SAME = [{"prompt": "question"}] * 8  # so that places among the prompts tell no two steps apart
 STILL = OptimConfig(lr=1e-30, schedule="constant", warmup=0.0)  # below what float32 tells from the weights

@@ -19,7 +19,7 @@ import torch
 
 from rlhf_fast.config import DPOConfig, LoRAConfig, OptimConfig, PPOConfig, RewardConfig, RunConfig
 from rlhf_fast.models.byte_tokenizer import CHAT_TEMPLATE
-from rlhf_fast.trainers.rewards import RewardModel
+from rlhf_fast.rewards.model import RewardModel
 from tests.trainers.seen import CONFIGS, Seen, run
 
 METHODS = list(CONFIGS)

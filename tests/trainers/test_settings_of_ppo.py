@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from rlhf_fast.config import LoRAConfig, OptimConfig, PPOConfig, RewardConfig
-from rlhf_fast.trainers import reward_calls
-from rlhf_fast.trainers.ppo import PPOTrainer
+from rlhf_fast.rewards import calls as reward_calls
+from rlhf_fast.rewards.calls import RewardError
+from rlhf_fast.trainers.ppo.trainer import PPOTrainer
 from rlhf_fast.trainers.reward import RewardTrainer
-from rlhf_fast.trainers.reward_calls import RewardError
 from tests.trainers.seen import Seen, run
 from tests.trainers.test_settings import NESTED, OF_ALL
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_fast.trainers.verifiers import choice, exact, json_object, length, math_answer, rule, tags
+from rlhf_fast.rewards.rules import choice, exact, json_object, length, math_answer, rule, tags
 
 fractions = st.fractions(min_value=-(10**9), max_value=10**9, max_denominator=10**6)
 

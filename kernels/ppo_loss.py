@@ -1,0 +1,321 @@
+"""ppo_loss in Triton: a program a range of tokens, one sweep that reads each input once and writes the gradients.
+
+A second kernel adds the sums of the ranges up in their order. csrc/common/ppo_loss.h says what the sums and the
+statistics are. Sums are taken eight at a time: a program waits for its threads after each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rlhf_fast.kernels import _sampled_kl
+from rlhf_fast.kernels._sampled_kl import expm1_minus
+from rlhf_fast.kernels.arguments import Denominator, PPOInputs, PPOOptions
+from rlhf_fast.kernels.launch_sizes import sizes
+
+FINISH, FINISH_WARPS = 256, 16  # ranges that the second kernel adds up at a time
+SUMS = 34  # as csrc/common/ppo_loss.h counts them
+SCALE = 1024  # tokens of a program that scales gradients
+
+
+@triton.jit
+def _denominator(there, number, counted, KIND: tl.constexpr):
+    """A number on the device, where 0 means 1; a number; or the tokens that count."""
+    value = counted
+    if KIND == 1:
+        value = tl.load(there).to(tl.float64)
+    if KIND == 2:
+        value = counted * 0.0 + number
+    return tl.where(value == 0.0, 1.0, value)
+
+
+@triton.jit
+def _read(data, i, inside, counts):
+    """An input as float32; where a token does not count it is 0 and may have been anything."""
+    return tl.where(counts, tl.load(data + i, mask=inside, other=0.0).to(tl.float32), 0.0)
+
+
+@triton.jit
+def _bound(x):
+    return tl.where(x < -20.0, -20.0, tl.where(x > 20.0, 20.0, x))
+
+
+@triton.jit
+def _sums(a, b, c, d, e, f, g, h):
+    """Of eight vectors, (8,) in float64."""
+    even, odd = tl.join(tl.join(a, e), tl.join(c, g)), tl.join(tl.join(b, f), tl.join(d, h))
+    return tl.reshape(tl.sum(tl.join(even, odd), 0), (8,)).to(tl.float64)
+
+
+@triton.jit
+def _edge(e):
+    """Between log-ratios: 0, +-1/128, +-1/64, ... +-1/2; from the bits of a power of two."""
+    exponent = tl.where(e < 7, e + 1, 15 - e)
+    size = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+    return tl.where(e < 7, -size, tl.where(e == 7, 0.0, size))
+
+
+@triton.jit
+def _up_to(bounded, ones, E: tl.constexpr):
+    """1 for a token whose log-ratio is at most an edge."""
+    return tl.where(bounded > _edge(tl.full((), E, tl.int32)), 0.0, ones)
+
+
+@triton.jit
+def _forward(
+    logprobs, old_logprobs, advantages, values, old_values, returns, entropy, ref_logprobs, rollout_logprobs, mask,
+    weights, log_ratios, advantage_sums, count, clip_low, clip_high, dual_clip,
+    value_clip, value_coef, entropy_coef, kl_coef, rollout_cap, partials, grad_logprobs, grad_values, grad_entropy,
+    HAS_MASK: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_VALUES: tl.constexpr,
+    CLIPS_VALUES: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_KL: tl.constexpr, KL: tl.constexpr,
+    KL_SLOPE: tl.constexpr, KL_COUNTS: tl.constexpr, DUAL: tl.constexpr, CISPO: tl.constexpr,
+    HAS_ROLLOUT: tl.constexpr, HAS_LOG_RATIOS: tl.constexpr, WHITENS: tl.constexpr, NEED: tl.constexpr,
+    NEED_VALUES: tl.constexpr, NEED_ENTROPY: tl.constexpr, BLOCK: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < count
+    here = inside
+    if HAS_MASK:
+        here = here & (tl.load(mask + i, mask=inside, other=0) != 0)
+    ones = tl.where(here, 1.0, 0.0)
+    weight = ones
+    if HAS_WEIGHTS:
+        weight = tl.where(here, tl.load(weights + i, mask=inside, other=0.0), 0.0)
+
+    logp = _read(logprobs, i, inside, here)
+    old_logp = _read(old_logprobs, i, inside, here)
+    advantage = _read(advantages, i, inside, here)
+    if WHITENS:
+        n, total = tl.load(advantage_sums), tl.load(advantage_sums + 1)
+        mean = total / tl.where(n < 1.0, 1.0, n)
+        variance = (tl.load(advantage_sums + 2) - total * mean) / tl.where(n < 2.0, 1.0, n - 1.0)
+        variance = tl.where(variance < 0.0, 0.0, variance) + 1e-8
+        advantage = (advantage - mean.to(tl.float32)) * (1.0 / tl.sqrt(variance.to(tl.float32)))
+    own = logp - old_logp
+    log_ratio = own
+    if HAS_LOG_RATIOS:
+        log_ratio = _read(log_ratios, i, inside, here)
+    bounded = _bound(log_ratio)
+    ratio = tl.exp(bounded)
+    low, high = 1.0 - clip_low, 1.0 + clip_high
+    near = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
+    plain, clipped = -advantage * ratio, -advantage * near
+    nothing = tl.zeros((BLOCK,), tl.float32)
+    of_entropy, of_kl, of_value, worse_ones, bound_ones = nothing, nothing, nothing, nothing, nothing
+    weighed, capped_ones = nothing, nothing
+    exact = tl.zeros((BLOCK,), tl.float64)  # returns
+    rest = exact  # what values leave of them
+    if CISPO:
+        pulled = ratio != near
+        policy, slope = clipped * logp, clipped
+    else:
+        pulled = clipped > plain
+        policy = tl.where(pulled, clipped, plain)
+        slope = tl.where(pulled | (log_ratio < -20.0) | (log_ratio > 20.0), 0.0, plain)
+    if DUAL:
+        bound = (advantage < 0.0) & (policy > -advantage * dual_clip)
+        policy = tl.where(bound, -advantage * dual_clip, policy)
+        slope = tl.where(bound, 0.0, slope)
+        bound_ones = tl.where(bound, ones, 0.0)
+    if HAS_ROLLOUT:
+        apart = tl.exp(_bound(old_logp - _read(rollout_logprobs, i, inside, here)))
+        capped = apart > rollout_cap
+        held = tl.where(capped, rollout_cap, apart)
+        policy *= held
+        slope *= held
+        weighed, capped_ones = held * ones, tl.where(capped, ones, 0.0)
+    if HAS_KL:
+        d = logp - _read(ref_logprobs, i, inside, here)
+        of_kl = _sampled_kl.estimate(d, KL) * weight
+        if KL_COUNTS:
+            slope += kl_coef * _sampled_kl.slope(d, KL_SLOPE)
+    if NEED:
+        tl.store(grad_logprobs + i, tl.where(here, slope * weight, 0.0), mask=inside)
+
+    if HAS_VALUES:
+        value = _read(values, i, inside, here)
+        target = _read(returns, i, inside, here)
+        error = value - target
+        squared, gradient = error * error, error
+        if CLIPS_VALUES:
+            old = _read(old_values, i, inside, here)
+            moved = value - old
+            held = tl.where(moved < -value_clip, -value_clip, tl.where(moved > value_clip, value_clip, moved))
+            near_error = old + held - target
+            worse = near_error * near_error > squared
+            gradient = tl.where(worse, tl.where(held == moved, near_error, 0.0), error)
+            squared = tl.where(worse, near_error * near_error, squared)
+            worse_ones = tl.where(worse, ones, 0.0)
+        of_value = 0.5 * squared * weight
+        exact, rest = target.to(tl.float64), error.to(tl.float64)
+        if NEED_VALUES:
+            in_values = value_coef * gradient * weight
+            tl.store(grad_values + i, tl.where(here, in_values, 0.0), mask=inside)
+    if HAS_ENTROPY:
+        of_entropy = _read(entropy, i, inside, here) * weight
+        if NEED_ENTROPY:
+            tl.store(grad_entropy + i, -entropy_coef * weight, mask=inside)
+
+    to = partials + tl.program_id(0).to(tl.int64) * SUMS + tl.arange(0, 8)
+    pulled_ones = tl.where(pulled, ones, 0.0)
+    tl.store(
+        to, _sums(ones, policy * weight, of_value, of_entropy, of_kl, (ratio - 1.0) * ones, pulled_ones, bound_ones)
+    )
+    k3 = expm1_minus(_bound(own)) * ones
+    eight = _sums(
+        worse_ones, -own * ones, k3, weighed, capped_ones, _up_to(bounded, ones, 0), _up_to(bounded, ones, 1),
+        _up_to(bounded, ones, 2),
+    )  # fmt: skip
+    tl.store(to + 8, eight)
+    eight = _sums(
+        _up_to(bounded, ones, 3), _up_to(bounded, ones, 4), _up_to(bounded, ones, 5), _up_to(bounded, ones, 6),
+        _up_to(bounded, ones, 7), _up_to(bounded, ones, 8), _up_to(bounded, ones, 9), _up_to(bounded, ones, 10),
+    )  # fmt: skip
+    tl.store(to + 16, eight)
+    eight = _sums(
+        _up_to(bounded, ones, 11).to(tl.float64), _up_to(bounded, ones, 12).to(tl.float64),
+        _up_to(bounded, ones, 13).to(tl.float64), _up_to(bounded, ones, 14).to(tl.float64), exact, exact * exact, rest,
+        rest * rest,
+    )  # fmt: skip
+    tl.store(to + 24, eight)
+    both = tl.join(tl.where(here, bounded, -20.0), tl.where(here, -bounded, -20.0))
+    ends = partials + tl.program_id(0).to(tl.int64) * SUMS + 32 + tl.arange(0, 2)
+    tl.store(ends, tl.max(both, 0).to(tl.float64))
+
+
+@triton.jit
+def _ratio_quantile(totals, count, most, least, share):
+    """exp of the log-ratio below which a share of the tokens lies: between two edges, as if they lay evenly there."""
+    e = tl.arange(0, 16)
+    before = tl.load(totals + 12 + e, mask=e > 0, other=0.0)  # tokens up to the edge below, and up to the one above
+    at_most = tl.where(e < 15, tl.load(totals + 13 + e, mask=e < 15, other=0.0), count)
+    lower = tl.where(e == 0, least, _clamp(_edge(e - 1).to(tl.float64), least, most))
+    upper = tl.where(e == 15, most, _clamp(_edge(e).to(tl.float64), least, most))
+    wanted = share * count
+    part = (wanted - before) / tl.where(at_most > before, at_most - before, 1.0)
+    found = tl.where((at_most >= wanted) & (wanted > before), lower + (upper - lower) * part, 0.0)
+    return tl.exp(tl.sum(found, 0))
+
+
+@triton.jit
+def _clamp(x, least, most):
+    return tl.where(x < least, least, tl.where(x > most, most, x))
+
+
+@triton.jit
+def _finish(
+    partials, ranges, there, number, tokens_there, tokens_number, value_coef, entropy_coef, kl_coef, totals, loss,
+    stats, inverse,
+    DENOMINATOR: tl.constexpr, TOKENS: tl.constexpr, VALUES_COUNT: tl.constexpr, ENTROPY_COUNTS: tl.constexpr,
+    KL_COUNTS: tl.constexpr, FINISH: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    which = tl.arange(0, 64)
+    largest = which >= 32  # the last two are maxima
+    sums = tl.where(largest, -20.0, tl.zeros((64,), tl.float64))
+    for first in range(0, ranges, FINISH):
+        r = first + tl.arange(0, FINISH)
+        at = r[:, None].to(tl.int64) * SUMS + which[None, :]
+        none = tl.where(largest, -20.0, 0.0)[None, :]
+        part = tl.load(partials + at, mask=(r < ranges)[:, None] & (which < SUMS)[None, :], other=none)
+        sums = tl.where(largest, tl.maximum(sums, tl.max(part, axis=0)), sums + tl.sum(part, axis=0))
+    tl.store(totals + which, sums, mask=which < SUMS)
+    tl.debug_barrier()  # each number below reads what it needs of these, all at once
+    counted = tl.load(totals)
+    terms = _denominator(there, number, counted, DENOMINATOR)
+    tokens = _denominator(tokens_there, tokens_number, counted, TOKENS)
+    n = tl.where(counted == 0.0, 1.0, counted)
+    whole = tl.load(totals + 1)
+    if VALUES_COUNT:
+        whole += value_coef * tl.load(totals + 2)
+    if ENTROPY_COUNTS:
+        whole -= entropy_coef * tl.load(totals + 3)
+    if KL_COUNTS:
+        whole += kl_coef * tl.load(totals + 4)
+    mean, second_moment = tl.load(totals + 28) / n, tl.load(totals + 29) / n
+    rest = tl.load(totals + 30) / n
+    left = tl.load(totals + 31) / n - rest * rest
+    variance = second_moment - mean * mean
+    flat = variance <= 1e-12 * second_moment  # no more than rounding leaves of equal returns
+    explained = tl.where(flat, 0.0, 1.0 - left / tl.where(flat, 1.0, variance))
+    nothing = counted == 0.0
+    most, least = tl.load(totals + 32), -tl.load(totals + 33)
+    low = _ratio_quantile(totals, counted, most, least, 0.05)
+    high = _ratio_quantile(totals, counted, most, least, 0.95)
+
+    tl.store(loss, (whole / terms).to(tl.float32))
+    tl.store(stats + which - 1, (sums / terms).to(tl.float32), mask=(which >= 1) & (which <= 4))
+    tl.store(stats + 4, ((counted + tl.load(totals + 5)) / tokens).to(tl.float32))
+    tl.store(stats + 5, tl.where(nothing, 0.0, tl.exp(most)).to(tl.float32))
+    tl.store(stats + 6, tl.where(nothing, 0.0, tl.exp(least)).to(tl.float32))
+    tl.store(stats + 7, tl.where(nothing, 0.0, low).to(tl.float32))
+    tl.store(stats + 8, tl.where(nothing, 0.0, high).to(tl.float32))
+    tl.store(stats + which + 3, (sums / tokens).to(tl.float32), mask=(which >= 6) & (which <= 12))
+    tl.store(stats + 16, explained.to(tl.float32))
+    tl.store(inverse, (1.0 / terms).to(tl.float32))
+
+
+@triton.jit
+def _scale(
+    in_logprobs, in_values, in_entropy, upstream, inverse, count, grad_logprobs, grad_values, grad_entropy,
+    NEED: tl.constexpr, NEED_VALUES: tl.constexpr, NEED_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < count
+    factor = tl.load(upstream) * tl.load(inverse)
+    if NEED:
+        tl.store(grad_logprobs + i, tl.load(in_logprobs + i, mask=inside) * factor, mask=inside)
+    if NEED_VALUES:
+        tl.store(grad_values + i, tl.load(in_values + i, mask=inside) * factor, mask=inside)
+    if NEED_ENTROPY:
+        tl.store(grad_entropy + i, tl.load(in_entropy + i, mask=inside) * factor, mask=inside)
+
+
+def range_size(device: torch.device) -> int:
+    """Tokens."""
+    return sizes("ppo_loss", device)["RANGE"]
+
+
+def forward(
+    x: PPOInputs,
+    options: PPOOptions,
+    of_terms: Denominator,
+    of_tokens: Denominator,
+    numbers: tuple[Tensor, Tensor, Tensor],
+    gradients: Sequence[Tensor | None],
+    partials: Tensor,
+) -> None:
+    """``numbers``: the loss, the statistics, and the inverse of what divides the loss's terms."""
+    o, (ranges, count), size = options, (partials.shape[0], x.logprobs.numel()), sizes("ppo_loss", partials.device)
+    if ranges:
+        _forward[(ranges,)](
+            *x, count, *o[:8], partials, *gradients,
+            HAS_MASK=x.mask is not None, HAS_WEIGHTS=x.weights is not None,
+            HAS_VALUES=x.values is not None, CLIPS_VALUES=o.value_clip >= 0 and x.old_values is not None,
+            HAS_ENTROPY=x.entropy is not None, HAS_KL=x.ref_logprobs is not None, KL=o.kl, KL_SLOPE=o.kl_slope,
+            KL_COUNTS=o.kl_coef != 0, DUAL=o.dual_clip != 0, CISPO=o.cispo, HAS_ROLLOUT=x.rollout_logprobs is not None,
+            HAS_LOG_RATIOS=x.log_ratios is not None, WHITENS=x.advantage_sums is not None,
+            NEED=gradients[0] is not None, NEED_VALUES=gradients[1] is not None, NEED_ENTROPY=gradients[2] is not None,
+            BLOCK=size["RANGE"], SUMS=SUMS, num_warps=size["WARPS"],
+        )  # fmt: skip
+    _finish[(1,)](
+        partials, ranges, of_terms.there, of_terms.number, of_tokens.there, of_tokens.number,
+        o.value_coef, o.entropy_coef, o.kl_coef, partials.new_empty(SUMS), *numbers,
+        DENOMINATOR=of_terms.kind, TOKENS=of_tokens.kind, VALUES_COUNT=o.value_coef != 0,
+        ENTROPY_COUNTS=o.entropy_coef != 0, KL_COUNTS=o.kl_coef != 0, FINISH=FINISH, SUMS=SUMS,
+        num_warps=FINISH_WARPS,
+    )  # fmt: skip
+
+
+def scale(gradients: Sequence[Tensor | None], upstream: Tensor, inverse: Tensor, out: Sequence[Tensor | None]) -> None:
+    """As csrc/common/ppo_loss.h says."""
+    count = max(x.numel() for x in gradients if x is not None)
+    if count:
+        _scale[(triton.cdiv(count, SCALE),)](
+            *gradients, upstream, inverse, count, *out, NEED=out[0] is not None, NEED_VALUES=out[1] is not None,
+            NEED_ENTROPY=out[2] is not None, BLOCK=SCALE,
+        )  # fmt: skip

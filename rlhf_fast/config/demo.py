@@ -1,0 +1,60 @@
+"""The settings of the demo: all phases, one after another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from rlhf_fast.config.common import LoRAConfig, OptimConfig
+from rlhf_fast.config.evaluation import EvaluationConfig
+from rlhf_fast.config.feedback import AnnotatorConfig, ComparisonsConfig
+from rlhf_fast.config.ppo import PPOConfig
+from rlhf_fast.config.reward import RewardConfig
+from rlhf_fast.config.settings import Settings
+from rlhf_fast.config.sft import SFTConfig
+
+
+@dataclass(frozen=True)
+class DemoConfig(Settings):
+    """The demo: an assistant for an agency's client messages, from SmolLM2-135M to a policy trained by PPO."""
+
+    out: str = "runs/demo"  # folder of the run
+    tiny: bool = False  # a random model over bytes, in under a minute
+    model: str = "smollm2-135m"  # folder, run, hub name or smollm2-135m
+    sft: SFTConfig = field(default_factory=lambda: SFTConfig(optim=OptimConfig(lr=5e-4)))
+    comparisons: ComparisonsConfig = field(default_factory=lambda: ComparisonsConfig(prompts=96, max_new_tokens=72))
+    reward: RewardConfig = field(
+        default_factory=lambda: RewardConfig(batch_size=8, heldout=0.2, optim=OptimConfig(lr=3e-4))
+    )
+    ppo: PPOConfig = field(
+        default_factory=lambda: PPOConfig(
+            steps=6,
+            prompts_per_step=8,
+            max_new_tokens=72,
+            epochs=1,
+            optim=OptimConfig(lr=5e-4, schedule="constant", warmup=0.0),
+        )
+    )
+    evaluation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(max_new_tokens=72))
+
+
+def tiny_demo() -> DemoConfig:
+    """The same phases on a random model of 0.1 million weights: it learns little, but it runs everything."""
+    optim = OptimConfig(lr=3e-3, max_tokens_per_microbatch=8192)
+    lora = LoRAConfig(r=4, alpha=8.0)
+    return DemoConfig(
+        tiny=True,
+        model="random",
+        sft=SFTConfig(epochs=3, lora=LoRAConfig(r=0), optim=optim),
+        comparisons=ComparisonsConfig(prompts=24, max_new_tokens=48, annotator=AnnotatorConfig(tie_margin=0.0)),
+        reward=RewardConfig(lora=lora, optim=optim),
+        ppo=PPOConfig(
+            steps=3,
+            prompts_per_step=8,
+            minibatches=2,
+            max_new_tokens=48,
+            min_reward_agreement=0.0,  # a random model learns no preferences worth the name
+            lora=lora,
+            optim=replace(optim, lr=1e-3, schedule="constant", warmup=0.0),
+        ),
+        evaluation=EvaluationConfig(samples_per_prompt=1, max_new_tokens=48),
+    )

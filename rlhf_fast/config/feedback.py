@@ -1,0 +1,38 @@
+"""The settings of comparisons and of who makes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rlhf_fast.config.common import check
+from rlhf_fast.config.settings import Settings
+
+
+@dataclass(frozen=True)
+class AnnotatorConfig(Settings):
+    """The simulated annotator: a written rule in place of people, so that the loop runs unattended."""
+
+    error_rate: float = 0.05  # share of comparisons answered the wrong way round
+    tie_margin: float = 0.05  # replies whose scores (0 to 1) are this near are a tie, which is left out
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, below_half="error_rate", share="tie_margin")
+
+
+@dataclass(frozen=True)
+class ComparisonsConfig(Settings):
+    """How many responses are sampled for comparison, and by which annotator they are compared."""
+
+    prompts: int = 0  # 0: every training prompt
+    samples_per_prompt: int = 4  # every pair among them is compared
+    max_new_tokens: int = 128  # tokens; a response that has not ended by then is cut off
+    temperature: float = 1.0
+    seed: int = 0
+    annotator: AnnotatorConfig = field(default_factory=AnnotatorConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, not_negative="prompts seed", several="samples_per_prompt", count="max_new_tokens")
+        check(self, positive="temperature")  # at 0 all replies to a prompt are the same

@@ -1,1 +1,0 @@
-"""Triton kernels, one file an op. Nothing here is imported before an op needs it, and no check is made here."""

@@ -1,0 +1,447 @@
+"""How much memory a run takes, told from its settings and a model's config before anything is loaded.
+
+What weights, gradients and optimiser take is counted. What a pass takes is tried: the very forward and backward pass of
+training run on tensors that have shapes but no memory, and the bytes that would be alive are added up. So adapters,
+dtypes, checkpointing and architectures need no formulas of their own.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from rlhf_fast import models, ops
+from rlhf_fast.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
+from rlhf_fast.data.batches import LONGEST_ROW, Batch, Example, pad
+from rlhf_fast.data.conversations import Tokenized, batch_of
+from rlhf_fast.models.adapters import Model, unfreeze_adapter, with_adapter
+from rlhf_fast.ops import lm_head
+from rlhf_fast.rewards.model import RewardModel
+from rlhf_fast.rollout.generator import Generator
+from rlhf_fast.trainers.ppo.critic import Critic, fresh_head
+
+TrainerConfig = SFTConfig | RewardConfig | DPOConfig | PPOConfig
+Device = Literal["cpu", "cuda"]
+Parts = dict[str, int]  # bytes by what they hold
+
+ATTENTION = "rlhf_fast_sdpa"
+AttentionInterface.register(ATTENTION, sdpa_attention_forward)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The bytes of each part at the fullest moment of each phase. Phases follow each other: they do not add up."""
+
+    phases: dict[str, Parts]
+
+    def total(self, phase: str) -> int:
+        """Bytes."""
+        return sum(self.phases[phase].values())
+
+    @property
+    def fullest(self) -> str:
+        """The phase that takes most."""
+        return max(self.phases, key=self.total)
+
+    @property
+    def peak(self) -> int:
+        """Bytes."""
+        return self.total(self.fullest)
+
+
+def predict(
+    config: TrainerConfig,
+    shape: PreTrainedConfig,
+    device: Device = "cpu",
+    rewards: Sequence[PreTrainedConfig] = (),
+    available: int | None = None,
+) -> Prediction:
+    """The memory that a run takes on its device, with every batch as full as the settings let it be.
+
+    Left out is what a device keeps for itself: CUDA's context, fragments between blocks, and Python.
+
+    Args:
+        config: of a trainer, which is thereby named.
+        shape: transformers' config of the model.
+        device: where it is to run. A GPU has larger blocks of logits, and its optimiser works on all weights at once.
+        rewards: the configs of the reward models that PPO is rewarded by.
+        available: bytes of the device; keys and values take at most half of what is free. None: there is no limit.
+
+    Raises:
+        ValueError: the model cannot be run without values; says why.
+    """
+    try:
+        return _Run(config, shape, device, rewards).predict(available)
+    except (RuntimeError, NotImplementedError, AttributeError, TypeError, ValueError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"model: {type(shape).__name__} cannot be run without its weights: {why}") from error
+
+
+class _Run:
+    """All models of a run, without memory, and what each phase takes."""
+
+    def __init__(
+        self, config: TrainerConfig, shape: PreTrainedConfig, device: Device, rewards: Sequence[PreTrainedConfig]
+    ) -> None:
+        self.config, self.device, self.shape = config, device, shape
+        self.fake = fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.model = policy(config, shape)
+        self.critic = None
+        if isinstance(config, PPOConfig) and config.advantage == "gae":
+            self.critic = critic_of(config, self.model, rewards)
+        trained = [self.model, *([] if self.critic is None else self.critic.modules)]
+        _as_fake(trained, fake)
+        self.parameters = _parameters(*trained)
+        self.trained = [p for p in self.parameters if p.requires_grad]
+        dtype = getattr(torch, config.dtype)
+        self.scorers = [_scorer(each, dtype).requires_grad_(False) for each in rewards]
+        _as_fake(self.scorers, fake)
+
+    def predict(self, available: int | None) -> Prediction:
+        config, standing = self.config, self._standing()
+        phases: dict[str, Parts] = {}
+        if isinstance(config, PPOConfig):
+            sequences = min(config.prompts_per_step * config.samples_per_prompt, sequences_at_once())
+            phases["rollouts"] = {**standing, **self._generation(self.model, sequences, config.max_length)}
+            phases["scoring"] = {**standing, **self._scoring(config)}
+        elif isinstance(config, SFTConfig) and config.samples:
+            positions = config.max_length + config.sample_tokens
+            phases["samples"] = {**standing, **self._generation(self.model, config.samples, positions)}
+        elif isinstance(config, RewardConfig) and config.normalize_samples:
+            phases["policy's samples"] = {**standing, **self._policy_samples(config)}
+        if available is not None:
+            for parts in phases.values():
+                if "keys and values" in parts:
+                    free = available - sum(parts.values()) + parts["keys and values"]
+                    parts["keys and values"] = min(parts["keys and values"], max(free, 0) // 2)
+        phases["training"] = {**standing, "gradients": _bytes(self.trained), **self._training()}
+        # PyTorch's AdamW takes the roots of all second moments at once on a GPU, of one after another on a CPU, where
+        # the last one's are still there.
+        sizes = [4 * p.numel() for p in self.trained]
+        one_by_one = max(2 * size + before for before, size in zip([0, *sizes], sizes, strict=False))
+        working = sum(sizes) if self.device == "cuda" else one_by_one
+        phases["optimiser step"] = {**standing, "gradients": sum(sizes), "workspace": working}
+        if isinstance(config, PPOConfig) and config.cuda_graphs:
+            for phase in ("scoring", "training", "optimiser step"):
+                phases[phase]["keys and values"] = phases["rollouts"]["keys and values"]
+        return Prediction(phases)
+
+    def _standing(self) -> Parts:
+        """What is there in all phases."""
+        parts = {
+            "frozen weights": _loaded((p for p in self.parameters if not p.requires_grad), self.device),
+            "trained weights": _loaded(self.trained, self.device),
+            "float32 copies of those": sum(4 * p.numel() for p in self.trained if p.dtype != torch.float32),
+            "Adam's moments": sum(2 * 4 * p.numel() for p in self.trained),
+        }
+        if isinstance(self.config, PPOConfig):
+            parts["reference"] = _bytes(p for p in self.model.parameters() if p.requires_grad)  # the rest is shared
+            parts["reward models"] = _loaded(_parameters(*self.scorers), self.device)
+        return parts
+
+    # What a pass takes ------------------------------------------------------------------------------------------------
+
+    def _training(self) -> Parts:
+        """Of a micro-batch, gradients being there already, as they are from the second one on."""
+        batch = _without_values(full_batch(self.config), self.fake)
+        if self.config.optim.checkpointing:
+            models.recompute_activations(self.model)
+            if self.critic is not None and self.critic.model is not None:
+                models.recompute_activations(self.critic.model)
+        with self.fake:
+            for parameter in self.parameters:
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        held = [x for p in self.parameters for x in (p, p.grad) if x is not None]
+        return self._taken(lambda: loss(self.config, self.model, self.critic, batch).backward(), held)
+
+    def _scoring(self, config: PPOConfig) -> Parts:
+        """Of the reference's log-probabilities or of a reward model's scores, whichever are more."""
+        batch = _without_values(full_batch(config), self.fake)
+        found = [self._taken(torch.no_grad()(lambda: models.response_logprobs(self.model, batch)), self.parameters)]
+        tokens = max(_default(RewardModel.__init__, "max_tokens"), config.max_length)
+        longer = _without_values(_batch(tokens, config.max_length, 2), self.fake)
+        for scorer in self.scorers:
+            score = functools.partial(models.score_last, scorer, longer)
+            found.append(self._taken(torch.no_grad()(score), scorer.parameters()))
+        return max(found, key=lambda parts: sum(parts.values()))
+
+    def _generation(self, model: Model, sequences: int, positions: int) -> Parts:
+        """Of the fullest step of a generator: all its keys and values, a chunk of prompts, and everybody's logits."""
+        size, tokens = (_default(Generator.__init__, name) for name in ("block_size", "max_batch_tokens"))
+        with self.fake:
+            ids = torch.zeros(1, tokens, dtype=torch.int64)
+
+        @torch.no_grad()
+        def step() -> None:
+            models.output_head(model).logits(models.hidden_states(model, ids)[0, :sequences])
+
+        per_token = kv_bytes_per_token(self.shape, next(model.parameters()).dtype)
+        kv = sequences * -(-positions // size) * size * per_token
+        return {"keys and values": kv, **self._taken(step, model.parameters())}
+
+    def _policy_samples(self, config: RewardConfig) -> Parts:
+        """Of the policy that a reward model starts from, loaded once more to set the scale of scores."""
+        sampled = _language_model(self.shape, getattr(torch, config.dtype))
+        _as_fake([sampled], self.fake)
+        weights = _loaded(sampled.parameters(), self.device)
+        return {"the policy": weights, **self._generation(sampled, sequences_at_once(), config.max_length)}
+
+    def _taken(self, run: Callable[[], object], held: Iterable[torch.Tensor]) -> Parts:
+        """At the fullest moment of `run`, beside the tensors that it holds."""
+        with self.fake, LiveBytes(held, self.device) as live:
+            run()
+        return {"activations": live.peak - live.block, "block of logits": live.block}
+
+
+def loss(config: TrainerConfig, model: Model, critic: Critic | None, batch: Batch) -> torch.Tensor:
+    """As the trainers have it, up to what takes no memory."""
+    if isinstance(config, RewardConfig):
+        return models.score_last(model, batch).sum()
+    if isinstance(config, DPOConfig):
+        return models.response_logprobs(model, batch)[0].sum()
+    states, head = models.response_states(model, batch), models.output_head(model)
+    if isinstance(config, SFTConfig):
+        return ops.linear_cross_entropy(states, head.weight, batch.response_tokens, **head.options())
+    each = torch.zeros(len(batch.response_tokens))  # (R,)
+    of_critic: dict[str, Any] = {}
+    if critic is not None:
+        of_critic = {"values": critic.values(batch, states), "old_values": each, "returns": each}
+    result, _ = ops.linear_ppo_loss(
+        states, head.weight, batch.response_tokens, each, each, **head.options(), **of_critic
+    )
+    return result
+
+
+def sequences_at_once() -> int:
+    """That a trainer's generator computes in a step at most."""
+    return _default(Generator.__init__, "max_sequences")
+
+
+def kv_bytes_per_token(shape: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Of keys and values in all layers, heads padded to whole 16 as they are in blocks."""
+    text = shape.get_text_config()
+    heads = text.num_attention_heads
+    dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    return 2 * int(text.num_hidden_layers) * int(kv_heads) * -(-dim // 16) * 16 * dtype.itemsize
+
+
+def full_batch(config: TrainerConfig) -> Batch:
+    """As many tokens as a micro-batch may have, in sequences that are as long as they may be.
+
+    A sequence longer than the budget goes alone, and a comparison is never cut in two. Comparisons of one prompt are
+    not cut either: where a prompt has many, a micro-batch is larger than this.
+    """
+    tokens = max(config.optim.max_tokens_per_microbatch, longest_microbatch(config))
+    if isinstance(config, SFTConfig):
+        return _packed(tokens, config.max_length) if config.packing else _batch(tokens, config.max_length, 1)
+    return _batch(tokens, config.max_length, config.samples_per_prompt if isinstance(config, PPOConfig) else 2)
+
+
+def _packed(tokens: int, longest: int) -> Batch:
+    """Conversations of equal lengths in one row."""
+    count = -(-tokens // longest)
+    sizes = [max(tokens // count + (i < tokens % count), 2) for i in range(count)]
+    return batch_of([Tokenized((0,) * n, (False,) + (True,) * (n - 1)) for n in sizes], packed=count > 1)
+
+
+def longest_microbatch(config: TrainerConfig) -> int:
+    """Tokens of one sequence, or of a comparison's two, however small the budget is."""
+    return config.max_length * (2 if isinstance(config, RewardConfig | DPOConfig) else 1)
+
+
+def _batch(tokens: int, longest: int, together: int) -> Batch:
+    """Rows of so many tokens in all, with several responses `together` in a row where a row may be that long."""
+    shared = together > 1 and longest <= LONGEST_ROW
+    width = min(LONGEST_ROW, longest * together) if shared else longest
+    rows = -(-tokens // width)
+    width = max(tokens // rows, 3)
+    if not shared:
+        return pad([Example((0,), (0,) * (width - 1))] * rows)
+    half = (width - 1) // 2  # two to a row: more of them would give the same shapes
+    sizes = (half, width - 1 - half)
+    return pad([Example((row,), (0,) * size) for row in range(rows) for size in sizes], shared=LONGEST_ROW)
+
+
+# Without memory -----------------------------------------------------------------------------------------------------
+
+
+def policy(config: TrainerConfig, shape: PreTrainedConfig) -> Model:
+    """The model that a trainer trains, adapter and all, on the meta device."""
+    dtype = getattr(torch, config.dtype)
+    if isinstance(config, RewardConfig):
+        return _with_trained_adapter(_scorer(shape, dtype, config.heads), config, head=True)
+    with torch.device("meta"):
+        return models.trainable(_language_model(shape, dtype), config.lora)
+
+
+def critic_of(config: PPOConfig, model: Model, rewards: Sequence[PreTrainedConfig]) -> Critic:
+    """As `ppo.critic` says, on the meta device."""
+    like = models.output_head(model).weight
+    if config.critic == "shared":
+        return Critic(fresh_head(like))
+    if config.critic == "separate":
+        return Critic(fresh_head(like), models.trainable_copy(model))
+    if not rewards:
+        raise ValueError("ppo.critic: 'reward' starts from a reward model's checkpoint, and there is none")
+    own = _with_trained_adapter(_scorer(rewards[0], getattr(torch, config.dtype)), config, head=False)
+    return Critic(nn.Linear(own.config.hidden_size, 1, device="meta"), own)
+
+
+def _with_trained_adapter(model: Model, config: TrainerConfig, head: bool) -> Model:
+    """A classifier of which the adapter is trained, or all of it, and its scalar head only if that is used."""
+    with torch.device("meta"):
+        if config.lora.r:
+            model = with_adapter(model, config.lora, 0, task="SEQ_CLS").requires_grad_(False)
+            unfreeze_adapter(model)
+    for name, parameter in model.named_parameters():
+        if not head and "score" in name.split("."):
+            parameter.requires_grad_(False)
+    return model.eval()
+
+
+def _language_model(shape: PreTrainedConfig, dtype: torch.dtype) -> Model:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(shape), dtype=dtype, trust_remote_code=False)
+    return _without_looking(model.eval())
+
+
+def _scorer(shape: PreTrainedConfig, dtype: torch.dtype, heads: int = 1) -> Model:
+    shape = copy.deepcopy(shape)
+    shape.num_labels = heads
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(shape, dtype=dtype, trust_remote_code=False)
+    return _without_looking(model.eval())
+
+
+def _without_looking(model: Model) -> Model:
+    """transformers looks at values to see that a batch needs no mask; where there are none it would make one. Under
+    another name the same attention gets the mask that it is given."""
+    configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
+    for config in configs.values():
+        if getattr(config, "_attn_implementation", None) == "sdpa":
+            config._attn_implementation_internal = ATTENTION
+    return model
+
+
+def _as_fake(modules: Sequence[nn.Module], fake: FakeTensorMode) -> None:
+    """Give modules on the meta device tensors that seem to be on a CPU, where models choose the paths that they take
+    with values. What they share stays shared."""
+    known: dict[int, torch.Tensor] = {}
+    for part in (part for module in modules for part in module.modules()):
+        for tensors in (part._parameters, part._buffers):
+            for name, x in list(tensors.items()):
+                if x is None or isinstance(x, FakeTensor):
+                    continue
+                if id(x) not in known:
+                    data = FakeTensor(fake, x.data, torch.device("cpu"))
+                    is_weight = isinstance(x, nn.Parameter)
+                    known[id(x)] = nn.Parameter(data, requires_grad=x.requires_grad) if is_weight else data
+                tensors[name] = known[id(x)]  # type: ignore[assignment]
+
+
+def _without_values(batch: Batch, fake: FakeTensorMode) -> Batch:
+    given: dict[str, Any] = {item.name: getattr(batch, item.name) for item in fields(batch)}
+    made: dict[str, Any] = {name: fake.from_tensor(x) for name, x in given.items() if isinstance(x, torch.Tensor)}
+    return replace(batch, **made)
+
+
+def _parameters(*modules: nn.Module) -> list[nn.Parameter]:
+    """Each once, in order."""
+    return list({id(p): p for module in modules for p in module.parameters()}.values())
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(x.nbytes for x in tensors)
+
+
+def _loaded(weights: Iterable[torch.Tensor], device: Device) -> int:
+    """Bytes of weights as models.load places them: on a CPU, from 1 MiB on, in whole huge pages of 2 MiB."""
+    page = 2 << 20
+    return sum(-(-x.nbytes // page) * page if device == "cpu" and x.nbytes >= 1 << 20 else x.nbytes for x in weights)
+
+
+def _default(function: Callable[..., Any], argument: str) -> int:
+    """What a trainer leaves as it is."""
+    return int(inspect.signature(function).parameters[argument].default)
+
+
+# Counting -----------------------------------------------------------------------------------------------------------
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made inside it and alive.
+
+    Args:
+        held: tensors that were there before; they and their views do not count.
+        device: on which the losses of hidden states would work in their blocks of logits, which no tensor shows.
+    """
+
+    def __init__(self, held: Iterable[torch.Tensor], device: Device) -> None:
+        super().__init__()
+        self.device = device
+        self.live = self.peak = self.block = 0  # block: the part of the peak that was a block of logits
+        self._held = {x.untyped_storage()._cdata for x in held}
+        self._storages: dict[int, Any] = {}  # weak references, by where the storage lies
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                self._note(x.untyped_storage())
+        block = _block_of_logits(function, args, self.device)
+        if self.live + block > self.peak:
+            self.peak, self.block = self.live + block, block
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._held or key in self._storages:
+            return
+
+        def gone(_: Any) -> None:
+            del self._storages[key]
+            self.live -= size
+
+        self._storages[key] = weakref.ref(storage, gone)
+        self.live += size
+
+
+def _block_of_logits(function: Any, args: Any, device: Device) -> int:
+    """Bytes that an op on hidden states works in: see ops/lm_head.py."""
+    if function.namespace != "rlhf_fast" or not function._opname.startswith("linear_"):
+        return 0
+    given = dict(zip((a.name for a in function._schema.arguments), args, strict=False))
+    hidden, weight = given["hidden"], given["weight"]
+    rows, columns = hidden.numel() // hidden.shape[-1], weight.shape[0]
+    if function._opname.startswith("linear_token_logprobs"):
+        height, width = lm_head.block_shape(rows, columns, 1, device)
+    else:
+        height, width = lm_head.height_of_whole_rows(rows, columns, device, not given["needs"][1]), columns
+    narrow = weight.dtype != torch.float32
+    block = height * width * 4
+    if narrow and device == "cuda":  # gradients in the dtype of the products
+        block += height * width * weight.itemsize
+    if narrow and device == "cpu":  # states and the block's weights widened
+        block += 4 * (hidden.numel() + width * weight.shape[1])
+    if given.get("mask") is not None:  # the rows that count, and their gradients among the others
+        block += hidden.numel() * (hidden.itemsize + 4)
+    return block

@@ -1,0 +1,188 @@
+"""What an interrupted run goes on from: weights, optimiser, schedule and step, kept now and then, whole or not at all.
+
+All that is random in a trainer is drawn anew from (seed, step), and no response depends on what was sampled before it.
+So these alone decide how a run goes on: to the bit as if it had not been interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from rlhf_fast.models.fingerprint import fingerprint
+from rlhf_fast.runs.files import write_folder_atomic
+from rlhf_fast.runs.folder import RunFolder
+from rlhf_fast.trainers.loop.optimizer import Optimizer
+
+EVERY = 60.0  # seconds from one time to the next, at least
+MOST = 0.05  # share of the time that keeping may take
+
+
+class Stateful(Protocol):
+    """What can be kept as JSON."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was told to end, and has kept the step that it was at; says which, and how to go on."""
+
+
+class TrainState:
+    """Keeps the state of a run while it is the context, and brings it back. SIGTERM and Ctrl-C then end the run after
+    its step; a second Ctrl-C ends it at once, and what was kept last is what it goes on from.
+
+    Args:
+        identity: what must be the same for a run to go on, by name: hashes of its data and its first weights.
+        stateful: what else must come back, by name.
+    """
+
+    def __init__(
+        self, run: RunFolder, optimizer: Optimizer, identity: dict[str, str], stateful: Mapping[str, Stateful]
+    ) -> None:
+        self.run, self.optimizer, self.identity, self.stateful = run, optimizer, identity, stateful
+        self._kept, self._cost = time.monotonic(), 0.0
+        self.step = 0  # that was kept last
+        self._ending = ""  # the signal that ends the run after its step
+        self._before: dict[int, Any] = {}  # what was done at a signal
+
+    def load(self) -> int:
+        """The step that the run goes on after; 0 at its beginning.
+
+        Raises:
+            ValueError: something that must be the same has changed; names it.
+        """
+        if not self.run.resumes:
+            return 0
+        kept = json.loads((self.run.state / "state.json").read_text(encoding="utf-8"))
+        changed = [name for name, value in kept["identity"].items() if value != self.identity.get(name)]
+        if changed:
+            raise ValueError(
+                f"{self.run.path}: the {' and the '.join(changed)} changed since this run was interrupted; "
+                "put back what it was to go on, or choose another --out"
+            )
+        self._set(load_file(self.run.state / "state.safetensors", device="cpu"))
+        self.optimizer.steps, self.optimizer.skipped = kept["optimizer_steps"], kept["skipped"]
+        for name, state in kept["stateful"].items():
+            self.stateful[name].load_state_dict(state)
+        self.run.rewind(kept["files"], kept["seconds"])
+        self.step = int(kept["step"])
+        return self.step
+
+    def after(self, step: int) -> None:
+        """Keep the state, if that is due or the run is to end here."""
+        since = time.monotonic() - self._kept
+        if self._ending or since >= max(EVERY, self._cost / MOST):
+            started = time.monotonic()
+            self._keep(step)
+            self._kept = time.monotonic()
+            self._cost = self._kept - started
+        self.end_if_told()
+
+    def end_if_told(self) -> None:
+        """End the run here, if a signal asked for it.
+
+        Raises:
+            Interrupted: after Ctrl-C.
+            SystemExit: after SIGTERM, with the code that says so.
+        """
+        if not self._ending:
+            return
+        at = f"after step {self.step}" if self.step else "before its first step"
+        said = f"{self.run.path}: ended {at} by {self._ending}; the same command goes on from there"
+        if self._ending == "Ctrl-C":
+            raise Interrupted(said)
+        print(said, file=sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM)
+
+    def _keep(self, step: int) -> None:
+        state = {
+            "step": step,
+            "identity": self.identity,
+            "optimizer_steps": self.optimizer.steps,
+            "skipped": self.optimizer.skipped,
+            "stateful": {name: each.state_dict() for name, each in self.stateful.items()},
+            "files": self.run.sizes(),
+            "seconds": self.run.seconds(),
+        }
+
+        def fill(folder: Path) -> None:
+            save_file(self._tensors(), folder / "state.safetensors")
+            (folder / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
+
+        write_folder_atomic(self.run.state, fill)
+        self.step = step
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        for i, parameter in enumerate(self.optimizer.masters):
+            found[f"{i}.weight"] = parameter.detach().contiguous()
+            for name, value in self.optimizer.adam.state.get(parameter, {}).items():
+                found[f"{i}.{name}"] = value.contiguous()
+        return found
+
+    @torch.no_grad()
+    def _set(self, tensors: dict[str, torch.Tensor]) -> None:
+        of: dict[str, dict[str, torch.Tensor]] = {}  # by parameter
+        for key, value in tensors.items():
+            number, _, name = key.partition(".")
+            of.setdefault(number, {})[name] = value
+        for i, parameter in enumerate(self.optimizer.masters):
+            mine = of.get(str(i), {})
+            weight = mine.pop("weight", None)
+            if weight is None or weight.shape != parameter.shape:
+                raise ValueError(f"{self.run.state}: holds the state of another model; choose another --out")
+            parameter.copy_(weight)
+            # Adam counts its steps on the CPU whatever device the weights are on.
+            self.optimizer.adam.state[parameter] = {
+                name: value if name == "step" else value.to(parameter.device) for name, value in mine.items()
+            }
+        self.optimizer.show()
+
+    def __enter__(self) -> TrainState:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._end) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        if isinstance(error, KeyboardInterrupt) and not isinstance(error, Interrupted):
+            at = f"goes on from step {self.step}" if self.step else "starts over, as no step was kept yet"
+            raise Interrupted(f"{self.run.path}: stopped at once; the same command {at}") from error
+
+    def _end(self, number: int, _: Any) -> None:
+        if number == signal.SIGINT and self._ending:
+            raise KeyboardInterrupt
+        self._ending = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        # Not by print, in the middle of which the signal may have come.
+        os.write(2, f"\n{self.run.path}: ending after this step; Ctrl-C ends it at once\n".encode())
+
+
+def digest(items: Iterable[Any]) -> str:
+    """Of data: frozen records whose repr says all of them."""
+    state = hashlib.blake2b(digest_size=16)
+    for item in items:
+        state.update(repr(item).encode())
+    return state.hexdigest()
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Of a model's weights, with their names, shapes and dtypes."""
+    return digest([*((name, x.shape, x.dtype) for name, x in model.named_parameters()), fingerprint(model)])
