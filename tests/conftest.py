@@ -72,7 +72,9 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from rlhf_fast.pipeline import tiny_model
 
     folder = tmp_path_factory.mktemp("tiny") / "base"
-    models.save(folder, *models.load(tiny_model()))
+    with torch.random.fork_rng():  # the same model whichever test is the first to ask
+        torch.manual_seed(0)
+        models.save(folder, *models.load(tiny_model()))
     return folder
 
 

@@ -80,7 +80,9 @@ def test_what_is_learned_and_what_is_sampled_is_what_peft_computes(
     rollouts = Generator(model, tokenizer).generate([[5, 6, 7]], SamplingParams(max_new_tokens=6, ignore_eos=True))
     with torch.no_grad():
         want = by_peft(model, rollouts.input_ids[None])[2:]
-    torch.testing.assert_close(rollouts.logprobs[3:], want, rtol=near, atol=2 * near)
+        exact = by_peft(model.float(), rollouts.input_ids[None])[2:]  # the same weights
+    error, peft_error = (float((x - exact).abs().max()) for x in (rollouts.logprobs[3:], want))
+    assert error <= max(2 * peft_error, near)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "lora_bias", "ia3", "lokr", "copied layers"])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlhf_fast import ops
 from rlhf_fast.ops.linear import Weight
+from rlhf_fast.ops.paged_attention import KVCache
 from tests.ops import cases
 from tests.ops.conftest import Backend
 from tests.ops.test_paged_attention import problem
@@ -44,6 +45,24 @@ def attention() -> Call:
 def linear(gate: str) -> Call:
     weights = [Weight(matrix(i, 16, 24), vector(i, 16), (matrix(2, 4, 24), matrix(3, 16, 4), 0.5)) for i in range(2)]
     return ops.linear, (matrix(5, 3, 24), weights, gate), {}
+
+
+def written(key: Tensor, value: Tensor, slots: Tensor, cos: Tensor, sin: Tensor, query: Tensor) -> tuple[Tensor, ...]:
+    """What write_kv leaves in a cache and in the query, which is as it was afterwards."""
+    cache, before = KVCache.new(3, 2, 16, 16, key), query.clone()
+    ops.write_kv(cache, key, value, slots, cos, sin, query)
+    rotated = query.clone()
+    query.copy_(before)
+    return cache.keys, cache.values, rotated
+
+
+def new_keys() -> Call:
+    tensors = (some_keys(0, 2), some_keys(1, 2), torch.tensor([40, 3, 17, 16, 0]), matrix(2, 5, 16), matrix(3, 5, 16))
+    return written, (*tensors, some_keys(4, 4)), {}
+
+
+def some_keys(seed: int, heads: int) -> Tensor:
+    return cases.random(5, heads, 16, seed=seed)
 
 
 CALLS: dict[str, Callable[[], Call]] = {
@@ -86,6 +105,7 @@ CALLS: dict[str, Callable[[], Call]] = {
     "linear silu": lambda: linear("silu"),
     "rms_norm": lambda: (ops.rms_norm, (matrix(0), vector(1), 1e-6), {}),
     "paged_attention": attention,
+    "write_kv": new_keys,
 }  # fmt: skip
 
 
@@ -119,7 +139,7 @@ def results(backend: Backend, call: Any, upstream: int | None) -> list[Tensor]:
     op, arguments, options = call
     leaves = [x for x in arguments if isinstance(x, Tensor) and x.is_floating_point()]
     for x in leaves:
-        x.requires_grad_(op not in (ops.sample, ops.gae, ops.linear, ops.rms_norm, ops.paged_attention))
+        x.requires_grad_(op not in (ops.sample, ops.gae, ops.linear, ops.rms_norm, ops.paged_attention, written))
         x.grad = None
     found = backend(op, *arguments, **options)
     outputs = [x for x in ([found] if isinstance(found, Tensor) else found) if isinstance(x, Tensor)]

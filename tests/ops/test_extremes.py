@@ -130,6 +130,28 @@ def test_tiles_of_minus_infinity_behind_a_head(
         lambda h: kernel_backend(ops.linear_cross_entropy, h, weight, tokens, bias=bias),
         lambda h: -plain(h)[0].mean(), [hidden], [[torch.tensor(1.3)]], ["loss"],
     )  # fmt: skip
+    old, advantages = cases.random(2, seed=6, scale=0.1) - 10, cases.random(2, seed=7)
+
+    def ppo(h: Tensor) -> Tensor:
+        logprobs, entropy = plain(h)
+        ratio = (logprobs - old).exp()
+        return (-(ratio * advantages).minimum(ratio.clamp(0.8, 1.2) * advantages) - 0.1 * entropy).mean()
+
+    assert_no_worse(
+        lambda h: kernel_backend(
+            ops.linear_ppo_loss, h, weight, tokens, old, advantages, bias=bias, entropy_coef=0.1
+        )[0],
+        ppo, [hidden], [[torch.tensor(1.3)]], ["loss"],
+    )  # fmt: skip
+    reference_sums = cases.random(2, seed=8) - 10
+    assert_no_worse(
+        lambda h: kernel_backend(
+            ops.linear_dpo_loss, h, weight, tokens, *reference_sums.split(1), bias=bias,
+            cu_seqlens=torch.tensor([0, 1, 2]),
+        )[0],
+        lambda h: -F.logsigmoid(0.1 * (plain(h)[0] - reference_sums).diff().neg()).mean(),
+        [hidden], [[torch.tensor(1.3)]], ["loss"],
+    )  # fmt: skip
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
