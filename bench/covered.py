@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from time import monotonic  # by this name, for tests replace that of the module
 from typing import Any
@@ -40,7 +40,7 @@ class Map:
             if not test.endswith(SETUP):
                 self.of_file.setdefault(test.partition("::")[0], []).append(test)
 
-    def tests(self, name: str, lines: range) -> dict[str, list[str]]:
+    def tests(self, name: str, lines: Iterable[int]) -> dict[str, list[str]]:
         """The tests that run any of a file's lines, by their own file. Empty where none is known."""
         if self.states.get(name) != state(self.root / name):
             return {}

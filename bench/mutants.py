@@ -142,19 +142,29 @@ def plan_of_python(mutant: Mutant, tree: Path, limit: float, covered: Map | None
     return _fitting({name: known[name] for name in names}, limit, covered)
 
 
-def statement(text: str, line: int) -> range:
-    """The lines of the smallest statement around one; of a whole function for those of its head."""
+def statement(text: str, line: int) -> set[int]:
+    """The lines of the smallest statement around one; of a whole function for those of its head.
+
+    What a module or a class assigns is run by nobody's test: with it come the lines that mention its name.
+    """
+    tree = ast.parse(text)
     around = [
         node
-        for node in ast.walk(ast.parse(text))
+        for node in ast.walk(tree)
         if isinstance(node, ast.stmt) and node.lineno <= line <= (node.end_lineno or node.lineno)
     ]
     inner = min(around, key=lambda node: (node.end_lineno or 0) - node.lineno, default=None)
-    if inner is None:
-        return range(line, line + 1)
-    if isinstance(inner, (ast.ClassDef, ast.If, ast.For, ast.While, ast.With, ast.Try)):
-        return range(line, line + 1)  # its head: what is in it has lines of its own
-    return range(inner.lineno, (inner.end_lineno or inner.lineno) + 1)
+    if inner is None or isinstance(inner, (ast.ClassDef, ast.If, ast.For, ast.While, ast.With, ast.Try)):
+        return {line}  # its head: what is in it has lines of its own
+    lines = set(range(inner.lineno, (inner.end_lineno or inner.lineno) + 1))
+    if isinstance(inner, (ast.Assign, ast.AnnAssign)) and not any(isinstance(x, ast.FunctionDef) for x in around):
+        targets = inner.targets if isinstance(inner, ast.Assign) else [inner.target]
+        names = {node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)}
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Name, ast.Attribute)):
+                name = node.id if isinstance(node, ast.Name) else node.attr
+                lines |= {node.lineno} if name in names else set()
+    return lines
 
 
 def _run(plan: Plan, tree: Path, limit: float) -> tuple[bool, str]:

@@ -60,7 +60,7 @@ def test_the_package_brings_a_file_whose_figures_have_a_source() -> None:
     for name, entry in [(f"{device}, {op}", entry) for device, of in content.items() for op, entry in of.items()]:
         assert set(tuning.KEPT) <= set(entry), name
         assert entry["gain"] >= tuning.LEAST_GAIN, name
-    assert '"kernels/tuned.json"' in (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert '"rlhf_fast.kernels" = ["tuned.json"]' in (Path(__file__).parents[2] / "pyproject.toml").read_text()
 
 
 def test_without_an_entry_a_kernel_has_its_own_sizes(tmp_path: Path) -> None:
