@@ -21,7 +21,7 @@ from rlhf_fast.ops import compiled
 from rlhf_fast.rewards.model import resolve_reward
 from rlhf_fast.rollout.model import graphs, layers
 from rlhf_fast.rollout.rollouts import Rollouts
-from rlhf_fast.trainers.ppo.trainer import sampler
+from rlhf_fast.trainers.ppo import sampler
 
 PROMPTS: list[list[int]] = [[5], list(range(20, 45)), [7, 8, 9, 10, 11], [50, 60], [70, 71, 72, 73]]
 MANY_STOPS = tuple(range(4, 30))

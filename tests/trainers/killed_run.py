@@ -15,7 +15,7 @@ import torch
 from rlhf_fast.config import DPOConfig, LoRAConfig, OptimConfig, PPOConfig, RewardConfig, RunConfig, SFTConfig
 from rlhf_fast.pages import plots
 from rlhf_fast.trainers.dpo import DPOTrainer
-from rlhf_fast.trainers.loop.steps import state
+from rlhf_fast.trainers.loop import state
 from rlhf_fast.trainers.ppo.trainer import PPOTrainer
 from rlhf_fast.trainers.reward import RewardTrainer
 from rlhf_fast.trainers.sft import SFTTrainer

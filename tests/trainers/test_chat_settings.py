@@ -28,7 +28,7 @@ from rlhf_fast.data.records import read_prompts
 from rlhf_fast.data.tokenize import tokenize_prompt
 from rlhf_fast.models.byte_tokenizer import CHAT_TEMPLATE
 from rlhf_fast.rewards.model import RewardModel
-from rlhf_fast.trainers.loop.steps import chat_settings
+from rlhf_fast.trainers.loop import chat_settings
 from tests.trainers.test_resume import interrupted
 
 LED = "{{ 'be ' + mood if mood else '' }}" + CHAT_TEMPLATE

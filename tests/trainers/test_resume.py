@@ -19,9 +19,9 @@ import torch
 from rlhf_fast import models
 from rlhf_fast.config import LoRAConfig, SFTConfig
 from rlhf_fast.runs.folder import RunFolder
+from rlhf_fast.trainers.loop import state as state_module
 from rlhf_fast.trainers.loop.optimizer import Optimizer
 from rlhf_fast.trainers.loop.state import Interrupted, TrainState, weights_digest
-from rlhf_fast.trainers.loop.steps import state as state_module
 from rlhf_fast.trainers.sft import SFTTrainer
 from tests.processes import PROCESSES
 from tests.trainers import killed_run

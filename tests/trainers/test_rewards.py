@@ -392,7 +392,7 @@ def test_every_rule_of_the_page_on_rewards_is_one_and_every_rule_is_there() -> N
 def test_a_run_whose_reward_fails_says_so_and_goes_on_from_what_was_kept(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rlhf_fast.trainers.loop.steps import state
+    from rlhf_fast.trainers.loop import state
 
     monkeypatch.setattr(state, "EVERY", 0.0)
     monkeypatch.setattr(state, "MOST", 1e9)
