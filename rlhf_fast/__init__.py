@@ -6,9 +6,16 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# The folder kernels/ of a checkout is no package, but can be imported as if it were one. Up to 5.9, transformers
+# takes it for that of Hugging Face, and cannot be imported for want of its version.
+if (_spec := importlib.util.find_spec("kernels")) is not None and _spec.origin is None:
+    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 
 if TYPE_CHECKING:
     from rlhf_fast import models, ops
