@@ -186,10 +186,8 @@ def _brief(summary: dict[str, Any]) -> str:
     """A summary on one line."""
     parts = []
     for name, value in summary.items():
-        if name == "notes" or name.endswith("_before"):
+        if name in ("notes", "judge_note") or name.endswith("_before"):  # sentences; they stand in the report
             continue
-        if name == "judge_note":
-            continue  # a sentence; it stands in the report
         if isinstance(value, dict):
             value = f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
         elif isinstance(value, float):

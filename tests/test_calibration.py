@@ -33,6 +33,12 @@ def test_error_and_brier_are_those_worked_out_by_hand() -> None:
     assert brier(probabilities, outcomes) == pytest.approx((2 * 0.16 + 2 * 0.36 + 3 * 0.01 + 0.81) / 8)
 
 
+def test_a_hundred_predictions_make_ten_bins_unless_another_number_is_asked_for() -> None:
+    p = np.arange(100) / 100
+    assert [b.count for b in reliability(p, p.round())] == [10] * 10
+    assert [b.count for b in reliability(p, p.round(), 4)] == [25] * 4
+
+
 def test_saying_one_half_each_time_scores_a_quarter() -> None:
     assert brier(np.full(4, 0.5), np.array([1.0, 0.0, 1.0, 0.0])) == 0.25
 

@@ -94,6 +94,10 @@ def test_a_run_that_fits_is_told_so(capsys: pytest.CaptureFixture[str], model: P
     assert lines[0].split() == ["GB", "samples", "training", "optimiser", "step"]
     assert any(line.startswith("sft takes most in training") and line.endswith("it fits.") for line in lines)
     assert lines[-1].split()[0] == "all"
+    _, found, _ = doctor(capsys, "--config", str(file), "--memory", "8GB", "--price", "2")
+    assert found["hours"] and found["dollars"] == pytest.approx(2 * sum(found["hours"].values()))
+    _, free, _ = doctor(capsys, "--config", str(file), "--memory", "8GB", "--price", "0")
+    assert (free["hours"], free["dollars"]) == (found["hours"], 0.0)
 
 
 def test_micro_batches_are_the_first_to_be_made_smaller(

@@ -30,6 +30,7 @@ def reliability(probabilities: np.ndarray, outcomes: np.ndarray, bins: int = 10)
     Args:
         probabilities: (N,) from 0 to 1.
         outcomes: (N,) 0 or 1, or what lies between for an outcome that is half one and half the other.
+        bins: how many there are where predictions differ.
 
     Raises:
         ValueError: shapes that differ, nothing at all, or values out of their range.

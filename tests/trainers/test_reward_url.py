@@ -104,6 +104,13 @@ def test_prompts_responses_and_columns_are_sent_as_they_are_in_batches(service: 
     assert service.headers[0]["Content-Type"] == "application/json" and service.headers[0]["Authorization"] is None
 
 
+def test_without_retries_a_service_that_fails_is_asked_once(service: Service, pauses: list[float]) -> None:
+    service.answer = always(503, {}, b"busy")
+    with pytest.raises(RuntimeError, match="503"):
+        reward_url.RewardURL(service.url)(["p"], ["r"])
+    assert len(service.requests) == 1 and pauses == []
+
+
 def test_a_batch_of_consecutive_responses_is_asked_for_as_soon_as_they_have_ended(service: Service) -> None:
     texts = ["x" * i for i in range(10)]
     rows = [{"prompt": f"p{i}", "answer": i} for i in range(10)]
