@@ -64,7 +64,7 @@ lint: $(STAMP) ## ruff, mypy and clang-format
 MUTANTS ?= 20
 SEED ?= 0
 mutants: $(STAMP) ## MUTANTS (20) deliberate mistakes of SEED (0), and whether any test notices: build/mutants.jsonl
-	$(BIN)/python -m bench.mutants --count $(MUTANTS) --seed $(SEED)
+	$(BIN)/python -m bench.mutants --count $(MUTANTS) --seed $(SEED) --jobs $(TEST_PROCESSES)
 
 bench: $(STAMP) ## time the ops beside their peers (bench/results)
 	$(BIN)/rlhf-fast bench ops

@@ -54,6 +54,11 @@ class Map:
             grouped.setdefault(test.partition("::")[0], []).append(test)
         return grouped
 
+    def is_imported(self, name: str, lines: Iterable[int]) -> bool:
+        """Whether any of a file's lines were run outside of all tests, while they were collected."""
+        by_line = self.data.contexts_by_lineno(str(self.root / name))
+        return any("" in by_line.get(line, ()) for line in lines)
+
     def setup(self, name: str) -> float:
         """The longest preparation of a test of a file, in seconds."""
         return max((self.seconds.get(test + SETUP, 0.0) for test in self.of_file.get(name, ())), default=0.0)

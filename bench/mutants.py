@@ -134,12 +134,18 @@ def plan_of_python(mutant: Mutant, tree: Path, limit: float, covered: Map | None
     near = [str(test.relative_to(tree)) for test in reaching(file, tree)]
     if mutant.room == "kernels":  # the tests of Triton, which has to be told before it is imported
         return Plan(near, 0.0, ("-k", "triton"), (("TRITON_INTERPRET", "1"),))
-    known = covered.tests(mutant.file, statement(file.read_text(encoding="utf-8"), mutant.line)) if covered else {}
+    lines = statement(file.read_text(encoding="utf-8"), mutant.line)
+    known = covered.tests(mutant.file, lines) if covered else {}
     if not known or covered is None:
         return Plan(near, 0.0)
     place = {name: i for i, name in enumerate(near)}
     names = sorted(known, key=lambda name: (place.get(name, len(place)), name))
-    return _fitting({name: known[name] for name in names}, limit, covered)
+    plan = _fitting({name: known[name] for name in names}, limit, covered)
+    if covered.is_imported(mutant.file, lines):  # what an import does is seen by tests that do not do it themselves
+        left = {name: covered.of_file.get(name, []) for name in near if name not in known}
+        more = _fitting(left, limit - plan.expected, covered)
+        return Plan([*plan.tests, *more.tests], plan.expected + more.expected)
+    return plan
 
 
 def statement(text: str, line: int) -> set[int]:

@@ -151,5 +151,9 @@ def test_the_tests_that_run_a_line_are_tried_the_nearest_and_quickest_first(proj
     assert mutants.plan_of_python(mutant, project, 3.5, known).tests == plan.tests[:2]
     other = mutants.plan_of_python(Mutant(name, 6, "", "", ""), project, 60.0, known)
     assert other.tests == ["tests/test_b.py::y", "tests/test_b.py::x"]  # a fixture serves all of its file
+    known.data.set_context("")
+    known.data.add_lines({str(project / name): [6]})  # and while tests are collected: then the near ones, too
+    nearer = mutants.plan_of_python(Mutant(name, 6, "", "", ""), project, 60.0, known)
+    assert nearer.tests == [*other.tests, "tests/test_sums.py::test_add"]
     (project / name).write_text((project / name).read_text() + "\n")  # no longer what was watched
     assert mutants.plan_of_python(mutant, project, 60.0, known).tests == ["tests/test_sums.py"]

@@ -25,7 +25,7 @@ from rlhf_fast import (
     models,
 )  # fmt: skip
 from rlhf_fast.data.records import read_prompts
-from rlhf_fast.data.tokenize import tokenize_prompt
+from rlhf_fast.data.tokenize import tokenize_example, tokenize_prompt
 from rlhf_fast.models.byte_tokenizer import CHAT_TEMPLATE
 from rlhf_fast.rewards.model import RewardModel
 from rlhf_fast.trainers.loop import chat_settings
@@ -145,6 +145,22 @@ def test_a_reward_model_reads_the_run_s_day_and_the_rows_tools(tiny: tuple[Any, 
     texts = [ppo.tokenizer.decode(example.prompt) for example in examples]
     assert texts[0].startswith("2002-02-02clock") and texts[1].startswith("2002-02-02<user>")
     ppo.train()
+
+
+def test_whatever_a_policy_wrote_is_scored_where_a_demonstration_of_it_would_be_refused(
+    tiny: tuple[Any, Any], tmp_path: Path
+) -> None:
+    """A thought, where the generation prompt has closed the only place for it."""
+    closed = "{% if add_generation_prompt %}<assistant><think>\n\n</think>\n\n{% endif %}"
+    turns = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}"
+    base = folder_with(turns + closed, tiny, tmp_path / "base")
+    RewardTrainer(base, PAIRS, tmp_path / "reward", RewardConfig(lora=LoRAConfig(r=4))).train()
+    reward, thought = RewardModel(tmp_path / "reward"), "<think>Hm.</think>Yes."
+    with pytest.raises(ValueError, match="has a thought, for which the generation prompt leaves no place"):
+        tokenize_example(reward.tokenizer, "q", thought)
+    (example,) = reward.examples(["q"], [thought])
+    assert reward.tokenizer.decode(example.prompt + example.response).endswith(thought + "<eos>")
+    assert len(reward(["q", "q"], [thought, "Yes."])) == 2
 
 
 def test_prompts_that_the_reward_model_could_not_read_are_refused_before_sampling(
