@@ -20,8 +20,8 @@ def blocks(language: str, document: str = "README.md") -> list[str]:
 
 
 def test_the_two_commands_at_the_top_work_as_written(tmp_path: Path) -> None:
-    """In a copy of the tree, with this environment in the place of the one that they would make; of the tests it is only
-    seen that make would run them."""
+    """In a copy of the tree, with this environment in the place of the one that they would make. Of the tests it is seen
+    only that make would run them."""
     (commands,) = blocks("bash")
     demo, test = commands.splitlines()
     copy = tmp_path / "rlhf-fast"

@@ -1,7 +1,7 @@
 """What the next step computes: from one budget of tokens, whoever has tokens that are not computed yet.
 
 There is no prefill and no decode. A sequence that is decoding has one token to compute, a new one its prompt, in
-chunks if the budget ends; one that was put off for want of memory has prompt and response to compute again.
+chunks if the budget ends; one that was preempted for want of memory has prompt and response to compute again.
 """
 
 from __future__ import annotations
@@ -53,21 +53,21 @@ class Scheduler:
         """Work for one step, at most `max_batch_tokens` tokens; blocks are given to it."""
         budget = self.max_batch_tokens
         work: list[Work] = []
-        while budget and len(work) < len(self.running):  # whoever is put off is the last one, and has no work yet
+        while budget and len(work) < len(self.running):  # the last one is preempted, and has no work yet
             sequence = self.running[len(work)]
             count = min(len(sequence) - sequence.computed, budget)
             if self.pool.grow(sequence, sequence.computed + count):
                 work.append(self._given(sequence, count))
                 budget -= count
             else:
-                self._put_off(self.running[-1])
+                self._preempt(self.running[-1])
         while self.waiting and budget and len(self.running) < self.max_sequences:
             sequence = self.waiting[0]
             if self.share_prefixes:
                 self.pool.reuse_prefix(sequence)
             reused = sequence.computed
             count = min(len(sequence) - reused, budget)
-            enough = self.pool.blocks_for(len(sequence)) - len(sequence.blocks) + self._spoken_for() <= self.pool.free
+            enough = self.pool.blocks_for(len(sequence)) - len(sequence.blocks) + self._reserved_blocks() <= self.pool.free
             if not (enough or not self.running) or not self.pool.grow(sequence, sequence.computed + count):
                 self.pool.release(sequence)
                 break
@@ -84,14 +84,14 @@ class Scheduler:
             self.pool.register(sequence, sequence.computed + count)
         return Work(sequence, count, sequence.computed + count == len(sequence))
 
-    def _spoken_for(self) -> int:
+    def _reserved_blocks(self) -> int:
         """Free blocks that a new sequence must leave: one for each that runs and will need more, else one of them
-        would soon be put off."""
+        would soon be preempted."""
         final = (len(s.prompt) + s.params.max_new_tokens for s in self.running)
         return sum(self.pool.blocks_for(n) > len(s.blocks) for n, s in zip(final, self.running, strict=True))
 
-    def _put_off(self, sequence: Sequence) -> None:
-        """It waits, and will be computed again."""
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take the blocks of a running sequence away; it waits, and will be computed again."""
         self.preemptions += 1
         self.pool.release(sequence)
         self.running.remove(sequence)
@@ -110,7 +110,7 @@ class Scheduler:
         for i, sequence in enumerate(siblings):
             if sequence.is_finished:
                 continue
-            if self.pool.free < 1 + self._spoken_for() or len(self.running) >= self.max_sequences:
+            if self.pool.free < 1 + self._reserved_blocks() or len(self.running) >= self.max_sequences:
                 self.waiting.extendleft(reversed([s for s in siblings[i:] if not s.is_finished]))
                 break
             sequence.blocks = [self.pool.share(block) for block in leader.blocks[:full]]

@@ -44,6 +44,13 @@ def test_the_verb_shows_counts_lengths_and_learned_tokens(
     assert "rows.jsonl" in text and "3 demonstrations, all usable" in text
 
 
+def test_special_tokens_in_texts_are_counted_where_there_are_any(tmp_path: Path) -> None:
+    for text, said in (("a<eos>b", "spelled out in the texts of 2 rows"), ("a b", None)):
+        file = write(tmp_path / "rows.jsonl", [{"prompt": f"{text} {i}", "completion": "c"} for i in range(2)])
+        found = re.search(r"special tokens +(.*)", as_text(survey(file, byte_tokenizer())))
+        assert (found and found[1].rstrip()) == said
+
+
 def test_rows_that_training_would_refuse_end_with_exit_code_1(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -189,15 +189,20 @@ def test_with_too_little_memory_a_step_is_done_again_in_smaller_parts(
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("x"), MemoryError(), RuntimeError("can't allocate memory: y")]
+    "error, reason",
+    [
+        (torch.OutOfMemoryError("x\nmore"), r"\(x\)"),
+        (MemoryError(), r"\(\)"),
+        (RuntimeError("can't allocate memory: y"), r"\(can't allocate memory: y\)"),
+    ],
 )
-def test_what_fits_in_no_part_names_the_part_and_what_to_do(error: BaseException) -> None:
+def test_what_fits_in_no_part_names_the_part_and_what_to_do(error: BaseException, reason: str) -> None:
     budget = TokenBudget(200)
 
     def fail() -> None:
         raise error
 
-    with pytest.raises(torch.OutOfMemoryError, match=r"scoring: out of memory with 50 tokens .* shorten the data"):
+    with pytest.raises(torch.OutOfMemoryError, match=rf"scoring: out of memory with 50 tokens .* {reason}; shorten"):
         budget.spend("scoring", fail)
     assert budget.tokens == 50 and budget.tokens // 2 < LEAST
 
