@@ -20,7 +20,7 @@ def blocks(language: str, document: str = "README.md") -> list[str]:
 
 
 def test_the_two_commands_at_the_top_work_as_written(tmp_path: Path) -> None:
-    """In a copy of the tree, with this environment in the place of the one that they would make. Of the tests it is seen
+    """In a copy of the tree, with this environment for the one that they would make. Of the tests it is seen
     only that make would run them."""
     (commands,) = blocks("bash")
     demo, test = commands.splitlines()

@@ -47,7 +47,7 @@ def test_the_verb_shows_counts_lengths_and_learned_tokens(
 def test_special_tokens_in_texts_are_counted_where_there_are_any(tmp_path: Path) -> None:
     for text, said in (("a<eos>b", "spelled out in the texts of 2 rows"), ("a b", None)):
         file = write(tmp_path / "rows.jsonl", [{"prompt": f"{text} {i}", "completion": "c"} for i in range(2)])
-        found = re.search(r"special tokens +(.*)", as_text(survey(file, byte_tokenizer())))
+        found = re.search(r"special tokens +(.*)", as_text(survey(file, byte_tokenizer()), file, "model"))
         assert (found and found[1].rstrip()) == said
 
 
