@@ -97,7 +97,7 @@ def evaluate(
         "wins": int((wins == 1.0).sum()),
         "ties": int((wins == 0.5).sum()),
         "losses": int((wins == 0.0).sum()),
-        "a_metrics": _metrics(side_a, _mean_kl(model_a, model_b, side_a.rollouts, config.temperature)),
+        "a_metrics": _metrics(side_a, _mean_kl(model_b, side_a.rollouts, config.temperature)),
         "b_metrics": _metrics(side_b, 0.0),
         "criteria": {name: {key: parts[key][name] for key in parts} for name in parts["a"] if name in parts["b"]},
         "by_category": _by_category(side_a.scores, side_b.scores, _categories(prompts, of), cluster),
@@ -151,27 +151,20 @@ def _sample(
     return Side(rollouts, judge.rate(asked, rollouts.texts))
 
 
-def _mean_kl(model: Model, reference: Model, rollouts: Rollouts, temperature: float) -> float:
-    """KL(model || reference) in nats a sequence, estimated on the model's own samples; as sampled, at temperature 0 as
+def _mean_kl(reference: Model, rollouts: Rollouts, temperature: float) -> float:
+    """KL(policy || reference) in nats a sequence, estimated on the policy's own samples; as sampled, at temperature 0 as
     at 1."""
     examples = rollouts.examples()
-    device = rollouts.input_ids.device
-    temperature = temperature or 1.0
-
-    def logprobs(of: Model) -> torch.Tensor:
-        (parts,) = per_example(
-            examples,
-            lambda batch: [models.response_logprobs(of, batch, temperature)[0]],
-            MAX_TOKENS,
-            device,
-            models.longest_shared(of),
-        )
-        return torch.cat(parts)  # (R,)
-
-    # In float32 the sampler's own log-probabilities are those of a forward pass, to rounding.
-    is_exact = models.output_head(model).weight.dtype == torch.float32
-    own = rollouts.logprobs[rollouts.response_mask] if is_exact else logprobs(model)
-    return float(ops.kl_estimate(own, logprobs(reference), kind="k1").sum()) / len(examples)
+    (parts,) = per_example(
+        examples,
+        lambda batch: [models.response_logprobs(reference, batch, temperature or 1.0)[0]],
+        MAX_TOKENS,
+        rollouts.input_ids.device,
+        models.longest_shared(reference),
+    )
+    # Models are loaded in float32, where the sampler's log-probabilities are those of a forward pass, to rounding.
+    own = rollouts.logprobs[rollouts.response_mask]  # (R,)
+    return float(ops.kl_estimate(own, torch.cat(parts), kind="k1").sum()) / len(examples)
 
 
 def _metrics(side: Side, kl: float) -> dict[str, float]:
