@@ -152,8 +152,7 @@ def _sample(
 
 
 def _mean_kl(reference: Model, rollouts: Rollouts, temperature: float) -> float:
-    """KL(policy || reference) in nats a sequence, estimated on the policy's own samples; as sampled, at temperature 0 as
-    at 1."""
+    """KL(policy || reference) in nats a sequence, estimated on the policy's own samples; at temperature 0 as at 1."""
     examples = rollouts.examples()
     (parts,) = per_example(
         examples,
