@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +31,14 @@ PARTS = [
 
 # In front of a program: makes importing rlhf_fast._C fail as it does where it was not built.
 WITHOUT_C = "import sys; sys.modules['rlhf_fast._C'] = None; "
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="needs Linux")
+def test_memory_is_what_the_system_says() -> None:
+    told = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free, total = (int(told[name].split()[0]) * 1024 / 2**30 for name in ("MemAvailable", "MemTotal"))
+    found = re.fullmatch(r"([\d.]+) GiB free of ([\d.]+) GiB", dict(doctor.report())["memory"])
+    assert found and float(found[2]) == pytest.approx(total, abs=0.06) and float(found[1]) == pytest.approx(free, abs=2)
 
 
 def run_python(program: str, isa: str | None = None) -> subprocess.CompletedProcess[str]:

@@ -67,7 +67,8 @@ class Scheduler:
                 self.pool.reuse_prefix(sequence)
             reused = sequence.computed
             count = min(len(sequence) - reused, budget)
-            enough = self.pool.blocks_for(len(sequence)) - len(sequence.blocks) + self._reserved_blocks() <= self.pool.free
+            needed = self.pool.blocks_for(len(sequence)) - len(sequence.blocks) + self._reserved_blocks()
+            enough = needed <= self.pool.free
             if not (enough or not self.running) or not self.pool.grow(sequence, sequence.computed + count):
                 self.pool.release(sequence)
                 break

@@ -3,6 +3,7 @@ loaded at once; the others do not. Not a bit changes."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import ops
+from rlhf_fast.ops import reference
 from rlhf_fast.ops.linear import Weight
 from rlhf_fast.ops.paged_attention import KVCache
 from tests.ops import cases
@@ -172,6 +174,26 @@ def test_where_a_tensor_begins_changes_no_bit(kernel_backend: Backend, name: str
     for i in (0, 1):
         got = results(kernel_backend, call, i)
         assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True)), f"gradient {i}"
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_backend_that_is_chosen_computes(
+    kernel_backend: Backend, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not the reference, whose results are as good and slower."""
+    op, arguments, options = CALLS[name]()
+    if kernel_backend.name not in op_backends(op):
+        pytest.skip("there is no such kernel")
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("the reference was asked")
+
+    for function in [each for each in vars(reference) if inspect.isfunction(getattr(reference, each))]:
+        monkeypatch.setattr(reference, function, fail)
+    results(kernel_backend, (op, arguments, options), None)
+    if op not in (written, ops.linear, ops.rms_norm):
+        with pytest.raises(AssertionError, match="the reference was asked"):
+            results(Backend("reference"), (op, arguments, options), None)
 
 
 def op_backends(op: Any) -> tuple[str, ...]:

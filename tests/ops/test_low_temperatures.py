@@ -51,9 +51,15 @@ def test_log_probabilities_are_their_limits(backend: Backend, low: float, per_ro
     torch.testing.assert_close(found, (gap / exact).float(), rtol=1e-6, atol=0)
 
     hidden, weight = random(ROWS, H), random(V, H, seed=1)
-    best = (hidden.double() @ weight.double().T).argmax(-1)
+    exact_logits = hidden.double() @ weight.double().T
+    best = exact_logits.argmax(-1)
     found = backend(ops.linear_token_logprobs, hidden, weight, best, temperature=temperature)
     assert all(bool((x == 0).all()) for x in found)
+    other = (best + 1) % V
+    gap = exact_logits.gather(1, other[:, None])[:, 0] - exact_logits.amax(-1)
+    found, entropy = backend(ops.linear_token_logprobs, hidden, weight, other, temperature=temperature)
+    torch.testing.assert_close(found, (gap / exact).float(), rtol=1e-6, atol=0)
+    assert bool((entropy == 0).all())
     zero = torch.zeros(ROWS)
     loss, stats = backend(
         ops.linear_ppo_loss, hidden.requires_grad_(), weight, best, zero, zero + 2.0, temperature=temperature
