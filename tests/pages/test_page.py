@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from rlhf_fast.pages.page import duration, fmt, table_of, whisker
+from rlhf_fast.pages.page import bar, duration, fmt, table_of, whisker
 from rlhf_fast.statistics.intervals import Interval
 
 
@@ -43,3 +43,8 @@ def test_a_table_names_its_rows_and_has_a_foot_if_asked() -> None:
     text = table_of("Wins", ["prompt", "n"], [["a", "1"], ["b", "2"]], ["all", "3"])
     assert text.count("<tr>") == 4 and '<th scope="row">b</th><td>2</td>' in text
     assert "<tfoot><tr>" in text and "<tfoot>" not in table_of("Wins", ["prompt"], [["a"]])
+
+
+def test_a_bar_is_as_long_as_its_share_and_no_longer_than_its_place() -> None:
+    drawn = [re.findall(r"--v:([\d.]+)%", bar(share)) for share in (-0.5, 0.0, 0.256, 1.0, 1.5)]
+    assert drawn == [["0.0"], ["0.0"], ["25.6"], ["100.0"], ["100.0"]]
