@@ -82,7 +82,7 @@ rehearsal: $(STAMP) ## the same without a GPU: tiny shapes, on the CPU
 
 clean: ## remove what was built (keeps the virtual environment and the runs)
 	rm -rf build dist *.egg-info rlhf_fast/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis $(STAMP)
-	find rlhf_fast tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find rlhf_fast kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Repeats only when the metadata or a compiled source changed; pip then finds nearly everything in place.
 # The kernels build without isolation, so that they are compiled with tools that stay in the environment.
