@@ -24,7 +24,7 @@ from rlhf_fast.trainers.loop.optimizer import Optimizer
 from rlhf_fast.trainers.ppo.critic import Critic
 
 LLAMA = LlamaConfig(
-    hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+    hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     vocab_size=512,
 )  # fmt: skip
 GPT2 = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=512)
@@ -230,7 +230,7 @@ def test_more_tokens_take_more_and_recomputing_takes_less() -> None:
 
 def test_ppo_on_one_trunk_takes_at_most_a_quarter_more_than_sft() -> None:
     smollm2 = LlamaConfig(
-        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=9, num_key_value_heads=3,
         vocab_size=49152, tie_word_embeddings=True,
     )  # fmt: skip
     ppo = PPOConfig(prompts_per_step=8, samples_per_prompt=2, minibatches=1, max_length=128)
