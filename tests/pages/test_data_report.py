@@ -130,6 +130,13 @@ def test_hostile_text_stays_text_on_the_page(tmp_path: Path) -> None:
     require_page(tmp_path / "page.html")
 
 
+def test_both_answers_of_a_comparison_stand_side_by_side(tmp_path: Path) -> None:
+    for row, sides in (({"prompt": "p", "completion": "c"}, 1), ({"prompt": "p", "chosen": "c", "rejected": "r"}, 2)):
+        write_page(tmp_path / "page.html", survey([row], byte_tokenizer(), lines=(0,)), "f", "m")
+        text = (tmp_path / "page.html").read_text()
+        assert (text.count('<div class="reply">'), text.count('<div class="grid two">')) == (sides, sides - 1)
+
+
 def test_a_file_that_is_not_there_is_told_before_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = data(capsys, str(tmp_path / "none.jsonl"), "--model", "no/such/model")
     assert (code, out) == (1, "") and "none.jsonl" in err and "no/such/model" not in err
