@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 
 from rlhf_fast.data.fitting import Fitting
-from rlhf_fast.data.records import Comparison, Demonstration, RecordError, read_demonstrations, read_record
+from rlhf_fast.data.records import (
+    Comparison,
+    Demonstration,
+    RecordError,
+    read_demonstrations,
+    read_prompts,
+    read_record,
+)
 from rlhf_fast.data.survey import BINS, survey
 from rlhf_fast.data.tokenize import tokenize_record
 from rlhf_fast.models.byte_tokenizer import byte_tokenizer
@@ -162,6 +169,8 @@ def test_longer_rows_are_refused_cut_or_dropped_as_trainers_do_it(kind: str) -> 
 
 def test_prompts_leave_room_for_an_answer_and_one_just_fits() -> None:
     rows = [{"prompt": "p" * size} for size in (10, 11)]
+    exactly = [len(tokenize_record(row, byte_tokenizer())[0]) for row in read_prompts(rows)]
+    assert [survey(rows, byte_tokenizer(), max_length=length).longer for length in (exactly[1], exactly[0])] == [0, 1]
     found = survey(rows, byte_tokenizer(), max_length=20, max_new_tokens=8)
     assert found.kind == "prompts"
     assert [(one.line, one.what) for one in found.problems] == [

@@ -293,6 +293,27 @@ def test_a_short_text_that_is_not_rendered_is_not_taken_for_one_that_stands_else
 # Settings -------------------------------------------------------------------------------------------------------------
 
 
+def test_a_template_may_change_what_is_asked_where_roles_must_take_turns() -> None:
+    """Then it is seen by whether the text follows that of the message, in a conversation that stays one."""
+    turns = (
+        "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    )
+    said = "<{{ m.role }}>{{ m.content | replace('one', '1') if m.role == 'user' else m.content }}<eos>"
+    tokenizer = byte_tokenizer()
+    use_template(tokenizer, None)
+    tokenizer.chat_template = (
+        "{% for m in messages %}"
+        + turns
+        + said
+        + "{% endfor %}"
+        + ("{% if add_generation_prompt %}<assistant>{% endif %}")
+    )
+    row = {"messages": [Q, A, R, B]}
+    assert learned_text(tokenizer, row) == ["Answer one.<eos>", "Answer two.<eos>"]
+    (asked,) = [tokenizer.decode(one.input_ids) for one in tokenize_record(row, tokenizer)]
+    assert asked.startswith("<user>Question 1?<eos>")
+
+
 def test_settings_of_a_template_reach_it_and_are_saved_with_the_tokenizer(tmp_path: Path) -> None:
     row = {"messages": [Q, A]}
     tokenizer = tokenizer_for("qwen3")
