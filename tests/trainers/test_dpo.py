@@ -31,6 +31,18 @@ def test_the_first_loss_is_ln_2(tiny_folder: Path, tmp_path: Path) -> None:
     assert evaluated["heldout_margin"] == pytest.approx(0.0, abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    "labels, expected", [({"margin": 1.0}, math.log1p(math.e)), ({"margin": -1.0}, math.log1p(1 / math.e))]
+)
+def test_the_first_loss_is_that_of_the_margin_where_all_pairs_have_it(
+    labels: dict[str, float], expected: float, tiny_folder: Path, tmp_path: Path
+) -> None:
+    rows = [{**row, **labels} for row in ROWS[:8]]
+    dpo = DPOTrainer(tiny_folder, rows, tmp_path, DPOConfig(lora=LoRAConfig(r=4)))
+    dpo._remember_reference()
+    assert dpo.evaluate()["heldout_loss"] == pytest.approx(expected, abs=1e-5)
+
+
 @pytest.mark.parametrize("loss", ["sigmoid", "robust", "hinge", "ipo"])
 def test_the_loss_is_the_papers(loss: str, tiny_folder: Path, tmp_path: Path) -> None:
     """Of h = (log pi_w - log ref_w) - (log pi_l - log ref_l), summed over response tokens in float64; of IPO means."""
