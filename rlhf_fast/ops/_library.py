@@ -8,6 +8,7 @@ Autocast has no say: no input is cast, and what an op multiplies, it multiplies 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,8 @@ class Op:
             tensor or a tuple of fresh tensors, and changes no input.
         fake: the same signature; returns empty tensors of the right shape, dtype and device.
         setup_context: ``(ctx, inputs, output)``, saves what backward needs.
-        backward: ``(ctx, *grads)``, gradients in the order of the inputs. Without the two, a gradient asked for raises.
+        backward: ``(ctx, *grads)``, returns the gradients by the names of forward's parameters; those that it leaves
+            out are None. Without the two, a gradient asked for raises.
         inference: what runs in place of forward when no gradient can be asked for; may leave out what only that needs.
     """
 
@@ -42,6 +44,7 @@ class Op:
         self.name = name = forward.__name__
         if setup_context is None or backward is None:
             setup_context, backward = _nothing_saved, _no_gradient(name)
+        backward = _in_order(name, backward, tuple(places(forward)))
         _library.define(name + torch.library.infer_schema(forward, mutates_args=()))
         _library.impl(name, forward, "CompositeExplicitAutograd")
         torch.library.register_fake(f"rlhf_fast::{name}", fake, lib=_library)
@@ -61,6 +64,24 @@ class Op:
         if torch.is_grad_enabled() and any([x.requires_grad for x in tensors]):
             return self.eager(*args)
         return self.inference(*args)
+
+
+def places(forward: Callable[..., Any]) -> dict[str, int]:
+    """Where each parameter stands among the inputs that setup_context and the fake are given."""
+    return {name: place for place, name in enumerate(inspect.signature(forward).parameters)}
+
+
+def _in_order(name: str, backward: Callable[..., Any], inputs: tuple[str, ...]) -> Callable[..., Any]:
+    """backward with one gradient for each of the inputs, as autograd wants them."""
+    known = frozenset(inputs)
+
+    def backward_in_order(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        gradients = backward(ctx, *grads)
+        if not known.issuperset(gradients):
+            raise TypeError(f"{name}: gradients in {', '.join(gradients)}, expected some of {', '.join(inputs)}")
+        return tuple(map(gradients.get, inputs))
+
+    return backward_in_order
 
 
 def _eager_function(

@@ -117,10 +117,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.kind, ctx.backend = kind, backend
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
     needs = list(ctx.needs_input_grad[:2])
     in_p, in_q = _backward_op(grad, *ctx.saved_tensors, ctx.kind, needs, ctx.backend)
-    return in_p if needs[0] else None, in_q if needs[1] else None, None, None, None
+    return {"logprobs": in_p if needs[0] else None, "ref_logprobs": in_q if needs[1] else None}
 
 
 def _fake_forward(logprobs: Tensor, *_: Any) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_fast.ops import _checks, dispatch
 from rlhf_fast.ops._gradients import in_x
-from rlhf_fast.ops._library import Op
+from rlhf_fast.ops._library import Op, places
 from rlhf_fast.ops._rows import per_row
 from rlhf_fast.ops._sweep import sweep
 from rlhf_fast.ops.linear_token_logprobs import Problem, in_its_own_dtypes, linear_token_logprobs
@@ -218,29 +218,33 @@ def linear_ppo_loss_forward(
     return loss, stats, scale, first, second, third, fourth, fifth, in_values
 
 
+_OWN = ("hidden", "weight", "bias", "a", "b", "values")  # what has a gradient
+_PLACES = places(linear_ppo_loss_forward)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    needs, ctx.inplace = inputs[-3:-1]
-    own = [x if needed else None for x, needed in zip(inputs, needs, strict=False)]
+    needs, ctx.inplace = inputs[_PLACES["needs"]], inputs[_PLACES["inplace_backward"]]
+    own = [inputs[_PLACES[name]] if needed else None for name, needed in zip(_OWN, needs, strict=True)]
     ctx.save_for_backward(*own, *output[2:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> dict[str, Tensor]:
     if upstream is None:
-        return (None,) * 30
+        return {}
     saved = ctx.saved_tensors  # once: a checkpoint gives them once
-    own, scale, gradients = saved[:6], saved[6], saved[7:]
-    upstream = upstream * scale
-    found = (None if x is None else in_x(upstream, g, x, ctx.inplace) for x, g in zip(own, gradients, strict=True))
-    return *found, *(None,) * 24
+    own, (inverse, *gradients) = saved[: len(_OWN)], saved[len(_OWN) :]
+    upstream = upstream * inverse
+    given = zip(_OWN, own, gradients, strict=True)
+    return {name: in_x(upstream, g, x, ctx.inplace) for name, x, g in given if x is not None}
 
 
 def _fake_forward(*args: Any) -> tuple[Tensor, ...]:
-    hidden, needs = args[0], args[-3]
-    new = functools.partial(hidden.new_empty, dtype=torch.float32)
-    gradients = (new(x.shape if x is not None and needed else 0) for x, needed in zip(args[:5], needs[:5], strict=True))
-    return new(()), new(len(STATS)), new(()), *gradients, new(args[5].shape if needs[5] else 0)
+    own, needs = [args[_PLACES[name]] for name in _OWN], args[_PLACES["needs"]]
+    new = functools.partial(own[0].new_empty, dtype=torch.float32)
+    gradients = (new(x.shape if x is not None and needed else 0) for x, needed in zip(own, needs, strict=True))
+    return new(()), new(len(STATS)), new(()), *gradients
 
 
 _op = Op(linear_ppo_loss_forward, _fake_forward, _setup_context, _backward)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import _checks, dispatch, reference
-from rlhf_fast.ops._library import Op
+from rlhf_fast.ops._library import Op, places
 from rlhf_fast.ops._rows import flat, matrix, per_row, transform
 from rlhf_fast.ops.lm_head import Block, Head, HeadGradients, LoRA, blocks, whole_rows
 from rlhf_fast.ops.token_logprobs import BACKENDS, kernels
@@ -246,6 +246,10 @@ def linear_token_logprobs_backward(
     return first, second, third, fourth, fifth
 
 
+_OWN = ("hidden", "weight", "bias", "a", "b")  # what has a gradient
+_PLACES = places(linear_token_logprobs_forward)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, tokens, bias, a, b, scaling, temperatures, temperature, softcap, logit_scale, mask, backend = inputs
     ctx.save_for_backward(hidden, weight, tokens, bias, a, b, temperatures, mask, *output)
@@ -257,19 +261,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(
     ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: None
-) -> tuple[Tensor | None, ...]:
+) -> dict[str, Tensor | None]:
     if grad_logprobs is None and grad_entropy is None:
-        return (None,) * 13
+        return {}
     hidden, weight, tokens, bias, a, b, temperatures, mask, *results = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3, 4, 5)]
+    needs = [ctx.needs_input_grad[_PLACES[name]] for name in _OWN]
     gradients = _backward_op(
         grad_logprobs, grad_entropy, hidden, weight, tokens, bias, a, b, ctx.scaling, temperatures, *ctx.numbers, mask,
         *results, needs, ctx.backend,
     )  # fmt: skip
-    in_hidden, in_weight, in_bias, in_a, in_b = (
-        g if needed else None for g, needed in zip(gradients, needs, strict=True)
-    )
-    return in_hidden, in_weight, None, in_bias, in_a, in_b, *(None,) * 7
+    return {name: g if needed else None for name, g, needed in zip(_OWN, gradients, needs, strict=True)}
 
 
 def _fake_forward(hidden: Tensor, weight: Tensor, tokens: Tensor, *_: Any) -> tuple[Tensor, ...]:

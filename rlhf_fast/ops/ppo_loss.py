@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_fast.kernels.arguments import Denominator, PPOInputs, PPOOptions
 from rlhf_fast.ops import _checks, compiled, dispatch, reference
-from rlhf_fast.ops._library import Op
+from rlhf_fast.ops._library import Op, places
 from rlhf_fast.ops._rows import plain
 from rlhf_fast.ops.kl_estimate import ESTIMATES, KINDS
 from rlhf_fast.ops.sequence_sum import spread, sums_of
@@ -319,27 +319,31 @@ def _fake_gradients(upstream: Tensor, inverse: Tensor, *others: Any) -> tuple[Te
 _scaled = Op(ppo_loss_gradients, _fake_gradients)
 
 
+_OWN = ("logprobs", "values", "entropy")  # what has a gradient
+_PLACES = places(ppo_loss_forward)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    needs, ctx.backend = inputs[-3], inputs[-1]
-    own = [x if needed else None for x, needed in zip(inputs, needs, strict=False)]
+    needs, ctx.backend = inputs[_PLACES["needs"]], inputs[_PLACES["backend"]]
+    own = [inputs[_PLACES[name]] if needed else None for name, needed in zip(_OWN, needs, strict=True)]
     ctx.save_for_backward(*own, *output[2:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> dict[str, Tensor]:
     if upstream is None:
-        return (None,) * 22
+        return {}
     saved = ctx.saved_tensors  # once: a checkpoint gives them once
-    own, inverse, gradients = saved[:3], saved[3], saved[4:]
+    own, (inverse, *gradients) = saved[: len(_OWN)], saved[len(_OWN) :]
     if all(x is None for x in own):
-        return (None,) * 22
+        return {}
     scaled = _scaled(upstream, inverse, *gradients, *own, ctx.backend)
-    return *(None if x is None else g for x, g in zip(own, scaled, strict=True)), *(None,) * 19
+    return {name: g for name, x, g in zip(_OWN, own, scaled, strict=True) if x is not None}
 
 
-def _fake_forward(logprobs: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    needs = others[-3]
+def _fake_forward(*args: Any) -> tuple[Tensor, ...]:
+    logprobs, needs = args[_PLACES["logprobs"]], args[_PLACES["needs"]]
     new = functools.partial(logprobs.new_empty, dtype=torch.float32)
     return new(()), new(len(STATS)), new(()), *(new(logprobs.shape if needed else 0) for needed in needs)
 
