@@ -87,13 +87,13 @@ def number(
     """value is a number with above < value, least <= value <= most; NaN never is."""
     if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):
         raise TypeError(f"{name}: {type(value).__name__}, expected a number")
-    bounds = [f"> {above}"] if above is not None else []
-    bounds += [f">= {least}"] if least is not None else []
-    bounds += [f"<= {most}"] if most is not None else []
     x = float(value)
     inside = x == x
     inside = inside and (above is None or x > above) and (least is None or x >= least) and (most is None or x <= most)
     if not inside:
+        bounds = [f"> {above}"] if above is not None else []
+        bounds += [f">= {least}"] if least is not None else []
+        bounds += [f"<= {most}"] if most is not None else []
         raise ValueError(f"{name}: {value}, expected a number {' and '.join(bounds)}".rstrip())
 
 

@@ -8,9 +8,10 @@ Autocast has no say: no input is cast, and what an op multiplies, it multiplies 
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Union, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -69,6 +70,35 @@ class Op:
 def places(forward: Callable[..., Any]) -> dict[str, int]:
     """Where each parameter stands among the inputs that setup_context and the fake are given."""
     return {name: place for place, name in enumerate(inspect.signature(forward).parameters)}
+
+
+def flattened(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` taking the fields of each named tuple in place of the tuple, for torch.library knows no tuples.
+
+    A caller packs by ``*``, in the order of the fields; what arrives is unpacked here and nowhere else.
+    """
+    hints, parameters = get_type_hints(function), list[inspect.Parameter]()
+    parts = []
+    for name in inspect.signature(function).parameters:
+        kind, begin = hints[name], len(parameters)
+        fields = get_type_hints(kind) if hasattr(kind, "_fields") else {name: kind}
+        parameters += [
+            inspect.Parameter(field, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=_optional(of))
+            for field, of in fields.items()
+        ]
+        parts.append((kind if hasattr(kind, "_fields") else None, begin, len(parameters)))
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        return function(*[args[begin] if kind is None else kind(*args[begin:end]) for kind, begin, end in parts])
+
+    call.__signature__ = inspect.Signature(parameters, return_annotation=hints["return"])  # type: ignore[attr-defined]
+    return call
+
+
+def _optional(annotation: Any) -> Any:
+    """``X | None`` as ``Optional[X]``, the one form that torch.library knows."""
+    return Union[get_args(annotation)] if type(None) in get_args(annotation) else annotation  # noqa: UP007
 
 
 def _in_order(name: str, backward: Callable[..., Any], inputs: tuple[str, ...]) -> Callable[..., Any]:

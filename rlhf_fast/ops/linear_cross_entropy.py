@@ -12,7 +12,7 @@ from rlhf_fast.ops._gradients import in_x
 from rlhf_fast.ops._library import Op, places
 from rlhf_fast.ops._sweep import sweep
 from rlhf_fast.ops.cross_entropy import check_terms, smoothed_losses
-from rlhf_fast.ops.linear_token_logprobs import Problem, in_its_own_dtypes, linear_token_logprobs
+from rlhf_fast.ops.linear_token_logprobs import LinearInputs, Problem, in_its_own_dtypes, linear_token_logprobs
 from rlhf_fast.ops.lm_head import whole_rows_pay
 from rlhf_fast.ops.reference import divide
 from rlhf_fast.ops.token_logprobs import BACKENDS
@@ -110,8 +110,11 @@ def linear_cross_entropy_forward(
 
     ``inplace_backward``: the backward pass may write over those gradients; the caller reads only the sum.
     """
-    problem = Problem(hidden, weight, tokens, bias, a, b, scaling, None, 1.0, softcap, logit_scale, mask, backend)
-
+    inputs = LinearInputs(
+        hidden=hidden, weight=weight, tokens=tokens, bias=bias, a=a, b=b, scaling=scaling, temperatures=None,
+        temperature=1.0, softcap=softcap, logit_scale=logit_scale,
+    )  # fmt: skip
+    problem = Problem(inputs, mask, backend)
     losses = torch.zeros(problem.rows, device=problem.device)
     more, each = label_smoothing != 0 or z_loss != 0, -label_smoothing / problem.vocabulary
 

@@ -17,7 +17,7 @@ from rlhf_fast.ops.reference.kl import full_kl, kl_estimate
 from rlhf_fast.ops.reference.linear import linear, linear_cross_entropy, linear_token_logprobs, rms_norm
 from rlhf_fast.ops.reference.logprobs import cross_entropy, token_logprobs
 from rlhf_fast.ops.reference.pairs import dpo_loss, linear_dpo_loss, reward_loss
-from rlhf_fast.ops.reference.ppo import linear_ppo_loss, ppo_loss
+from rlhf_fast.ops.reference.ppo import ppo_loss
 from rlhf_fast.ops.reference.sampling import sample
 
 __all__ = [
@@ -31,7 +31,6 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_dpo_loss",
-    "linear_ppo_loss",
     "linear_token_logprobs",
     "paged_attention",
     "ppo_loss",

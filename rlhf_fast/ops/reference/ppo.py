@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlhf_fast.kernels.arguments import PPOTensors
+from rlhf_fast.ops.options import PPOOptions
 from rlhf_fast.ops.reference.advantages import whiten_by
 from rlhf_fast.ops.reference.common import Stats, divide, keep, sequence_sum
 from rlhf_fast.ops.reference.kl import kl_estimate
-from rlhf_fast.ops.reference.linear import linear_token_logprobs
 
 
 def aggregate(
@@ -112,73 +113,51 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
 
 def ppo_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    values: Tensor | None = None,
-    old_values: Tensor | None = None,
-    returns: Tensor | None = None,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
-    value_clip: float | None = 0.2,
-    value_coef: float = 0.1,
-    entropy: Tensor | None = None,
-    entropy_coef: float = 0.0,
-    ref_logprobs: Tensor | None = None,
-    kl_coef: float = 0.0,
-    kl: str = "k3",
-    aggregation: str = "token_mean",
-    denominator: float | Tensor | None = None,
-    objective: str = "clip",
-    ratio: str = "token",
-    rollout_logprobs: Tensor | None = None,
-    rollout_cap: float = 2.0,
-    advantage_sums: Tensor | None = None,
+    tensors: PPOTensors, options: PPOOptions, cu_seqlens: Tensor | None, denominator: float | Tensor | None
 ) -> tuple[Tensor, Stats]:
     """policy + value_coef * value - entropy_coef * entropy + kl_coef * kl; r = exp(clamp(log p - log p_old, +-20))."""
-    mask = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
+    t, o = tensors, options
+    assert t.logprobs is not None
+    mask = torch.ones_like(t.logprobs, dtype=torch.bool) if t.mask is None else t.mask
 
     def mean(x: Tensor) -> Tensor:
-        return aggregate(x, mask, cu_seqlens, aggregation, denominator)
+        return aggregate(x, mask, cu_seqlens, o.aggregation, denominator)
 
     def token_mean(x: Tensor) -> Tensor:
-        return aggregate(x, mask, None, "token_mean", denominator if aggregation == "token_mean" else None).detach()
+        return aggregate(x, mask, None, "token_mean", denominator if o.aggregation == "token_mean" else None).detach()
 
-    logprobs, old, A = keep(logprobs, mask), keep(old_logprobs.detach(), mask), keep(advantages.detach(), mask)
-    if advantage_sums is not None:
-        A = whiten_by(A, advantage_sums.detach())
+    logprobs, old, A = keep(t.logprobs, mask), keep(t.old_logprobs.detach(), mask), keep(t.advantages.detach(), mask)
+    if t.advantage_sums is not None:
+        A = whiten_by(A, t.advantage_sums.detach())
     own_log_ratio = (logprobs - old).clamp(-20, 20)
     log_ratio = own_log_ratio
-    if ratio == "sequence":
+    if o.ratio == "sequence":
         log_ratio = sequence_log_ratio(logprobs - old, mask, cu_seqlens).clamp(-20, 20)
     nothing = torch.zeros_like(A)
-    if objective == "clip":
-        policy, clipped, dual_clipped = ppo_policy(log_ratio, A, clip_low, clip_high, dual_clip)
+    if o.objective == "clip":
+        policy, clipped, dual_clipped = ppo_policy(log_ratio, A, o.clip_low, o.clip_high, o.dual_clip)
     else:
-        policy, clipped = cispo_policy(log_ratio, logprobs, A, clip_low, clip_high)
+        policy, clipped = cispo_policy(log_ratio, logprobs, A, o.clip_low, o.clip_high)
         dual_clipped = nothing
     value = value_clipped = H = KL = rollout_weight = rollout_clipped = nothing
     explained = nothing.sum()
-    if rollout_logprobs is not None:
-        apart = (old - keep(rollout_logprobs.detach(), mask)).clamp(-20, 20).exp()
-        rollout_weight, rollout_clipped = apart.clamp(max=rollout_cap), (apart > rollout_cap).to(apart.dtype)
+    if t.rollout_logprobs is not None:
+        apart = (old - keep(t.rollout_logprobs.detach(), mask)).clamp(-20, 20).exp()
+        rollout_weight, rollout_clipped = apart.clamp(max=o.rollout_cap), (apart > o.rollout_cap).to(apart.dtype)
         policy = policy * rollout_weight
-    if values is not None and returns is not None:
-        V, R = keep(values, mask), keep(returns.detach(), mask)
-        V_old = None if old_values is None else keep(old_values.detach(), mask)
-        value, value_clipped = ppo_value(V, V_old, R, value_clip)
+    if t.values is not None and t.returns is not None:
+        V, R = keep(t.values, mask), keep(t.returns.detach(), mask)
+        V_old = None if t.old_values is None else keep(t.old_values.detach(), mask)
+        value, value_clipped = ppo_value(V, V_old, R, o.value_clip)
         explained = explained_variance(V.detach(), R, mask)
-    if entropy is not None:
-        H = keep(entropy, mask)
-    if ref_logprobs is not None:
-        KL = kl_estimate(logprobs, keep(ref_logprobs.detach(), mask), kl)
+    if t.entropy is not None:
+        H = keep(t.entropy, mask)
+    if t.ref_logprobs is not None:
+        KL = kl_estimate(logprobs, keep(t.ref_logprobs.detach(), mask), o.kl)
 
     terms = {"policy_loss": mean(policy), "value_loss": mean(value), "entropy": mean(H), "kl": mean(KL)}
     loss = terms["policy_loss"]
-    for coef, name in ((value_coef, "value_loss"), (-entropy_coef, "entropy"), (kl_coef, "kl")):
+    for coef, name in ((o.value_coef, "value_loss"), (-o.entropy_coef, "entropy"), (o.kl_coef, "kl")):
         loss = loss + coef * terms[name] if coef != 0 else loss  # an infinite kl that has no weight is no NaN
     log_ratio, d = log_ratio.detach(), own_log_ratio.detach()
     least, most = extremes(log_ratio, mask)
@@ -198,47 +177,3 @@ def ppo_loss(
         "rollout_clip_fraction": token_mean(rollout_clipped),
         "explained_variance": explained,
     }
-
-
-def linear_ppo_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    bias: Tensor | None = None,
-    lora: tuple[Tensor, Tensor, float] | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    values: Tensor | None = None,
-    old_values: Tensor | None = None,
-    returns: Tensor | None = None,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
-    value_clip: float | None = 0.2,
-    value_coef: float = 0.1,
-    entropy_coef: float = 0.0,
-    ref_logprobs: Tensor | None = None,
-    kl_coef: float = 0.0,
-    kl: str = "k3",
-    aggregation: str = "token_mean",
-    denominator: float | Tensor | None = None,
-    objective: str = "clip",
-    ratio: str = "token",
-    rollout_logprobs: Tensor | None = None,
-    rollout_cap: float = 2.0,
-    advantage_sums: Tensor | None = None,
-) -> tuple[Tensor, Stats]:
-    """ppo_loss of the log-probabilities and the entropy of logits = hidden @ weight.T + bias."""
-    logprobs, entropy = linear_token_logprobs(
-        hidden, weight, tokens, bias, lora, temperature, softcap, logit_scale, mask
-    )
-    return ppo_loss(
-        logprobs, old_logprobs, advantages, values, old_values, returns, mask, cu_seqlens, clip_low, clip_high,
-        dual_clip, value_clip, value_coef, entropy, entropy_coef, ref_logprobs, kl_coef, kl, aggregation, denominator,
-        objective, ratio, rollout_logprobs, rollout_cap, advantage_sums,
-    )  # fmt: skip
