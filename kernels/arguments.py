@@ -77,14 +77,14 @@ class PPOTensors(NamedTuple):
     advantage_sums: Tensor | None  # (3,) float64, to whiten the advantages by
 
     @property
-    def per_token(self) -> dict[str, Tensor | None]:
-        """Those that hold a floating-point number a token, by name."""
-        return dict(zip(_PPO_PER_TOKEN, self[: len(_PPO_PER_TOKEN)], strict=True))
+    def per_token(self) -> tuple[Tensor | None, ...]:
+        """Those in the dtype of the call, PPO_PER_TOKEN."""
+        return self[:_MASK]
 
     @property
-    def in_c(self) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
-        """Those of ``per_token`` and the others, as the compiled entries take them."""
-        return self[: len(_PPO_PER_TOKEN)], self[len(_PPO_PER_TOKEN) :]
+    def others(self) -> tuple[Tensor | None, ...]:
+        """The mask and what follows, each in a dtype of its own."""
+        return self[_MASK:]
 
     def of_rows(self, rows: Callable[[Tensor], Tensor | None]) -> PPOTensors:
         """``rows`` of every tensor that has one number a token: a part of them, or another order."""
@@ -92,7 +92,8 @@ class PPOTensors(NamedTuple):
         return PPOTensors._make((*parts, self.advantage_sums))
 
 
-_PPO_PER_TOKEN = PPOTensors._fields[: PPOTensors._fields.index("mask")]
+_MASK = PPOTensors._fields.index("mask")
+PPO_PER_TOKEN = PPOTensors._fields[:_MASK]
 
 
 class PPONumbers(NamedTuple):
@@ -117,8 +118,8 @@ class PPONumbers(NamedTuple):
     @classmethod
     def unpack(cls, numbers: Sequence[float]) -> PPONumbers:
         """The inverse of ``pack``."""
-        x = cls._make(numbers)
-        return x._replace(cispo=bool(x.cispo), kl=int(x.kl), kl_slope=int(x.kl_slope))
+        *others, cispo, kl, kl_slope = numbers
+        return cls._make((*others, bool(cispo), int(kl), int(kl_slope)))
 
     def in_triton(self) -> dict[str, Any]:
         """As Triton's kernel takes them: numbers by their names, and what is compiled in, in capitals."""

@@ -45,7 +45,7 @@ class Op:
         self.name = name = forward.__name__
         if setup_context is None or backward is None:
             setup_context, backward = _nothing_saved, _no_gradient(name)
-        backward = _in_order(name, backward, tuple(places(forward)))
+        backward = _in_order(name, backward, places(forward))
         _library.define(name + torch.library.infer_schema(forward, mutates_args=()))
         _library.impl(name, forward, "CompositeExplicitAutograd")
         torch.library.register_fake(f"rlhf_fast::{name}", fake, lib=_library)
@@ -101,15 +101,16 @@ def _optional(annotation: Any) -> Any:
     return Union[get_args(annotation)] if type(None) in get_args(annotation) else annotation  # noqa: UP007
 
 
-def _in_order(name: str, backward: Callable[..., Any], inputs: tuple[str, ...]) -> Callable[..., Any]:
+def _in_order(name: str, backward: Callable[..., Any], inputs: dict[str, int]) -> Callable[..., Any]:
     """backward with one gradient for each of the inputs, as autograd wants them."""
-    known = frozenset(inputs)
 
     def backward_in_order(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        gradients = backward(ctx, *grads)
-        if not known.issuperset(gradients):
-            raise TypeError(f"{name}: gradients in {', '.join(gradients)}, expected some of {', '.join(inputs)}")
-        return tuple(map(gradients.get, inputs))
+        gradients: list[Any] = [None] * len(inputs)
+        for x, gradient in backward(ctx, *grads).items():
+            if x not in inputs:
+                raise TypeError(f"{name}: a gradient in {x}, expected one in some of {', '.join(inputs)}")
+            gradients[inputs[x]] = gradient
+        return tuple(gradients)
 
     return backward_in_order
 

@@ -245,7 +245,7 @@ class PPOLoss:
         results: PPOResults,
     ) -> None:
         where = _run(results.partials.device)
-        self.kernels.ppo_loss_forward(*tensors.in_c, numbers, of_terms, of_tokens, results, where)
+        self.kernels.ppo_loss_forward(tensors.per_token, tensors.others, numbers, of_terms, of_tokens, results, where)
 
     def scale(
         self, gradients: Sequence[Tensor | None], upstream: Tensor, inverse: Tensor, out: Sequence[Tensor | None]

@@ -106,7 +106,7 @@ def linear_ppo_loss(
     )  # fmt: skip
     check_ppo_tensors(tensors, options, cu_seqlens, "tokens", tokens.shape)
     check_aggregation(options, old_logprobs, cu_seqlens, denominator)
-    given = [x for x in (*layer.values(), *tensors.per_token.values()) if isinstance(x, Tensor)]
+    given = [x for x in (*layer.values(), *tensors.per_token) if isinstance(x, Tensor)]
     backend = dispatch.choose("linear_ppo_loss", BACKENDS, next((x for x in given if x.dtype == torch.float64), hidden))
     a, b, scaling = lora or (None, None, 0.0)
     needs = [needs_gradient(x) for x in (hidden, weight, bias, a, b, values if value_coef != 0 else None)]
@@ -119,12 +119,11 @@ def linear_ppo_loss(
             temperatures=temperatures, temperature=number, softcap=softcap, logit_scale=float(logit_scale),
         )  # fmt: skip
         weights, divisor = shares(old_logprobs, mask, cu_seqlens, aggregation, denominator)
-        tensors = with_constants(tensors)._replace(weights=weights)
         call = PPOCall(
             of_tokens=aggregation == "token_mean", numbers=options.numbers().pack(), needs=needs, dtype=torch.float32,
             backend=backend,
         )  # fmt: skip
-        loss, stats, *_ = _op(*inputs, *tensors, *divisor, *call, True)
+        loss, stats, *_ = _op(*inputs, *with_constants(tensors, weights, None), *divisor, *call, True)
         return loss, dict(zip(STATS, stats.unbind(), strict=True))
     logprobs, entropy = linear_token_logprobs(
         hidden, weight, tokens, bias=bias, lora=lora, temperature=temperature, softcap=softcap,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels.arguments import PPONumbers, PPOTensors
+from rlhf_fast.kernels.arguments import PPO_PER_TOKEN, PPONumbers, PPOTensors
 from rlhf_fast.ops import _checks
 
 AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum_mean")
@@ -79,10 +79,13 @@ def check_ppo_tensors(
 ) -> None:
     """Per-token tensors all have the given shape, that of ``like``; every term that is asked for has its tensors."""
     x = tensors
-    _checks.floats(**x.per_token)
-    _checks.shapes(shape, like, **x.per_token)
+    if not _checks.are_alike(tensors.per_token, shape):
+        per_token = dict(zip(PPO_PER_TOKEN, tensors.per_token, strict=True))
+        _checks.floats(**per_token)
+        _checks.shapes(shape, like, **per_token)
+        _checks.devices(**per_token)
     _checks.masks(shape, like, x.mask)
-    _checks.devices(**x.per_token, mask=x.mask, cu_seqlens=cu_seqlens)
+    _checks.devices(logprobs=x.logprobs, old_logprobs=x.old_logprobs, mask=x.mask, cu_seqlens=cu_seqlens)
     if x.values is None and (x.returns is not None or x.old_values is not None):
         raise ValueError("values: None, expected a tensor because returns or old_values is given")
     if x.values is not None and x.returns is None:

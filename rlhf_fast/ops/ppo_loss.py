@@ -142,23 +142,25 @@ def loss_and_stats(
     tensors: PPOTensors, options: PPOOptions, cu_seqlens: Tensor | None, denominator: float | Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """ppo_loss of what has been checked."""
-    given = [x for x in tensors.per_token.values() if x is not None]
-    dtype = functools.reduce(torch.promote_types, [x.dtype for x in given])
-    backend = dispatch.choose("ppo_loss", BACKENDS, next((x for x in given if x.dtype == torch.float64), given[0]))
+    given = [x for x in tensors.per_token if x is not None]
+    dtype, widest = common_dtype(given)
+    backend = dispatch.choose("ppo_loss", BACKENDS, widest)
     if backend == "reference":
         return reference.ppo_loss(tensors, options, cu_seqlens, denominator)
     weights, divisor = shares(tensors.old_logprobs, tensors.mask, cu_seqlens, options.aggregation, denominator)
     log_ratios = sequence_log_ratios(tensors, cu_seqlens, backend) if options.ratio == "sequence" else None
-    tensors = with_constants(tensors)._replace(weights=weights, log_ratios=log_ratios)
-    weighed = {"logprobs": True, "values": options.value_coef != 0, "entropy": options.entropy_coef != 0}
     call = PPOCall(
         of_tokens=options.aggregation == "token_mean",
         numbers=options.numbers().pack(),
-        needs=[counts and needs_gradient(getattr(tensors, name)) for name, counts in weighed.items()],
+        needs=[
+            needs_gradient(tensors.logprobs),
+            options.value_coef != 0 and needs_gradient(tensors.values),
+            options.entropy_coef != 0 and needs_gradient(tensors.entropy),
+        ],
         dtype=dtype,
         backend=backend,
     )
-    loss, stats, *_ = _op(*tensors, *divisor, *call)
+    loss, stats, *_ = _op(*with_constants(tensors, weights, log_ratios), *divisor, *call)
     return loss, dict(zip(STATS, stats.unbind(), strict=True))
 
 
@@ -166,10 +168,23 @@ def needs_gradient(x: Tensor | None) -> bool:
     return torch.is_grad_enabled() and x is not None and x.requires_grad
 
 
-def with_constants(tensors: PPOTensors) -> PPOTensors:
-    """The tensors, detached where no gradient flows."""
-    others = {name: x for name, x in tensors._asdict().items() if x is not None and name not in (*_OWN, "mask")}
-    return tensors._replace(**{name: x.detach() for name, x in others.items()})
+def common_dtype(tensors: list[Tensor]) -> tuple[torch.dtype, Tensor]:
+    """The dtype that holds all of these floating-point tensors, and one to choose a backend by: the first of float64,
+    else the first."""
+    dtype = functools.reduce(torch.promote_types, {x.dtype for x in tensors})
+    if dtype != torch.float64:
+        return dtype, tensors[0]
+    return dtype, next(x for x in tensors if x.dtype == torch.float64)
+
+
+def with_constants(tensors: PPOTensors, weights: Tensor | None, log_ratios: Tensor | None) -> PPOTensors:
+    """The tensors, detached where no gradient flows, with these two of the loss's own."""
+    given = zip(tensors, _CONSTANT, strict=True)
+    x = PPOTensors._make([x.detach() if constant and x is not None and x.requires_grad else x for x, constant in given])
+    return x if weights is None and log_ratios is None else x._replace(weights=weights, log_ratios=log_ratios)
+
+
+_CONSTANT = [name not in _OWN for name in PPOTensors._fields]
 
 
 def shares(
@@ -245,9 +260,8 @@ def ppo_loss_forward(
     """loss (), stats (17,), inverse () of what divides the loss's terms, and the gradients of their sum in logprobs,
     values and entropy: float32, empty if not needed."""
     run, like = kernels(call.backend), tensors.old_logprobs
-    dtypes = [_DTYPES.get(name, call.dtype) for name in tensors._fields]
-    x = PPOTensors._make(map(plain, tensors, dtypes))
-    of_terms = Denominator(plain(divisor.tensor, torch.float32), divisor.number)
+    x = PPOTensors._make([plain(x, dtype or call.dtype) for x, dtype in zip(tensors, _DTYPES, strict=True)])
+    of_terms = divisor if divisor.tensor is None else Denominator(tensor=plain(divisor.tensor, torch.float32))
     of_tokens = of_terms if call.of_tokens else Denominator()
     new = functools.partial(like.new_empty, dtype=torch.float32)
     gradients = [compiled.new_like(like, torch.float32) if needed else None for needed in call.needs]
@@ -259,9 +273,8 @@ def ppo_loss_forward(
     return results.loss, results.stats, results.inverse, in_logprobs, in_values, in_entropy
 
 
-_DTYPES = {  # of the tensors that do not come in the call's
-    "mask": torch.bool, "weights": torch.float32, "log_ratios": torch.float32, "advantage_sums": torch.float64,
-}  # fmt: skip
+_OTHER = {"mask": torch.bool, "weights": torch.float32, "log_ratios": torch.float32, "advantage_sums": torch.float64}
+_DTYPES = [_OTHER.get(name) for name in PPOTensors._fields]  # None: the call's
 
 
 def ppo_loss_gradients(
