@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -57,10 +58,11 @@ class GAEInputs(NamedTuple):
     critic_lam: float
 
 
-class PPOInputs(NamedTuple):
-    """What csrc/common/ppo_loss.h has under this name; all tensors contiguous, those of tokens of one dtype."""
+class PPOTensors(NamedTuple):
+    """The tensors of ppo_loss, in the order of csrc/common/ppo_loss.h's PPOInputs. Kernels want them contiguous, and
+    those of ``per_token`` in one dtype."""
 
-    logprobs: Tensor
+    logprobs: Tensor | None  # None: linear_ppo_loss has yet to compute them
     old_logprobs: Tensor
     advantages: Tensor
     values: Tensor | None
@@ -69,13 +71,34 @@ class PPOInputs(NamedTuple):
     entropy: Tensor | None
     ref_logprobs: Tensor | None
     rollout_logprobs: Tensor | None
-    mask: Tensor | None
-    weights: Tensor | None  # float32
-    log_ratios: Tensor | None  # float32
-    advantage_sums: Tensor | None  # float64
+    mask: Tensor | None  # bool
+    weights: Tensor | None  # float32, of each token's terms
+    log_ratios: Tensor | None  # float32, in place of logprobs - old_logprobs
+    advantage_sums: Tensor | None  # (3,) float64, to whiten the advantages by
+
+    @property
+    def per_token(self) -> tuple[Tensor | None, ...]:
+        """Those in the dtype of the call, PPO_PER_TOKEN."""
+        return self[:_MASK]
+
+    @property
+    def others(self) -> tuple[Tensor | None, ...]:
+        """The mask and what follows, each in a dtype of its own."""
+        return self[_MASK:]
+
+    def of_rows(self, rows: Callable[[Tensor], Tensor | None]) -> PPOTensors:
+        """``rows`` of every tensor that has one number a token: a part of them, or another order."""
+        parts = (None if x is None else rows(x) for x in self[:-1])
+        return PPOTensors._make((*parts, self.advantage_sums))
 
 
-class PPOOptions(NamedTuple):
+_MASK = PPOTensors._fields.index("mask")
+PPO_PER_TOKEN = PPOTensors._fields[:_MASK]
+
+
+class PPONumbers(NamedTuple):
+    """The options of ppo_loss as kernels have them, in the order of csrc/common/ppo_loss.h's PPOOptions."""
+
     clip_low: float
     clip_high: float
     dual_clip: float  # 0: none
@@ -87,6 +110,34 @@ class PPOOptions(NamedTuple):
     cispo: bool
     kl: int  # as csrc/common/kl_estimate.h numbers the estimates
     kl_slope: int  # the one whose gradient it gets
+
+    def pack(self) -> list[float]:
+        """As they cross the boundary of torch.library."""
+        return [float(x) for x in self]
+
+    @classmethod
+    def unpack(cls, numbers: Sequence[float]) -> PPONumbers:
+        """The inverse of ``pack``."""
+        *others, cispo, kl, kl_slope = numbers
+        return cls._make((*others, bool(cispo), int(kl), int(kl_slope)))
+
+    def in_triton(self) -> dict[str, Any]:
+        """As Triton's kernel takes them: numbers by their names, and what is compiled in, in capitals."""
+        numbers = self._asdict()
+        compiled_in = {"CISPO": numbers.pop("cispo"), "KL": numbers.pop("kl"), "KL_SLOPE": numbers.pop("kl_slope")}
+        return {**numbers, **compiled_in, "DUAL": self.dual_clip != 0, "KL_COUNTS": self.kl_coef != 0}
+
+
+class PPOResults(NamedTuple):
+    """What ppo_loss writes, in the order of csrc/common/ppo_loss.h's PPOResults."""
+
+    loss: Tensor  # ()
+    stats: Tensor
+    inverse: Tensor  # (), of what divides the loss's terms
+    grad_logprobs: Tensor | None  # float32, of the sum of terms
+    grad_values: Tensor | None
+    grad_entropy: Tensor | None
+    partials: Tensor  # (ranges, sums) float64, scratch
 
 
 class PairInputs(NamedTuple):
@@ -110,9 +161,12 @@ class PairOptions(NamedTuple):
 
 
 class Denominator(NamedTuple):
-    there: Tensor | None  # a number on the device
-    number: float  # without it; 0: the tokens (or the weights of the pairs) that count
+    """What divides a sum: a tensor of one number, or a number, or (both missing) what counts: tokens, or pairs."""
+
+    tensor: Tensor | None = None  # () float32, on the device; 0 counts as 1
+    number: float = 0.0  # 0: none
 
     @property
     def kind(self) -> int:
-        return 1 if self.there is not None else 2 if self.number else 0
+        """As the Triton kernels tell the three apart: 1 a tensor, 2 a number, 0 what counts."""
+        return 1 if self.tensor is not None else 2 if self.number else 0

@@ -102,7 +102,7 @@ def forward(
 ) -> None:
     size = sizes("pair_loss", stats.device)
     _forward[(1,)](
-        *x, x.chosen.numel(), *o[1:], of_pairs.there, of_pairs.number, stats, *gradients,
+        *x, x.chosen.numel(), *o[1:], of_pairs.tensor, of_pairs.number, stats, *gradients,
         KIND=o.kind, HAS_REFERENCE=x.ref_chosen is not None, HAS_MARGINS=x.margins is not None,
         HAS_WEIGHTS=x.weights is not None, HAS_KL=x.kl is not None, DENOMINATOR=of_pairs.kind,
         NEED=gradients[0] is not None, NEED_REJECTED=gradients[1] is not None, BLOCK=size["BLOCK"],

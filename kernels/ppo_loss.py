@@ -7,6 +7,7 @@ statistics are. Sums are taken eight at a time: a program waits for its threads 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -15,20 +16,36 @@ from torch import Tensor
 
 from rlhf_fast.kernels import _sampled_kl
 from rlhf_fast.kernels._sampled_kl import expm1_minus
-from rlhf_fast.kernels.arguments import Denominator, PPOInputs, PPOOptions
+from rlhf_fast.kernels.arguments import Denominator, PPONumbers, PPOResults, PPOTensors
 from rlhf_fast.kernels.launch_sizes import sizes
 
 FINISH, FINISH_WARPS = 256, 16  # ranges that the second kernel adds up at a time
-SUMS = 34  # as csrc/common/ppo_loss.h counts them
 SCALE = 1024  # tokens of a program that scales gradients
+
+# Where the sums of a range lie, as csrc/common/ppo_loss.h has them in PPOSum.
+SUM_COUNT, SUM_POLICY, SUM_VALUE, SUM_ENTROPY, SUM_KL, SUM_RATIO, SUM_CLIPPED, SUM_DUAL_CLIPPED = map(
+    tl.constexpr, range(8)
+)
+SUM_VALUE_CLIPPED, SUM_OLD_MINUS_NEW, SUM_K3, SUM_ROLLOUT, SUM_ROLLOUT_CAPPED = map(tl.constexpr, range(8, 13))
+SUM_AT_MOST = tl.constexpr(13)  # of fifteen edges
+SUM_RETURN, SUM_RETURN_SQUARED, SUM_REST, SUM_REST_SQUARED = map(tl.constexpr, range(28, 32))
+SUM_LOG_RATIO_MAX, SUM_MINUS_LOG_RATIO_MAX = map(tl.constexpr, range(32, 34))  # maxima
+SUMS = 34
+SUMS_READ = tl.constexpr(64)  # the power of two above them
+
+# Where the statistics lie, as rlhf_fast/ops/ppo_loss.py names them.
+STAT_POLICY = tl.constexpr(0)  # to kl, in the order of their sums
+STAT_RATIO_MEAN, STAT_RATIO_MAX, STAT_RATIO_MIN, STAT_RATIO_P05, STAT_RATIO_P95 = map(tl.constexpr, range(4, 9))
+STAT_CLIPPED = tl.constexpr(9)  # to rollout_clip_fraction, in the order of their sums
+STAT_EXPLAINED_VARIANCE = tl.constexpr(16)
 
 
 @triton.jit
-def _denominator(there, number, counted, KIND: tl.constexpr):
+def _denominator(tensor, number, counted, KIND: tl.constexpr):
     """A number on the device, where 0 means 1; a number; or the tokens that count."""
     value = counted
     if KIND == 1:
-        value = tl.load(there).to(tl.float64)
+        value = tl.load(tensor).to(tl.float64)
     if KIND == 2:
         value = counted * 0.0 + number
     return tl.where(value == 0.0, 1.0, value)
@@ -161,45 +178,44 @@ def _forward(
         if NEED_ENTROPY:
             tl.store(grad_entropy + i, -entropy_coef * weight, mask=inside)
 
-    to = partials + tl.program_id(0).to(tl.int64) * SUMS + tl.arange(0, 8)
+    to = partials + tl.program_id(0).to(tl.int64) * SUMS
+    eighth = tl.arange(0, 8)
     pulled_ones = tl.where(pulled, ones, 0.0)
-    tl.store(
-        to, _sums(ones, policy * weight, of_value, of_entropy, of_kl, (ratio - 1.0) * ones, pulled_ones, bound_ones)
-    )
+    eight = _sums(ones, policy * weight, of_value, of_entropy, of_kl, (ratio - 1.0) * ones, pulled_ones, bound_ones)
+    tl.store(to + SUM_COUNT + eighth, eight)
     k3 = expm1_minus(_bound(own)) * ones
     eight = _sums(
         worse_ones, -own * ones, k3, weighed, capped_ones, _up_to(bounded, ones, 0), _up_to(bounded, ones, 1),
         _up_to(bounded, ones, 2),
     )  # fmt: skip
-    tl.store(to + 8, eight)
+    tl.store(to + SUM_VALUE_CLIPPED + eighth, eight)
     eight = _sums(
         _up_to(bounded, ones, 3), _up_to(bounded, ones, 4), _up_to(bounded, ones, 5), _up_to(bounded, ones, 6),
         _up_to(bounded, ones, 7), _up_to(bounded, ones, 8), _up_to(bounded, ones, 9), _up_to(bounded, ones, 10),
     )  # fmt: skip
-    tl.store(to + 16, eight)
+    tl.store(to + SUM_AT_MOST + 3 + eighth, eight)
     eight = _sums(
         _up_to(bounded, ones, 11).to(tl.float64), _up_to(bounded, ones, 12).to(tl.float64),
         _up_to(bounded, ones, 13).to(tl.float64), _up_to(bounded, ones, 14).to(tl.float64), exact, exact * exact, rest,
         rest * rest,
     )  # fmt: skip
-    tl.store(to + 24, eight)
+    tl.store(to + SUM_AT_MOST + 11 + eighth, eight)
     both = tl.join(tl.where(here, bounded, -20.0), tl.where(here, -bounded, -20.0))
-    ends = partials + tl.program_id(0).to(tl.int64) * SUMS + 32 + tl.arange(0, 2)
-    tl.store(ends, tl.max(both, 0).to(tl.float64))
+    tl.store(to + SUM_LOG_RATIO_MAX + tl.arange(0, 2), tl.max(both, 0).to(tl.float64))
 
 
 @triton.jit
 def _ratio_quantile(totals, count, most, least, share):
     """exp of the log-ratio below which a share of the tokens lies: between two edges, as if they lay evenly there."""
     e = tl.arange(0, 16)
-    before = tl.load(totals + 12 + e, mask=e > 0, other=0.0)  # tokens up to the edge below, and up to the one above
-    at_most = tl.where(e < 15, tl.load(totals + 13 + e, mask=e < 15, other=0.0), count)
+    below = tl.load(totals + SUM_AT_MOST - 1 + e, mask=e > 0, other=0.0)  # tokens up to the edge below
+    at_most = tl.where(e < 15, tl.load(totals + SUM_AT_MOST + e, mask=e < 15, other=0.0), count)  # and the one above
     lower = tl.where(e == 0, least, _clamp(_edge(e - 1).to(tl.float64), least, most))
     upper = tl.where(e == 15, most, _clamp(_edge(e).to(tl.float64), least, most))
     wanted = share * count
-    part = (wanted - before) / tl.where(at_most > before, at_most - before, 1.0)
-    found = tl.where((at_most >= wanted) & (wanted > before), lower + (upper - lower) * part, 0.0)
-    return tl.exp(tl.sum(found, 0))
+    part = (wanted - below) / tl.where(at_most > below, at_most - below, 1.0)
+    log_ratio = tl.where((at_most >= wanted) & (wanted > below), lower + (upper - lower) * part, 0.0)
+    return tl.exp(tl.sum(log_ratio, 0))
 
 
 @triton.jit
@@ -209,14 +225,14 @@ def _clamp(x, least, most):
 
 @triton.jit
 def _finish(
-    partials, ranges, there, number, tokens_there, tokens_number, value_coef, entropy_coef, kl_coef, totals, loss,
-    stats, inverse,
+    partials, ranges, terms_tensor, terms_number, tokens_tensor, tokens_number, value_coef, entropy_coef, kl_coef,
+    totals, loss, stats, inverse,
     DENOMINATOR: tl.constexpr, TOKENS: tl.constexpr, VALUES_COUNT: tl.constexpr, ENTROPY_COUNTS: tl.constexpr,
     KL_COUNTS: tl.constexpr, FINISH: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    which = tl.arange(0, 64)
-    largest = which >= 32  # the last two are maxima
-    sums = tl.where(largest, -20.0, tl.zeros((64,), tl.float64))
+    which = tl.arange(0, SUMS_READ)
+    largest = which >= SUM_LOG_RATIO_MAX
+    sums = tl.where(largest, -20.0, tl.zeros((SUMS_READ,), tl.float64))
     for first in range(0, ranges, FINISH):
         r = first + tl.arange(0, FINISH)
         at = r[:, None].to(tl.int64) * SUMS + which[None, :]
@@ -225,37 +241,39 @@ def _finish(
         sums = tl.where(largest, tl.maximum(sums, tl.max(part, axis=0)), sums + tl.sum(part, axis=0))
     tl.store(totals + which, sums, mask=which < SUMS)
     tl.debug_barrier()  # each number below reads what it needs of these, all at once
-    counted = tl.load(totals)
-    terms = _denominator(there, number, counted, DENOMINATOR)
-    tokens = _denominator(tokens_there, tokens_number, counted, TOKENS)
+    counted = tl.load(totals + SUM_COUNT)
+    terms = _denominator(terms_tensor, terms_number, counted, DENOMINATOR)
+    tokens = _denominator(tokens_tensor, tokens_number, counted, TOKENS)
     n = tl.where(counted == 0.0, 1.0, counted)
-    whole = tl.load(totals + 1)
+    whole = tl.load(totals + SUM_POLICY)
     if VALUES_COUNT:
-        whole += value_coef * tl.load(totals + 2)
+        whole += value_coef * tl.load(totals + SUM_VALUE)
     if ENTROPY_COUNTS:
-        whole -= entropy_coef * tl.load(totals + 3)
+        whole -= entropy_coef * tl.load(totals + SUM_ENTROPY)
     if KL_COUNTS:
-        whole += kl_coef * tl.load(totals + 4)
-    mean, second_moment = tl.load(totals + 28) / n, tl.load(totals + 29) / n
-    rest = tl.load(totals + 30) / n
-    left = tl.load(totals + 31) / n - rest * rest
+        whole += kl_coef * tl.load(totals + SUM_KL)
+    mean, second_moment = tl.load(totals + SUM_RETURN) / n, tl.load(totals + SUM_RETURN_SQUARED) / n
+    rest = tl.load(totals + SUM_REST) / n
+    left = tl.load(totals + SUM_REST_SQUARED) / n - rest * rest
     variance = second_moment - mean * mean
     flat = variance <= 1e-12 * second_moment  # no more than rounding leaves of equal returns
     explained = tl.where(flat, 0.0, 1.0 - left / tl.where(flat, 1.0, variance))
     nothing = counted == 0.0
-    most, least = tl.load(totals + 32), -tl.load(totals + 33)
+    most, least = tl.load(totals + SUM_LOG_RATIO_MAX), -tl.load(totals + SUM_MINUS_LOG_RATIO_MAX)
     low = _ratio_quantile(totals, counted, most, least, 0.05)
     high = _ratio_quantile(totals, counted, most, least, 0.95)
 
     tl.store(loss, (whole / terms).to(tl.float32))
-    tl.store(stats + which - 1, (sums / terms).to(tl.float32), mask=(which >= 1) & (which <= 4))
-    tl.store(stats + 4, ((counted + tl.load(totals + 5)) / tokens).to(tl.float32))
-    tl.store(stats + 5, tl.where(nothing, 0.0, tl.exp(most)).to(tl.float32))
-    tl.store(stats + 6, tl.where(nothing, 0.0, tl.exp(least)).to(tl.float32))
-    tl.store(stats + 7, tl.where(nothing, 0.0, low).to(tl.float32))
-    tl.store(stats + 8, tl.where(nothing, 0.0, high).to(tl.float32))
-    tl.store(stats + which + 3, (sums / tokens).to(tl.float32), mask=(which >= 6) & (which <= 12))
-    tl.store(stats + 16, explained.to(tl.float32))
+    of_terms = (which >= SUM_POLICY) & (which <= SUM_KL)
+    of_tokens = (which >= SUM_CLIPPED) & (which <= SUM_ROLLOUT_CAPPED)
+    tl.store(stats + STAT_POLICY + which - SUM_POLICY, (sums / terms).to(tl.float32), mask=of_terms)
+    tl.store(stats + STAT_RATIO_MEAN, ((counted + tl.load(totals + SUM_RATIO)) / tokens).to(tl.float32))
+    tl.store(stats + STAT_RATIO_MAX, tl.where(nothing, 0.0, tl.exp(most)).to(tl.float32))
+    tl.store(stats + STAT_RATIO_MIN, tl.where(nothing, 0.0, tl.exp(least)).to(tl.float32))
+    tl.store(stats + STAT_RATIO_P05, tl.where(nothing, 0.0, low).to(tl.float32))
+    tl.store(stats + STAT_RATIO_P95, tl.where(nothing, 0.0, high).to(tl.float32))
+    tl.store(stats + STAT_CLIPPED + which - SUM_CLIPPED, (sums / tokens).to(tl.float32), mask=of_tokens)
+    tl.store(stats + STAT_EXPLAINED_VARIANCE, explained.to(tl.float32))
     tl.store(inverse, (1.0 / terms).to(tl.float32))
 
 
@@ -276,39 +294,48 @@ def _scale(
 
 
 def range_size(device: torch.device) -> int:
-    """Tokens."""
+    """Tokens whose sums are one row of the partial results."""
     return sizes("ppo_loss", device)["RANGE"]
 
 
 def forward(
-    x: PPOInputs,
-    options: PPOOptions,
-    of_terms: Denominator,
-    of_tokens: Denominator,
-    numbers: tuple[Tensor, Tensor, Tensor],
-    gradients: Sequence[Tensor | None],
-    partials: Tensor,
+    tensors: PPOTensors, numbers: PPONumbers, of_terms: Denominator, of_tokens: Denominator, results: PPOResults
 ) -> None:
-    """``numbers``: the loss, the statistics, and the inverse of what divides the loss's terms."""
-    o, (ranges, count), size = options, (partials.shape[0], x.logprobs.numel()), sizes("ppo_loss", partials.device)
+    """As csrc/common/ppo_loss.h says."""
+    partials, size = results.partials, sizes("ppo_loss", results.partials.device)
+    ranges = partials.shape[0]
     if ranges:
         _forward[(ranges,)](
-            *x, count, *o[:8], partials, *gradients,
-            HAS_MASK=x.mask is not None, HAS_WEIGHTS=x.weights is not None,
-            HAS_VALUES=x.values is not None, CLIPS_VALUES=o.value_clip >= 0 and x.old_values is not None,
-            HAS_ENTROPY=x.entropy is not None, HAS_KL=x.ref_logprobs is not None, KL=o.kl, KL_SLOPE=o.kl_slope,
-            KL_COUNTS=o.kl_coef != 0, DUAL=o.dual_clip != 0, CISPO=o.cispo, HAS_ROLLOUT=x.rollout_logprobs is not None,
-            HAS_LOG_RATIOS=x.log_ratios is not None, WHITENS=x.advantage_sums is not None,
-            NEED=gradients[0] is not None, NEED_VALUES=gradients[1] is not None, NEED_ENTROPY=gradients[2] is not None,
+            **tensors._asdict(), count=tensors.old_logprobs.numel(), **numbers.in_triton(), partials=partials,
+            grad_logprobs=results.grad_logprobs, grad_values=results.grad_values, grad_entropy=results.grad_entropy,
+            **_present(tensors, numbers), NEED=results.grad_logprobs is not None,
+            NEED_VALUES=results.grad_values is not None, NEED_ENTROPY=results.grad_entropy is not None,
             BLOCK=size["RANGE"], SUMS=SUMS, num_warps=size["WARPS"],
         )  # fmt: skip
     _finish[(1,)](
-        partials, ranges, of_terms.there, of_terms.number, of_tokens.there, of_tokens.number,
-        o.value_coef, o.entropy_coef, o.kl_coef, partials.new_empty(SUMS), *numbers,
-        DENOMINATOR=of_terms.kind, TOKENS=of_tokens.kind, VALUES_COUNT=o.value_coef != 0,
-        ENTROPY_COUNTS=o.entropy_coef != 0, KL_COUNTS=o.kl_coef != 0, FINISH=FINISH, SUMS=SUMS,
+        partials=partials, ranges=ranges, terms_tensor=of_terms.tensor, terms_number=of_terms.number,
+        tokens_tensor=of_tokens.tensor, tokens_number=of_tokens.number, value_coef=numbers.value_coef,
+        entropy_coef=numbers.entropy_coef, kl_coef=numbers.kl_coef, totals=partials.new_empty(SUMS),
+        loss=results.loss, stats=results.stats, inverse=results.inverse,
+        DENOMINATOR=of_terms.kind, TOKENS=of_tokens.kind, VALUES_COUNT=numbers.value_coef != 0,
+        ENTROPY_COUNTS=numbers.entropy_coef != 0, KL_COUNTS=numbers.kl_coef != 0, FINISH=FINISH, SUMS=SUMS,
         num_warps=FINISH_WARPS,
     )  # fmt: skip
+
+
+def _present(tensors: PPOTensors, numbers: PPONumbers) -> dict[str, Any]:
+    """What is compiled in of the tensors that are there."""
+    return {
+        "HAS_MASK": tensors.mask is not None,
+        "HAS_WEIGHTS": tensors.weights is not None,
+        "HAS_VALUES": tensors.values is not None,
+        "CLIPS_VALUES": numbers.value_clip >= 0 and tensors.old_values is not None,
+        "HAS_ENTROPY": tensors.entropy is not None,
+        "HAS_KL": tensors.ref_logprobs is not None,
+        "HAS_ROLLOUT": tensors.rollout_logprobs is not None,
+        "HAS_LOG_RATIOS": tensors.log_ratios is not None,
+        "WHITENS": tensors.advantage_sums is not None,
+    }
 
 
 def scale(gradients: Sequence[Tensor | None], upstream: Tensor, inverse: Tensor, out: Sequence[Tensor | None]) -> None:

@@ -42,8 +42,15 @@ def _dtype(name: str, x: object, allowed: Sequence[torch.dtype]) -> None:
 def floats(**tensors: Tensor | None) -> None:
     """Each is a floating-point tensor (or None)."""
     for name, x in tensors.items():
-        if x is not None:
+        if x is not None and not (type(x) is Tensor and x.dtype in FLOATS):
             _dtype(name, x, FLOATS)
+
+
+def are_alike(tensors: Sequence[Tensor | None], shape: Sequence[int]) -> bool:
+    """Whether all are floating-point tensors of this shape on one device; what is wrong, the checks by name say."""
+    given = [x for x in tensors if x is not None]
+    device = given[0].device if isinstance(given[0], Tensor) else None
+    return all([type(x) is Tensor and x.shape == shape and x.dtype in FLOATS and x.device == device for x in given])
 
 
 def integers(**tensors: Tensor | None) -> None:
@@ -85,15 +92,17 @@ def number(
     most: float | None = None,
 ) -> None:
     """value is a number with above < value, least <= value <= most; NaN never is."""
-    if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):
+    if type(value) is float:  # at once, for most are
+        x = value
+    elif isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):
         raise TypeError(f"{name}: {type(value).__name__}, expected a number")
-    bounds = [f"> {above}"] if above is not None else []
-    bounds += [f">= {least}"] if least is not None else []
-    bounds += [f"<= {most}"] if most is not None else []
-    x = float(value)
-    inside = x == x
-    inside = inside and (above is None or x > above) and (least is None or x >= least) and (most is None or x <= most)
+    else:
+        x = float(value)
+    inside = x == x and (above is None or x > above) and (least is None or x >= least) and (most is None or x <= most)
     if not inside:
+        bounds = [f"> {above}"] if above is not None else []
+        bounds += [f">= {least}"] if least is not None else []
+        bounds += [f"<= {most}"] if most is not None else []
         raise ValueError(f"{name}: {value}, expected a number {' and '.join(bounds)}".rstrip())
 
 

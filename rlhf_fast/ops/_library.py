@@ -8,8 +8,10 @@ Autocast has no say: no input is cast, and what an op multiplies, it multiplies 
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Union, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -27,7 +29,8 @@ class Op:
             tensor or a tuple of fresh tensors, and changes no input.
         fake: the same signature; returns empty tensors of the right shape, dtype and device.
         setup_context: ``(ctx, inputs, output)``, saves what backward needs.
-        backward: ``(ctx, *grads)``, gradients in the order of the inputs. Without the two, a gradient asked for raises.
+        backward: ``(ctx, *grads)``, returns the gradients by the names of forward's parameters; those that it leaves
+            out are None. Without the two, a gradient asked for raises.
         inference: what runs in place of forward when no gradient can be asked for; may leave out what only that needs.
     """
 
@@ -42,6 +45,7 @@ class Op:
         self.name = name = forward.__name__
         if setup_context is None or backward is None:
             setup_context, backward = _nothing_saved, _no_gradient(name)
+        backward = _in_order(name, backward, places(forward))
         _library.define(name + torch.library.infer_schema(forward, mutates_args=()))
         _library.impl(name, forward, "CompositeExplicitAutograd")
         torch.library.register_fake(f"rlhf_fast::{name}", fake, lib=_library)
@@ -61,6 +65,54 @@ class Op:
         if torch.is_grad_enabled() and any([x.requires_grad for x in tensors]):
             return self.eager(*args)
         return self.inference(*args)
+
+
+def places(forward: Callable[..., Any]) -> dict[str, int]:
+    """Where each parameter stands among the inputs that setup_context and the fake are given."""
+    return {name: place for place, name in enumerate(inspect.signature(forward).parameters)}
+
+
+def flattened(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` taking the fields of each named tuple in place of the tuple, for torch.library knows no tuples.
+
+    A caller packs by ``*``, in the order of the fields; what arrives is unpacked here and nowhere else.
+    """
+    hints, parameters = get_type_hints(function), list[inspect.Parameter]()
+    parts = []
+    for name in inspect.signature(function).parameters:
+        kind, begin = hints[name], len(parameters)
+        fields = get_type_hints(kind) if hasattr(kind, "_fields") else {name: kind}
+        parameters += [
+            inspect.Parameter(field, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=_optional(of))
+            for field, of in fields.items()
+        ]
+        parts.append((kind if hasattr(kind, "_fields") else None, begin, len(parameters)))
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        return function(*[args[begin] if kind is None else kind(*args[begin:end]) for kind, begin, end in parts])
+
+    call.__signature__ = inspect.Signature(parameters, return_annotation=hints["return"])  # type: ignore[attr-defined]
+    return call
+
+
+def _optional(annotation: Any) -> Any:
+    """``X | None`` as ``Optional[X]``, the one form that torch.library knows."""
+    return Union[get_args(annotation)] if type(None) in get_args(annotation) else annotation  # noqa: UP007
+
+
+def _in_order(name: str, backward: Callable[..., Any], inputs: dict[str, int]) -> Callable[..., Any]:
+    """backward with one gradient for each of the inputs, as autograd wants them."""
+
+    def backward_in_order(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        gradients: list[Any] = [None] * len(inputs)
+        for x, gradient in backward(ctx, *grads).items():
+            if x not in inputs:
+                raise TypeError(f"{name}: a gradient in {x}, expected one in some of {', '.join(inputs)}")
+            gradients[inputs[x]] = gradient
+        return tuple(gradients)
+
+    return backward_in_order
 
 
 def _eager_function(

@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_fast.kernels.arguments import Denominator, PairInputs, PairOptions
 from rlhf_fast.ops import compiled
 from rlhf_fast.ops._gradients import in_x
-from rlhf_fast.ops._library import Op
+from rlhf_fast.ops._library import Op, places
 from rlhf_fast.ops._rows import plain
 
 # torch.library reads the annotations of registered functions and knows no other form of Optional.
@@ -91,26 +91,30 @@ def pair_loss_forward(
     return stats[0].clone(), stats[1:-1].clone(), stats[-1].clone(), in_chosen, in_rejected
 
 
+_OWN = ("chosen", "rejected")  # what has a gradient
+_PLACES = places(pair_loss_forward)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    needs = inputs[-2]
-    own = [x if needed else None for x, needed in zip(inputs, needs, strict=False)]
+    needs = inputs[_PLACES["needs"]]
+    own = [inputs[_PLACES[name]] if needed else None for name, needed in zip(_OWN, needs, strict=True)]
     ctx.save_for_backward(*own, *output[2:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> dict[str, Tensor]:
     if upstream is None:
-        return (None,) * 13
-    saved = ctx.saved_tensors  # once: a checkpoint gives them once
-    own, scale, gradients = saved[:2], saved[2], saved[3:]
-    upstream = upstream * scale
-    found = (None if x is None else in_x(upstream, g, x) for x, g in zip(own, gradients, strict=True))
-    return *found, *(None,) * 11
+        return {}
+    chosen, rejected, inverse, in_chosen, in_rejected = ctx.saved_tensors  # once: a checkpoint gives them once
+    upstream = upstream * inverse
+    given = zip(_OWN, (chosen, rejected), (in_chosen, in_rejected), strict=True)
+    return {name: in_x(upstream, g, x) for name, x, g in given if x is not None}
 
 
-def _fake_forward(chosen: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    new, needs = functools.partial(chosen.new_empty, dtype=torch.float32), others[-2]
+def _fake_forward(*args: Any) -> tuple[Tensor, ...]:
+    chosen, needs = args[_PLACES["chosen"]], args[_PLACES["needs"]]
+    new = functools.partial(chosen.new_empty, dtype=torch.float32)
     return new(()), new(len(STATS)), new(()), *(new(chosen.shape if needed else 0) for needed in needs)
 
 

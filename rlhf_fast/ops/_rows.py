@@ -47,4 +47,6 @@ def flat(x: Tensor | None) -> Tensor | None:
 
 def plain(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """x in that dtype, contiguous."""
-    return None if x is None else x.to(dtype).contiguous()
+    if x is None or (x.dtype == dtype and x.is_contiguous()):  # at once, for most are
+        return x
+    return x.to(dtype).contiguous()

@@ -21,8 +21,9 @@ from rlhf_fast.kernels.arguments import (
     Matrix,
     PairInputs,
     PairOptions,
-    PPOInputs,
-    PPOOptions,
+    PPONumbers,
+    PPOResults,
+    PPOTensors,
     Sequences,
     Transform,
 )
@@ -237,18 +238,14 @@ class PPOLoss:
 
     def forward(
         self,
-        x: PPOInputs,
-        options: PPOOptions,
+        tensors: PPOTensors,
+        numbers: PPONumbers,
         of_terms: Denominator,
         of_tokens: Denominator,
-        numbers: tuple[Tensor, Tensor, Tensor],
-        gradients: Sequence[Tensor | None],
-        partials: Tensor,
+        results: PPOResults,
     ) -> None:
-        """``numbers``: the loss, the statistics, and the inverse of what divides the loss's terms."""
-        self.kernels.ppo_loss_forward(
-            x[:9], x[9:], options, of_terms, of_tokens, (*numbers, *gradients, partials), _run(partials.device)
-        )  # fmt: skip
+        where = _run(results.partials.device)
+        self.kernels.ppo_loss_forward(tensors.per_token, tensors.others, numbers, of_terms, of_tokens, results, where)
 
     def scale(
         self, gradients: Sequence[Tensor | None], upstream: Tensor, inverse: Tensor, out: Sequence[Tensor | None]

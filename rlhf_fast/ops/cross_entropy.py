@@ -173,9 +173,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    found = None if upstream is None else _backward_op(upstream, *ctx.saved_tensors, *ctx.numbers)
-    return found, *(None,) * 7
+def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> dict[str, Tensor]:
+    return {} if upstream is None else {"logits": _backward_op(upstream, *ctx.saved_tensors, *ctx.numbers)}
 
 
 def _fake_forward(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:

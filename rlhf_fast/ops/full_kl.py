@@ -148,15 +148,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, _: None) -> dict[str, Tensor | None]:
     if grad is None:
-        return (None,) * 9
+        return {}
     p, q, temperatures, mask, *results = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:2])
     in_p, in_q = _backward_op(
         grad, p, q, temperatures, *ctx.numbers, mask, *results, ctx.kind, needs, ctx.backend
     )  # fmt: skip
-    return in_p if needs[0] else None, in_q if needs[1] else None, *(None,) * 7
+    return {"p": in_p if needs[0] else None, "q": in_q if needs[1] else None}
 
 
 def _fake_forward(p: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

@@ -11,13 +11,12 @@ from torch import Tensor
 from rlhf_fast.ops import _checks, compiled, dispatch, reference
 from rlhf_fast.ops._library import Op
 from rlhf_fast.ops._rows import flat
+from rlhf_fast.ops.options import ESTIMATES, KL_KINDS
 
 # torch.library reads the annotations of registered functions and knows no other form of Optional.
 # ruff: noqa: UP045
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
-KINDS = ("k1", "k2", "k3", "k1+", "k3+")
-ESTIMATES = ("k1", "k2", "k3")  # as csrc/common/kl_estimate.h numbers them
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1", mask: Tensor | None = None) -> Tensor:
@@ -56,7 +55,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1", mask: 
     _checks.devices(logprobs=logprobs, ref_logprobs=ref_logprobs, mask=mask)
     _checks.shapes(logprobs.shape, "logprobs", ref_logprobs=ref_logprobs)
     _checks.masks(logprobs.shape, "logprobs", mask)
-    _checks.option("kind", kind, KINDS)
+    _checks.option("kind", kind, KL_KINDS)
     if logprobs.dtype != ref_logprobs.dtype:
         widest = torch.promote_types(torch.promote_types(logprobs.dtype, ref_logprobs.dtype), torch.float32)
         logprobs, ref_logprobs = logprobs.to(widest), ref_logprobs.to(widest)
@@ -117,10 +116,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.kind, ctx.backend = kind, backend
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
     needs = list(ctx.needs_input_grad[:2])
     in_p, in_q = _backward_op(grad, *ctx.saved_tensors, ctx.kind, needs, ctx.backend)
-    return in_p if needs[0] else None, in_q if needs[1] else None, None, None, None
+    return {"logprobs": in_p if needs[0] else None, "ref_logprobs": in_q if needs[1] else None}
 
 
 def _fake_forward(logprobs: Tensor, *_: Any) -> Tensor:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from rlhf_fast.ops import _checks, dispatch, reference
 from rlhf_fast.ops._gradients import in_x
-from rlhf_fast.ops._library import Op
+from rlhf_fast.ops._library import Op, places
 from rlhf_fast.ops._sweep import sweep
 from rlhf_fast.ops.cross_entropy import check_terms, smoothed_losses
-from rlhf_fast.ops.linear_token_logprobs import Problem, in_its_own_dtypes, linear_token_logprobs
+from rlhf_fast.ops.linear_token_logprobs import LinearInputs, Problem, in_its_own_dtypes, linear_token_logprobs
 from rlhf_fast.ops.lm_head import whole_rows_pay
 from rlhf_fast.ops.reference import divide
 from rlhf_fast.ops.token_logprobs import BACKENDS
@@ -110,8 +110,11 @@ def linear_cross_entropy_forward(
 
     ``inplace_backward``: the backward pass may write over those gradients; the caller reads only the sum.
     """
-    problem = Problem(hidden, weight, tokens, bias, a, b, scaling, None, 1.0, softcap, logit_scale, mask, backend)
-
+    inputs = LinearInputs(
+        hidden=hidden, weight=weight, tokens=tokens, bias=bias, a=a, b=b, scaling=scaling, temperatures=None,
+        temperature=1.0, softcap=softcap, logit_scale=logit_scale,
+    )  # fmt: skip
+    problem = Problem(inputs, mask, backend)
     losses = torch.zeros(problem.rows, device=problem.device)
     more, each = label_smoothing != 0 or z_loss != 0, -label_smoothing / problem.vocabulary
 
@@ -130,26 +133,31 @@ def linear_cross_entropy_forward(
     return losses.sum(), first, second, third, fourth, fifth
 
 
+_OWN = ("hidden", "weight", "bias", "a", "b")  # what has a gradient
+_PLACES = places(linear_cross_entropy_forward)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    needs, ctx.inplace = inputs[-3:-1]
-    own = [x if needed else None for x, needed in zip(inputs, needs, strict=False)]
+    needs, ctx.inplace = inputs[_PLACES["needs"]], inputs[_PLACES["inplace_backward"]]
+    own = [inputs[_PLACES[name]] if needed else None for name, needed in zip(_OWN, needs, strict=True)]
     ctx.save_for_backward(*own, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> dict[str, Tensor]:
     if upstream is None:
-        return (None,) * 15
+        return {}
     saved = ctx.saved_tensors  # once: a checkpoint gives them once
-    own, gradients = saved[:5], saved[5:]
-    found = (None if x is None else in_x(upstream, g, x, ctx.inplace) for x, g in zip(own, gradients, strict=True))
-    return *found, *(None,) * 10
+    own, gradients = saved[: len(_OWN)], saved[len(_OWN) :]
+    given = zip(_OWN, own, gradients, strict=True)
+    return {name: in_x(upstream, g, x, ctx.inplace) for name, x, g in given if x is not None}
 
 
 def _fake_forward(*args: Any) -> tuple[Tensor, ...]:
-    new, needs = args[0].new_empty, args[-3]
-    shapes = [x.shape if x is not None and needed else 0 for x, needed in zip(args[:5], needs, strict=True)]
+    own, needs = [args[_PLACES[name]] for name in _OWN], args[_PLACES["needs"]]
+    new = own[0].new_empty
+    shapes = [x.shape if x is not None and needed else 0 for x, needed in zip(own, needs, strict=True)]
     return tuple(new(shape, dtype=torch.float32) for shape in ((), *shapes))
 
 

@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlhf_fast.kernels.arguments import Denominator, PPONumbers, PPOTensors
 from rlhf_fast.ops import _checks, dispatch
 from rlhf_fast.ops._gradients import in_x
-from rlhf_fast.ops._library import Op
+from rlhf_fast.ops._library import Op, flattened, places
 from rlhf_fast.ops._rows import per_row
 from rlhf_fast.ops._sweep import sweep
-from rlhf_fast.ops.linear_token_logprobs import Problem, in_its_own_dtypes, linear_token_logprobs
+from rlhf_fast.ops.linear_token_logprobs import LinearInputs, Problem, in_its_own_dtypes, linear_token_logprobs
 from rlhf_fast.ops.lm_head import whole_rows_pay
+from rlhf_fast.ops.options import PPOOptions, check_aggregation, check_ppo_tensors
 from rlhf_fast.ops.ppo_loss import (
     BACKENDS,
     STATS,
-    check_aggregation,
-    check_numbers,
-    check_objective,
-    check_tensors,
-    check_terms,
-    numbers,
-    ppo_loss,
+    PPOCall,
+    loss_and_stats,
+    needs_gradient,
     ppo_loss_forward,
     shares,
+    with_constants,
 )
-
-# torch.library reads the annotations of registered functions and knows no other form of Optional.
-# ruff: noqa: UP045
 
 
 def linear_ppo_loss(
@@ -94,153 +90,109 @@ def linear_ppo_loss(
     Raises:
         TypeError, ValueError: as :func:`linear_token_logprobs` and :func:`ppo_loss`.
     """
-    tensors = {
-        "hidden": hidden, "weight": weight, "bias": bias, "temperature": temperature, "tokens": tokens,
-    }  # fmt: skip
-    per_token = {
-        "old_logprobs": old_logprobs, "advantages": advantages, "values": values, "old_values": old_values,
-        "returns": returns, "ref_logprobs": ref_logprobs, "rollout_logprobs": rollout_logprobs,
-    }  # fmt: skip
+    layer = {"hidden": hidden, "weight": weight, "bias": bias, "temperature": temperature, "tokens": tokens}
     _checks.linear(hidden, weight, bias, lora)
-    _checks.devices(**tensors, old_logprobs=old_logprobs)
+    _checks.devices(**layer, old_logprobs=old_logprobs)
     _checks.scoring(hidden.shape[:-1], "hidden", weight.shape[0], tokens, mask, temperature, softcap, logit_scale)
-    check_tensors(tokens.shape, "tokens", per_token, mask, cu_seqlens)
-    check_terms(values, old_values, returns, value_clip, ref_logprobs, kl_coef)
-    check_numbers(clip_low, clip_high, dual_clip, value_clip, value_coef, entropy_coef, kl_coef, kl)
-    check_objective(objective, ratio, dual_clip, rollout_cap, advantage_sums)
-    check_aggregation(old_logprobs, cu_seqlens, aggregation, denominator, ratio)
+    options = PPOOptions(
+        clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, value_clip=value_clip, value_coef=value_coef,
+        entropy_coef=entropy_coef, kl_coef=kl_coef, kl=kl, aggregation=aggregation, objective=objective, ratio=ratio,
+        rollout_cap=rollout_cap,
+    )  # fmt: skip
+    tensors = PPOTensors(
+        logprobs=None, old_logprobs=old_logprobs, advantages=advantages, values=values, old_values=old_values,
+        returns=returns, entropy=None, ref_logprobs=ref_logprobs, rollout_logprobs=rollout_logprobs, mask=mask,
+        weights=None, log_ratios=None, advantage_sums=advantage_sums,
+    )  # fmt: skip
+    check_ppo_tensors(tensors, options, cu_seqlens, "tokens", tokens.shape)
+    check_aggregation(options, old_logprobs, cu_seqlens, denominator)
+    given = [x for x in (*layer.values(), *tensors.per_token) if isinstance(x, Tensor)]
+    backend = dispatch.choose("linear_ppo_loss", BACKENDS, next((x for x in given if x.dtype == torch.float64), hidden))
     a, b, scaling = lora or (None, None, 0.0)
-    given = [x for x in (*tensors.values(), *per_token.values()) if isinstance(x, Tensor) and x.is_floating_point()]
-    widest = next((x for x in given if x.dtype == torch.float64), hidden)
-    backend = dispatch.choose("linear_ppo_loss", BACKENDS, widest)
-    differentiable = (hidden, weight, bias, a, b, values if value_coef != 0 else None)
-    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in differentiable]
+    needs = [needs_gradient(x) for x in (hidden, weight, bias, a, b, values if value_coef != 0 else None)]
     pays = backend != "reference" and whole_rows_pay(tokens.numel(), weight.shape[0], hidden.device)
     pays = pays and not _checks.is_low(temperature, mask)
-    if any(needs[:5]) and ratio == "token" and pays:
-        constants = [
-            None if x is None else x.detach()
-            for x in (old_logprobs, advantages, old_values, returns, ref_logprobs, rollout_logprobs)
-        ]
+    if any(needs[: len(_OF_LAYER)]) and ratio == "token" and pays:
         temperatures, number = per_row(temperature, tokens.shape)
-        weights, there, divisor = shares(old_logprobs, mask, cu_seqlens, aggregation, denominator)
-        loss, stats, *_ = _op(
-            hidden, weight, bias, a, b, values, tokens, float(scaling), temperatures, number, softcap,
-            float(logit_scale), *constants, mask, weights,
-            None if advantage_sums is None else advantage_sums.detach(), there, divisor, aggregation == "token_mean",
-            numbers(clip_low, clip_high, dual_clip, value_clip, value_coef, entropy_coef, kl_coef, rollout_cap),
-            kl, objective, needs, True, backend,
+        inputs = LinearInputs(
+            hidden=hidden, weight=weight, tokens=tokens, bias=bias, a=a, b=b, scaling=float(scaling),
+            temperatures=temperatures, temperature=number, softcap=softcap, logit_scale=float(logit_scale),
         )  # fmt: skip
+        weights, divisor = shares(old_logprobs, mask, cu_seqlens, aggregation, denominator)
+        call = PPOCall(
+            of_tokens=aggregation == "token_mean", numbers=options.numbers().pack(), needs=needs, dtype=torch.float32,
+            backend=backend,
+        )  # fmt: skip
+        loss, stats, *_ = _op(*inputs, *with_constants(tensors, weights, None), *divisor, *call, True)
         return loss, dict(zip(STATS, stats.unbind(), strict=True))
     logprobs, entropy = linear_token_logprobs(
-        hidden, weight, tokens, bias, lora, temperature, softcap, logit_scale, mask
-    )
-    return ppo_loss(
-        logprobs, old_logprobs, advantages, values, old_values, returns, mask, cu_seqlens, clip_low, clip_high,
-        dual_clip, value_clip, value_coef, entropy, entropy_coef, ref_logprobs, kl_coef, kl, aggregation, denominator,
-        objective, ratio, rollout_logprobs, rollout_cap, advantage_sums,
+        hidden, weight, tokens, bias=bias, lora=lora, temperature=temperature, softcap=softcap,
+        logit_scale=logit_scale, mask=mask,
     )  # fmt: skip
+    return loss_and_stats(tensors._replace(logprobs=logprobs, entropy=entropy), options, cu_seqlens, denominator)
 
 
 @in_its_own_dtypes
+@flattened
 def linear_ppo_loss_forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Optional[Tensor],
-    a: Optional[Tensor],
-    b: Optional[Tensor],
-    values: Optional[Tensor],
-    tokens: Tensor,
-    scaling: float,
-    temperatures: Optional[Tensor],
-    temperature: float,
-    softcap: Optional[float],
-    logit_scale: float,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    old_values: Optional[Tensor],
-    returns: Optional[Tensor],
-    ref_logprobs: Optional[Tensor],
-    rollout_logprobs: Optional[Tensor],
-    mask: Optional[Tensor],
-    weights: Optional[Tensor],
-    advantage_sums: Optional[Tensor],
-    denominator: Optional[Tensor],
-    number: float,
-    of_tokens: bool,
-    options: list[float],
-    kl: str,
-    objective: str,
-    needs: list[bool],
-    inplace_backward: bool,
-    backend: str,
+    inputs: LinearInputs, tensors: PPOTensors, divisor: Denominator, call: PPOCall, inplace_backward: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss (), stats (17,), the divisor of the loss's terms, inverse (), and the gradients of their sum in hidden,
+    """loss (), stats (17,), inverse () of what divides the loss's terms, and the gradients of their sum in hidden,
     weight, bias, a, b and values: float32, empty if not needed.
 
     ``inplace_backward``: the backward pass may write over those gradients; the caller reads only loss and stats.
     """
-    problem = Problem(
-        hidden, weight, tokens, bias, a, b, scaling, temperatures, temperature, softcap, logit_scale, mask, backend
-    )
-    given = {
-        "values": values, "old_values": old_values, "returns": returns, "old_logprobs": old_logprobs,
-        "advantages": advantages, "ref_logprobs": ref_logprobs, "rollout_logprobs": rollout_logprobs,
-        "weights": weights,
-    }  # fmt: skip
-    per_token: dict[str, Any] = {name: problem.gather(x) for name, x in given.items()}
-    per_token["mask"] = mask = problem.mask
-
-    def loss_of(
-        rows: slice, logprobs: Tensor, entropy: Tensor, per_token: dict[str, Any], needs: list[bool]
-    ) -> tuple[Tensor, ...]:
-        part: dict[str, Any] = {name: None if x is None else x[rows] for name, x in per_token.items()}
-        return ppo_loss_forward(
-            **part, logprobs=logprobs, entropy=entropy, log_ratios=None, advantage_sums=advantage_sums,
-            denominator=denominator, number=number, of_tokens=of_tokens, options=options, kl=kl, objective=objective,
-            needs=needs, dtype=torch.float32, backend=backend,
-        )  # fmt: skip
-
-    of_policy = {**per_token, "values": None, "old_values": None, "returns": None}
-    entropy_counts = options[5] != 0
+    problem = Problem(inputs, tensors.mask, call.backend)
+    kept = tensors._replace(mask=None).of_rows(problem.gather)._replace(mask=problem.mask)
+    of_policy = kept._replace(values=None, old_values=None, returns=None)
+    entropy_counts = PPONumbers.unpack(call.numbers).entropy_coef != 0
 
     def upstream(rows: slice, results: list[Tensor], _: Tensor) -> tuple[Tensor, Tensor | None]:
-        needed = [True, False, entropy_counts]
-        _, _, _, in_logprobs, _, in_entropy = loss_of(rows, results[0], results[1], of_policy, needed)
+        logprobs, entropy = results[:2]
+        part = of_policy.of_rows(lambda x: x[rows])._replace(logprobs=logprobs, entropy=entropy)
+        of_part = call._replace(needs=[True, False, entropy_counts])
+        _, _, _, in_logprobs, _, in_entropy = ppo_loss_forward(*part, *divisor, *of_part)
         return in_logprobs, in_entropy if entropy_counts else None
 
-    logprobs, entropy, in_head = sweep(problem, needs[:5], upstream)
-    needed = [False, needs[5], False]
-    loss, stats, scale, _, in_values, _ = loss_of(slice(None), logprobs, entropy, per_token, needed)
-    if needs[5] and values is not None:
-        in_values = problem.spread(in_values).view(values.shape)
-    first, second, third, fourth, fifth = in_head
-    return loss, stats, scale, first, second, third, fourth, fifth, in_values
+    *of_layer, of_values = call.needs
+    logprobs, entropy, in_layer = sweep(problem, of_layer, upstream)
+    whole = kept._replace(logprobs=logprobs, entropy=entropy)
+    of_whole = call._replace(needs=[False, of_values, False])
+    loss, stats, inverse, _, in_values, _ = ppo_loss_forward(*whole, *divisor, *of_whole)
+    if of_values and tensors.values is not None:
+        in_values = problem.spread(in_values).view(tensors.values.shape)
+    in_hidden, in_weight, in_bias, in_a, in_b = in_layer
+    return loss, stats, inverse, in_hidden, in_weight, in_bias, in_a, in_b, in_values
+
+
+_OF_LAYER = ("hidden", "weight", "bias", "a", "b")
+_OWN = (*_OF_LAYER, "values")  # what has a gradient
+_PLACES = places(linear_ppo_loss_forward)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    needs, ctx.inplace = inputs[-3:-1]
-    own = [x if needed else None for x, needed in zip(inputs, needs, strict=False)]
+    needs, ctx.inplace = inputs[_PLACES["needs"]], inputs[_PLACES["inplace_backward"]]
+    own = [inputs[_PLACES[name]] if needed else None for name, needed in zip(_OWN, needs, strict=True)]
     ctx.save_for_backward(*own, *output[2:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> dict[str, Tensor]:
     if upstream is None:
-        return (None,) * 30
+        return {}
     saved = ctx.saved_tensors  # once: a checkpoint gives them once
-    own, scale, gradients = saved[:6], saved[6], saved[7:]
-    upstream = upstream * scale
-    found = (None if x is None else in_x(upstream, g, x, ctx.inplace) for x, g in zip(own, gradients, strict=True))
-    return *found, *(None,) * 24
+    own, inverse, gradients = saved[: len(_OWN)], saved[len(_OWN)], saved[len(_OWN) + 1 :]
+    upstream = upstream * inverse
+    given = zip(_OWN, own, gradients, strict=True)
+    return {name: in_x(upstream, g, x, ctx.inplace) for name, x, g in given if x is not None}
 
 
 def _fake_forward(*args: Any) -> tuple[Tensor, ...]:
-    hidden, needs = args[0], args[-3]
-    new = functools.partial(hidden.new_empty, dtype=torch.float32)
-    gradients = (new(x.shape if x is not None and needed else 0) for x, needed in zip(args[:5], needs[:5], strict=True))
-    return new(()), new(len(STATS)), new(()), *gradients, new(args[5].shape if needs[5] else 0)
+    own, needs = [args[_PLACES[name]] for name in _OWN], args[_PLACES["needs"]]
+    new = functools.partial(own[0].new_empty, dtype=torch.float32)
+    gradients = (new(x.shape if x is not None and needed else 0) for x, needed in zip(own, needs, strict=True))
+    return new(()), new(len(STATS)), new(()), *gradients
 
 
 _op = Op(linear_ppo_loss_forward, _fake_forward, _setup_context, _backward)

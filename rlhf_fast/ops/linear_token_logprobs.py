@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.ops import _checks, dispatch, reference
-from rlhf_fast.ops._library import Op
+from rlhf_fast.ops._library import Op, flattened, places
 from rlhf_fast.ops._rows import flat, matrix, per_row, transform
 from rlhf_fast.ops.lm_head import Block, Head, HeadGradients, LoRA, blocks, whole_rows
 from rlhf_fast.ops.token_logprobs import BACKENDS, kernels
@@ -75,22 +75,28 @@ def linear_token_logprobs(
         )  # fmt: skip
     temperatures, number = per_row(temperature, rows)
     a, b, scaling = (None, None, 0.0) if lora is None else lora
-    logprobs, entropy, _ = _op(
-        hidden,
-        weight,
-        tokens,
-        bias,
-        a,
-        b,
-        float(scaling),
-        temperatures,
-        number,
-        softcap,
-        float(logit_scale),
-        mask,
-        backend,
-    )
+    inputs = LinearInputs(
+        hidden=hidden, weight=weight, tokens=tokens, bias=bias, a=a, b=b, scaling=float(scaling),
+        temperatures=temperatures, temperature=number, softcap=softcap, logit_scale=float(logit_scale),
+    )  # fmt: skip
+    logprobs, entropy, _ = _op(*inputs, mask, backend)
     return logprobs, entropy
+
+
+class LinearInputs(NamedTuple):
+    """An output layer, its hidden states, their tokens, and what is done to a logit."""
+
+    hidden: Tensor  # (..., H)
+    weight: Tensor  # (V, H)
+    tokens: Tensor  # (...)
+    bias: Tensor | None  # (V,)
+    a: Tensor | None  # (r, H), of an adapter
+    b: Tensor | None  # (V, r)
+    scaling: float
+    temperatures: Tensor | None  # (...) float32, in place of the number
+    temperature: float
+    softcap: float | None
+    logit_scale: float
 
 
 class Problem:
@@ -100,28 +106,13 @@ class Problem:
     in a CUDA graph, where nobody can wait, they are kept as zeros.
     """
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        tokens: Tensor,
-        bias: Tensor | None,
-        a: Tensor | None,
-        b: Tensor | None,
-        scaling: float,
-        temperatures: Tensor | None,
-        temperature: float,
-        softcap: float | None,
-        logit_scale: float,
-        mask: Tensor | None,
-        backend: str,
-    ) -> None:
+    def __init__(self, inputs: LinearInputs, mask: Tensor | None, backend: str) -> None:
         self.kernels = kernels(backend)
-        self.device = hidden.device
+        self.device, self.shape = inputs.hidden.device, inputs.hidden.shape
         self.mask = flat(mask)
         self.kept: Tensor | None = None
-        self.shape = hidden.shape
-        hidden, tokens, temperatures = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1), flat(temperatures)
+        hidden, tokens = inputs.hidden.reshape(-1, self.shape[-1]), inputs.tokens.reshape(-1)
+        temperatures = flat(inputs.temperatures)
         all_rows = hidden.shape[0]
         if self.mask is not None and not (hidden.is_cuda and torch.cuda.is_current_stream_capturing()):
             self.kept, self.mask = self.mask.nonzero()[:, 0], None
@@ -129,11 +120,11 @@ class Problem:
             temperatures = None if temperatures is None else temperatures[self.kept]
         elif self.mask is not None:
             hidden = torch.where(self.mask[:, None], hidden, 0)  # products would spread what a masked row holds
-        self.rows, self.all_rows, self.vocabulary = hidden.shape[0], all_rows, weight.shape[0]
+        self.rows, self.all_rows, self.vocabulary = hidden.shape[0], all_rows, inputs.weight.shape[0]
         self.tokens, self.temperatures = tokens.contiguous(), temperatures
-        self.numbers = temperature, softcap, logit_scale
-        lora = None if a is None or b is None else LoRA(a, b, scaling)
-        self.head = Head(hidden, weight, bias, lora)
+        self.numbers = inputs.temperature, inputs.softcap, inputs.logit_scale
+        lora = None if inputs.a is None or inputs.b is None else LoRA(inputs.a, inputs.b, inputs.scaling)
+        self.head = Head(hidden, inputs.weight, inputs.bias, lora)
 
     def blocks(self) -> Iterator[Block]:
         return blocks(self.rows, self.vocabulary, self.kernels.segment(self.device), self.device)
@@ -169,26 +160,13 @@ def in_its_own_dtypes(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @in_its_own_dtypes
+@flattened
 def linear_token_logprobs_forward(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    bias: Optional[Tensor],
-    a: Optional[Tensor],
-    b: Optional[Tensor],
-    scaling: float,
-    temperatures: Optional[Tensor],
-    temperature: float,
-    softcap: Optional[float],
-    logit_scale: float,
-    mask: Optional[Tensor],
-    backend: str,
+    inputs: LinearInputs, mask: Optional[Tensor], backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logprobs (...), entropy (...), and for the gradient the largest z and the sum of exp(z - largest): (2, ...)."""
-    problem = Problem(
-        hidden, weight, tokens, bias, a, b, scaling, temperatures, temperature, softcap, logit_scale, mask, backend
-    )
-    run, rows = problem.kernels, tokens.shape
+    problem = Problem(inputs, mask, backend)
+    run, rows = problem.kernels, inputs.tokens.shape
     results = [torch.zeros(problem.rows, device=problem.device) for _ in range(4)]
     if problem.rows:
         states = run.new_states(problem.rows, problem.vocabulary, problem.device)
@@ -201,20 +179,11 @@ def linear_token_logprobs_forward(
 
 
 @in_its_own_dtypes
+@flattened
 def linear_token_logprobs_backward(
     grad_logprobs: Optional[Tensor],
     grad_entropy: Optional[Tensor],
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    bias: Optional[Tensor],
-    a: Optional[Tensor],
-    b: Optional[Tensor],
-    scaling: float,
-    temperatures: Optional[Tensor],
-    temperature: float,
-    softcap: Optional[float],
-    logit_scale: float,
+    inputs: LinearInputs,
     mask: Optional[Tensor],
     logprobs: Tensor,
     entropy: Tensor,
@@ -223,9 +192,7 @@ def linear_token_logprobs_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients in hidden, weight, bias, a and b; an empty tensor for those not needed."""
-    problem = Problem(
-        hidden, weight, tokens, bias, a, b, scaling, temperatures, temperature, softcap, logit_scale, mask, backend
-    )
+    problem, hidden = Problem(inputs, mask, backend), inputs.hidden
     gradients = HeadGradients(problem.head, needs)
     results = [problem.gather(x) for x in (logprobs, entropy, *saved)]
     upstream = [problem.gather(x) for x in (grad_logprobs, grad_entropy)]
@@ -246,30 +213,31 @@ def linear_token_logprobs_backward(
     return first, second, third, fourth, fifth
 
 
+_OWN = ("hidden", "weight", "bias", "a", "b")  # what has a gradient
+_TENSORS = (*_OWN, "tokens", "temperatures")  # of LinearInputs
+_PLACES, _BACKWARD_PLACES = places(linear_token_logprobs_forward), places(linear_token_logprobs_backward)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, tokens, bias, a, b, scaling, temperatures, temperature, softcap, logit_scale, mask, backend = inputs
-    ctx.save_for_backward(hidden, weight, tokens, bias, a, b, temperatures, mask, *output)
-    ctx.numbers = (temperature, softcap, logit_scale)
-    ctx.scaling, ctx.backend = scaling, backend
+    *fields, mask, ctx.backend = inputs
+    of_layer = LinearInputs._make(fields)._asdict()
+    ctx.save_for_backward(*(of_layer[name] for name in _TENSORS), mask, *output)
+    ctx.numbers = {name: x for name, x in of_layer.items() if name not in _TENSORS}
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
 
 
 def _backward(
     ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: None
-) -> tuple[Tensor | None, ...]:
+) -> dict[str, Tensor | None]:
     if grad_logprobs is None and grad_entropy is None:
-        return (None,) * 13
-    hidden, weight, tokens, bias, a, b, temperatures, mask, *results = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3, 4, 5)]
-    gradients = _backward_op(
-        grad_logprobs, grad_entropy, hidden, weight, tokens, bias, a, b, ctx.scaling, temperatures, *ctx.numbers, mask,
-        *results, needs, ctx.backend,
-    )  # fmt: skip
-    in_hidden, in_weight, in_bias, in_a, in_b = (
-        g if needed else None for g, needed in zip(gradients, needs, strict=True)
-    )
-    return in_hidden, in_weight, None, in_bias, in_a, in_b, *(None,) * 7
+        return {}
+    saved = ctx.saved_tensors  # once: a checkpoint gives them once
+    of_layer, (mask, *results) = saved[: len(_TENSORS)], saved[len(_TENSORS) :]
+    inputs = LinearInputs(**dict(zip(_TENSORS, of_layer, strict=True)), **ctx.numbers)
+    needs = [ctx.needs_input_grad[_PLACES[name]] for name in _OWN]
+    gradients = _backward_op(grad_logprobs, grad_entropy, *inputs, mask, *results, needs, ctx.backend)
+    return {name: g if needed else None for name, g, needed in zip(_OWN, gradients, needs, strict=True)}
 
 
 def _fake_forward(hidden: Tensor, weight: Tensor, tokens: Tensor, *_: Any) -> tuple[Tensor, ...]:
@@ -277,22 +245,12 @@ def _fake_forward(hidden: Tensor, weight: Tensor, tokens: Tensor, *_: Any) -> tu
     return tuple(hidden.new_empty(shape, dtype=torch.float32) for shape in (rows, rows, (2, *rows)))
 
 
-def _fake_backward(
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    bias: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    *others: Any,
-) -> tuple[Tensor, ...]:
-    needs = others[-2]
-    inputs = (hidden, weight, bias, a, b)
+def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
+    own, needs = [args[_BACKWARD_PLACES[name]] for name in _OWN], args[_BACKWARD_PLACES["needs"]]
+    nothing = own[0].new_empty
     return tuple(
-        torch.empty_like(x, memory_format=torch.contiguous_format) if x is not None and needed else hidden.new_empty(0)
-        for x, needed in zip(inputs, needs, strict=True)
+        torch.empty_like(x, memory_format=torch.contiguous_format) if x is not None and needed else nothing(0)
+        for x, needed in zip(own, needs, strict=True)
     )
 
 

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels.arguments import Denominator, PPOInputs, PPOOptions
+from rlhf_fast.kernels.arguments import Denominator, PPONumbers, PPOResults, PPOTensors
 from rlhf_fast.ops import _checks, compiled, dispatch, reference
-from rlhf_fast.ops._library import Op
+from rlhf_fast.ops._library import Op, flattened, places
 from rlhf_fast.ops._rows import plain
-from rlhf_fast.ops.kl_estimate import ESTIMATES, KINDS
+from rlhf_fast.ops.options import PPOOptions, check_aggregation, check_ppo_tensors
 from rlhf_fast.ops.sequence_sum import spread, sums_of
 
 # torch.library reads the annotations of registered functions and knows no other form of Optional.
 # ruff: noqa: UP045
 
-AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum_mean")
 BACKENDS = ("cpu", "cuda", "triton", "reference")
-OBJECTIVES = ("clip", "cispo")
-RATIOS = ("token", "sequence")
+_OWN = ("logprobs", "values", "entropy")  # what has a gradient
 STATS = (  # as csrc/common/ppo_loss.h orders them, after the loss
     "policy_loss value_loss entropy kl ratio_mean ratio_max ratio_min ratio_p05 ratio_p95 clip_fraction "
     "dual_clip_fraction value_clip_fraction approx_kl approx_kl_k3 rollout_weight rollout_clip_fraction "
@@ -125,60 +122,69 @@ def ppo_loss(
         ValueError: a shape or a device does not fit, a number is out of range, a name is unknown, or a tensor that a
             term needs is missing.
     """
-    tensors = {
-        "logprobs": logprobs, "old_logprobs": old_logprobs, "advantages": advantages, "values": values,
-        "old_values": old_values, "returns": returns, "entropy": entropy, "ref_logprobs": ref_logprobs,
-        "rollout_logprobs": rollout_logprobs,
-    }  # fmt: skip
     _checks.floats(logprobs=logprobs)
-    check_tensors(logprobs.shape, "logprobs", tensors, mask, cu_seqlens)
-    check_terms(values, old_values, returns, value_clip, ref_logprobs, kl_coef)
-    if entropy_coef != 0 and entropy is None:
-        raise ValueError("entropy: None, expected a tensor because entropy_coef is not 0")
-    check_numbers(clip_low, clip_high, dual_clip, value_clip, value_coef, entropy_coef, kl_coef, kl)
-    check_objective(objective, ratio, dual_clip, rollout_cap, advantage_sums)
-    check_aggregation(logprobs, cu_seqlens, aggregation, denominator, ratio)
-    given = [x for x in tensors.values() if x is not None]
-    dtype = functools.reduce(torch.promote_types, [x.dtype for x in given])
-    backend = dispatch.choose("ppo_loss", BACKENDS, next((x for x in given if x.dtype == torch.float64), logprobs))
-    if backend == "reference":
-        return reference.ppo_loss(
-            logprobs, old_logprobs, advantages, values, old_values, returns, mask, cu_seqlens, clip_low, clip_high,
-            dual_clip, value_clip, value_coef, entropy, entropy_coef, ref_logprobs, kl_coef, kl, aggregation,
-            denominator, objective, ratio, rollout_logprobs, rollout_cap, advantage_sums,
-        )  # fmt: skip
-    weights, there, number = shares(logprobs, mask, cu_seqlens, aggregation, denominator)
-    log_ratios = None
-    if ratio == "sequence":
-        log_ratios = sequence_log_ratios(logprobs, old_logprobs, mask, cu_seqlens, backend)
-    constants = [
-        None if x is None else x.detach()
-        for x in (old_logprobs, advantages, old_values, returns, ref_logprobs, rollout_logprobs)
-    ]
-    differentiable = (logprobs, values if value_coef != 0 else None, entropy if entropy_coef != 0 else None)
-    loss, stats, *_ = _op(
-        logprobs, values, entropy, *constants, mask, weights, log_ratios,
-        None if advantage_sums is None else advantage_sums.detach(), there, number, aggregation == "token_mean",
-        numbers(clip_low, clip_high, dual_clip, value_clip, value_coef, entropy_coef, kl_coef, rollout_cap),
-        kl, objective, [torch.is_grad_enabled() and x is not None and x.requires_grad for x in differentiable], dtype,
-        backend,
+    options = PPOOptions(
+        clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, value_clip=value_clip, value_coef=value_coef,
+        entropy_coef=entropy_coef, kl_coef=kl_coef, kl=kl, aggregation=aggregation, objective=objective, ratio=ratio,
+        rollout_cap=rollout_cap,
     )  # fmt: skip
+    tensors = PPOTensors(
+        logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, values=values, old_values=old_values,
+        returns=returns, entropy=entropy, ref_logprobs=ref_logprobs, rollout_logprobs=rollout_logprobs, mask=mask,
+        weights=None, log_ratios=None, advantage_sums=advantage_sums,
+    )  # fmt: skip
+    check_ppo_tensors(tensors, options, cu_seqlens, "logprobs", logprobs.shape)
+    check_aggregation(options, logprobs, cu_seqlens, denominator)
+    return loss_and_stats(tensors, options, cu_seqlens, denominator)
+
+
+def loss_and_stats(
+    tensors: PPOTensors, options: PPOOptions, cu_seqlens: Tensor | None, denominator: float | Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """ppo_loss of what has been checked."""
+    given = [x for x in tensors.per_token if x is not None]
+    dtype, widest = common_dtype(given)
+    backend = dispatch.choose("ppo_loss", BACKENDS, widest)
+    if backend == "reference":
+        return reference.ppo_loss(tensors, options, cu_seqlens, denominator)
+    weights, divisor = shares(tensors.old_logprobs, tensors.mask, cu_seqlens, options.aggregation, denominator)
+    log_ratios = sequence_log_ratios(tensors, cu_seqlens, backend) if options.ratio == "sequence" else None
+    call = PPOCall(
+        of_tokens=options.aggregation == "token_mean",
+        numbers=options.numbers().pack(),
+        needs=[
+            needs_gradient(tensors.logprobs),
+            options.value_coef != 0 and needs_gradient(tensors.values),
+            options.entropy_coef != 0 and needs_gradient(tensors.entropy),
+        ],
+        dtype=dtype,
+        backend=backend,
+    )
+    loss, stats, *_ = _op(*with_constants(tensors, weights, log_ratios), *divisor, *call)
     return loss, dict(zip(STATS, stats.unbind(), strict=True))
 
 
-def numbers(
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    value_clip: float | None,
-    value_coef: float,
-    entropy_coef: float,
-    kl_coef: float,
-    rollout_cap: float,
-) -> list[float]:
-    """As csrc/common/ppo_loss.h has them, with a number in place of None."""
-    value_clip = -1.0 if value_clip is None else value_clip
-    return [clip_low, clip_high, dual_clip or 0.0, value_clip, value_coef, entropy_coef, kl_coef, rollout_cap]
+def needs_gradient(x: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and x is not None and x.requires_grad
+
+
+def common_dtype(tensors: list[Tensor]) -> tuple[torch.dtype, Tensor]:
+    """The dtype that holds all of these floating-point tensors, and one to choose a backend by: the first of float64,
+    else the first."""
+    dtype = functools.reduce(torch.promote_types, {x.dtype for x in tensors})
+    if dtype != torch.float64:
+        return dtype, tensors[0]
+    return dtype, next(x for x in tensors if x.dtype == torch.float64)
+
+
+def with_constants(tensors: PPOTensors, weights: Tensor | None, log_ratios: Tensor | None) -> PPOTensors:
+    """The tensors, detached where no gradient flows, with these two of the loss's own."""
+    given = zip(tensors, _CONSTANT, strict=True)
+    x = PPOTensors._make([x.detach() if constant and x is not None and x.requires_grad else x for x, constant in given])
+    return x if weights is None and log_ratios is None else x._replace(weights=weights, log_ratios=log_ratios)
+
+
+_CONSTANT = [name not in _OWN for name in PPOTensors._fields]
 
 
 def shares(
@@ -187,19 +193,25 @@ def shares(
     cu_seqlens: Tensor | None,
     aggregation: str,
     denominator: float | Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, float]:
-    """The weights of tokens in the shape of ``like`` (None: 1), and what divides: a tensor, or a number, 0 for the
-    tokens that count."""
-    there = denominator.detach() if isinstance(denominator, Tensor) else None
-    number = 0.0 if denominator is None or there is not None else float(denominator)
+) -> tuple[Tensor | None, Denominator]:
+    """The weights of tokens in the shape of ``like`` (None: 1), and what divides the sum of their terms."""
+    divisor = divisor_of(denominator)
     if aggregation == "token_mean":
-        return None, there, number
+        return None, divisor
     lengths = sequence_lengths(like, mask, cu_seqlens)  # (B,)
     if denominator is None:
-        there = (lengths > 0).sum()
+        divisor = Denominator(tensor=(lengths > 0).sum())
     if aggregation == "sequence_sum_mean":
-        return None, there, number
-    return spread(1.0 / lengths.clamp(min=1).float(), like, cu_seqlens), there, number
+        return None, divisor
+    return spread(1.0 / lengths.clamp(min=1).float(), like, cu_seqlens), divisor
+
+
+def divisor_of(denominator: float | Tensor | None) -> Denominator:
+    if denominator is None:
+        return Denominator()
+    if isinstance(denominator, Tensor):
+        return Denominator(tensor=denominator.detach())
+    return Denominator(number=float(denominator))
 
 
 def sequence_lengths(like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
@@ -208,18 +220,17 @@ def sequence_lengths(like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | Non
         return like.new_full((like.shape[0],), like.shape[1], dtype=torch.int64) if mask is None else mask.sum(1)
     if mask is None:
         return cu_seqlens.diff()
-    before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))  # (N + 1,)
-    return before[cu_seqlens.long()].diff()
+    cumulative = torch.nn.functional.pad(mask.cumsum(0), (1, 0))  # (N + 1,)
+    return cumulative[cu_seqlens.long()].diff()
 
 
-def sequence_log_ratios(
-    logprobs: Tensor, old_logprobs: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, backend: str
-) -> Tensor:
+def sequence_log_ratios(tensors: PPOTensors, cu_seqlens: Tensor | None, backend: str) -> Tensor:
     """Each token's: the mean of logprobs - old_logprobs over its sequence's unmasked tokens, in float32."""
-    log_ratios = logprobs.detach().float() - old_logprobs.detach().float()
-    lengths = sequence_lengths(logprobs, mask, cu_seqlens)  # (B,)
-    totals = sums_of(log_ratios, mask, cu_seqlens, lengths.shape[0], backend)
-    return spread(totals / lengths.clamp(min=1), logprobs, cu_seqlens)
+    assert tensors.logprobs is not None
+    log_ratios = tensors.logprobs.detach().float() - tensors.old_logprobs.detach().float()
+    lengths = sequence_lengths(log_ratios, tensors.mask, cu_seqlens)  # (B,)
+    totals = sums_of(log_ratios, tensors.mask, cu_seqlens, lengths.shape[0], backend)
+    return spread(totals / lengths.clamp(min=1), log_ratios, cu_seqlens)
 
 
 @functools.cache
@@ -232,60 +243,38 @@ def kernels(backend: str) -> Any:
     return compiled.PPOLoss(backend)
 
 
+class PPOCall(NamedTuple):
+    """How the op is to run, beside its tensors and what divides."""
+
+    of_tokens: bool  # what divides the terms divides the statistics too; else the number of unmasked tokens does
+    numbers: list[float]  # PPONumbers
+    needs: list[bool]  # gradients
+    dtype: torch.dtype  # in which kernels read the tensors
+    backend: str
+
+
+@flattened
 def ppo_loss_forward(
-    logprobs: Tensor,
-    values: Optional[Tensor],
-    entropy: Optional[Tensor],
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    old_values: Optional[Tensor],
-    returns: Optional[Tensor],
-    ref_logprobs: Optional[Tensor],
-    rollout_logprobs: Optional[Tensor],
-    mask: Optional[Tensor],
-    weights: Optional[Tensor],
-    log_ratios: Optional[Tensor],
-    advantage_sums: Optional[Tensor],
-    denominator: Optional[Tensor],
-    number: float,
-    of_tokens: bool,
-    options: list[float],
-    kl: str,
-    objective: str,
-    needs: list[bool],
-    dtype: torch.dtype,
-    backend: str,
+    tensors: PPOTensors, divisor: Denominator, call: PPOCall
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss (), stats (17,), the divisor of the loss's terms, inverse (), and the gradients of their sum in logprobs,
-    values and entropy: float32, empty if not needed.
-
-    ``weights``: of each token's terms. ``log_ratios``: in place of logprobs - old_logprobs. ``denominator``, or else
-    ``number`` if that is not 0, or else the number of unmasked tokens divides the terms; the statistics too if
-    ``of_tokens``, else those are divided by the last.
-    """
-
-    run = kernels(backend)
-    x = PPOInputs(
-        logprobs.to(dtype).contiguous(), old_logprobs.to(dtype).contiguous(), advantages.to(dtype).contiguous(),
-        plain(values, dtype), plain(old_values, dtype), plain(returns, dtype), plain(entropy, dtype),
-        plain(ref_logprobs, dtype), plain(rollout_logprobs, dtype), plain(mask, torch.bool),
-        plain(weights, torch.float32), plain(log_ratios, torch.float32), plain(advantage_sums, torch.float64),
-    )  # fmt: skip
-    low, high, dual, value_clip, value_coef, entropy_coef, kl_coef, cap = options
-    estimates = ESTIMATES.index(kl[:2]), ESTIMATES.index("k2" if kl.endswith("+") else kl)
-    terms = Denominator(plain(denominator, torch.float32), number)
-    gradients = [compiled.new_like(logprobs, torch.float32) if needed else None for needed in needs]
-    ranges = -(-logprobs.numel() // run.range_size(logprobs.device))
-    new = functools.partial(logprobs.new_empty, dtype=torch.float32)
-    loss, stats, inverse = new(()), new(len(STATS)), new(())
-    partials = logprobs.new_empty(ranges, run.SUMS, dtype=torch.float64)
-    chosen = PPOOptions(
-        low, high, dual, value_clip, value_coef, entropy_coef, kl_coef, cap, objective == "cispo", *estimates
-    )
-    tokens = terms if of_tokens else Denominator(None, 0.0)
-    run.forward(x, chosen, terms, tokens, (loss, stats, inverse), gradients, partials)
+    """loss (), stats (17,), inverse () of what divides the loss's terms, and the gradients of their sum in logprobs,
+    values and entropy: float32, empty if not needed."""
+    run, like = kernels(call.backend), tensors.old_logprobs
+    x = PPOTensors._make([plain(x, dtype or call.dtype) for x, dtype in zip(tensors, _DTYPES, strict=True)])
+    of_terms = divisor if divisor.tensor is None else Denominator(tensor=plain(divisor.tensor, torch.float32))
+    of_tokens = of_terms if call.of_tokens else Denominator()
+    new = functools.partial(like.new_empty, dtype=torch.float32)
+    gradients = [compiled.new_like(like, torch.float32) if needed else None for needed in call.needs]
+    ranges = -(-like.numel() // run.range_size(like.device))
+    partials = like.new_empty(ranges, run.SUMS, dtype=torch.float64)
+    results = PPOResults._make((new(()), new(len(STATS)), new(()), *gradients, partials))
+    run.forward(x, PPONumbers.unpack(call.numbers), of_terms, of_tokens, results)
     in_logprobs, in_values, in_entropy = (new(0) if g is None else g for g in gradients)
-    return loss, stats, inverse, in_logprobs, in_values, in_entropy
+    return results.loss, results.stats, results.inverse, in_logprobs, in_values, in_entropy
+
+
+_OTHER = {"mask": torch.bool, "weights": torch.float32, "log_ratios": torch.float32, "advantage_sums": torch.float64}
+_DTYPES = [_OTHER.get(name) for name in PPOTensors._fields]  # None: the call's
 
 
 def ppo_loss_gradients(
@@ -299,7 +288,7 @@ def ppo_loss_gradients(
     entropy: Optional[Tensor],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """upstream * inverse * the gradients that ppo_loss_forward found, in the dtypes of what they are in; empty where
+    """upstream * inverse * the gradients that ppo_loss_forward returned, in the dtypes of what they are in; empty where
     that is None. Knows those, so that autograd refuses to go on from here."""
     own = logprobs, values, entropy
     gradients = [None if x is None else g for x, g in zip(own, (in_logprobs, in_values, in_entropy), strict=True)]
@@ -312,128 +301,40 @@ def ppo_loss_gradients(
 
 
 def _fake_gradients(upstream: Tensor, inverse: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    found = zip(others[:3], others[3:6], strict=True)
-    return tuple(inverse.new_empty(0) if x is None else torch.empty_like(g, dtype=x.dtype) for g, x in found)
+    gradients, own = others[: len(_OWN)], others[len(_OWN) : 2 * len(_OWN)]
+    given = zip(own, gradients, strict=True)
+    return tuple(inverse.new_empty(0) if x is None else torch.empty_like(g, dtype=x.dtype) for x, g in given)
 
 
 _scaled = Op(ppo_loss_gradients, _fake_gradients)
 
 
+_PLACES = places(ppo_loss_forward)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    needs, ctx.backend = inputs[-3], inputs[-1]
-    own = [x if needed else None for x, needed in zip(inputs, needs, strict=False)]
+    needs, ctx.backend = inputs[_PLACES["needs"]], inputs[_PLACES["backend"]]
+    own = [inputs[_PLACES[name]] if needed else None for name, needed in zip(_OWN, needs, strict=True)]
     ctx.save_for_backward(*own, *output[2:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> dict[str, Tensor]:
     if upstream is None:
-        return (None,) * 22
+        return {}
     saved = ctx.saved_tensors  # once: a checkpoint gives them once
-    own, inverse, gradients = saved[:3], saved[3], saved[4:]
+    own, (inverse, *gradients) = saved[: len(_OWN)], saved[len(_OWN) :]
     if all(x is None for x in own):
-        return (None,) * 22
+        return {}
     scaled = _scaled(upstream, inverse, *gradients, *own, ctx.backend)
-    return *(None if x is None else g for x, g in zip(own, scaled, strict=True)), *(None,) * 19
+    return {name: g for name, x, g in zip(_OWN, own, scaled, strict=True) if x is not None}
 
 
-def _fake_forward(logprobs: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    needs = others[-3]
+def _fake_forward(*args: Any) -> tuple[Tensor, ...]:
+    logprobs, needs = args[_PLACES["logprobs"]], args[_PLACES["needs"]]
     new = functools.partial(logprobs.new_empty, dtype=torch.float32)
     return new(()), new(len(STATS)), new(()), *(new(logprobs.shape if needed else 0) for needed in needs)
 
 
 _op = Op(ppo_loss_forward, _fake_forward, _setup_context, _backward)
-
-
-# The checks that linear_ppo_loss shares.
-
-
-def check_tensors(
-    shape: Sequence[int],
-    like: str,
-    tensors: dict[str, Tensor | None],
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> None:
-    """All per-token tensors have the given shape; the first of ``tensors`` gives the device."""
-    _checks.floats(**tensors)
-    _checks.shapes(shape, like, **tensors)
-    _checks.masks(shape, like, mask)
-    _checks.devices(**tensors, mask=mask, cu_seqlens=cu_seqlens)
-
-
-def check_terms(
-    values: Tensor | None,
-    old_values: Tensor | None,
-    returns: Tensor | None,
-    value_clip: float | None,
-    ref_logprobs: Tensor | None,
-    kl_coef: float,
-) -> None:
-    """Every term that is asked for has the tensors that it needs."""
-    if values is None and (returns is not None or old_values is not None):
-        raise ValueError("values: None, expected a tensor because returns or old_values is given")
-    if values is not None and returns is None:
-        raise ValueError("returns: None, expected a tensor because values is given")
-    if values is not None and value_clip is not None and old_values is None:
-        raise ValueError("old_values: None, expected a tensor because value_clip is not None")
-    if kl_coef != 0 and ref_logprobs is None:
-        raise ValueError("ref_logprobs: None, expected a tensor because kl_coef is not 0")
-
-
-def check_numbers(
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    value_clip: float | None,
-    value_coef: float,
-    entropy_coef: float,
-    kl_coef: float,
-    kl: str,
-) -> None:
-    _checks.number("clip_low", clip_low, least=0)
-    _checks.number("clip_high", clip_high, least=0)
-    if dual_clip is not None:
-        _checks.number("dual_clip", dual_clip, above=1)
-    if value_clip is not None:
-        _checks.number("value_clip", value_clip, least=0)
-    _checks.number("value_coef", value_coef, least=0)
-    _checks.number("entropy_coef", entropy_coef)
-    _checks.number("kl_coef", kl_coef, least=0)
-    _checks.option("kl", kl, KINDS)
-
-
-def check_objective(
-    objective: str, ratio: str, dual_clip: float | None, rollout_cap: float, advantage_sums: Tensor | None
-) -> None:
-    _checks.option("objective", objective, OBJECTIVES)
-    _checks.option("ratio", ratio, RATIOS)
-    if objective == "cispo" and dual_clip is not None:
-        raise ValueError(f"dual_clip: {dual_clip}, expected None because objective is 'cispo'")
-    _checks.number("rollout_cap", rollout_cap, above=0)
-    if advantage_sums is not None and (advantage_sums.shape != (3,) or advantage_sums.dtype != torch.float64):
-        dtype = str(advantage_sums.dtype).removeprefix("torch.")
-        raise ValueError(
-            f"advantage_sums: {dtype} of shape {tuple(advantage_sums.shape)}, expected float64 of shape (3,), "
-            "as gae(..., sums=True) returns them"
-        )
-
-
-def check_aggregation(
-    tokens: Tensor,
-    cu_seqlens: Tensor | None,
-    aggregation: str,
-    denominator: float | Tensor | None,
-    ratio: str = "token",
-) -> None:
-    """``tokens`` is any per-token tensor: it says whether sequences can be told apart."""
-    _checks.option("aggregation", aggregation, AGGREGATIONS)
-    _checks.denominators(denominator)
-    if cu_seqlens is not None or tokens.dim() != 1:
-        _checks.sequences("logprobs", tokens, cu_seqlens)
-    elif aggregation != "token_mean":
-        raise ValueError(f"cu_seqlens: None, expected (B + 1,) because aggregation is {aggregation!r} of (N,) tensors")
-    elif ratio == "sequence":
-        raise ValueError("cu_seqlens: None, expected (B + 1,) because ratio is 'sequence' of (N,) tensors")

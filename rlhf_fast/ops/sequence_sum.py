@@ -89,9 +89,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-    found = None if upstream is None else _backward_op(upstream, *ctx.saved_tensors)
-    return found, None, None, None, None
+def _backward(ctx: Any, upstream: Tensor | None) -> dict[str, Tensor]:
+    return {} if upstream is None else {"x": _backward_op(upstream, *ctx.saved_tensors)}
 
 
 def _fake_forward(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, sequences: int, backend: str) -> Tensor:

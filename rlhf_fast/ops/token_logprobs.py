@@ -175,12 +175,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-def _backward(
-    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: None
-) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 8
+def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: None) -> dict[str, Tensor]:
     if grad_logprobs is None and grad_entropy is None:
-        return None, *nothing
+        return {}
     logits, tokens, temperatures, mask, *results = ctx.saved_tensors
     arguments = (
         grad_logprobs, grad_entropy, logits, tokens, temperatures, *ctx.numbers, mask, *results, ctx.backend
@@ -188,8 +185,8 @@ def _backward(
     if ctx.inplace_backward and _may_overwrite(logits):
         gradient = _write_gradient(logits.detach(), *arguments)
         torch.autograd.graph.increment_version(logits)  # whoever reads them again must be told
-        return gradient, *nothing
-    return _backward_op(*arguments), *nothing
+        return {"logits": gradient}
+    return {"logits": _backward_op(*arguments)}
 
 
 def _may_overwrite(logits: Tensor) -> bool:

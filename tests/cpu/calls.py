@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels.arguments import Denominator, GAEInputs, PPOInputs, PPOOptions, Transform
+from rlhf_fast.kernels.arguments import Denominator, GAEInputs, PPONumbers, PPOResults, PPOTensors, Transform
 from rlhf_fast.ops import compiled
 from rlhf_fast.ops._rows import matrix
 
@@ -94,11 +94,11 @@ def answer(call: Call) -> list[Tensor]:
         ranges = -(-p.numel() // ppo_loss.range_size(p.device))
         partials = torch.zeros(ranges, ppo_loss.SUMS, dtype=torch.float64)
         sums = torch.tensor([10.0, 1.0, 20.0], dtype=torch.float64)
-        x = PPOInputs(p, q, q, p, q, p, p, q, p, p > 0, grad, None, sums)
-        options = PPOOptions(0.2, 0.3, 3.0, 0.2, 0.5, 0.01, 0.05, 2.0, call.kind == 1, call.kind, 1)
-        count = Denominator(None, 0.0)
-        numbers = results[3][:1], results[3][1:18], results[3][18:19]
-        ppo_loss.forward(x, options, count, count, numbers, results[:3], partials)
+        tensors = PPOTensors(p, q, q, p, q, p, p, q, p, p > 0, grad, None, sums)
+        numbers = PPONumbers(0.2, 0.3, 3.0, 0.2, 0.5, 0.01, 0.05, 2.0, call.kind == 1, call.kind, 1)
+        of_all = results[3][:1], results[3][1:18], results[3][18:19]
+        outputs = PPOResults(*of_all, *results[:3], partials)
+        ppo_loss.forward(tensors, numbers, Denominator(), Denominator(), outputs)
     else:
         estimates = compiled.KLEstimate("cpu")
         estimates.forward(p, q, None, call.kind, results[0])

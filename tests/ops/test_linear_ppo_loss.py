@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import ops
+from rlhf_fast.kernels.arguments import PPOTensors
 from rlhf_fast.ops import lm_head, reference
+from rlhf_fast.ops.linear_token_logprobs import LinearInputs
+from rlhf_fast.ops.options import PPOOptions
+from rlhf_fast.ops.ppo_loss import PPOCall
 from tests.ops import cases
 from tests.ops.compare import assert_close, assert_leaves_inputs_alone, assert_no_worse_than_torch, gradient_of
 from tests.ops.conftest import Backend
@@ -364,13 +368,19 @@ def test_compiles_with_changing_shapes() -> None:
 
 def test_is_registered_as_torch_wants_it() -> None:
     x = batch(3, 7, dtype=torch.float32)
-    own = [x[name].requires_grad_() for name in ("hidden", "weight", "bias")]
-    constants = [x["old_logprobs"], x["advantages"], x["old_values"], x["returns"], x["ref_logprobs"], None]
-    rest = [cases.random(3, 7, seed=20) > -0.5, None, None, None, 0.0, True, [0.2, 0.2, 3.0, 0.2, 0.5, 0.01, 0.05, 2.0]]
-    arguments = [
-        *own, None, None, x["values"].requires_grad_(), x["tokens"], 0.0, None, 0.8, 5.0, 0.5, *constants, *rest, "k3",
-        "clip", [True, True, True, False, False, True], False, "cpu",
-    ]  # fmt: skip
+    for name in ("hidden", "weight", "bias", "values"):
+        x[name].requires_grad_()
+    layer = LinearInputs(
+        **{name: x.pop(name) for name in ("hidden", "weight", "bias", "tokens")}, a=None, b=None, scaling=0.0,
+        temperatures=None, temperature=0.8, softcap=5.0, logit_scale=0.5,
+    )  # fmt: skip
+    tensors = PPOTensors(
+        **x, logprobs=None, entropy=None, rollout_logprobs=None, mask=cases.random(3, 7, seed=20) > -0.5, weights=None,
+        log_ratios=None, advantage_sums=None,
+    )  # fmt: skip
+    numbers = PPOOptions(dual_clip=3.0, value_coef=0.5, entropy_coef=0.01, kl_coef=0.05).numbers().pack()
+    call = PPOCall(True, numbers, [True, True, True, False, False, True], torch.float32, "cpu")
+    arguments = (*layer, *tensors, None, 0.0, *call, False)
     torch.library.opcheck(torch.ops.rlhf_fast.linear_ppo_loss_forward.default, arguments)
 
 
@@ -390,11 +400,23 @@ def test_bad_input_is_named(change: dict[str, Any], error: type[Exception], text
         ops.linear_ppo_loss(**{**batch(2, 3), **change})
 
 
-@pytest.mark.parametrize("name", [name for name in ops.__all__ if name != "use_backend"])
-def test_every_op_has_the_references_signature(name: str) -> None:
-    public, plain = (inspect.signature(getattr(module, name)).parameters for module in (ops, reference))
+COMPOSED = ("linear_ppo_loss", "linear_dpo_loss")  # of two ops, whatever the backend
+BY_NAME = {"ppo_loss": (PPOTensors, PPOOptions)}  # what the reference takes in place of single arguments
+
+
+@pytest.mark.parametrize("name", [name for name in ops.__all__ if name not in ("use_backend", *COMPOSED)])
+def test_every_op_has_the_references_arguments(name: str) -> None:
+    public, plain = (dict(inspect.signature(getattr(module, name)).parameters) for module in (ops, reference))
+    public.pop("inplace_backward", None)  # which says how, not what
+    for together in BY_NAME.get(name, ()):
+        assert inspect.signature(together).parameters.keys() <= {*public, "weights", "log_ratios"}
+        for field, x in inspect.signature(together).parameters.items():
+            argument = public.pop(field, x)
+            if together is not PPOTensors:
+                assert argument.default == x.default, field
+        plain.pop("tensors" if together is PPOTensors else "options")
     extra = [p for p in plain if p not in public]
-    public = {p: x for p, x in public.items() if p != "inplace_backward"}  # which says how, not what
     assert list(public) == [p for p in plain if p not in extra]
-    assert [p.default for p in public.values()] == [plain[p].default for p in public]
+    if name not in BY_NAME:
+        assert [p.default for p in public.values()] == [plain[p].default for p in public]
     assert all(plain[p].default is not inspect.Parameter.empty for p in extra)

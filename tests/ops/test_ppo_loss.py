@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlhf_fast import ops
+from rlhf_fast.kernels.arguments import PPOTensors
+from rlhf_fast.ops.options import PPOOptions
+from rlhf_fast.ops.ppo_loss import PPOCall
 from tests.ops import cases
 from tests.ops.compare import assert_close, assert_leaves_inputs_alone, assert_no_worse_than_torch, gradient_of
 from tests.ops.compare import outputs_and_gradients as run
@@ -635,6 +638,11 @@ def test_backward_again_gives_the_same_gradients_and_scales_them_anew(kernel_bac
         assert torch.equal(a, b) and torch.equal(c, 2 * b) and torch.equal(d, b)
 
 
+def call(needs: list[bool]) -> PPOCall:
+    options = PPOOptions(dual_clip=3.0, value_coef=0.5, entropy_coef=0.01, kl_coef=0.05)
+    return PPOCall(True, options.numbers().pack(), needs, torch.float32, "cpu")
+
+
 def test_beside_its_kernels_it_asks_for_memory_only() -> None:
     """Each operation of PyTorch's would be a launch, which takes as long as a kernel of its own on a small batch."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -652,14 +660,12 @@ def test_beside_its_kernels_it_asks_for_memory_only() -> None:
 
     x = batch(3, 7, dtype=torch.float32)
     own, mask = [x[name] for name in OWN], cases.random(3, 7, seed=20) > -0.5
-    constants = [x[name] for name in ("old_logprobs", "advantages", "old_values", "returns", "ref_logprobs")]
-    numbers, needs = [0.2, 0.2, 3.0, 0.2, 0.5, 0.01, 0.05, 2.0], [True, True, True]
+    tensors = PPOTensors(
+        **x, rollout_logprobs=None, mask=mask, weights=None, log_ratios=None, advantage_sums=SUMS
+    )  # fmt: skip
     denominator, upstream = torch.tensor(9.0), torch.tensor(1.0)
     with Record() as record:
-        _, _, *found = ppo_loss_forward(
-            *own, *constants, None, mask, None, None, SUMS, denominator, 0.0, True, numbers, "k3", "clip", needs,
-            torch.float32, "cpu",
-        )  # fmt: skip
+        _, _, *found = ppo_loss_forward(*tensors, denominator, 0.0, *call([True, True, True]))
         ppo_loss_gradients(upstream, *found, *own, "cpu")
     assert record.operations <= {"aten.new_empty.default", "aten.empty.memory_format"}, record.operations
 
@@ -677,17 +683,16 @@ def test_compiles_with_changing_shapes_and_gradients() -> None:
 
 def test_is_registered_as_torch_wants_it() -> None:
     inputs = batch(3, 7, dtype=torch.float32)
-    own = [inputs[name].requires_grad_() for name in OWN]
-    constants = [inputs[name] for name in ("old_logprobs", "advantages", "old_values", "returns", "ref_logprobs")]
-    constants.append(cases.random(3, 7, seed=21))
-    rest = (cases.random(3, 7, seed=20) > -0.5, None, None, SUMS, torch.tensor(9.0), 0.0, True)
-    numbers = [0.2, 0.2, 3.0, 0.2, 0.5, 0.01, 0.05, 2.0]
+    for name in OWN:
+        inputs[name].requires_grad_()
+    tensors = PPOTensors(
+        **inputs, rollout_logprobs=cases.random(3, 7, seed=21), mask=cases.random(3, 7, seed=20) > -0.5, weights=None,
+        log_ratios=None, advantage_sums=SUMS,
+    )  # fmt: skip
     op = torch.ops.rlhf_fast.ppo_loss_forward.default
-    torch.library.opcheck(
-        op, (*own, *constants, *rest, numbers, "k3", "clip", [True, True, True], torch.float32, "cpu")
-    )
-    few = (own[0], None, None, *constants[:2], *(None,) * 9, 0.0, True)
-    torch.library.opcheck(op, (*few, numbers, "k3", "clip", [True, False, False], torch.float32, "cpu"))
+    torch.library.opcheck(op, (*tensors, torch.tensor(9.0), 0.0, *call([True, True, True])))
+    few = PPOTensors._make([*tensors[:3], *[None] * 10])
+    torch.library.opcheck(op, (*few, None, 0.0, *call([True, False, False])))
 
 
 @pytest.mark.parametrize(

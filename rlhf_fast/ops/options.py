@@ -1,0 +1,119 @@
+"""What the losses may be told, by name: checked where it is made, and packed as kernels have it.
+
+An option is a field here with its check and its number, the same number in kernels/arguments.py and csrc/common, and
+what the kernels make of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.kernels.arguments import PPO_PER_TOKEN, PPONumbers, PPOTensors
+from rlhf_fast.ops import _checks
+
+AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum_mean")
+ESTIMATES = ("k1", "k2", "k3")  # of the KL, as csrc/common/kl_estimate.h numbers them
+KL_KINDS = ("k1", "k2", "k3", "k1+", "k3+")  # an estimate; with a plus, with the gradient of k2
+OBJECTIVES = ("clip", "cispo")
+RATIOS = ("token", "sequence")
+
+
+@dataclass(frozen=True)
+class PPOOptions:
+    """The options of :func:`rlhf_fast.ops.ppo_loss`, whose docstring says what each does."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    value_clip: float | None = 0.2
+    value_coef: float = 0.1
+    entropy_coef: float = 0.0
+    kl_coef: float = 0.0
+    kl: str = "k3"
+    aggregation: str = "token_mean"
+    objective: str = "clip"
+    ratio: str = "token"
+    rollout_cap: float = 2.0
+
+    def __post_init__(self) -> None:
+        _checks.number("clip_low", self.clip_low, least=0)
+        _checks.number("clip_high", self.clip_high, least=0)
+        if self.dual_clip is not None:
+            _checks.number("dual_clip", self.dual_clip, above=1)
+        if self.value_clip is not None:
+            _checks.number("value_clip", self.value_clip, least=0)
+        _checks.number("value_coef", self.value_coef, least=0)
+        _checks.number("entropy_coef", self.entropy_coef)
+        _checks.number("kl_coef", self.kl_coef, least=0)
+        _checks.option("kl", self.kl, KL_KINDS)
+        _checks.option("objective", self.objective, OBJECTIVES)
+        _checks.option("ratio", self.ratio, RATIOS)
+        if self.objective == "cispo" and self.dual_clip is not None:
+            raise ValueError(f"dual_clip: {self.dual_clip}, expected None because objective is 'cispo'")
+        _checks.number("rollout_cap", self.rollout_cap, above=0)
+        _checks.option("aggregation", self.aggregation, AGGREGATIONS)
+
+    def numbers(self) -> PPONumbers:
+        """All that kernels are told; aggregation and ratio reach them as weights and log-ratios of tokens."""
+        return PPONumbers(
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            dual_clip=0.0 if self.dual_clip is None else self.dual_clip,
+            value_clip=-1.0 if self.value_clip is None else self.value_clip,
+            value_coef=self.value_coef,
+            entropy_coef=self.entropy_coef,
+            kl_coef=self.kl_coef,
+            rollout_cap=self.rollout_cap,
+            cispo=self.objective == "cispo",
+            kl=ESTIMATES.index(self.kl[:2]),
+            kl_slope=ESTIMATES.index("k2" if self.kl.endswith("+") else self.kl),
+        )
+
+
+def check_ppo_tensors(
+    tensors: PPOTensors, options: PPOOptions, cu_seqlens: Tensor | None, like: str, shape: Sequence[int]
+) -> None:
+    """Per-token tensors all have the given shape, that of ``like``; every term that is asked for has its tensors."""
+    x = tensors
+    if not _checks.are_alike(tensors.per_token, shape):
+        per_token = dict(zip(PPO_PER_TOKEN, tensors.per_token, strict=True))
+        _checks.floats(**per_token)
+        _checks.shapes(shape, like, **per_token)
+        _checks.devices(**per_token)
+    _checks.masks(shape, like, x.mask)
+    _checks.devices(logprobs=x.logprobs, old_logprobs=x.old_logprobs, mask=x.mask, cu_seqlens=cu_seqlens)
+    if x.values is None and (x.returns is not None or x.old_values is not None):
+        raise ValueError("values: None, expected a tensor because returns or old_values is given")
+    if x.values is not None and x.returns is None:
+        raise ValueError("returns: None, expected a tensor because values is given")
+    if x.values is not None and options.value_clip is not None and x.old_values is None:
+        raise ValueError("old_values: None, expected a tensor because value_clip is not None")
+    if options.kl_coef != 0 and x.ref_logprobs is None:
+        raise ValueError("ref_logprobs: None, expected a tensor because kl_coef is not 0")
+    if options.entropy_coef != 0 and x.entropy is None and x.logprobs is not None:
+        raise ValueError("entropy: None, expected a tensor because entropy_coef is not 0")
+    if x.advantage_sums is not None and (x.advantage_sums.shape != (3,) or x.advantage_sums.dtype != torch.float64):
+        dtype = str(x.advantage_sums.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"advantage_sums: {dtype} of shape {tuple(x.advantage_sums.shape)}, expected float64 of shape (3,), "
+            "as gae(..., sums=True) returns them"
+        )
+
+
+def check_aggregation(
+    options: PPOOptions, tokens: Tensor, cu_seqlens: Tensor | None, denominator: float | Tensor | None
+) -> None:
+    """``tokens``, any per-token tensor, tells its sequences apart where the options need that."""
+    _checks.denominators(denominator)
+    if cu_seqlens is not None or tokens.dim() != 1:
+        _checks.sequences("logprobs", tokens, cu_seqlens)
+    elif options.aggregation != "token_mean":
+        raise ValueError(
+            f"cu_seqlens: None, expected (B + 1,) because aggregation is {options.aggregation!r} of (N,) tensors"
+        )
+    elif options.ratio == "sequence":
+        raise ValueError("cu_seqlens: None, expected (B + 1,) because ratio is 'sequence' of (N,) tensors")
