@@ -20,7 +20,7 @@ from rlhf_fast.models.inner import trunk
 from rlhf_fast.rollout.generator import Generator
 from rlhf_fast.rollout.sampling import SamplingParams
 from rlhf_fast.trainers.dpo import DPOTrainer
-from rlhf_fast.trainers.ppo.advantages import FUNCTIONS, Advantages, Scored
+from rlhf_fast.trainers.ppo.advantages import ADVANTAGES, Advantages, Scored
 from rlhf_fast.trainers.ppo.trainer import PPOTrainer
 from rlhf_fast.trainers.reward import RewardTrainer
 from rlhf_fast.trainers.sft import SFTTrainer
@@ -124,7 +124,7 @@ def _make(method: str, folder: Path, data: Any, reward: Any, seen: Seen) -> Any:
         return DPOTrainer(folder, data, seen.out, seen.config)
 
     def advantage(scored: Scored, kl_coef: float, config: PPOConfig) -> Advantages:
-        found = FUNCTIONS[config.advantage](scored, kl_coef, config)
+        found = ADVANTAGES[config.advantage](scored, kl_coef, config)
         seen.scored.append((scored, kl_coef, found))
         return found
 

@@ -13,7 +13,7 @@ from rlhf_fast import ops
 from rlhf_fast.config import LoRAConfig, OptimConfig, PPOConfig
 from rlhf_fast.models.scoring import per_example
 from rlhf_fast.runs.folder import RunFolder
-from rlhf_fast.trainers.ppo.advantages import FUNCTIONS, Advantages, Scored, equal_groups
+from rlhf_fast.trainers.ppo.advantages import ADVANTAGES, GAE, Advantages, DrGRPO, Scored, equal_groups
 from rlhf_fast.trainers.ppo.trainer import PPOTrainer
 from tests.trainers.test_ppo_options import rows
 
@@ -29,7 +29,7 @@ def scored(scores: list[float], kl: torch.Tensor | None = None) -> Scored:
 
 
 def advantages(kind: Any, given: Scored, kl_coef: float, **options: Any) -> Advantages:
-    return FUNCTIONS[kind](given, kl_coef, PPOConfig(advantage=kind, samples_per_prompt=3, **options))
+    return ADVANTAGES[kind](given, kl_coef, PPOConfig(advantage=kind, samples_per_prompt=3, **options))
 
 
 def whitened(found: Advantages) -> torch.Tensor:
@@ -269,3 +269,61 @@ def test_equal_rewards_are_apart_by_nothing_in_every_dtype() -> None:
             for n in (3, 7, 10):
                 for kind in ("grpo", "dr_grpo", "rloo"):
                     assert not ops.group_advantages(torch.full((2, n), value, dtype=dtype), kind).any()
+
+
+# What a method needs --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ADVANTAGES)
+def test_settings_are_refused_by_what_the_method_needs(kind: str) -> None:
+    """The ranges of the settings, which know no trainer, say of each method what its class does."""
+
+    def refused(**options: Any) -> bool:
+        try:
+            PPOConfig(advantage=kind, **options)
+        except ValueError:
+            return True
+        return False
+
+    method = ADVANTAGES[kind]
+    assert refused(critic_warmup=1) != method.needs_critic
+    assert refused(samples_per_prompt=1) == method.compares_samples
+    assert refused(resample=1) != method.compares_samples
+    assert refused(scale="batch") != hasattr(method, "baseline")
+
+
+class AboveTheLikeliest(GAE):
+    """Needs both: a critic for all tokens, and greedy responses to compare with."""
+
+    needs_greedy = True
+
+    def __call__(self, scored: Scored, kl_coef: float, config: PPOConfig) -> Advantages:
+        assert scored.baselines is not None
+        return super().__call__(scored._replace(scores=scored.scores - scored.baselines), kl_coef, config)
+
+
+def plain(scored: Scored, kl_coef: float, config: PPOConfig) -> Advantages:
+    return ADVANTAGES[config.advantage](scored, kl_coef, config)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "kind", "critic", "greedy"),
+    [
+        (AboveTheLikeliest(), "rloo", True, True),
+        (DrGRPO(), "gae", False, False),
+        (plain, "gae", True, False),
+        (plain, "rloo", False, False),
+        (plain, "remax", False, True),
+    ],
+)
+def test_what_an_advantage_needs_is_made(
+    advantage: Any, kind: str, critic: bool, greedy: bool, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """As it says itself; where it says nothing, as the method that the settings name does."""
+    config = PPOConfig(
+        steps=1, prompts_per_step=2, samples_per_prompt=2, max_new_tokens=6, minibatches=1, advantage=kind
+    )
+    trainer = PPOTrainer(tiny_folder, lengths_of, [{"prompt": "a"}, {"prompt": "b"}], tmp_path, config, advantage)
+    sampled, _ = trainer.sampler.take(1)
+    assert ((trainer.critic is not None), (sampled.greedy is not None)) == (critic, greedy)
+    trainer.train()

@@ -17,7 +17,7 @@ from rlhf_fast.config import LoRAConfig, OptimConfig, PPOConfig
 from rlhf_fast.data.batches import Example, pad
 from rlhf_fast.data.templates import Prompt
 from rlhf_fast.rewards.scoring import IN_FLIGHT, THREAD
-from rlhf_fast.trainers.ppo.advantages import Advantages, Scored, against_critic
+from rlhf_fast.trainers.ppo.advantages import GAE, Advantages, Scored
 from rlhf_fast.trainers.ppo.trainer import PPOTrainer
 
 PROMPTS = [{"prompt": f"question {i}"} for i in range(12)]
@@ -62,7 +62,7 @@ def test_each_number_is_of_the_policy_that_it_should_be_of(tiny_folder: Path, tm
 
     def advantage(scored: Scored, kl_coef: float, config: PPOConfig) -> Advantages:
         seen.append({"scored": scored})
-        return against_critic(scored, kl_coef, config)
+        return GAE()(scored, kl_coef, config)
 
     trainer = make(tiny_folder, tmp_path, advantage=advantage, kl_coef=0.5, value_coef=1.0)
     update = trainer._update

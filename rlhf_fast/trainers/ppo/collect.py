@@ -19,7 +19,7 @@ from rlhf_fast.models.scoring import per_example
 from rlhf_fast.models.token_budget import TokenBudget
 from rlhf_fast.rollout.rollouts import Rollouts
 from rlhf_fast.runs.folder import RunFolder
-from rlhf_fast.trainers.ppo.advantages import AdvantageFunction, Scored, equal_groups
+from rlhf_fast.trainers.ppo.advantages import AdvantageFunction, Scored, equal_groups, traits_of
 from rlhf_fast.trainers.ppo.critic import Critic
 from rlhf_fast.trainers.ppo.sampler import Sampled, Sampler, paid
 
@@ -125,7 +125,7 @@ class Collector:
         }
         if config.lag:
             metrics["lag"] = float(lag)
-        if config.advantage not in ("gae", "remax"):
+        if traits_of(self.advantage, config).compares_samples:
             metrics["equal_groups"] = len(equal_groups(rewards, config.samples_per_prompt)) / len(sampled.records)
         if config.resample:
             metrics["resampled"] = float(sampled.resampled)
@@ -143,7 +143,7 @@ class Collector:
         )
 
     def _baselines(self, sampled: Sampled) -> torch.Tensor | None:
-        """For ReMax, what is paid for the likeliest response to each prompt, for each of its samples: (B,)."""
+        """What is paid for the likeliest response to each prompt, for each of its samples: (B,)."""
         if sampled.greedy is None:
             return None
         rollouts, scoring = sampled.greedy

@@ -33,7 +33,7 @@ class Sampled:
     records: list[PromptRecord]
     rollouts: Rollouts
     scoring: Scoring | Scores
-    greedy: tuple[Rollouts, Scoring] | None  # the likeliest response to each prompt, for ReMax
+    greedy: tuple[Rollouts, Scoring] | None  # the likeliest response to each prompt, where the advantage needs it
     statistics: Statistics | None  # None in a run that went on with them
     resampled: int = 0  # prompts whose responses all scored alike, and which others stand in for
 
@@ -45,6 +45,7 @@ class Sampler:
         tokenizer: the policy's.
         prompts: of which each step takes the next.
         value_head: as in `Generator`.
+        greedy: the likeliest response to each prompt is sampled and scored, too.
     """
 
     def __init__(
@@ -55,9 +56,10 @@ class Sampler:
         prompts: Sequence[PromptRecord],
         config: PPOConfig,
         value_head: nn.Module | None = None,
+        greedy: bool = False,
     ) -> None:
         self.policy, self.tokenizer, self.reward = policy, tokenizer, reward
-        self.prompts, self.config = prompts, config
+        self.prompts, self.config, self.greedy = prompts, config, greedy
         self.generator = Generator(policy, tokenizer, value_head=value_head, cuda_graphs=config.cuda_graphs)
         if config.max_length > (longest := self.generator.runner.served.longest):
             raise ValueError(
@@ -84,7 +86,7 @@ class Sampler:
         params = self._params(step)
         rollouts, scoring = self._scored_rollouts(records, params)
         statistics = self.generator.statistics  # of the first round, the large one
-        greedy = self._scored_rollouts(records, _greedy(params)) if self.config.advantage == "remax" else None
+        greedy = self._scored_rollouts(records, _greedy(params)) if self.greedy else None
         sampled = Sampled(step, records, rollouts, scoring, greedy, statistics)
         for again in range(1, self.config.resample + 1):
             sampled = self._varied(sampled, again)

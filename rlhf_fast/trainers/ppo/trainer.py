@@ -33,7 +33,7 @@ from rlhf_fast.trainers.loop.optimizer import Optimizer
 from rlhf_fast.trainers.loop.preflight import preflight
 from rlhf_fast.trainers.loop.state import digest, weights_digest
 from rlhf_fast.trainers.loop.steps import Stats, concatenated, learn, run_steps
-from rlhf_fast.trainers.ppo.advantages import FUNCTIONS, AdvantageFunction
+from rlhf_fast.trainers.ppo.advantages import ADVANTAGES, AdvantageFunction, traits_of
 from rlhf_fast.trainers.ppo.checks import check_first_update, check_start
 from rlhf_fast.trainers.ppo.collect import Collector, Experience, minibatches
 from rlhf_fast.trainers.ppo.critic import make_critic
@@ -115,7 +115,9 @@ class PPOTrainer:
         self.reference = models.frozen_copy(self.model)
         self.shared = models.longest_shared(self.model)
         self.critic = None
-        if config.advantage == "gae":
+        self.advantage = advantage or ADVANTAGES[config.advantage]
+        needs = traits_of(self.advantage, config)
+        if needs.needs_critic:
             options = {"lora": config.lora, "seed": config.seed, "dtype": self.dtype}
             self.critic = make_critic(config.critic, self.model, reward, self.tokenizer, **options)
         if config.optim.checkpointing:  # after all copies were made
@@ -126,13 +128,15 @@ class PPOTrainer:
         self.loss = loss
         # Values as a by-product of sampling, where they are a head's on the policy's states.
         value_head = self.critic.head if self.critic is not None and self.critic.model is None else None
-        self.sampler = Sampler(self.model, self.tokenizer, self.reward, self.prompts, config, value_head)
+        self.sampler = Sampler(
+            self.model, self.tokenizer, self.reward, self.prompts, config, value_head, needs.needs_greedy
+        )
         self.collector = Collector(
             self.model,
             self.reference,
             self.critic,
             self.sampler,
-            advantage or FUNCTIONS[config.advantage],
+            self.advantage,
             config,
             self.budget,
             self.shared,
