@@ -65,15 +65,15 @@ def test_each_number_is_of_the_policy_that_it_should_be_of(tiny_folder: Path, tm
         return GAE()(scored, kl_coef, config)
 
     trainer = make(tiny_folder, tmp_path, advantage=advantage, kl_coef=0.5, value_coef=1.0)
-    update = trainer._update
+    update = trainer.update
 
-    def before(run: Any, experience: Any, step: int) -> Any:
+    def before(run: Any, experience: Any, part: list[int], step: int) -> Any:
         policies.append({name: x.detach().clone() for name, x in trainer.model.state_dict().items()})
         seen[-1].update(experience=experience, head=trainer.critic.head.weight.detach().clone())
         seen[-1]["bias"] = trainer.critic.head.bias.detach().clone()
-        return update(run, experience, step)
+        return update(run, experience, part, step)
 
-    trainer._update = before  # type: ignore[method-assign]
+    trainer.update = before  # type: ignore[method-assign]
     trainer.train()
     found = rows(tmp_path)
     assert [row["lag"] for row in found] == [0.0, 1.0, 1.0]
@@ -151,13 +151,13 @@ def test_the_next_steps_scores_come_while_this_one_is_learned_from(tiny_folder: 
         return by_length(prompts, responses)
 
     trainer = make(tiny_folder, tmp_path, judge, steps=2, reward_retries=0)
-    learn = trainer._learn
+    update = trainer.update
 
     def begun(*given: Any) -> Any:
         learning.set()
-        return learn(*given)
+        return update(*given)
 
-    trainer._learn = begun  # type: ignore[method-assign]
+    trainer.update = begun  # type: ignore[method-assign]
     trainer.train()
     assert answered == [8, 8]
 

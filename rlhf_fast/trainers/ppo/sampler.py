@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from rlhf_fast.config import PPOConfig
-from rlhf_fast.data.batches import shuffled
+from rlhf_fast.data.batches import Example, shuffled
 from rlhf_fast.data.records import PromptRecord
 from rlhf_fast.models.adapters import Model
 from rlhf_fast.rewards.model import Rewards
@@ -36,6 +37,15 @@ class Sampled:
     greedy: tuple[Rollouts, Scoring] | None  # the likeliest response to each prompt, where the advantage needs it
     statistics: Statistics | None  # None in a run that went on with them
     resampled: int = 0  # prompts whose responses all scored alike, and which others stand in for
+
+    @functools.cached_property
+    def examples(self) -> list[Example]:
+        return self.rollouts.examples()
+
+    @functools.cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each response."""
+        return [len(example.response) for example in self.examples]
 
 
 class Sampler:
