@@ -17,6 +17,7 @@ from rlhf_fast.config import LoRAConfig, OptimConfig, PPOConfig
 from rlhf_fast.data.batches import Example, pad
 from rlhf_fast.data.templates import Prompt
 from rlhf_fast.rewards.scoring import IN_FLIGHT, THREAD
+from rlhf_fast.trainers.loop.monitor import Stop
 from rlhf_fast.trainers.ppo.advantages import GAE, Advantages, Scored
 from rlhf_fast.trainers.ppo.trainer import PPOTrainer
 
@@ -175,7 +176,7 @@ def test_a_run_that_ends_early_neither_waits_nor_asks_for_scores_that_nobody_wan
         return by_length(prompts, responses)
 
     trainer = make(tiny_folder, tmp_path, judge, steps=2, samples_per_prompt=4, reward_batch=1)
-    trainer._over = lambda row: "enough"  # type: ignore[method-assign]
+    trainer.monitors = (lambda step: Stop("enough"),)
     trainer.train()
     release.set()
     for thread in threading.enumerate():

@@ -8,7 +8,7 @@ the clipped loss. Policy, reference and critic share the weights that nobody tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from rlhf_fast.runs.folder import RunFolder
 from rlhf_fast.trainers.loop.chat_settings import use_settings
 from rlhf_fast.trainers.loop.checkpoints import Checkpoints, Goal
 from rlhf_fast.trainers.loop.lengths import fitting_for
+from rlhf_fast.trainers.loop.monitor import Monitor, checked
 from rlhf_fast.trainers.loop.optimizer import Optimizer
 from rlhf_fast.trainers.loop.preflight import preflight
 from rlhf_fast.trainers.loop.state import digest, weights_digest
@@ -40,7 +41,7 @@ from rlhf_fast.trainers.ppo.build import (
     require_prompts,
     reward_tokenizers,
 )
-from rlhf_fast.trainers.ppo.checks import check_first_update, check_start
+from rlhf_fast.trainers.ppo.checks import KLLimit, check_first_update, check_start
 from rlhf_fast.trainers.ppo.experience import Experience, Scorer, joined, minibatches
 from rlhf_fast.trainers.ppo.kl_controller import KLController
 from rlhf_fast.trainers.ppo.metrics import SampleMetrics, StepMeter, mean, of_critic, operations
@@ -68,6 +69,7 @@ class PPOTrainer:
         advantage: instead of the one that `ppo.advantage` names (advantages.py says what it is given).
         loss: instead of `ops.linear_ppo_loss`, with its arguments and results.
         heldout_data: prompts that are only measured on, besides those whose `split` is another than train.
+        monitors: are asked after every step (trainers/loop/monitor.py).
     """
 
     def __init__(
@@ -80,7 +82,9 @@ class PPOTrainer:
         advantage: AdvantageFunction | None = None,
         loss: Loss = ops.linear_ppo_loss,
         heldout_data: Prompts | None = None,
+        monitors: Sequence[Monitor] = (),
     ) -> None:
+        self.monitors = checked(monitors)
         config = settings.given(PPOConfig, config)
         own = {
             "advantage": advantage,
@@ -136,7 +140,7 @@ class PPOTrainer:
                     identity={"prompts": digest(self.prompts + self.heldout), "policy": weights_digest(self.model)},
                     every=config.run.save_every or config.steps,
                     evaluate=self.evaluate if self.heldout else None,
-                    over=self._over,
+                    monitors=self.monitors if config.max_kl is None else [KLLimit(config.max_kl), *self.monitors],
                     stateful={"kl_controller": self.kl_controller, "sampler": self.sampler},
                 )
                 told = [name for name in SUMMARY if name in outcome.row]
@@ -245,10 +249,6 @@ class PPOTrainer:
         if experience.ref_logprobs:
             options |= {"kl_coef": self.kl_controller.coef, "kl": config.kl_estimator}
         return options
-
-    def _over(self, row: Row) -> str:
-        limit = self.config.max_kl
-        return "" if limit is None or row["kl"] <= limit else f"kl {row['kl']:.3f} is above ppo.max_kl = {limit}"
 
     def _save(self, folder: Path) -> None:
         extra = {"kl_controller": self.kl_controller.state_dict()}
