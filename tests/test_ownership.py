@@ -107,7 +107,7 @@ def test_rotation_removes_what_the_run_wrote_and_nothing_beside_it(tmp_path: Pat
         (tmp_path / "checkpoints" / "step-99" / "weights").write_text("somebody else's")
         kept = checkpoints_of(run)
         for step in range(1, 4):
-            kept.after(step, {"score": 0.0}, last=False)
+            kept.after(step, {"score": 0.0}, save=False)
             (run.checkpoint(step) / "notes.txt").write_text("mine")
         assert sorted(contents(tmp_path / "checkpoints")) == [
             "step-1/notes.txt", "step-1/weights", "step-2/notes.txt", "step-3/notes.txt", "step-3/weights",
@@ -203,7 +203,7 @@ def keep_on(out: str) -> None:
         for step in range(done + 1, 13):
             run.log({"step": step})
             time.sleep(0.002)
-            kept.after(step, {"score": float(step % 5)}, last=step == 12)
+            kept.after(step, {"score": float(step % 5)}, save=step == 12)
             found = {"step": step, "files": run.sizes(), "checkpoints": kept.state_dict()}
             if step % 3 == 0:
                 write_folder_atomic(

@@ -65,7 +65,7 @@ def require_free(name: str, setting: str) -> None:
 
 
 def _has(folder: Path) -> str:
-    of_runs = ("metrics.jsonl", "samples.jsonl", "skipped.jsonl")
+    of_runs = ("metrics.jsonl", "samples.jsonl", "skipped.jsonl", "monitors.jsonl")
     names = [name for name in _files(folder) if name.endswith((".jsonl", ".jsonl.gz")) and name not in of_runs]
     return f", such as {folder / names[0]}" if names else ""
 

@@ -36,6 +36,7 @@ from rlhf_fast.models.adapters import Model, unfreeze_adapter, with_adapter
 from rlhf_fast.ops import lm_head
 from rlhf_fast.rewards.model import RewardModel
 from rlhf_fast.rollout.generator import Generator
+from rlhf_fast.trainers.ppo.advantages import ADVANTAGES
 from rlhf_fast.trainers.ppo.critic import Critic, fresh_head
 
 TrainerConfig = SFTConfig | RewardConfig | DPOConfig | PPOConfig
@@ -105,7 +106,7 @@ class _Run:
         self.fake = fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.model = policy(config, shape)
         self.critic = None
-        if isinstance(config, PPOConfig) and config.advantage == "gae":
+        if isinstance(config, PPOConfig) and ADVANTAGES[config.advantage].needs_critic:
             self.critic = critic_of(config, self.model, rewards)
         trained = [self.model, *([] if self.critic is None else self.critic.modules)]
         _as_fake(trained, fake)

@@ -1,5 +1,5 @@
-"""A run's folder: run.json, config.yaml, metrics.jsonl, samples.jsonl, skipped.jsonl, checkpoints/step-N and, once it
-is finished, result.json.
+"""A run's folder: run.json, config.yaml, metrics.jsonl, samples.jsonl, skipped.jsonl, monitors.jsonl, checkpoints/step-N
+and, once it is finished, result.json.
 
 `run.json` is written first: it says whose the folder is, and is locked while a process writes there (claim.py).
 `result.json` is written last and at once, so a folder is finished exactly when it is there. An unfinished run goes on
@@ -27,7 +27,7 @@ from rlhf_fast.runs.claim import Claim, check_claim, refuse_foreign
 from rlhf_fast.runs.files import append_line, restore_folder, write_atomic
 from rlhf_fast.runs.trackers import Tracker, open_trackers, require_trackers
 
-GROWING = ("metrics.jsonl", "samples.jsonl", "skipped.jsonl")
+GROWING = ("metrics.jsonl", "samples.jsonl", "skipped.jsonl", "monitors.jsonl")
 PATIENCE = ("ppo.reward_timeout", "ppo.reward_retries")  # decide nothing but whether a run goes on
 WRITTEN = "checkpoints.jsonl"  # which checkpoints the run has written, and the files of each
 
@@ -59,6 +59,7 @@ class RunFolder:
             self._claim.close()
             raise
         self.started = time.monotonic()
+        self.shown: tuple[int, list[dict[str, Any]]] = (0, [])  # the last step of which there were samples, and these
 
     def close(self) -> None:
         """Let go of the folder, for another process to go on there."""
@@ -102,6 +103,7 @@ class RunFolder:
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
         """What the model said at a step."""
+        self.shown = (step, rows)
         for row in rows:
             self.sample({"step": step, **row})
         for tracker in self.trackers:
@@ -110,6 +112,10 @@ class RunFolder:
     def skip(self, row: dict[str, Any]) -> None:
         """A batch that nothing could be learned from: one line of skipped.jsonl."""
         append_line(self.path / "skipped.jsonl", _finite(row))
+
+    def answer(self, row: dict[str, Any]) -> None:
+        """What a monitor said of a step: one line of monitors.jsonl."""
+        append_line(self.path / "monitors.jsonl", _finite(row))
 
     def before(self, names: Iterable[str]) -> dict[str, float]:
         """The first value of each of these metrics, as NAME_before."""

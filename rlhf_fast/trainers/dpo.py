@@ -29,6 +29,7 @@ from rlhf_fast.runs.folder import RunFolder
 from rlhf_fast.trainers.loop.chat_settings import use_settings
 from rlhf_fast.trainers.loop.checkpoints import Goal
 from rlhf_fast.trainers.loop.lengths import fitting_for
+from rlhf_fast.trainers.loop.monitor import Monitor, checked
 from rlhf_fast.trainers.loop.preflight import preflight
 from rlhf_fast.trainers.loop.steps import Stats, add_stats, fit
 
@@ -43,6 +44,7 @@ class DPOTrainer:
         data: comparisons (see data/records.py).
         out: the run's folder.
         heldout_data: measured on and never trained on, in place of a share of the data or its own splits.
+        monitors: are asked after every step (trainers/loop/monitor.py).
     """
 
     def __init__(
@@ -52,7 +54,9 @@ class DPOTrainer:
         out: str | Path = "runs/dpo",
         config: DPOConfig | dict[str, Any] | None = None,
         heldout_data: Source | Sequence[Comparison] | None = None,
+        monitors: Sequence[Monitor] = (),
     ) -> None:
+        self.monitors = checked(monitors)
         config = settings.given(DPOConfig, config)
         inputs = {"model": model, "data": data, "out": out}
         if heldout_data is not None:
@@ -90,7 +94,7 @@ class DPOTrainer:
             outcome = fit(
                 run, self.model, batches, self._losses, self.budget, config, Goal("heldout_loss", higher=False),
                 data=self.training + self.heldout,
-                evaluate=lambda _: self.evaluate(), save=self._save, load=models.load,
+                evaluate=lambda _: self.evaluate(), save=self._save, load=models.load, monitors=self.monitors,
             )  # fmt: skip
             counts = {"comparisons": sum(group.pairs for group in self.training), **self.fitting.summary()}
             result = run.finish({**counts, **outcome.row}, outcome.step)

@@ -41,6 +41,7 @@ from rlhf_fast.statistics.intervals import Interval, clustered_share
 from rlhf_fast.trainers.loop.chat_settings import use_settings
 from rlhf_fast.trainers.loop.checkpoints import Goal
 from rlhf_fast.trainers.loop.lengths import fitting_for
+from rlhf_fast.trainers.loop.monitor import Monitor, checked
 from rlhf_fast.trainers.loop.preflight import preflight
 from rlhf_fast.trainers.loop.steps import Stats, fit
 
@@ -60,6 +61,7 @@ class RewardTrainer:
         data: comparisons (see data/records.py).
         out: the run's folder.
         heldout_data: measured on and never trained on, in place of a share of the data or its own splits.
+        monitors: are asked after every step (trainers/loop/monitor.py).
     """
 
     def __init__(
@@ -69,7 +71,9 @@ class RewardTrainer:
         out: str | Path = "runs/reward",
         config: RewardConfig | dict[str, Any] | None = None,
         heldout_data: Source | Sequence[Comparison] | None = None,
+        monitors: Sequence[Monitor] = (),
     ) -> None:
+        self.monitors = checked(monitors)
         config = settings.given(RewardConfig, config)
         inputs = {"model": model, "data": data, "out": out}
         if heldout_data is not None:
@@ -118,7 +122,7 @@ class RewardTrainer:
             outcome = fit(
                 run, self.model, batches, self._losses, self.budget, config, Goal("heldout_accuracy", higher=True),
                 data=self.training + self.heldout,
-                evaluate=lambda _: self.evaluate(), save=self._save, load=models.load_reward,
+                evaluate=lambda _: self.evaluate(), save=self._save, load=models.load_reward, monitors=self.monitors,
             )  # fmt: skip
             if outcome.step != len(batches):
                 self.evaluate()

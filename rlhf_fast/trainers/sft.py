@@ -27,6 +27,7 @@ from rlhf_fast.runs.folder import RunFolder
 from rlhf_fast.trainers.loop.chat_settings import use_settings
 from rlhf_fast.trainers.loop.checkpoints import Goal
 from rlhf_fast.trainers.loop.lengths import fitting_for
+from rlhf_fast.trainers.loop.monitor import Monitor, checked
 from rlhf_fast.trainers.loop.preflight import preflight
 from rlhf_fast.trainers.loop.steps import Stats, epoch_batches, fit
 
@@ -41,6 +42,7 @@ class SFTTrainer:
         data: demonstrations (see data/records.py).
         out: the run's folder.
         heldout_data: measured on and never trained on, in place of a share of the data or its own splits.
+        monitors: are asked after every step (trainers/loop/monitor.py).
 
     Raises:
         ValueError: a row that cannot be used, before anything is written.
@@ -53,7 +55,9 @@ class SFTTrainer:
         out: str | Path = "runs/sft",
         config: SFTConfig | dict[str, Any] | None = None,
         heldout_data: Source | None = None,
+        monitors: Sequence[Monitor] = (),
     ) -> None:
+        self.monitors = checked(monitors)
         config = settings.given(SFTConfig, config)
         inputs = {"model": model, "data": data, "out": out}
         if heldout_data is not None:
@@ -102,6 +106,7 @@ class SFTTrainer:
             outcome = fit(
                 run, self.model, batches, self._losses, self.budget, config, Goal("heldout_loss", higher=False),
                 data=self.training + self.heldout, evaluate=evaluate, save=self._save, load=models.load,
+                monitors=self.monitors,
             )  # fmt: skip
             counts = {"demonstrations": len(self.training), "heldout": len(self.heldout), **self.fitting.summary()}
             result = run.finish({**counts, **outcome.row}, outcome.step)

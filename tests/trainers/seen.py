@@ -4,6 +4,7 @@ sampler and the ops were given, and what files it left."""
 from __future__ import annotations
 
 import json
+import types
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,11 +21,34 @@ from rlhf_fast.models.inner import trunk
 from rlhf_fast.rollout.generator import Generator
 from rlhf_fast.rollout.sampling import SamplingParams
 from rlhf_fast.trainers.dpo import DPOTrainer
-from rlhf_fast.trainers.ppo.advantages import FUNCTIONS, Advantages, Scored
+from rlhf_fast.trainers.ppo.advantages import ADVANTAGES, Advantages, Scored
+from rlhf_fast.trainers.ppo.experience import Experience
 from rlhf_fast.trainers.ppo.trainer import PPOTrainer
 from rlhf_fast.trainers.reward import RewardTrainer
 from rlhf_fast.trainers.sft import SFTTrainer
 from tests.trainers.conftest import Update, recorded_updates
+
+
+class _Collected(Exception):
+    """Ends a step before its first update, with what that would learn from."""
+
+
+def collect(trainer: PPOTrainer, step: int = 1, kl_coef: float | None = None) -> Experience:
+    """What a step of PPO learns from: the step itself, up to its first update, from any policy."""
+
+    def update(run: Any, experience: Experience, rows: list[int], step: int) -> None:
+        raise _Collected(experience)
+
+    run = types.SimpleNamespace(samples=lambda step, rows: None)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(_Collected) as found:
+        patch.setattr(trainer, "update", update)
+        patch.setattr("rlhf_fast.trainers.ppo.trainer.check_start", lambda kl, dtype: None)
+        if kl_coef is not None:
+            patch.setattr(trainer.kl_controller, "coef", kl_coef)
+        trainer.step(run, step)  # type: ignore[arg-type]
+    experience: Experience = found.value.args[0]
+    return experience
+
 
 CONFIGS: dict[str, Any] = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "ppo": PPOConfig}
 
@@ -124,7 +148,7 @@ def _make(method: str, folder: Path, data: Any, reward: Any, seen: Seen) -> Any:
         return DPOTrainer(folder, data, seen.out, seen.config)
 
     def advantage(scored: Scored, kl_coef: float, config: PPOConfig) -> Advantages:
-        found = FUNCTIONS[config.advantage](scored, kl_coef, config)
+        found = ADVANTAGES[config.advantage](scored, kl_coef, config)
         seen.scored.append((scored, kl_coef, found))
         return found
 

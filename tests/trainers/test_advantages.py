@@ -12,9 +12,9 @@ import torch
 from rlhf_fast import ops
 from rlhf_fast.config import LoRAConfig, OptimConfig, PPOConfig
 from rlhf_fast.models.scoring import per_example
-from rlhf_fast.runs.folder import RunFolder
-from rlhf_fast.trainers.ppo.advantages import FUNCTIONS, Advantages, Scored, equal_groups
+from rlhf_fast.trainers.ppo.advantages import ADVANTAGES, GAE, Advantages, DrGRPO, Scored, equal_groups
 from rlhf_fast.trainers.ppo.trainer import PPOTrainer
+from tests.trainers.seen import collect
 from tests.trainers.test_ppo_options import rows
 
 LENGTHS = [3, 1, 5, 2, 4, 2]  # of two prompts' responses, three each
@@ -29,7 +29,7 @@ def scored(scores: list[float], kl: torch.Tensor | None = None) -> Scored:
 
 
 def advantages(kind: Any, given: Scored, kl_coef: float, **options: Any) -> Advantages:
-    return FUNCTIONS[kind](given, kl_coef, PPOConfig(advantage=kind, samples_per_prompt=3, **options))
+    return ADVANTAGES[kind](given, kl_coef, PPOConfig(advantage=kind, samples_per_prompt=3, **options))
 
 
 def whitened(found: Advantages) -> torch.Tensor:
@@ -139,8 +139,8 @@ def test_in_the_loss_the_penalty_has_the_gradient_of_its_estimator(
 ) -> None:
     """With equal scores it is all that there is to learn from."""
     trainer = away(make(tiny_folder, tmp_path, all_alike, advantage=kind, kl_coef=0.7))
-    experience = trainer.collector.collect(RunFolder(tmp_path, "ppo", ""), 2, 0.7)
-    assert not torch.cat(experience.advantages).any() and experience.metrics["equal_groups"] == 1.0
+    experience = collect(trainer, 2, 0.7)
+    assert not torch.cat(experience.advantages).any()
     every = list(range(len(experience.examples)))
     for loss, _ in trainer._losses(experience, every):
         loss.backward()
@@ -153,7 +153,7 @@ def test_in_the_loss_the_penalty_has_the_gradient_of_its_estimator(
 
         return [models.response_logprobs(trainer.model, batch, 1.0)[0]]
 
-    (reference,) = per_example(experience.examples, trainer.collector._reference_logprobs, 4096, "cpu")
+    (reference,) = per_example(experience.examples, trainer.scorer._reference_logprobs, 4096, "cpu")
     from rlhf_fast.data.batches import pad
 
     batch = pad(experience.examples, torch.device("cpu"), trainer.shared)
@@ -171,16 +171,14 @@ def test_in_the_loss_the_penalty_has_the_gradient_of_its_estimator(
 @pytest.mark.parametrize("kind", [*COMPARING, "remax"])
 def test_in_the_reward_the_loss_has_no_penalty(kind: str, tiny_folder: Path, tmp_path: Path) -> None:
     trainer = away(make(tiny_folder, tmp_path, lengths_of, advantage=kind, kl_in="reward", kl_coef=0.7))
-    run = RunFolder(tmp_path, "ppo", "")
-    with_penalty, without = (trainer.collector.collect(run, 2, kl_coef) for kl_coef in (0.7, 0.0))
+    with_penalty, without = (collect(trainer, 2, kl_coef) for kl_coef in (0.7, 0.0))
     assert with_penalty.ref_logprobs == [] and trainer.critic is None
     assert not torch.equal(torch.cat(with_penalty.advantages), torch.cat(without.advantages))
 
 
 def test_with_a_critic_the_penalty_may_be_in_the_loss_too(tiny_folder: Path, tmp_path: Path) -> None:
     trainer = away(make(tiny_folder, tmp_path, lengths_of, kl_in="loss", kl_coef=0.7))
-    run = RunFolder(tmp_path, "ppo", "")
-    with_penalty, without = (trainer.collector.collect(run, 2, kl_coef) for kl_coef in (0.7, 0.0))
+    with_penalty, without = (collect(trainer, 2, kl_coef) for kl_coef in (0.7, 0.0))
     assert torch.equal(torch.cat(with_penalty.advantages), torch.cat(without.advantages))
     assert len(with_penalty.ref_logprobs) == len(with_penalty.examples)
     grads = []
@@ -213,13 +211,14 @@ def odd_prompts_are_equal(prompts: list[Any], responses: list[str]) -> list[floa
 
 def test_prompts_that_say_nothing_are_replaced_by_others(tiny_folder: Path, tmp_path: Path) -> None:
     kept = make(tiny_folder, tmp_path / "a", odd_prompts_are_equal, advantage="grpo")
-    plain = kept.collector.collect(RunFolder(tmp_path / "a", "ppo", ""), 1, 0.0)
+    kept.train()
+    (plain,) = rows(tmp_path / "a")
     trainer = make(tiny_folder, tmp_path / "b", odd_prompts_are_equal, advantage="grpo", resample=4)
     sampled, _ = trainer.sampler.take(1)
     first, _ = kept.sampler.take(1)
     numbers = [int(record.prompt.split()[-1]) for record in sampled.records if isinstance(record.prompt, str)]
     was = [int(record.prompt.split()[-1]) for record in first.records if isinstance(record.prompt, str)]
-    assert any(n % 2 for n in was) and plain.metrics["equal_groups"] == sum(n % 2 for n in was) / 4
+    assert any(n % 2 for n in was) and plain["equal_groups"] == sum(n % 2 for n in was) / 4
     assert not any(n % 2 for n in numbers) and len(set(numbers)) == 4
     assert [n for n in numbers if n in was] == [n for n in was if not n % 2]  # the others stay where they were
     assert sampled.resampled >= sum(n % 2 for n in was)
@@ -228,8 +227,9 @@ def test_prompts_that_say_nothing_are_replaced_by_others(tiny_folder: Path, tmp_
     assert len(scores) == 12 and equal_groups(scores, 3) == []
     for i, example in enumerate(sampled.rollouts.examples()):  # each with the prompt that it answers
         assert f"Say {numbers[i // 3]}" in trainer.tokenizer.decode(example.prompt)
-    experience = trainer.collector.collect(RunFolder(tmp_path / "b", "ppo", ""), 1, 0.0)
-    assert experience.metrics["equal_groups"] == 0.0 and experience.metrics["resampled"] == sampled.resampled
+    trainer.train()
+    (row,) = rows(tmp_path / "b")
+    assert row["equal_groups"] == 0.0 and row["resampled"] == sampled.resampled
 
 
 def test_where_all_prompts_say_nothing_it_ends_and_keeps_them(tiny_folder: Path, tmp_path: Path) -> None:
@@ -269,3 +269,61 @@ def test_equal_rewards_are_apart_by_nothing_in_every_dtype() -> None:
             for n in (3, 7, 10):
                 for kind in ("grpo", "dr_grpo", "rloo"):
                     assert not ops.group_advantages(torch.full((2, n), value, dtype=dtype), kind).any()
+
+
+# What a method needs --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ADVANTAGES)
+def test_settings_are_refused_by_what_the_method_needs(kind: str) -> None:
+    """The ranges of the settings, which know no trainer, say of each method what its class does."""
+
+    def refused(**options: Any) -> bool:
+        try:
+            PPOConfig(advantage=kind, **options)
+        except ValueError:
+            return True
+        return False
+
+    method = ADVANTAGES[kind]
+    assert refused(critic_warmup=1) != method.needs_critic
+    assert refused(samples_per_prompt=1) == method.compares_samples
+    assert refused(resample=1) != method.compares_samples
+    assert refused(scale="batch") != hasattr(method, "baseline")
+
+
+class AboveTheLikeliest(GAE):
+    """Needs both: a critic for all tokens, and greedy responses to compare with."""
+
+    needs_greedy = True
+
+    def __call__(self, scored: Scored, kl_coef: float, config: PPOConfig) -> Advantages:
+        assert scored.baselines is not None
+        return super().__call__(scored._replace(scores=scored.scores - scored.baselines), kl_coef, config)
+
+
+def plain(scored: Scored, kl_coef: float, config: PPOConfig) -> Advantages:
+    return ADVANTAGES[config.advantage](scored, kl_coef, config)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "kind", "critic", "greedy"),
+    [
+        (AboveTheLikeliest(), "rloo", True, True),
+        (DrGRPO(), "gae", False, False),
+        (plain, "gae", True, False),
+        (plain, "rloo", False, False),
+        (plain, "remax", False, True),
+    ],
+)
+def test_what_an_advantage_needs_is_made(
+    advantage: Any, kind: str, critic: bool, greedy: bool, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """As it says itself; where it says nothing, as the method that the settings name does."""
+    config = PPOConfig(
+        steps=1, prompts_per_step=2, samples_per_prompt=2, max_new_tokens=6, minibatches=1, advantage=kind
+    )
+    trainer = PPOTrainer(tiny_folder, lengths_of, [{"prompt": "a"}, {"prompt": "b"}], tmp_path, config, advantage)
+    sampled, _ = trainer.sampler.take(1)
+    assert ((trainer.critic is not None), (sampled.greedy is not None)) == (critic, greedy)
+    trainer.train()

@@ -17,13 +17,13 @@ from rlhf_fast.config import DPOConfig, LoRAConfig, OptimConfig, PPOConfig, Rewa
 from rlhf_fast.data.batches import Example
 from rlhf_fast.models.forward import unwrapped
 from rlhf_fast.pipeline import tiny_model
-from rlhf_fast.runs.folder import RunFolder
 from rlhf_fast.trainers.dpo import DPOTrainer
 from rlhf_fast.trainers.ppo.advantages import Advantages, Scored
-from rlhf_fast.trainers.ppo.collect import Experience
+from rlhf_fast.trainers.ppo.sampler import Sampled
 from rlhf_fast.trainers.ppo.trainer import PPOTrainer
 from rlhf_fast.trainers.reward import RewardTrainer
 from tests.trainers.conftest import Update
+from tests.trainers.seen import collect
 
 PROMPTS = [{"prompt": f"question {i}"} for i in range(4)]
 PAIRS = [{"prompt": f"q{i}", "chosen": "yes " * (1 + i % 3), "rejected": "no" * (1 + i % 4)} for i in range(8)]
@@ -108,7 +108,7 @@ def test_the_critics_loss_reaches_the_trunk_that_it_reads(
     """The policy's if that is shared, and nothing of the policy if it has its own. No advantage: the loss is its."""
     trainer = ppo(tiny_folder, tmp_path, r, fixed(0.0, 2.0), critic=critic, value_coef=0.5)
     nudge(trainer.critic.head, 0.1)
-    examples = trainer.collector.collect(RunFolder(f"{tmp_path}-collected", "ppo", ""), 1, 0.0).examples
+    examples = collect(trainer, 1, 0.0).examples
     reads = trainer.model if critic == "shared" else trainer.critic.model
     model, head = copy.deepcopy((reads, trainer.critic.head))
     values = torch.cat([head(states(model, example)).squeeze(-1) for example in examples])
@@ -134,7 +134,7 @@ def test_the_policys_loss_reaches_no_critic(
 ) -> None:
     trainer = ppo(tiny_folder, tmp_path, r, fixed(1.0, 2.0), critic=critic, value_coef=0.0)
     nudge(trainer.critic.head, 0.1)
-    examples = trainer.collector.collect(RunFolder(f"{tmp_path}-collected", "ppo", ""), 1, 0.0).examples
+    examples = collect(trainer, 1, 0.0).examples
     model = copy.deepcopy(trainer.model)
     found = torch.cat([logprobs(model, example) for example in examples])
     expected = gradients(-(found * (torch.arange(len(found)) % 2)).mean(), model)
@@ -187,21 +187,22 @@ def test_the_reference_stays_the_start_and_the_old_policy_that_of_the_step(
     trainer = ppo(
         tiny_folder, tmp_path, r, loss=loss, kl_in="loss", steps=2, epochs=2, minibatches=2, max_new_tokens=12
     )
-    original = trainer.collector.collect
-    experiences: list[Experience] = []
+    take = trainer.sampler.take
+    drawn: list[Sampled] = []
 
-    def collect(*arguments: Any) -> Experience:
-        experiences.append(original(*arguments))
+    def taken(step: int) -> tuple[Sampled, int]:
+        samples, lag = take(step)
+        drawn.append(samples)
         with torch.no_grad():
-            old.append({e.response: logprobs(trainer.model, e).tolist() for e in experiences[-1].examples})
-        return experiences[-1]
+            old.append({e.response: logprobs(trainer.model, e).tolist() for e in samples.examples})
+        return samples, lag
 
-    monkeypatch.setattr(trainer.collector, "collect", collect)
+    monkeypatch.setattr(trainer.sampler, "take", taken)
     trainer.train()
     assert rows(tmp_path)[-1]["kl"] > 1e-3, "the policy is to move away"
     assert len(given) >= 8
-    for step, experience in enumerate(experiences):
-        for example in experience.examples:
+    for step, samples in enumerate(drawn):
+        for example in samples.examples:
             with torch.no_grad():
                 of_start = logprobs(start, example).tolist()
             found = [calls[example.response] for calls in given if example.response in calls]

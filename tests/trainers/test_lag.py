@@ -17,7 +17,8 @@ from rlhf_fast.config import LoRAConfig, OptimConfig, PPOConfig
 from rlhf_fast.data.batches import Example, pad
 from rlhf_fast.data.templates import Prompt
 from rlhf_fast.rewards.scoring import IN_FLIGHT, THREAD
-from rlhf_fast.trainers.ppo.advantages import Advantages, Scored, against_critic
+from rlhf_fast.trainers.loop.monitor import Stop
+from rlhf_fast.trainers.ppo.advantages import GAE, Advantages, Scored
 from rlhf_fast.trainers.ppo.trainer import PPOTrainer
 
 PROMPTS = [{"prompt": f"question {i}"} for i in range(12)]
@@ -62,18 +63,18 @@ def test_each_number_is_of_the_policy_that_it_should_be_of(tiny_folder: Path, tm
 
     def advantage(scored: Scored, kl_coef: float, config: PPOConfig) -> Advantages:
         seen.append({"scored": scored})
-        return against_critic(scored, kl_coef, config)
+        return GAE()(scored, kl_coef, config)
 
     trainer = make(tiny_folder, tmp_path, advantage=advantage, kl_coef=0.5, value_coef=1.0)
-    update = trainer._update
+    update = trainer.update
 
-    def before(run: Any, experience: Any, step: int) -> Any:
+    def before(run: Any, experience: Any, part: list[int], step: int) -> Any:
         policies.append({name: x.detach().clone() for name, x in trainer.model.state_dict().items()})
         seen[-1].update(experience=experience, head=trainer.critic.head.weight.detach().clone())
         seen[-1]["bias"] = trainer.critic.head.bias.detach().clone()
-        return update(run, experience, step)
+        return update(run, experience, part, step)
 
-    trainer._update = before  # type: ignore[method-assign]
+    trainer.update = before  # type: ignore[method-assign]
     trainer.train()
     found = rows(tmp_path)
     assert [row["lag"] for row in found] == [0.0, 1.0, 1.0]
@@ -151,13 +152,13 @@ def test_the_next_steps_scores_come_while_this_one_is_learned_from(tiny_folder: 
         return by_length(prompts, responses)
 
     trainer = make(tiny_folder, tmp_path, judge, steps=2, reward_retries=0)
-    learn = trainer._learn
+    update = trainer.update
 
     def begun(*given: Any) -> Any:
         learning.set()
-        return learn(*given)
+        return update(*given)
 
-    trainer._learn = begun  # type: ignore[method-assign]
+    trainer.update = begun  # type: ignore[method-assign]
     trainer.train()
     assert answered == [8, 8]
 
@@ -175,7 +176,7 @@ def test_a_run_that_ends_early_neither_waits_nor_asks_for_scores_that_nobody_wan
         return by_length(prompts, responses)
 
     trainer = make(tiny_folder, tmp_path, judge, steps=2, samples_per_prompt=4, reward_batch=1)
-    trainer._over = lambda row: "enough"  # type: ignore[method-assign]
+    trainer.monitors = (lambda step: Stop("enough"),)
     trainer.train()
     release.set()
     for thread in threading.enumerate():

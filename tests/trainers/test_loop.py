@@ -18,13 +18,13 @@ from rlhf_fast.config import DPOConfig, LoRAConfig, OptimConfig, PPOConfig, Rewa
 from rlhf_fast.data.batches import Example
 from rlhf_fast.data.splits import split_heldout
 from rlhf_fast.models.scoring import per_example
-from rlhf_fast.runs.folder import RunFolder
 from rlhf_fast.trainers.dpo import DPOTrainer
 from rlhf_fast.trainers.loop.optimizer import Optimizer, learning_rate_factor
 from rlhf_fast.trainers.loop.steps import epoch_batches
 from rlhf_fast.trainers.ppo.trainer import PPOTrainer
 from rlhf_fast.trainers.reward import RewardTrainer
 from rlhf_fast.trainers.sft import SFTTrainer
+from tests.trainers.seen import collect
 
 DEMONSTRATIONS = [{"prompt": f"question {i}" * (1 + i % 3), "completion": "answer " * (1 + i % 4)} for i in range(12)]
 COMPARISONS = [
@@ -137,7 +137,7 @@ def test_the_micro_batch_does_not_change_the_gradient(method: str, r: int, tiny_
                 PPOConfig(prompts_per_step=4, samples_per_prompt=2, max_new_tokens=12, lora=lora, optim=optim),
             )
             trainer.shared *= sharing
-            experience = trainer.collector.collect(RunFolder(f"{tmp_path}-collected", "ppo", ""), 1, 0.05)
+            experience = collect(trainer, 1, 0.05)
             losses = trainer._losses(experience, list(range(8)))
         parameters = [p for p in trainer.model.parameters() if p.requires_grad]
         found.append(gradients(losses, parameters))

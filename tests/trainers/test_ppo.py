@@ -19,12 +19,13 @@ from rlhf_fast.config import LoRAConfig, OptimConfig, PPOConfig
 from rlhf_fast.data.batches import Example, pad
 from rlhf_fast.data.templates import Prompt
 from rlhf_fast.ops import reference
+from rlhf_fast.rewards.scoring import Scores
 from rlhf_fast.rollout.sampling import SamplingParams
-from rlhf_fast.runs.folder import RunFolder
-from rlhf_fast.trainers.ppo.collect import Experience, minibatches
+from rlhf_fast.trainers.ppo.experience import Outputs, minibatches
 from rlhf_fast.trainers.ppo.kl_controller import KLController
-from rlhf_fast.trainers.ppo.sampler import step_prompts
+from rlhf_fast.trainers.ppo.sampler import Sampled, step_prompts
 from rlhf_fast.trainers.ppo.trainer import PPOTrainer
+from tests.trainers.seen import collect
 
 TIMED = ("seconds", "decode_roofline", "training_utilisation", "busy")  # metrics that no two runs have the same
 PROMPTS = [{"prompt": f"question {i}"} for i in range(12)]
@@ -45,10 +46,6 @@ def make(folder: Path, out: Path, reward: Any = by_length, **options: Any) -> PP
         "optim": OptimConfig(lr=1e-3, schedule="constant", warmup=0.0),
     }
     return PPOTrainer(folder, reward, PROMPTS, out, PPOConfig(**{**settings, **options}))
-
-
-def collect(trainer: PPOTrainer, out: Path, step: int = 1) -> Experience:
-    return trainer.collector.collect(RunFolder(f"{out}-collected", "ppo", ""), step, trainer.kl_controller.coef)
 
 
 def metrics(out: Path) -> list[dict[str, float]]:
@@ -93,17 +90,19 @@ def test_the_checks_of_the_first_update_can_fail(
         trainer.train()
 
     trainer = make(tiny_folder, tmp_path)
-    experience = collect(trainer, tmp_path)
-    shifted = [part - 0.01 for part in experience.old_logprobs]
-    monkeypatch.setattr(trainer.collector, "collect", lambda *_: _replaced(experience, old_logprobs=shifted))
+    of_policy, of_reference = trainer.scorer.of_policy, trainer.scorer.of_reference
+
+    def shifted(parts: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [part - 0.01 for part in parts]
+
+    def outputs(*given: Any) -> Outputs:
+        found = of_policy(*given)
+        return found._replace(logprobs=shifted(found.logprobs))
+
+    monkeypatch.setattr(trainer.scorer, "of_policy", outputs)
+    monkeypatch.setattr(trainer.scorer, "of_reference", lambda samples: shifted(of_reference(samples)))
     with pytest.raises(RuntimeError, match=r"ratio_mean 1\.010.* instead of 1"):
         trainer.train()
-
-
-def _replaced(experience: Experience, **changes: Any) -> Experience:
-    import dataclasses
-
-    return dataclasses.replace(experience, **changes)
 
 
 def test_token_rewards_add_up_to_the_score_less_the_kl(
@@ -121,7 +120,7 @@ def test_token_rewards_add_up_to_the_score_less_the_kl(
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     seen = gae_arguments(monkeypatch)
-    experience = collect(trainer, tmp_path)
+    experience = collect(trainer)
     lengths = seen["cu_seqlens"].diff().tolist()
     rewards = seen["rewards"].split(lengths)
     for i, example in enumerate(experience.examples):
@@ -146,7 +145,7 @@ def test_a_response_that_was_cut_pays_the_penalty(
     trainer = make(
         tiny_folder, tmp_path, lambda p, r: [1.0] * len(r), missing_eos_penalty=3.0, max_new_tokens=40, kl_coef=0.0
     )
-    experience = collect(trainer, tmp_path)
+    experience = collect(trainer)
     eos = trainer.tokenizer.eos_token_id
     last = [float(part[-1]) for part in seen["rewards"].split(seen["cu_seqlens"].diff().tolist())]
     ended = [example.response[-1] == eos for example in experience.examples]
@@ -159,7 +158,7 @@ def test_advantages_are_whitened_over_the_whole_step(
 ) -> None:
     """Detail 13: masked mean 0, deviation 1, over all sequences and not by micro-batch; returns are not whitened."""
     trainer = make(tiny_folder, tmp_path)
-    experience = collect(trainer, tmp_path)
+    experience = collect(trainer)
     original, whitened = ops.linear_ppo_loss, []
 
     def record(*given: Any, **others: Any) -> Any:
@@ -183,7 +182,7 @@ def test_rewards_may_be_whitened_without_losing_their_sign(
     trainer = make(
         tiny_folder, tmp_path, lambda p, r: [5.0] * len(r), whiten_rewards=True, missing_eos_penalty=0.0, kl_coef=0.0
     )
-    collect(trainer, tmp_path)
+    collect(trainer)
     ends = seen["cu_seqlens"][1:].long() - 1
     assert bool((seen["rewards"][ends] > 0).all())
     assert float(seen["rewards"].std()) == pytest.approx(1.0, abs=1e-3)
@@ -193,7 +192,7 @@ def test_the_value_head_starts_at_zero_and_is_kept(tiny_folder: Path, tmp_path: 
     """Detail 20: first values are 0; after training the head is in the checkpoint, beside the policy."""
     trainer = make(tiny_folder, tmp_path)
     assert not trainer.critic.head.weight.any() and not trainer.critic.head.bias.any()
-    experience = collect(trainer, tmp_path)
+    experience = collect(trainer)
     assert not torch.cat(experience.old_values).any()
     trainer.train()
     assert trainer.critic.head.weight.any()
@@ -360,7 +359,8 @@ def test_only_in_float32_the_samplers_log_probabilities_are_taken_for_trainings(
     trainer.model.to(dtype)
     rollouts = trainer.sampler.generator.generate(["a", "b"], SamplingParams(max_new_tokens=8))
     examples = rollouts.examples()
-    logprobs, entropies, values = (torch.cat(x) for x in trainer.collector._policy_outputs(rollouts, examples))
+    samples = Sampled(1, [], rollouts, Scores([], {}), None, None)
+    logprobs, entropies, values = (torch.cat(x) for x in trainer.scorer.of_policy(samples))
     batch = pad(examples)
     with torch.no_grad():
         states = models.response_states(trainer.model, batch)

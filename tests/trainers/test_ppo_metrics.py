@@ -55,7 +55,7 @@ def watched(trainer: PPOTrainer, monkeypatch: pytest.MonkeyPatch) -> list[Step]:
     """The steps of a run that is to come."""
     steps: list[Step] = []
     drawn_by: dict[int, Any] = {}
-    draw, take, learn = trainer.sampler._sample, trainer.sampler.take, trainer._learn
+    draw, take, update = trainer.sampler._sample, trainer.sampler.take, trainer.update
 
     def sample(step: int) -> Any:
         drawn_by[step] = copy.deepcopy(trainer.model).double()
@@ -69,11 +69,11 @@ def watched(trainer: PPOTrainer, monkeypatch: pytest.MonkeyPatch) -> list[Step]:
     def learned(run: Any, experience: Any, part: list[int], step: int) -> Any:
         head = None if trainer.critic is None else copy.deepcopy(trainer.critic.head).double()
         steps[-1].updates.append((copy.deepcopy(trainer.model).double(), head, list(part)))
-        return learn(run, experience, part, step)
+        return update(run, experience, part, step)
 
     monkeypatch.setattr(trainer.sampler, "_sample", sample)
     monkeypatch.setattr(trainer.sampler, "take", taken)
-    monkeypatch.setattr(trainer, "_learn", learned)
+    monkeypatch.setattr(trainer, "update", learned)
     return steps
 
 

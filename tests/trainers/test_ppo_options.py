@@ -16,11 +16,11 @@ from rlhf_fast.data.batches import pad
 from rlhf_fast.data.templates import Prompt
 from rlhf_fast.data.tokenize import tokenize_example
 from rlhf_fast.rewards.model import RewardModel
-from rlhf_fast.runs.folder import RunFolder
 from rlhf_fast.trainers.ppo.advantages import Advantages, Scored
-from rlhf_fast.trainers.ppo.collect import Experience
+from rlhf_fast.trainers.ppo.metrics import operations
 from rlhf_fast.trainers.ppo.trainer import PPOTrainer
 from rlhf_fast.trainers.reward import RewardTrainer
+from tests.trainers.seen import collect
 
 PROMPTS = [{"prompt": f"question {i}"} for i in range(8)]
 
@@ -44,10 +44,6 @@ def make(folder: Path, out: Path, reward: Any = by_length, **options: Any) -> PP
     if "advantage_function" in own:
         own["advantage"] = own.pop("advantage_function")
     return PPOTrainer(folder, reward, PROMPTS, out, config, **own)
-
-
-def collect(trainer: PPOTrainer, out: Path, step: int = 1, kl_coef: float = 0.0) -> Experience:
-    return trainer.collector.collect(RunFolder(f"{out}-collected", "ppo", ""), step, kl_coef)
 
 
 def rows(out: Path) -> list[dict[str, float]]:
@@ -90,7 +86,7 @@ def test_the_values_of_a_separate_critic_are_those_of_its_model(tiny_folder: Pat
         for parameter in critic.model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05)
-        experience = collect(trainer, tmp_path)
+        experience = collect(trainer, kl_coef=0.0)
         for example, values in zip(experience.examples, experience.old_values, strict=True):
             states = models.response_states(critic.model, pad([example]))
             torch.testing.assert_close(values, critic.head(states).squeeze(-1), rtol=0, atol=1e-4)
@@ -152,9 +148,9 @@ def test_while_it_warms_up_only_the_critic_learns(critic: str, tiny_folder: Path
 def scored(trainer: PPOTrainer, out: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[float], list[bool]]:
     """What is paid for each response of a step, and which were cut."""
     seen: list[Scored] = []
-    original = trainer.collector.advantage
-    monkeypatch.setattr(trainer.collector, "advantage", lambda s, c, g: (seen.append(s), original(s, c, g))[1])
-    experience = collect(trainer, out)
+    original = trainer.advantage
+    monkeypatch.setattr(trainer, "advantage", lambda s, c, g: (seen.append(s), original(s, c, g))[1])
+    experience = collect(trainer, kl_coef=0.0)
     ends = {trainer.tokenizer.eos_token_id, *trainer.config.stop_token_ids}
     return seen[0].scores.tolist(), [example.response[-1] not in ends for example in experience.examples]
 
@@ -236,13 +232,16 @@ def test_remax_holds_a_response_against_the_likeliest(tiny_folder: Path, tmp_pat
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter += 0.02
-    experience = collect(trainer, tmp_path, kl_coef=0.7)
+    seen: list[Scored] = []
+    original = trainer.advantage
+    trainer.advantage = lambda s, c, g: (seen.append(s), original(s, c, g))[1]
+    experience = collect(trainer, kl_coef=0.7)
 
     def of(prompt: tuple[int, ...], response: tuple[int, ...]) -> float:
         ended = response[-1] == trainer.tokenizer.eos_token_id
         return len(trainer.tokenizer.decode(response, skip_special_tokens=True)) / 10 - (0.0 if ended else 0.5)
 
-    kl = experience.kl.split([len(e.response) for e in experience.examples])
+    kl = seen[0].kl.split([len(e.response) for e in experience.examples])
     for example, advantages, distance in zip(experience.examples, experience.advantages, kl, strict=True):
         ids = torch.tensor([example.prompt])
         greedy = trainer.model.generate(
@@ -264,7 +263,7 @@ def test_an_advantage_function_of_ones_own(tiny_folder: Path, tmp_path: Path) ->
         return Advantages(best.repeat_interleave(lengths), None, None)
 
     trainer = make(tiny_folder, tmp_path, advantage="rloo", advantage_function=best_of_step)
-    experience = collect(trainer, tmp_path)
+    experience = collect(trainer, kl_coef=0.0)
     assert {float(x) for part in experience.advantages for x in part} == {0.0, 1.0}
     trainer.train()
     assert "best_of_step" in (tmp_path / "config.yaml").read_text()
@@ -292,7 +291,7 @@ def test_a_loss_of_ones_own_gets_what_the_op_gets(tiny_folder: Path, tmp_path: P
 @pytest.mark.parametrize("r", [0, 4])
 def test_the_operations_of_training_are_counted_by_hand(r: int, tiny_folder: Path, tmp_path: Path) -> None:
     trainer = make(tiny_folder, tmp_path, lora=LoRAConfig(r=r), samples_per_prompt=1, minibatches=1)
-    experience = collect(trainer, tmp_path)
+    experience = collect(trainer, kl_coef=0.0)
     tokens = sum(map(len, experience.examples))
     config = trainer.model.config
     h, layers = config.hidden_size, config.num_hidden_layers
@@ -304,7 +303,7 @@ def test_the_operations_of_training_are_counted_by_hand(r: int, tiny_folder: Pat
     weights = layers * sum(a * b for a, b in zip(of_layer["in"], of_layer["out"], strict=True)) + h * config.vocab_size
     adapters = layers * r * sum(of_layer["in"] + of_layer["out"])
     expected = tokens * (4 * (weights + adapters) + 2 * (adapters if r else weights))
-    assert trainer._operations(experience) == expected
+    assert operations(trainer.model, experience.examples, bool(trainer.shared)) == expected
 
 
 def test_a_step_tells_its_times_and_what_part_of_the_machine_it_used(tiny_folder: Path, tmp_path: Path) -> None:

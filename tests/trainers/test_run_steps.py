@@ -33,18 +33,19 @@ COMPARISONS = [{"prompt": f"q{i}", "chosen": f"yes {i}", "rejected": "no"} for i
 OPTIM = OptimConfig(lr=1e-3)
 
 
-def sft(folder: Path, out: Path, **options: Any) -> SFTTrainer:
-    return SFTTrainer(folder, DEMONSTRATIONS, out, SFTConfig(**{"batch_size": 4, "optim": OPTIM, **options}))
+def sft(folder: Path, out: Path, monitors: Any = (), **options: Any) -> SFTTrainer:
+    config = SFTConfig(**{"batch_size": 4, "optim": OPTIM, **options})
+    return SFTTrainer(folder, DEMONSTRATIONS, out, config, monitors=monitors)
 
 
-def make(name: str, folder: Path, out: Path, **options: Any) -> Any:
+def make(name: str, folder: Path, out: Path, monitors: Any = (), **options: Any) -> Any:
     options = {"lora": LoRAConfig(r=4), "optim": OPTIM, **options}
     if name == "sft":
-        return sft(folder, out, **options)
+        return sft(folder, out, monitors, **options)
     if name == "reward":
-        return RewardTrainer(folder, COMPARISONS, out, RewardConfig(heldout=0.3, **options))
+        return RewardTrainer(folder, COMPARISONS, out, RewardConfig(heldout=0.3, **options), monitors=monitors)
     if name == "dpo":
-        return DPOTrainer(folder, COMPARISONS, out, DPOConfig(heldout=0.3, **options))
+        return DPOTrainer(folder, COMPARISONS, out, DPOConfig(heldout=0.3, **options), monitors=monitors)
     config = PPOConfig(
         steps=2,
         prompts_per_step=4,
@@ -55,7 +56,11 @@ def make(name: str, folder: Path, out: Path, **options: Any) -> Any:
         **options,
     )
     prompts = [{"prompt": f"q{i}"} for i in range(4)]
-    return PPOTrainer(folder, lambda prompts, texts: [float(len(text)) for text in texts], prompts, out, config)
+
+    def by_length(prompts: list[Any], texts: list[str]) -> list[float]:
+        return [float(len(text)) for text in texts]
+
+    return PPOTrainer(folder, by_length, prompts, out, config, monitors=monitors)
 
 
 def rows(out: Path, name: str = "metrics") -> list[dict[str, Any]]:

@@ -68,13 +68,13 @@ def test_minibatches_have_another_order_in_every_epoch_of_every_step_and_by_ever
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts: list[list[int]] = []
-    learn = PPOTrainer._learn
+    update = PPOTrainer.update
 
     def record(self: PPOTrainer, run: Any, experience: Any, part: list[int], step: int) -> dict[str, float]:
         parts.append(part)
-        return learn(self, run, experience, part, step)
+        return update(self, run, experience, part, step)
 
-    monkeypatch.setattr(PPOTrainer, "_learn", record)
+    monkeypatch.setattr(PPOTrainer, "update", record)
     for seed in (0, 7):
         make(tiny_folder, tmp_path / str(seed), seed=seed, steps=3).train()
     orders = [(*parts[i], *parts[i + 1]) for i in range(0, len(parts), 2)]  # of two epochs, three steps, two runs

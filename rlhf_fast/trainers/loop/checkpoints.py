@@ -40,19 +40,19 @@ class Checkpoints:
     def exhausted(self) -> bool:
         return self.patience is not None and self.worse >= self.patience
 
-    def after(self, step: int, row: dict[str, float], last: bool) -> None:
-        """Judge a step by its metrics; save it, if it is the last or more than the last are asked for. Of steps that
+    def after(self, step: int, row: dict[str, float], save: bool) -> None:
+        """Judge a step by its metrics; save it, if that is asked for, now or of all that are judged. Of steps that
         nothing was measured after the last is the best."""
         metric, sign = self.goal.metric, 1.0 if self.goal.higher else -1.0
         if not self.best or metric not in row or sign * row[metric] > sign * self.best[metric]:
             self.best, self.best_step, self.worse = row, step, 0
         else:  # no better, or not a number
             self.worse += 1
-        if last or self.config.save_every > 0 or self.patience is not None:
-            self._keep(step)
+        if save or self.config.save_every > 0 or self.patience is not None:
+            self.keep(step)
 
-    def _keep(self, step: int) -> None:
-        """Save, and then remove what is neither the best nor among the last, now or in the state that was kept."""
+    def keep(self, step: int) -> None:
+        """Save a step, and then remove what is neither the best nor among the last, now or in the kept state."""
         self._save(self.run.will_write(step))
         self.run.has_written(step)
         self.saved = [*[at for at in self.saved if at != step], step]

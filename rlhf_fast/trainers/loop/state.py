@@ -75,6 +75,11 @@ class TrainState:
                 f"{self.run.path}: the {' and the '.join(changed)} changed since this run was interrupted; "
                 "put back what it was to go on, or choose another --out"
             )
+        if missing := [name for name in kept["stateful"] if name not in self.stateful]:
+            raise ValueError(
+                f"{self.run.path}: this run was interrupted with {' and '.join(missing)}; put back what it was to go "
+                "on, or choose another --out"
+            )
         self._set(load_file(self.run.state / "state.safetensors", device="cpu"))
         self.optimizer.steps, self.optimizer.skipped = kept["optimizer_steps"], kept["skipped"]
         for name, state in kept["stateful"].items():

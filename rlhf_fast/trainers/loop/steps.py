@@ -17,6 +17,7 @@ from rlhf_fast.models.token_budget import TokenBudget
 from rlhf_fast.runs.folder import RunFolder
 from rlhf_fast.runs.terminal import Terminal
 from rlhf_fast.trainers.loop.checkpoints import Checkpoints, Goal
+from rlhf_fast.trainers.loop.monitor import Monitor, Monitors
 from rlhf_fast.trainers.loop.optimizer import Optimizer
 from rlhf_fast.trainers.loop.state import Stateful, TrainState, digest, weights_digest
 
@@ -39,7 +40,7 @@ def run_steps(
     identity: dict[str, str],
     every: int,
     evaluate: Callable[[int], Row] | None = None,
-    over: Callable[[Row], str] = lambda row: "",
+    monitors: Sequence[Monitor] = (),
     stateful: dict[str, Stateful] | None = None,
 ) -> Outcome:
     """Every trainer's loop: from where the run was interrupted (state.py) to its last step.
@@ -49,13 +50,21 @@ def run_steps(
         every: steps from one evaluation to the next; there is one before the first step and one after the last, too.
         evaluate: returns the metrics after step n by which checkpoints are judged, none if nothing is held out; without
             it they are the step's own.
-        over: why the run is to end after a step of these metrics; empty if it is not.
+        monitors: are asked after every step, once it was evaluated if that was due (monitor.py).
         stateful: what must come back beside weights, optimiser and checkpoints when the run goes on.
 
     Raises:
         FloatingPointError: more than `optim.max_skipped` steps in a row were not finite.
     """
-    stateful = {**(stateful or {}), "checkpoints": checkpoints}
+    watching = Monitors(monitors)
+    stateful = {**(stateful or {}), "checkpoints": checkpoints, **watching.stateful}
+
+    def evaluated(n: int, row: Row) -> Row:
+        measured = evaluate(n) if evaluate else {}
+        if measured:
+            run.log({"step": n, **measured})
+        return {**row, **measured}
+
     with TrainState(run, optimizer, identity, stateful) as state:
         done = state.load()
         if done == 0 and evaluate and (measured := evaluate(0)):
@@ -73,16 +82,20 @@ def run_steps(
                         f"step {n}; their data are in {run.path / 'skipped.jsonl'}; lower optim.lr, or look at these "
                         "data"
                     )
-                why = over(row)
-                last = n == steps or bool(why)
-                judged = n % every == 0 or last
+                judged = n % every == 0 or n == steps
                 if judged:
-                    measured = evaluate(n) if evaluate else {}
-                    if measured:
-                        run.log({"step": n, **measured})
-                    row = {**row, **measured}
-                    checkpoints.after(n, row, last)
+                    row = evaluated(n, row)
+                told, save, why = watching.after(run, n, steps, row, checkpoints.saved)
+                last = n == steps or bool(why)
+                if last and not judged:
+                    row, judged = evaluated(n, row), True
+                if judged:
+                    checkpoints.after(n, row, save or last)
+                elif save:
+                    checkpoints.keep(n)
                 terminal.step(n, row, in_table=judged or not evaluate)
+                for line in told:
+                    terminal.say(line)
                 if checkpoints.exhausted:
                     why = f"{checkpoints.goal.metric} has not improved for {checkpoints.worse} evaluations"
                 if why:
@@ -105,6 +118,7 @@ def fit(
     evaluate: Callable[[int], Row],
     save: Callable[[Path], None],
     load: Callable[[Path], tuple[Model, Any]],
+    monitors: Sequence[Monitor] = (),
 ) -> Outcome:
     """Train `model` by one optimiser step for each batch; in the end it is as after the step of the outcome, whose row
     has what was measured then, and before the first step.
@@ -114,6 +128,7 @@ def fit(
         data: all that is trained on and held out, by which an interrupted run is known again.
         evaluate: metrics after step n, the goal's among them; each epoch, or with each checkpoint.
         save, load: a checkpoint of `model`.
+        monitors: as of `run_steps`.
     """
     steps = min(len(batches), config.max_steps or len(batches))
     optimizer = Optimizer([model], config.optim, steps)
@@ -131,6 +146,7 @@ def fit(
         identity={"data": digest(data), "model": weights_digest(model)},
         every=config.run.save_every or math.ceil(len(batches) / config.epochs),
         evaluate=evaluate,
+        monitors=monitors,
     )
     if outcome.step != optimizer.steps:
         copy_weights(load(run.checkpoint(outcome.step))[0], model)

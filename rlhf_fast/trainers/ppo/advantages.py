@@ -1,7 +1,7 @@
 """How good each sampled token was: what PPO's loss weighs its log-probabilities by.
 
-An advantage function is given a step's scores and returns an advantage for every token; PPOTrainer takes any such
-function in place of these.
+An advantage is given a step's scores and returns a number for every token. The methods are classes of their own names;
+PPOTrainer takes any function with their arguments and results in place of them.
 """
 
 from __future__ import annotations
@@ -35,77 +35,120 @@ class Advantages(NamedTuple):
 
 
 class AdvantageFunction(Protocol):
-    """`kl_coef` is what the KL penalty weighs in the reward: 0 where it is a term of the loss (`ppo.kl_in`)."""
+    """`kl_coef` is what the KL penalty weighs in the reward: 0 where it is a term of the loss (`ppo.kl_in`).
+
+    A function that says nothing of what it needs (:class:`Advantage`) is given what the method that `ppo.advantage`
+    names needs.
+    """
 
     def __call__(self, scored: Scored, kl_coef: float, config: PPOConfig) -> Advantages: ...
 
 
-def against_critic(scored: Scored, kl_coef: float, config: PPOConfig) -> Advantages:
-    """Generalised advantage estimation over token rewards: the KL penalty on each, the score on the last."""
-    assert scored.values is not None
-    rewards = -kl_coef * scored.kl  # (R,)
-    scores: torch.Tensor | None = scored.scores  # (B,)
-    if config.whiten_rewards:
-        rewards[scored.cu_seqlens[1:].long() - 1] += scored.scores  # on the last token: the end
-        rewards, scores = ops.whiten(rewards, shift_mean=False), None
-    advantages, returns, sums = ops.gae(
-        rewards=rewards, values=scored.values, gamma=config.gamma, lam=config.lam, cu_seqlens=scored.cu_seqlens,
-        scores=scores, sums=True,
-    )  # fmt: skip
-    return Advantages(advantages, returns, sums)
+class Advantage:
+    """What a method needs beside the scores of sampled responses; each method is a class of its own, named for it."""
+
+    needs_critic = False  # `Scored.values`
+    needs_greedy = False  # `Scored.baselines`
+    compares_samples = False  # of a prompt: equal scores say nothing
+
+    def __call__(self, scored: Scored, kl_coef: float, config: PPOConfig) -> Advantages:
+        raise NotImplementedError
 
 
-def against_each_other(scored: Scored, kl_coef: float, config: PPOConfig) -> Advantages:
-    """One advantage for all tokens of a response: its score beside those of its prompt's others, scaled, and only then
-    less the KL penalty beside theirs.
+class GAE(Advantage):
+    """Generalised advantage estimation (arXiv 1506.02438) over token rewards: the KL penalty on each, the score on the
+    last."""
+
+    needs_critic = True
+
+    def __call__(self, scored: Scored, kl_coef: float, config: PPOConfig) -> Advantages:
+        assert scored.values is not None
+        rewards = -kl_coef * scored.kl  # (R,)
+        scores: torch.Tensor | None = scored.scores  # (B,)
+        if config.whiten_rewards:
+            rewards[scored.cu_seqlens[1:].long() - 1] += scored.scores  # on the last token: the end
+            rewards, scores = ops.whiten(rewards, shift_mean=False), None
+        advantages, returns, sums = ops.gae(
+            rewards=rewards, values=scored.values, gamma=config.gamma, lam=config.lam, cu_seqlens=scored.cu_seqlens,
+            scores=scores, sums=True,
+        )  # fmt: skip
+        return Advantages(advantages, returns, sums)
+
+
+class DrGRPO(Advantage):
+    """Dr. GRPO (arXiv 2503.20783): one advantage for all tokens of a response, its score less its group's mean, and
+    only then less the KL penalty beside those of its prompt's others.
 
     Scaled with the scores, a penalty would be as large as they are, whatever it weighs: `kl_coef` would cancel where
     scores are equal, and small scores would be drowned.
     """
-    against = "rloo" if config.advantage == "rloo" else "dr_grpo"
-    advantages = _scaled(scored.scores.view(-1, config.samples_per_prompt), against, config)  # (G, n)
-    if kl_coef:
-        kl = ops.sequence_sum(scored.kl, cu_seqlens=scored.cu_seqlens).view_as(advantages)
-        advantages = advantages - kl_coef * ops.group_advantages(kl, against)
-    return Advantages(_of_tokens(advantages.flatten(), scored), None, None)
+
+    compares_samples = True
+    baseline = "dr_grpo"  # as ops.group_advantages names what is subtracted
+    scale = "none"  # the deviation that divides, where `ppo.scale` names none
+
+    def __call__(self, scored: Scored, kl_coef: float, config: PPOConfig) -> Advantages:
+        advantages = self._scaled(scored.scores.view(-1, config.samples_per_prompt), config.scale or self.scale)
+        if kl_coef:
+            kl = ops.sequence_sum(scored.kl, cu_seqlens=scored.cu_seqlens).view_as(advantages)  # (G, n)
+            advantages = advantages - kl_coef * ops.group_advantages(kl, self.baseline)
+        return Advantages(_of_tokens(advantages.flatten(), scored), None, None)
+
+    def _scaled(self, scores: torch.Tensor, scale: str) -> torch.Tensor:
+        """Scores (G, n) less their baseline, over a deviation of the group, of the batch or none."""
+        if scale == "group":
+            n = scores.shape[1]
+            return ops.group_advantages(scores, "grpo") * (n / (n - 1) if self.baseline == "rloo" else 1.0)
+        centred = ops.group_advantages(scores, self.baseline)  # (G, n)
+        return centred / (scores.double().std() + EPS).float() if scale == "batch" else centred
 
 
-def _scaled(scores: torch.Tensor, against: str, config: PPOConfig) -> torch.Tensor:
-    """Scores less their group's mean (of the others in it, for RLOO), over the deviation that `ppo.scale` names."""
-    scale = config.scale or ("group" if config.advantage == "grpo" else "none")
-    if scale == "group":
-        others = scores.shape[1] - 1
-        return ops.group_advantages(scores, "grpo") * (scores.shape[1] / others if against == "rloo" else 1.0)
-    apart = ops.group_advantages(scores, against)  # (G, n)
-    return apart / (scores.double().std() + EPS).float() if scale == "batch" else apart
+class GRPO(DrGRPO):
+    """GRPO (arXiv 2402.03300): the same over the deviation of the group's scores."""
+
+    scale = "group"
 
 
-def against_the_step(scored: Scored, kl_coef: float, config: PPOConfig) -> Advantages:
+class RLOO(DrGRPO):
+    """RLOO (arXiv 2402.14740): a score less the mean of its prompt's other responses."""
+
+    baseline = "rloo"
+
+
+class ReinforcePlusPlus(Advantage):
     """REINFORCE++ with a baseline (arXiv 2501.03262): a score less its group's mean, whitened over the step's tokens.
 
     A penalty in the reward comes after that, on each token what it and those that follow pay.
     """
-    scores = scored.scores.view(-1, config.samples_per_prompt)  # (G, n)
-    advantages = _of_tokens(ops.group_advantages(scores, "dr_grpo").flatten(), scored)  # (R,)
-    if not kl_coef:
-        exact = advantages.double()
-        number = torch.full_like(exact.sum(), exact.numel())
-        return Advantages(advantages, None, torch.stack([number, exact.sum(), exact.square().sum()]))
-    to_come, _ = ops.gae(
-        rewards=kl_coef * scored.kl, values=torch.zeros_like(scored.kl), gamma=1.0, lam=1.0,
-        cu_seqlens=scored.cu_seqlens,
-    )  # fmt: skip
-    return Advantages(ops.whiten(advantages) - to_come, None, None)
+
+    compares_samples = True
+
+    def __call__(self, scored: Scored, kl_coef: float, config: PPOConfig) -> Advantages:
+        scores = scored.scores.view(-1, config.samples_per_prompt)  # (G, n)
+        advantages = _of_tokens(ops.group_advantages(scores, "dr_grpo").flatten(), scored)  # (R,)
+        if not kl_coef:
+            exact = advantages.double()
+            number = torch.full_like(exact.sum(), exact.numel())
+            return Advantages(advantages, None, torch.stack([number, exact.sum(), exact.square().sum()]))
+        to_come, _ = ops.gae(
+            rewards=kl_coef * scored.kl, values=torch.zeros_like(scored.kl), gamma=1.0, lam=1.0,
+            cu_seqlens=scored.cu_seqlens,
+        )  # fmt: skip
+        return Advantages(ops.whiten(advantages) - to_come, None, None)
 
 
-def against_greedy(scored: Scored, kl_coef: float, config: PPOConfig) -> Advantages:
+class ReMax(Advantage):
     """ReMax (arXiv 2310.10505): the score less the KL penalty, less the score of the likeliest response.
 
     That response's own penalty is left out, for it would change no gradient in expectation.
     """
-    assert scored.baselines is not None
-    kl = ops.sequence_sum(scored.kl, cu_seqlens=scored.cu_seqlens)  # (B,)
-    return Advantages(_of_tokens(scored.scores - kl_coef * kl - scored.baselines, scored), None, None)
+
+    needs_greedy = True
+
+    def __call__(self, scored: Scored, kl_coef: float, config: PPOConfig) -> Advantages:
+        assert scored.baselines is not None
+        kl = ops.sequence_sum(scored.kl, cu_seqlens=scored.cu_seqlens)  # (B,)
+        return Advantages(_of_tokens(scored.scores - kl_coef * kl - scored.baselines, scored), None, None)
 
 
 def equal_groups(scores: Sequence[float], size: int) -> list[int]:
@@ -120,11 +163,25 @@ def _of_tokens(of_responses: torch.Tensor, scored: Scored) -> torch.Tensor:
     return of_responses.repeat_interleave(lengths, output_size=scored.kl.numel())
 
 
-FUNCTIONS: dict[str, AdvantageFunction] = {
-    "gae": against_critic,
-    "grpo": against_each_other,
-    "dr_grpo": against_each_other,
-    "rloo": against_each_other,
-    "reinforce++": against_the_step,
-    "remax": against_greedy,
+ADVANTAGES: dict[str, Advantage] = {  # by the names of `ppo.advantage`
+    "gae": GAE(),
+    "grpo": GRPO(),
+    "dr_grpo": DrGRPO(),
+    "rloo": RLOO(),
+    "reinforce++": ReinforcePlusPlus(),
+    "remax": ReMax(),
 }
+
+
+class Traits(NamedTuple):
+    """What :class:`Advantage` says of a method."""
+
+    needs_critic: bool
+    needs_greedy: bool
+    compares_samples: bool
+
+
+def traits_of(advantage: AdvantageFunction, config: PPOConfig) -> Traits:
+    """What an advantage says of itself; where it says nothing, what the method that `ppo.advantage` names does."""
+    named = ADVANTAGES[config.advantage]
+    return Traits(*(getattr(advantage, name, getattr(named, name)) for name in Traits._fields))

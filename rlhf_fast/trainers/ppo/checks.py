@@ -1,10 +1,13 @@
-"""What must hold in the first step of PPO, whatever the model and the data; otherwise the run is stopped."""
+"""What must hold for a run of PPO to go on: in its first step, whatever the model and the data, and after each."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
+
+from rlhf_fast.trainers.loop.monitor import Step, Stop
 
 # How far the first update may be from exact. In float32 micro-batches differ only in the order of sums; in bfloat16 a
 # state rounds to 8 bits, which differ with the shape of the batch, so that single tokens may be anywhere near.
@@ -30,6 +33,17 @@ def check_first_update(stats: dict[str, float], dtype: torch.dtype) -> None:
     if not math.isfinite(stats.get("explained_variance", 0.0)):
         wrong.append(f"explained_variance {stats['explained_variance']}")
     _raise_if(wrong)
+
+
+@dataclass(frozen=True)
+class KLLimit:
+    """Monitor that ends a run after a step whose samples are further from the reference than `ppo.max_kl`."""
+
+    nats: float
+
+    def __call__(self, step: Step) -> Stop | None:
+        kl = step.metrics["kl"]
+        return None if kl <= self.nats else Stop(f"kl {kl:.3f} is above ppo.max_kl = {self.nats}")
 
 
 def _raise_if(wrong: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from rlhf_fast.config import PPOConfig
-from rlhf_fast.data.batches import shuffled
+from rlhf_fast.data.batches import Example, shuffled
 from rlhf_fast.data.records import PromptRecord
 from rlhf_fast.models.adapters import Model
 from rlhf_fast.rewards.model import Rewards
@@ -33,9 +34,18 @@ class Sampled:
     records: list[PromptRecord]
     rollouts: Rollouts
     scoring: Scoring | Scores
-    greedy: tuple[Rollouts, Scoring] | None  # the likeliest response to each prompt, for ReMax
+    greedy: tuple[Rollouts, Scoring] | None  # the likeliest response to each prompt, where the advantage needs it
     statistics: Statistics | None  # None in a run that went on with them
     resampled: int = 0  # prompts whose responses all scored alike, and which others stand in for
+
+    @functools.cached_property
+    def examples(self) -> list[Example]:
+        return self.rollouts.examples()
+
+    @functools.cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each response."""
+        return [len(example.response) for example in self.examples]
 
 
 class Sampler:
@@ -45,6 +55,7 @@ class Sampler:
         tokenizer: the policy's.
         prompts: of which each step takes the next.
         value_head: as in `Generator`.
+        greedy: the likeliest response to each prompt is sampled and scored, too.
     """
 
     def __init__(
@@ -55,9 +66,10 @@ class Sampler:
         prompts: Sequence[PromptRecord],
         config: PPOConfig,
         value_head: nn.Module | None = None,
+        greedy: bool = False,
     ) -> None:
         self.policy, self.tokenizer, self.reward = policy, tokenizer, reward
-        self.prompts, self.config = prompts, config
+        self.prompts, self.config, self.greedy = prompts, config, greedy
         self.generator = Generator(policy, tokenizer, value_head=value_head, cuda_graphs=config.cuda_graphs)
         if config.max_length > (longest := self.generator.runner.served.longest):
             raise ValueError(
@@ -84,7 +96,7 @@ class Sampler:
         params = self._params(step)
         rollouts, scoring = self._scored_rollouts(records, params)
         statistics = self.generator.statistics  # of the first round, the large one
-        greedy = self._scored_rollouts(records, _greedy(params)) if self.config.advantage == "remax" else None
+        greedy = self._scored_rollouts(records, _greedy(params)) if self.greedy else None
         sampled = Sampled(step, records, rollouts, scoring, greedy, statistics)
         for again in range(1, self.config.resample + 1):
             sampled = self._varied(sampled, again)
