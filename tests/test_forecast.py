@@ -234,6 +234,15 @@ def test_generation_is_bound_by_reading_until_there_are_enough_sequences() -> No
     assert rollouts(128, 10.0) == rollouts(128, 20.0), "products take longer"
 
 
+def test_reading_a_step_takes_the_weights_and_the_keys_and_values_that_are_there_half_way() -> None:
+    config = PPOConfig(steps=3, prompts_per_step=2, samples_per_prompt=4, minibatches=1)
+    counts = cost.count(config, SHAPE)
+    machine = cost.Machine(1e9, 0.01, 0.5)  # products take no time
+    bytes_read = counts.weight_bytes + 8 * (30 + 50 / 2) * counts.kv_bytes
+    found = cost.seconds(config, counts, DATA, machine)["rollouts"]
+    assert found == pytest.approx(3 * 50 * bytes_read / (0.5 * 0.01 * 1e12), rel=1e-4)
+
+
 def test_samples_of_an_older_policy_are_read_once_more() -> None:
     def scoring(**options: Any) -> float:
         config = PPOConfig(**options)

@@ -290,6 +290,25 @@ def test_a_short_text_that_is_not_rendered_is_not_taken_for_one_that_stands_else
         tokenize_record({"prompt": [{"role": "system", "content": "a"}, {"role": "user", "content": "a"}]}, tokenizer)
 
 
+def test_special_tokens_that_are_typed_stay_text_and_nothing_is_put_before_what_surrounds_them() -> None:
+    """Of a tokenizer that puts a space before a text, behind which these would stand."""
+    letters = ["▁", *(chr(i) for i in range(33, 127)), "\n"]
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(["<s>", "<eos>", *letters])}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Metaspace(prepend_scheme="never")
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ("<s>", "<eos>")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="<eos>", pad_token="<s>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m.role }}:{{ m.content }}<eos>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant:{% endif %}"
+    )
+    row = {"messages": [Q, {"role": "assistant", "content": "no <eos> here"}]}
+    (found,) = tokenize_record(row, tokenizer)
+    learned = [token for token, mine in zip(found.input_ids, found.loss_mask, strict=True) if mine]
+    assert learned.count(1) == 1 and learned[-1] == 1  # the end alone is one
+    assert "".join(tokenizer.convert_ids_to_tokens(learned)).replace("▁", " ") == "no <eos> here<eos>"
+
+
 # Settings -------------------------------------------------------------------------------------------------------------
 
 

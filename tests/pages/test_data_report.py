@@ -137,6 +137,15 @@ def test_both_answers_of_a_comparison_stand_side_by_side(tmp_path: Path) -> None
         assert (text.count('<div class="reply">'), text.count('<div class="grid two">')) == (sides, sides - 1)
 
 
+def test_the_last_bin_says_how_far_it_goes_where_something_lies_beyond_its_edge(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for longest, beyond in ((30, False), (3000, True)):
+        rows = [{"prompt": "p" * 20, "completion": "c" * (20 + i % 10)} for i in range(60)]
+        rows.append({"prompt": "p" * 20, "completion": "c" * longest})
+        write_page(tmp_path / "page.html", survey(rows, byte_tokenizer(), max_length=10_000), "f", "m")
+        assert ("the last bin goes up to" in (tmp_path / "page.html").read_text()) == beyond
+
+
 def test_a_file_that_is_not_there_is_told_before_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = data(capsys, str(tmp_path / "none.jsonl"), "--model", "no/such/model")
     assert (code, out) == (1, "") and "none.jsonl" in err and "no/such/model" not in err
