@@ -185,7 +185,8 @@ def histogram(title: str, phase: str, edges: Sequence[float], counts: Sequence[i
         axes.yaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel(label)
 
-    told = f"{sum(counts)} in {len(counts)} bins from {_short(edges[0])} to {_short(edges[-1])}, most: {max(counts)}; {label}"
+    ends = f"from {_short(edges[0])} to {_short(edges[-1])}"
+    told = f"{sum(counts)} in {len(counts)} bins {ends}, most: {max(counts)}; {label}"
     return Plot(title, phase, _svg(draw, f"{phase}. {title}. {told}", f"{phase} {title}"))
 
 

@@ -139,8 +139,8 @@ def test_both_answers_of_a_comparison_stand_side_by_side(tmp_path: Path) -> None
 
 def test_the_last_bin_says_how_far_it_goes_where_something_lies_beyond_its_edge(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    for longest, beyond in ((30, False), (3000, True)):
-        rows = [{"prompt": "p" * 20, "completion": "c" * (20 + i % 10)} for i in range(60)]
+    for longest, beyond in ((25, False), (3000, True)):
+        rows = [{"prompt": "p" * 20, "completion": "c" * (20 + i % 10)} for i in range(300)]
         rows.append({"prompt": "p" * 20, "completion": "c" * longest})
         write_page(tmp_path / "page.html", survey(rows, byte_tokenizer(), max_length=10_000), "f", "m")
         assert ("the last bin goes up to" in (tmp_path / "page.html").read_text()) == beyond
