@@ -381,7 +381,7 @@ def source_of(variant: Variant) -> Any:
         absent |= variant.op == "gae" and _absent_from_gae(name, constants)
         absent |= variant.op == "ppo_loss" and name in ("weights", "log_ratios")
         absent |= name == "sinks" or (variant.op == "paged_attention" and _absent_from_attention(name, constants))
-        absent |= name in ("there", "terms_tensor", "tokens_tensor")  # what counts divides
+        absent |= name in ("divisor_tensor", "terms_tensor", "tokens_tensor")  # what counts divides
         if name in constants or absent or name.endswith("column_stride"):
             constants.setdefault(name, None if absent else 1)  # Triton itself specialises on a stride of 1
             types[name] = "constexpr"
