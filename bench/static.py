@@ -209,8 +209,8 @@ class Variant:
     elements: int
 
 
-NUMBERS = """scale softcap temperature gamma lam critic_lam number tokens_number clip_low clip_high dual_clip value_clip
-    value_coef entropy_coef kl_coef rollout_cap beta agree differ center_coef eps""".split()
+NUMBERS = """scale softcap temperature gamma lam critic_lam terms_number tokens_number divisor_number clip_low clip_high
+    dual_clip value_clip value_coef entropy_coef kl_coef rollout_cap beta agree differ center_coef eps""".split()
 SIZES = re.compile(r"(length|columns|inner|stride|first_column|segments|states_per_row|rows|count|ranges)$")
 NARROW = """logits out p q out_p out_q logprobs ref_logprobs ref_out rewards values old_logprobs advantages old_values
     returns entropy rollout_logprobs chosen rejected ref_chosen ref_rejected x""".split()
@@ -381,7 +381,7 @@ def source_of(variant: Variant) -> Any:
         absent |= variant.op == "gae" and _absent_from_gae(name, constants)
         absent |= variant.op == "ppo_loss" and name in ("weights", "log_ratios")
         absent |= name == "sinks" or (variant.op == "paged_attention" and _absent_from_attention(name, constants))
-        absent |= name in ("there", "terms_tensor", "tokens_tensor")  # what counts divides
+        absent |= name in ("divisor_tensor", "terms_tensor", "tokens_tensor")  # what counts divides
         if name in constants or absent or name.endswith("column_stride"):
             constants.setdefault(name, None if absent else 1)  # Triton itself specialises on a stride of 1
             types[name] = "constexpr"

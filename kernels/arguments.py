@@ -39,23 +39,33 @@ class Sequences(NamedTuple):
     length: int  # of each, if padded
 
 
-class GAEInputs(NamedTuple):
-    """What csrc/common/gae.h has under this name; all tensors contiguous."""
+class TokenRewards(NamedTuple):
+    """What a token is paid, in the order of csrc/common/gae.h."""
 
     rewards: Tensor | None
     logprobs: Tensor | None
-    ref_logprobs: Tensor | None
-    scores: Tensor | None
+    ref_logprobs: Tensor | None  # with logprobs
+    scores: Tensor | None  # float32, one a sequence
     kl_coef: float
-    values: Tensor
-    mask: Tensor | None
-    bootstrap: Tensor | None
-    cu_seqlens: Tensor | None  # None: padded
-    sequences: int
-    length: int  # of each, if padded
+
+
+class Decays(NamedTuple):
+    """How much of what follows a token counts for it, each in [0, 1]."""
+
     gamma: float
     lam: float
-    critic_lam: float
+    critic_lam: float  # of the returns
+
+
+class GAEInputs(NamedTuple):
+    """The inputs of gae, in the order of csrc/common/gae.h; all tensors contiguous, those of tokens of one dtype."""
+
+    sequences: Sequences
+    paid: TokenRewards
+    values: Tensor
+    mask: Tensor | None
+    bootstrap: Tensor | None  # float32, one a sequence
+    decays: Decays
 
 
 class PPOTensors(NamedTuple):
@@ -140,24 +150,73 @@ class PPOResults(NamedTuple):
     partials: Tensor  # (ranges, sums) float64, scratch
 
 
-class PairInputs(NamedTuple):
-    """What csrc/common/pair_loss.h has under this name; all tensors contiguous, the first four of one dtype."""
+class PairTensors(NamedTuple):
+    """The tensors of dpo_loss and reward_loss, in the order of csrc/common/pair_loss.h's PairInputs. Kernels want them
+    contiguous, ``rewards`` in one dtype and the others in float32."""
 
     chosen: Tensor
     rejected: Tensor
     ref_chosen: Tensor | None
     ref_rejected: Tensor | None
-    margins: Tensor | None  # float32, as those below
-    weights: Tensor | None
-    kl: Tensor | None
+    margins: Tensor | None  # by how much chosen should win
+    weights: Tensor | None  # of a pair
+    kl: Tensor | None  # one number, for kto
+
+    @property
+    def rewards(self) -> tuple[Tensor | None, ...]:
+        """Those that the rewards of a pair are made of."""
+        return self[:_MARGINS]
+
+    @property
+    def others(self) -> tuple[Tensor | None, ...]:
+        """The margins and what follows."""
+        return self[_MARGINS:]
 
 
-class PairOptions(NamedTuple):
-    kind: int  # as csrc/common/pair_loss.h numbers them
+_MARGINS = PairTensors._fields.index("margins")
+
+
+class PairNumbers(NamedTuple):
+    """The options of the pair losses as kernels have them, in the order of csrc/common/pair_loss.h's PairOptions."""
+
+    kind: int
     beta: float
-    agree: float
-    differ: float
+    agree: float  # of the logistic loss of the difference
+    differ: float  # of that of its negative
     center_coef: float
+
+    def pack(self) -> list[float]:
+        """As they cross the boundary of torch.library."""
+        return [float(x) for x in self]
+
+    @classmethod
+    def unpack(cls, numbers: Sequence[float]) -> PairNumbers:
+        """The inverse of ``pack``."""
+        kind, *others = numbers
+        return cls._make((int(kind), *others))
+
+    def in_triton(self) -> dict[str, Any]:
+        """As Triton's kernel takes them: numbers by their names, and what is compiled in, in capitals."""
+        numbers = self._asdict()
+        return {"KIND": numbers.pop("kind"), **numbers}
+
+
+class PairResults(NamedTuple):
+    """What a pair loss writes, in the order of csrc/common/pair_loss.h's PairResults."""
+
+    stats: Tensor  # loss, accuracy, margin, chosen_reward, rejected_reward, 1 / divisor
+    grad_chosen: Tensor | None  # float32, of the sum of the pairs' losses
+    grad_rejected: Tensor | None
+
+
+class SampleOptions(NamedTuple):
+    """What each row of sample may be told, (B,) each, in the order of csrc/common/sample.h's SampleInputs."""
+
+    temperature: Tensor  # float32
+    top_k: Tensor  # int32
+    top_p: Tensor  # float32
+    min_p: Tensor  # float32
+    uniform: Tensor  # float64
 
 
 class Denominator(NamedTuple):

@@ -107,11 +107,13 @@ def _forward(
 
 
 def forward(x: GAEInputs, advantages: Tensor, returns: Tensor, sums: Tensor | None) -> None:
-    size = sizes("gae", advantages.device)
-    _forward[(x.sequences,)](
-        x.rewards, x.logprobs, x.ref_logprobs, x.scores, x.kl_coef, x.values, x.mask, x.bootstrap,
-        x.cu_seqlens, x.length, x.gamma, x.lam, x.critic_lam, advantages, returns, sums,
-        HAS_REWARDS=x.rewards is not None, HAS_KL=x.logprobs is not None, HAS_SCORES=x.scores is not None,
-        HAS_MASK=x.mask is not None, HAS_BOOTSTRAP=x.bootstrap is not None, PACKED=x.cu_seqlens is not None,
-        TWO=x.critic_lam != x.lam, HAS_SUMS=sums is not None, BLOCK=size["BLOCK"], num_warps=size["WARPS"],
+    """As csrc/common/gae.h says."""
+    size, where, paid = sizes("gae", advantages.device), x.sequences, x.paid
+    _forward[(where.number,)](
+        **paid._asdict(), values=x.values, mask=x.mask, bootstrap=x.bootstrap, cu_seqlens=where.cu_seqlens,
+        length=where.length, **x.decays._asdict(), advantages=advantages, returns=returns, sums=sums,
+        HAS_REWARDS=paid.rewards is not None, HAS_KL=paid.logprobs is not None,
+        HAS_SCORES=paid.scores is not None, HAS_MASK=x.mask is not None, HAS_BOOTSTRAP=x.bootstrap is not None,
+        PACKED=where.cu_seqlens is not None, TWO=x.decays.critic_lam != x.decays.lam, HAS_SUMS=sums is not None,
+        BLOCK=size["BLOCK"], num_warps=size["WARPS"],
     )  # fmt: skip

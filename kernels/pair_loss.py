@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from rlhf_fast.kernels.arguments import Denominator, PairInputs, PairOptions
+from rlhf_fast.kernels.arguments import Denominator, PairNumbers, PairResults, PairTensors
 from rlhf_fast.kernels.launch_sizes import sizes
+
+# Where the statistics lie, as csrc/common/pair_loss.h has them.
+STAT_LOSS, STAT_ACCURACY, STAT_MARGIN, STAT_CHOSEN_REWARD, STAT_REJECTED_REWARD, STAT_INVERSE = map(
+    tl.constexpr, range(6)
+)
 
 
 @triton.jit
@@ -33,8 +37,8 @@ def _read(data, i, here, PRESENT: tl.constexpr):
 
 @triton.jit
 def _forward(
-    chosen, rejected, ref_chosen, ref_rejected, margins, weights, kl, count, beta, agree, differ, center_coef, there,
-    number, stats, grad_chosen, grad_rejected,
+    chosen, rejected, ref_chosen, ref_rejected, margins, weights, kl, count, beta, agree, differ, center_coef,
+    divisor_tensor, divisor_number, stats, grad_chosen, grad_rejected,
     KIND: tl.constexpr, HAS_REFERENCE: tl.constexpr, HAS_MARGINS: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     HAS_KL: tl.constexpr, DENOMINATOR: tl.constexpr, NEED: tl.constexpr, NEED_REJECTED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -85,26 +89,25 @@ def _forward(
             tl.store(grad_rejected + i, (weight * (beta * other + pull)).to(tl.float32), mask=inside)
     divisor = tl.sum(total)
     if DENOMINATOR == 1:
-        divisor = tl.load(there).to(tl.float64)
+        divisor = tl.load(divisor_tensor).to(tl.float64)
     if DENOMINATOR == 2:
-        divisor = divisor * 0.0 + number
+        divisor = divisor * 0.0 + divisor_number
     divisor = tl.where(divisor == 0.0, 1.0, divisor)
-    tl.store(stats, (tl.sum(loss) / divisor).to(tl.float32))
-    tl.store(stats + 1, (tl.sum(wins) / divisor).to(tl.float32))
-    tl.store(stats + 2, (tl.sum(margin) / divisor).to(tl.float32))
-    tl.store(stats + 3, (tl.sum(of_chosen) / divisor).to(tl.float32))
-    tl.store(stats + 4, (tl.sum(of_rejected) / divisor).to(tl.float32))
-    tl.store(stats + 5, (1.0 / divisor).to(tl.float32))
+    tl.store(stats + STAT_LOSS, (tl.sum(loss) / divisor).to(tl.float32))
+    tl.store(stats + STAT_ACCURACY, (tl.sum(wins) / divisor).to(tl.float32))
+    tl.store(stats + STAT_MARGIN, (tl.sum(margin) / divisor).to(tl.float32))
+    tl.store(stats + STAT_CHOSEN_REWARD, (tl.sum(of_chosen) / divisor).to(tl.float32))
+    tl.store(stats + STAT_REJECTED_REWARD, (tl.sum(of_rejected) / divisor).to(tl.float32))
+    tl.store(stats + STAT_INVERSE, (1.0 / divisor).to(tl.float32))
 
 
-def forward(
-    x: PairInputs, o: PairOptions, of_pairs: Denominator, stats: Tensor, gradients: tuple[Tensor | None, Tensor | None]
-) -> None:
-    size = sizes("pair_loss", stats.device)
+def forward(tensors: PairTensors, numbers: PairNumbers, of_pairs: Denominator, results: PairResults) -> None:
+    """As csrc/common/pair_loss.h says."""
+    size = sizes("pair_loss", results.stats.device)
     _forward[(1,)](
-        *x, x.chosen.numel(), *o[1:], of_pairs.tensor, of_pairs.number, stats, *gradients,
-        KIND=o.kind, HAS_REFERENCE=x.ref_chosen is not None, HAS_MARGINS=x.margins is not None,
-        HAS_WEIGHTS=x.weights is not None, HAS_KL=x.kl is not None, DENOMINATOR=of_pairs.kind,
-        NEED=gradients[0] is not None, NEED_REJECTED=gradients[1] is not None, BLOCK=size["BLOCK"],
-        num_warps=size["WARPS"],
+        **tensors._asdict(), count=tensors.chosen.numel(), **numbers.in_triton(), divisor_tensor=of_pairs.tensor,
+        divisor_number=of_pairs.number, **results._asdict(), HAS_REFERENCE=tensors.ref_chosen is not None,
+        HAS_MARGINS=tensors.margins is not None, HAS_WEIGHTS=tensors.weights is not None,
+        HAS_KL=tensors.kl is not None, DENOMINATOR=of_pairs.kind, NEED=results.grad_chosen is not None,
+        NEED_REJECTED=results.grad_rejected is not None, BLOCK=size["BLOCK"], num_warps=size["WARPS"],
     )  # fmt: skip

@@ -178,37 +178,37 @@ def _forward(
         if NEED_ENTROPY:
             tl.store(grad_entropy + i, -entropy_coef * weight, mask=inside)
 
-    to = partials + tl.program_id(0).to(tl.int64) * SUMS
-    eighth = tl.arange(0, 8)
+    to = partials + tl.program_id(0).to(tl.int64) * SUMS + tl.arange(0, 8)
     pulled_ones = tl.where(pulled, ones, 0.0)
     eight = _sums(ones, policy * weight, of_value, of_entropy, of_kl, (ratio - 1.0) * ones, pulled_ones, bound_ones)
-    tl.store(to + SUM_COUNT + eighth, eight)
+    tl.store(to + SUM_COUNT, eight)
     k3 = expm1_minus(_bound(own)) * ones
     eight = _sums(
         worse_ones, -own * ones, k3, weighed, capped_ones, _up_to(bounded, ones, 0), _up_to(bounded, ones, 1),
         _up_to(bounded, ones, 2),
     )  # fmt: skip
-    tl.store(to + SUM_VALUE_CLIPPED + eighth, eight)
+    tl.store(to + SUM_VALUE_CLIPPED, eight)
     eight = _sums(
         _up_to(bounded, ones, 3), _up_to(bounded, ones, 4), _up_to(bounded, ones, 5), _up_to(bounded, ones, 6),
         _up_to(bounded, ones, 7), _up_to(bounded, ones, 8), _up_to(bounded, ones, 9), _up_to(bounded, ones, 10),
     )  # fmt: skip
-    tl.store(to + SUM_AT_MOST + 3 + eighth, eight)
+    tl.store(to + (SUM_AT_MOST + 3), eight)
     eight = _sums(
         _up_to(bounded, ones, 11).to(tl.float64), _up_to(bounded, ones, 12).to(tl.float64),
         _up_to(bounded, ones, 13).to(tl.float64), _up_to(bounded, ones, 14).to(tl.float64), exact, exact * exact, rest,
         rest * rest,
     )  # fmt: skip
-    tl.store(to + SUM_AT_MOST + 11 + eighth, eight)
+    tl.store(to + (SUM_AT_MOST + 11), eight)
     both = tl.join(tl.where(here, bounded, -20.0), tl.where(here, -bounded, -20.0))
-    tl.store(to + SUM_LOG_RATIO_MAX + tl.arange(0, 2), tl.max(both, 0).to(tl.float64))
+    ends = partials + tl.program_id(0).to(tl.int64) * SUMS + SUM_LOG_RATIO_MAX + tl.arange(0, 2)
+    tl.store(ends, tl.max(both, 0).to(tl.float64))
 
 
 @triton.jit
 def _ratio_quantile(totals, count, most, least, share):
     """exp of the log-ratio below which a share of the tokens lies: between two edges, as if they lay evenly there."""
     e = tl.arange(0, 16)
-    below = tl.load(totals + SUM_AT_MOST - 1 + e, mask=e > 0, other=0.0)  # tokens up to the edge below
+    below = tl.load(totals + (SUM_AT_MOST - 1) + e, mask=e > 0, other=0.0)  # tokens up to the edge below
     at_most = tl.where(e < 15, tl.load(totals + SUM_AT_MOST + e, mask=e < 15, other=0.0), count)  # and the one above
     lower = tl.where(e == 0, least, _clamp(_edge(e - 1).to(tl.float64), least, most))
     upper = tl.where(e == 15, most, _clamp(_edge(e).to(tl.float64), least, most))
@@ -266,13 +266,13 @@ def _finish(
     tl.store(loss, (whole / terms).to(tl.float32))
     of_terms = (which >= SUM_POLICY) & (which <= SUM_KL)
     of_tokens = (which >= SUM_CLIPPED) & (which <= SUM_ROLLOUT_CAPPED)
-    tl.store(stats + STAT_POLICY + which - SUM_POLICY, (sums / terms).to(tl.float32), mask=of_terms)
+    tl.store(stats + which + (STAT_POLICY - SUM_POLICY), (sums / terms).to(tl.float32), mask=of_terms)
     tl.store(stats + STAT_RATIO_MEAN, ((counted + tl.load(totals + SUM_RATIO)) / tokens).to(tl.float32))
     tl.store(stats + STAT_RATIO_MAX, tl.where(nothing, 0.0, tl.exp(most)).to(tl.float32))
     tl.store(stats + STAT_RATIO_MIN, tl.where(nothing, 0.0, tl.exp(least)).to(tl.float32))
     tl.store(stats + STAT_RATIO_P05, tl.where(nothing, 0.0, low).to(tl.float32))
     tl.store(stats + STAT_RATIO_P95, tl.where(nothing, 0.0, high).to(tl.float32))
-    tl.store(stats + STAT_CLIPPED + which - SUM_CLIPPED, (sums / tokens).to(tl.float32), mask=of_tokens)
+    tl.store(stats + which + (STAT_CLIPPED - SUM_CLIPPED), (sums / tokens).to(tl.float32), mask=of_tokens)
     tl.store(stats + STAT_EXPLAINED_VARIANCE, explained.to(tl.float32))
     tl.store(inverse, (1.0 / terms).to(tl.float32))
 

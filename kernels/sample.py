@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlhf_fast.kernels.arguments import SampleOptions
 from rlhf_fast.kernels.launch_sizes import sizes
 
 
@@ -35,11 +36,11 @@ def _reached(start, columns, top, scale, least, BLOCK: tl.constexpr):
     for first in range(0, columns, BLOCK):
         e, _, _ = _weights(start, first, columns, top, scale, BLOCK)  # past the end those of 0
         bits = e.to(tl.int32, bitcast=True)
-        there = bits >= least
-        count += there.to(tl.int32)
-        mass += tl.where(there, e, 0.0).to(tl.float64)
-        above = tl.minimum(above, tl.where(there, bits, 2147483647))
-        below = tl.maximum(below, tl.where(there, 0, bits))
+        reaches = bits >= least
+        count += reaches.to(tl.int32)
+        mass += tl.where(reaches, e, 0.0).to(tl.float64)
+        above = tl.minimum(above, tl.where(reaches, bits, 2147483647))
+        below = tl.maximum(below, tl.where(reaches, 0, bits))
     return tl.sum(count, 0).to(tl.int64), tl.sum(mass, 0), tl.min(above, 0), tl.max(below, 0)
 
 
@@ -49,28 +50,28 @@ def _cut(start, columns, top, scale, floor, equals, most, enough, BLOCK: tl.cons
     and the first `equals` at it."""
     low = floor  # reaches, or is all there is
     high = tl.full((), 1065353216, tl.int32) + 1  # above the bits of 1
-    there = tl.zeros((), tl.int64)  # with bits of at least low, if that is above the floor
-    number = there  # of at least high, and what they weigh
+    reaching = tl.zeros((), tl.int64)  # with bits of at least low, if that is above the floor
+    number = reaching  # of at least high, and what they weigh
     mass = tl.zeros((), tl.float64)
     while low + 1 < high:
         middle = low + (high - low) // 2
         this_number, this_mass, above, below = _reached(start, columns, top, scale, middle, BLOCK)
         if (this_number >= most) | (this_mass >= enough):
             low = above  # there are none between
-            there = this_number
+            reaching = this_number
         else:
             high = tl.maximum(below, floor) + 1
             number = this_number
             mass = this_mass
-    at_edge = tl.where(low > floor, there - number, equals)
+    at_edge = tl.where(low > floor, reaching - number, equals)
     # Of the equals at the edge, as many as it takes: bisected too, for a division in float64 is a call.
-    one = low.to(tl.float32, bitcast=True).to(tl.float64)
+    weight = low.to(tl.float32, bitcast=True).to(tl.float64)  # of each
     most_equals = tl.maximum(tl.minimum(most - number, at_edge), 1)
     too_few = most_equals * 0
     enough_equals = most_equals
     while too_few + 1 < enough_equals:
         half = too_few + (enough_equals - too_few) // 2
-        if mass + half * one >= enough:
+        if mass + half * weight >= enough:
             enough_equals = half
         else:
             too_few = half
@@ -136,7 +137,7 @@ def _forward(
     mass = tl.sum(weighed, 0) + equals * bits.to(tl.float32, bitcast=True).to(tl.float64)
     target = tl.where(greedy, 0.0, tl.load(uniforms + row)) * mass
 
-    found = columns + tl.zeros((), tl.int32)  # the first column whose cumulative sum is above the target
+    chosen = columns + tl.zeros((), tl.int32)  # the first column whose cumulative sum is above the target
     last = tl.zeros((), tl.int32)
     before = tl.zeros((), tl.float64)
     ranked = tl.zeros((), tl.int32)
@@ -147,11 +148,11 @@ def _forward(
         w = tl.where(same & (rank > first_equals), 0.0, _kept(e, column, columns, bits))
         w = tl.where(greedy, ((column < columns) & (y == 0.0)).to(tl.float64), w)  # 1 may also be one rounded up
         reach = tl.cumsum(w, 0) + before
-        found = tl.minimum(found, tl.min(tl.where((w > 0.0) & (reach > target), column, columns), 0))
+        chosen = tl.minimum(chosen, tl.min(tl.where((w > 0.0) & (reach > target), column, columns), 0))
         last = tl.maximum(last, tl.max(tl.where(w > 0.0, column, 0), 0))
         before += tl.sum(w, 0)
         ranked += tl.sum(same.to(tl.int32), 0)
-    token = tl.where(found < columns, found, last)
+    token = tl.where(chosen < columns, chosen, last)
     x = tl.load(start + token).to(tl.float32)
     log_sum = tl.log(total.to(tl.float32))  # in float64 it would be a call
     nan = float("nan")
@@ -168,21 +169,15 @@ def _kept(e, column, columns, bits):
     return tl.where(stays, e.to(tl.float64), 0.0)
 
 
-def forward(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    uniform: Tensor,
-    results: Sequence[Tensor],
-) -> None:
+def forward(logits: Tensor, options: SampleOptions, results: Sequence[Tensor]) -> None:
     """As csrc/common/sample.h says."""
     rows, columns = logits.shape
     if rows:
+        tokens, logprobs, kept, entropy = results
         size = sizes("sample", logits.device)
         block = min(size["BLOCK"], triton.next_power_of_2(columns))
         _forward[(rows,)](
-            logits, logits.stride(0), columns, temperature, top_k, top_p, min_p, uniform, *results, BLOCK=block,
-            num_warps=size["WARPS"],
+            logits=logits, row_stride=logits.stride(0), columns=columns, temperatures=options.temperature,
+            top_ks=options.top_k, top_ps=options.top_p, min_ps=options.min_p, uniforms=options.uniform, tokens=tokens,
+            logprobs=logprobs, kepts=kept, entropies=entropy, BLOCK=block, num_warps=size["WARPS"],
         )  # fmt: skip

@@ -9,6 +9,11 @@ from rlhf_fast.ops._library import Op
 from rlhf_fast.ops._rows import is_plain
 
 
+def needs_gradient(x: Tensor | None) -> bool:
+    """Whether autograd will ask for the gradient in x."""
+    return torch.is_grad_enabled() and x is not None and x.requires_grad
+
+
 def scaled_gradient(upstream: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
     """upstream * gradient in x's dtype. Knows x, so that autograd refuses to go on from it."""
     return (gradient * upstream).to(x.dtype)

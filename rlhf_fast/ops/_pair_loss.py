@@ -3,48 +3,34 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Optional
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels.arguments import Denominator, PairInputs, PairOptions
+from rlhf_fast.kernels.arguments import Denominator, PairNumbers, PairResults, PairTensors
 from rlhf_fast.ops import compiled
-from rlhf_fast.ops._gradients import in_x
-from rlhf_fast.ops._library import Op, places
-from rlhf_fast.ops._rows import plain
-
-# torch.library reads the annotations of registered functions and knows no other form of Optional.
-# ruff: noqa: UP045
+from rlhf_fast.ops._gradients import in_x, needs_gradient
+from rlhf_fast.ops._library import Op, flattened, places
+from rlhf_fast.ops._rows import divisor_of, plain
+from rlhf_fast.ops.options import PairOptions
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
-KINDS = ("logistic", "hinge", "ipo", "kto")  # as csrc/common/pair_loss.h numbers them
+_OWN = ("chosen", "rejected")  # what has a gradient
 STATS = ("accuracy", "margin", "chosen_reward", "rejected_reward")  # after the loss
 
 
 def pair_loss(
-    chosen: Tensor,
-    rejected: Tensor,
-    ref_chosen: Tensor | None,
-    ref_rejected: Tensor | None,
-    margins: Tensor | None,
-    weights: Tensor | None,
-    kl: Tensor | None,
-    kind: str,
-    beta: float,
-    agree: float,
-    differ: float,
-    center_coef: float,
-    denominator: float | Tensor | None,
-    backend: str,
+    tensors: PairTensors, options: PairOptions, denominator: float | Tensor | None, backend: str
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    constants = [None if x is None else x.detach() for x in (ref_chosen, ref_rejected, margins, weights, kl)]
-    there = denominator.detach() if isinstance(denominator, Tensor) else None
-    number = 0.0 if denominator is None or there is not None else float(denominator)
-    needs = [torch.is_grad_enabled() and x.requires_grad for x in (chosen, rejected)]
-    loss, stats, *_ = _op(
-        chosen, rejected, *constants, there, number, kind, [beta, agree, differ, center_coef], needs, backend
+    """The mean loss of the pairs and its statistics."""
+    constants = {name: x.detach() for name, x in tensors._asdict().items() if x is not None and name not in _OWN}
+    call = PairCall(
+        numbers=options.numbers().pack(),
+        needs=[needs_gradient(tensors.chosen), needs_gradient(tensors.rejected)],
+        backend=backend,
     )
+    loss, stats, *_ = _op(*tensors._replace(**constants), *divisor_of(denominator), *call)
     return loss, dict(zip(STATS, stats.unbind(), strict=True))
 
 
@@ -58,40 +44,34 @@ def kernels(backend: str) -> Any:
     return compiled.PairLoss(backend)
 
 
+class PairCall(NamedTuple):
+    """How the op is to run, beside its tensors and what divides."""
+
+    numbers: list[float]  # PairNumbers
+    needs: list[bool]  # gradients
+    backend: str
+
+
+@flattened
 def pair_loss_forward(
-    chosen: Tensor,
-    rejected: Tensor,
-    ref_chosen: Optional[Tensor],
-    ref_rejected: Optional[Tensor],
-    margins: Optional[Tensor],
-    weights: Optional[Tensor],
-    kl: Optional[Tensor],
-    denominator: Optional[Tensor],
-    number: float,
-    kind: str,
-    options: list[float],
-    needs: list[bool],
-    backend: str,
+    tensors: PairTensors, divisor: Denominator, call: PairCall
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss (), stats (4,), the divisor, inverse (), and the gradients of the pairs' sum in chosen and rejected:
+    """loss (), stats (4,), inverse () of what divides, and the gradients of the pairs' sum in chosen and rejected:
     float32, empty if not needed."""
-    dtypes = [x.dtype for x in (chosen, rejected, ref_chosen, ref_rejected) if x is not None]
-    dtype = functools.reduce(torch.promote_types, dtypes)
-    single = torch.float32
-    x = PairInputs(
-        chosen.to(dtype).contiguous(), rejected.to(dtype).contiguous(), plain(ref_chosen, dtype),
-        plain(ref_rejected, dtype), plain(margins, single), plain(weights, single), plain(kl, single),
-    )  # fmt: skip
-    beta, agree, differ, center_coef = options
-    stats = chosen.new_empty(2 + len(STATS), dtype=single)
-    gradients = [chosen.new_empty(chosen.shape, dtype=single) if needed else None for needed in needs]
-    chosen_options = PairOptions(KINDS.index(kind), beta, agree, differ, center_coef)
-    kernels(backend).forward(x, chosen_options, Denominator(plain(denominator, single), number), stats, gradients)
-    in_chosen, in_rejected = (chosen.new_empty(0, dtype=single) if g is None else g for g in gradients)
-    return stats[0].clone(), stats[1:-1].clone(), stats[-1].clone(), in_chosen, in_rejected
+    dtype = functools.reduce(torch.promote_types, {x.dtype for x in tensors.rewards if x is not None})
+    x = PairTensors._make(
+        [*(plain(x, dtype) for x in tensors.rewards), *(plain(x, torch.float32) for x in tensors.others)]
+    )
+    new = functools.partial(tensors.chosen.new_empty, dtype=torch.float32)
+    gradients = [new(tensors.chosen.shape) if needed else None for needed in call.needs]
+    results = PairResults(new(2 + len(STATS)), *gradients)
+    of_pairs = Denominator(plain(divisor.tensor, torch.float32), divisor.number)
+    kernels(call.backend).forward(x, PairNumbers.unpack(call.numbers), of_pairs, results)
+    in_chosen, in_rejected = (new(0) if g is None else g for g in gradients)
+    loss, stats, inverse = results.stats[0], results.stats[1:-1], results.stats[-1]
+    return loss.clone(), stats.clone(), inverse.clone(), in_chosen, in_rejected
 
 
-_OWN = ("chosen", "rejected")  # what has a gradient
 _PLACES = places(pair_loss_forward)
 
 

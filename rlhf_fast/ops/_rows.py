@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels.arguments import Matrix, Transform
+from rlhf_fast.kernels.arguments import Denominator, Matrix, Transform
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -50,3 +50,12 @@ def plain(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if x is None or (x.dtype == dtype and x.is_contiguous()):  # at once, for most are
         return x
     return x.to(dtype).contiguous()
+
+
+def divisor_of(denominator: float | Tensor | None) -> Denominator:
+    """What a loss is divided by, as a registered op's signature can hold it."""
+    if denominator is None:
+        return Denominator()
+    if isinstance(denominator, Tensor):
+        return Denominator(tensor=denominator.detach())
+    return Denominator(number=float(denominator))

@@ -19,11 +19,13 @@ from rlhf_fast.kernels.arguments import (
     Denominator,
     GAEInputs,
     Matrix,
-    PairInputs,
-    PairOptions,
+    PairNumbers,
+    PairResults,
+    PairTensors,
     PPONumbers,
     PPOResults,
     PPOTensors,
+    SampleOptions,
     Sequences,
     Transform,
 )
@@ -218,8 +220,9 @@ class GAE:
         self.kernels = module(backend)
 
     def forward(self, x: GAEInputs, advantages: Tensor, returns: Tensor, sums: Tensor | None) -> None:
+        *paid, kl_coef = x.paid
         self.kernels.gae_forward(
-            (x.cu_seqlens, x.sequences, x.length), x[:4], x.kl_coef, x.values, x.mask, x.bootstrap, x[-3:],
+            x.sequences, paid, kl_coef, x.values, x.mask, x.bootstrap, x.decays,
             (advantages, returns, sums), _run(x.values.device),
         )  # fmt: skip
 
@@ -261,13 +264,13 @@ class PairLoss:
 
     def forward(
         self,
-        x: PairInputs,
-        options: PairOptions,
+        tensors: PairTensors,
+        numbers: PairNumbers,
         of_pairs: Denominator,
-        stats: Tensor,
-        gradients: Sequence[Tensor | None],
+        results: PairResults,
     ) -> None:
-        self.kernels.pair_loss_forward(x[:4], x[4:], options, of_pairs, (stats, *gradients), _run(stats.device))
+        where = _run(results.stats.device)
+        self.kernels.pair_loss_forward(tensors.rewards, tensors.others, numbers, of_pairs, results, where)
 
 
 class SequenceSum:
@@ -358,17 +361,11 @@ class Sample:
     def forward(
         self,
         logits: Tensor,
-        temperature: Tensor,
-        top_k: Tensor,
-        top_p: Tensor,
-        min_p: Tensor,
-        uniform: Tensor,
+        options: SampleOptions,
         results: Sequence[Tensor],
     ) -> None:
-        self.kernels.sample_forward(
-            logits, *logits.shape, logits.stride(0), (temperature, top_k, top_p, min_p, uniform), results,
-            _run(logits.device),
-        )  # fmt: skip
+        where = _run(logits.device)
+        self.kernels.sample_forward(logits, *logits.shape, logits.stride(0), options, results, where)
 
 
 class Linear:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlhf_fast.kernels.arguments import PairTensors
 from rlhf_fast.ops import _checks, dispatch, reference
 from rlhf_fast.ops._pair_loss import BACKENDS, pair_loss
-
-LOSSES = ("sigmoid", "robust", "hinge", "ipo", "kto")
+from rlhf_fast.ops.options import PairOptions
 
 
 def dpo_loss(
@@ -63,30 +63,22 @@ def dpo_loss(
     Raises:
         TypeError, ValueError: dtype, shape or device do not fit, a number is out of range, or a name is unknown.
     """
-    given = {"rejected": rejected, "ref_chosen": ref_chosen, "ref_rejected": ref_rejected}
-    _checks.pairs(chosen, **given, weights=weights)
-    _checks.number("beta", beta, above=0)
-    _checks.option("loss", loss, LOSSES)
-    _checks.number("label_smoothing", label_smoothing, least=0, most=0.5)
-    if label_smoothing != 0 and (loss not in ("sigmoid", "robust") or (loss == "robust" and label_smoothing == 0.5)):
-        raise ValueError(f"label_smoothing: {label_smoothing}, expected less than 0.5 and loss 'sigmoid' or 'robust'")
+    _checks.pairs(chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected, weights=weights)
+    options = PairOptions(loss=loss, beta=beta, label_smoothing=label_smoothing)
     if not isinstance(kl, Tensor):
         _checks.number("kl", kl, least=0)
     elif kl.shape != ():
         raise ValueError(f"kl: shape {tuple(kl.shape)}, expected a number or a tensor of shape ()")
     _checks.denominators(denominator)
-    widest = next((x for x in (chosen, *given.values()) if x.dtype == torch.float64), chosen)
+    far = None
+    if loss == "kto":
+        far = kl if isinstance(kl, Tensor) else torch.as_tensor(kl, dtype=torch.float64, device=chosen.device)
+    tensors = PairTensors(
+        chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected, margins=None,
+        weights=weights, kl=far,
+    )  # fmt: skip
+    widest = next((x for x in tensors.rewards if x is not None and x.dtype == torch.float64), chosen)
     backend = dispatch.choose("dpo_loss", BACKENDS, widest)
     if backend == "reference":
-        return reference.dpo_loss(
-            chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing, denominator, loss, weights, kl
-        )
-    agree, differ = 1.0 - label_smoothing, label_smoothing
-    if loss == "robust":
-        agree, differ = agree / (1 - 2 * label_smoothing), -differ / (1 - 2 * label_smoothing)
-    kind = "logistic" if loss in ("sigmoid", "robust") else loss
-    apart = None if loss != "kto" else torch.as_tensor(kl, dtype=torch.float32, device=chosen.device)
-    return pair_loss(
-        chosen, rejected, ref_chosen, ref_rejected, None, weights, apart, kind, beta, agree, differ, 0.0, denominator,
-        backend,
-    )  # fmt: skip
+        return reference.dpo_loss(tensors, options, denominator)
+    return pair_loss(tensors, options, denominator, backend)

@@ -8,9 +8,9 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels.arguments import GAEInputs
+from rlhf_fast.kernels.arguments import Decays, GAEInputs, Sequences, TokenRewards
 from rlhf_fast.ops import _checks, compiled, dispatch, reference
-from rlhf_fast.ops._library import Op
+from rlhf_fast.ops._library import Op, flattened, places
 from rlhf_fast.ops._rows import plain
 
 # torch.library reads the annotations of registered functions and knows no other form of Optional.
@@ -101,14 +101,20 @@ def gae(
     dtype = functools.reduce(torch.promote_types, [x.dtype for x in (values, *per_token.values()) if x is not None])
     exact = [x for x in (values, scores, bootstrap, *per_token.values()) if x is not None and x.dtype == torch.float64]
     backend = dispatch.choose("gae", BACKENDS, exact[0] if exact else values)
-    arguments = (
-        rewards, values, float(gamma), float(lam), mask, cu_seqlens, bootstrap,
-        float(lam if critic_lam is None else critic_lam), scores, logprobs, ref_logprobs, float(kl_coef),
-    )  # fmt: skip
     with torch.no_grad():
         if backend == "reference":
-            return reference.gae(*arguments, sums)
-        advantages, returns, per_sequence = _op(*arguments, sequences, sums, dtype, backend)
+            return reference.gae(
+                rewards, values, gamma=gamma, lam=lam, mask=mask, cu_seqlens=cu_seqlens, bootstrap=bootstrap,
+                critic_lam=critic_lam, scores=scores, logprobs=logprobs, ref_logprobs=ref_logprobs, kl_coef=kl_coef,
+                sums=sums,
+            )  # fmt: skip
+        where = Sequences(cu_seqlens=cu_seqlens, number=sequences, length=values.shape[-1])
+        paid = TokenRewards(
+            rewards=rewards, logprobs=logprobs, ref_logprobs=ref_logprobs, scores=scores, kl_coef=float(kl_coef)
+        )
+        critic_lam = lam if critic_lam is None else critic_lam
+        decays = Decays(gamma=float(gamma), lam=float(lam), critic_lam=float(critic_lam))
+        advantages, returns, per_sequence = _op(*where, *paid, values, mask, bootstrap, *decays, sums, dtype, backend)
         return (advantages, returns, per_sequence.sum(0)) if sums else (advantages, returns)
 
 
@@ -122,41 +128,45 @@ def kernels(backend: str) -> Any:
     return compiled.GAE(backend)
 
 
+@flattened
 def gae_forward(
-    rewards: Optional[Tensor],
+    where: Sequences,
+    paid: TokenRewards,
     values: Tensor,
-    gamma: float,
-    lam: float,
     mask: Optional[Tensor],
-    cu_seqlens: Optional[Tensor],
     bootstrap: Optional[Tensor],
-    critic_lam: float,
-    scores: Optional[Tensor],
-    logprobs: Optional[Tensor],
-    ref_logprobs: Optional[Tensor],
-    kl_coef: float,
-    sequences: int,
+    decays: Decays,
     sums: bool,
     dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """advantages, returns, and (B, 3) sums of each sequence's advantages, or (0, 3) if not asked for."""
-
     advantages, returns = compiled.new_like(values, torch.float32), compiled.new_like(values, torch.float32)
-    per_sequence = values.new_empty(sequences if sums else 0, 3, dtype=torch.float64)
-    if sequences:
+    per_sequence = values.new_empty(where.number if sums else 0, 3, dtype=torch.float64)
+    if where.number:
         inputs = GAEInputs(
-            plain(rewards, dtype), plain(logprobs, dtype), plain(ref_logprobs, dtype), plain(scores, torch.float32),
-            kl_coef, values.to(dtype).contiguous(), plain(mask, torch.bool), plain(bootstrap, torch.float32),
-            None if cu_seqlens is None else cu_seqlens.contiguous(), sequences, values.shape[-1],
-            gamma, lam, critic_lam,
-        )  # fmt: skip
+            sequences=where._replace(cu_seqlens=None if where.cu_seqlens is None else where.cu_seqlens.contiguous()),
+            paid=TokenRewards(
+                rewards=plain(paid.rewards, dtype),
+                logprobs=plain(paid.logprobs, dtype),
+                ref_logprobs=plain(paid.ref_logprobs, dtype),
+                scores=plain(paid.scores, torch.float32),
+                kl_coef=paid.kl_coef,
+            ),
+            values=values.to(dtype).contiguous(),
+            mask=plain(mask, torch.bool),
+            bootstrap=plain(bootstrap, torch.float32),
+            decays=decays,
+        )
         kernels(backend).forward(inputs, advantages, returns, per_sequence if sums else None)
     return advantages, returns, per_sequence
 
 
-def _fake_forward(rewards: Tensor | None, values: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    sequences, sums = others[-4:-2]
+_PLACES = places(gae_forward)
+
+
+def _fake_forward(*args: Any) -> tuple[Tensor, ...]:
+    values, sequences, sums = (args[_PLACES[name]] for name in ("values", "number", "sums"))
     advantages = torch.empty(values.shape, dtype=torch.float32, device=values.device)
     return advantages, torch.empty_like(advantages), values.new_empty(sequences if sums else 0, 3, dtype=torch.float64)
 

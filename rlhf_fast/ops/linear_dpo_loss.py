@@ -54,7 +54,9 @@ def linear_dpo_loss(
     Raises:
         TypeError, ValueError: as the three ops, and when the number of sequences is odd or not twice that of pairs.
     """
-    logprobs, _ = linear_token_logprobs(hidden, weight, tokens, bias, lora, 1.0, softcap, logit_scale, mask)
+    logprobs, _ = linear_token_logprobs(
+        hidden, weight, tokens, bias=bias, lora=lora, softcap=softcap, logit_scale=logit_scale, mask=mask
+    )
     sequences = _checks.sequences("tokens", tokens, cu_seqlens)
     if sequences != 2 * ref_chosen.shape[0]:
         raise ValueError(
@@ -66,4 +68,7 @@ def linear_dpo_loss(
         ones = logprobs.detach().new_ones(logprobs.shape)
         sums = sums / sequence_sum(ones, mask, cu_seqlens).clamp(min=1)
     chosen, rejected = sums.chunk(2) if sequences else (sums, sums)
-    return dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing, denominator, loss, weights, kl)
+    return dpo_loss(
+        chosen, rejected, ref_chosen, ref_rejected, beta=beta, label_smoothing=label_smoothing,
+        denominator=denominator, loss=loss, weights=weights, kl=kl,
+    )  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_fast.kernels.arguments import Denominator, PPONumbers, PPOTensors
 from rlhf_fast.ops import _checks, dispatch
-from rlhf_fast.ops._gradients import in_x
+from rlhf_fast.ops._gradients import in_x, needs_gradient
 from rlhf_fast.ops._library import Op, flattened, places
 from rlhf_fast.ops._rows import per_row
 from rlhf_fast.ops._sweep import sweep
@@ -22,7 +22,6 @@ from rlhf_fast.ops.ppo_loss import (
     STATS,
     PPOCall,
     loss_and_stats,
-    needs_gradient,
     ppo_loss_forward,
     shares,
     with_constants,

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels.arguments import PPO_PER_TOKEN, PPONumbers, PPOTensors
+from rlhf_fast.kernels.arguments import PPO_PER_TOKEN, PairNumbers, PPONumbers, PPOTensors
 from rlhf_fast.ops import _checks
 
 AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum_mean")
 ESTIMATES = ("k1", "k2", "k3")  # of the KL, as csrc/common/kl_estimate.h numbers them
 KL_KINDS = ("k1", "k2", "k3", "k1+", "k3+")  # an estimate; with a plus, with the gradient of k2
 OBJECTIVES = ("clip", "cispo")
+PAIR_KINDS = ("logistic", "hinge", "ipo", "kto")  # as csrc/common/pair_loss.h numbers them
+PAIR_LOSSES = ("sigmoid", "robust", "hinge", "ipo", "kto")
 RATIOS = ("token", "sequence")
 
 
@@ -117,3 +119,36 @@ def check_aggregation(
         )
     elif options.ratio == "sequence":
         raise ValueError("cu_seqlens: None, expected (B + 1,) because ratio is 'sequence' of (N,) tensors")
+
+
+@dataclass(frozen=True)
+class PairOptions:
+    """The options of :func:`rlhf_fast.ops.dpo_loss` and :func:`rlhf_fast.ops.reward_loss`, whose docstrings say what
+    each does. The rewards of reward_loss are scores: beta is 1."""
+
+    loss: str = "sigmoid"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    center_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        e = self.label_smoothing
+        _checks.number("beta", self.beta, above=0)
+        _checks.option("loss", self.loss, PAIR_LOSSES)
+        _checks.number("center_coef", self.center_coef, least=0)
+        _checks.number("label_smoothing", e, least=0, most=0.5)
+        if e != 0 and (self.loss not in ("sigmoid", "robust") or (self.loss == "robust" and e == 0.5)):
+            raise ValueError(f"label_smoothing: {e}, expected less than 0.5 and loss 'sigmoid' or 'robust'")
+
+    def numbers(self) -> PairNumbers:
+        """All that kernels are told: "robust" is "sigmoid" with other weights, and both are logistic."""
+        agree, differ = 1.0 - self.label_smoothing, self.label_smoothing
+        if self.loss == "robust":
+            agree, differ = agree / (1 - 2 * differ), -differ / (1 - 2 * differ)
+        return PairNumbers(
+            kind=PAIR_KINDS.index("logistic" if self.loss in ("sigmoid", "robust") else self.loss),
+            beta=self.beta,
+            agree=agree,
+            differ=differ,
+            center_coef=self.center_coef,
+        )

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from rlhf_fast.kernels.arguments import Denominator, PPONumbers, PPOResults, PPOTensors
 from rlhf_fast.ops import _checks, compiled, dispatch, reference
+from rlhf_fast.ops._gradients import needs_gradient
 from rlhf_fast.ops._library import Op, flattened, places
-from rlhf_fast.ops._rows import plain
+from rlhf_fast.ops._rows import divisor_of, plain
 from rlhf_fast.ops.options import PPOOptions, check_aggregation, check_ppo_tensors
 from rlhf_fast.ops.sequence_sum import spread, sums_of
 
@@ -164,10 +165,6 @@ def loss_and_stats(
     return loss, dict(zip(STATS, stats.unbind(), strict=True))
 
 
-def needs_gradient(x: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and x is not None and x.requires_grad
-
-
 def common_dtype(tensors: list[Tensor]) -> tuple[torch.dtype, Tensor]:
     """The dtype that holds all of these floating-point tensors, and one to choose a backend by: the first of float64,
     else the first."""
@@ -204,14 +201,6 @@ def shares(
     if aggregation == "sequence_sum_mean":
         return None, divisor
     return spread(1.0 / lengths.clamp(min=1).float(), like, cu_seqlens), divisor
-
-
-def divisor_of(denominator: float | Tensor | None) -> Denominator:
-    if denominator is None:
-        return Denominator()
-    if isinstance(denominator, Tensor):
-        return Denominator(tensor=denominator.detach())
-    return Denominator(number=float(denominator))
 
 
 def sequence_lengths(like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

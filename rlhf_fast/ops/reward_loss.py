@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlhf_fast.kernels.arguments import PairTensors
 from rlhf_fast.ops import _checks, dispatch, reference
 from rlhf_fast.ops._pair_loss import BACKENDS, pair_loss
+from rlhf_fast.ops.options import PairOptions
 
 
 def reward_loss(
@@ -47,17 +49,18 @@ def reward_loss(
     _checks.pairs(chosen, rejected=rejected, margin=margins, weights=weights)
     if margin is not None and not isinstance(margin, Tensor):
         _checks.number("margin", margin)
-    _checks.number("center_coef", center_coef, least=0)
-    _checks.number("label_smoothing", label_smoothing, least=0, most=0.5)
+    options = PairOptions(beta=1.0, label_smoothing=label_smoothing, center_coef=center_coef)
     _checks.denominators(denominator)
     given = [x for x in (chosen, rejected, margins) if x is not None]
-    backend = dispatch.choose("reward_loss", BACKENDS, next((x for x in given if x.dtype == torch.float64), chosen))
-    if backend == "reference":
-        return reference.reward_loss(chosen, rejected, margin, center_coef, label_smoothing, denominator, weights)
+    widest = next((x for x in given if x.dtype == torch.float64), chosen)
     if margins is None and margin:
-        margins = torch.full(chosen.shape, float(margin), device=chosen.device)
-    loss, stats = pair_loss(
-        chosen, rejected, None, None, margins, weights, None, "logistic", 1.0, 1.0 - label_smoothing, label_smoothing,
-        center_coef, denominator, backend,
+        dtype = torch.float64 if widest.dtype == torch.float64 else torch.float32
+        margins = torch.full(chosen.shape, float(margin), dtype=dtype, device=chosen.device)
+    tensors = PairTensors(
+        chosen=chosen, rejected=rejected, ref_chosen=None, ref_rejected=None, margins=margins, weights=weights, kl=None
     )  # fmt: skip
+    backend = dispatch.choose("reward_loss", BACKENDS, widest)
+    if backend == "reference":
+        return reference.reward_loss(tensors, options, denominator)
+    loss, stats = pair_loss(tensors, options, denominator, backend)
     return loss, {name: stats[name] for name in ("accuracy", "margin")}

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_fast.kernels.arguments import SampleOptions
 from rlhf_fast.ops import _checks, compiled, dispatch, reference
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
@@ -51,12 +52,12 @@ def sample(
     _checks.floats(logits=logits)
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits: shape {tuple(logits.shape)}, expected (B, V)")
-    options = {"uniform": uniform, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    _checks.devices(logits=logits, **options)
-    _checks.shapes(logits.shape[:1], "the rows of logits", **options)
+    options = SampleOptions(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, uniform=uniform)
+    _checks.devices(logits=logits, **options._asdict())
+    _checks.shapes(logits.shape[:1], "the rows of logits", **options._asdict())
     backend = dispatch.choose("sample", BACKENDS, logits)
     if backend == "reference":
-        return Samples(*reference.sample(logits, uniform, temperature, top_k, top_p, min_p))
+        return Samples(*reference.sample(logits, options))
     rows = logits.shape[0]
     results = Samples(
         torch.empty(rows, dtype=torch.int64, device=logits.device),
@@ -64,10 +65,14 @@ def sample(
     )
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    kernels(backend).forward(
-        logits, temperature.float().contiguous(), top_k.int().contiguous(), top_p.float().contiguous(),
-        min_p.float().contiguous(), uniform.double().contiguous(), results,
-    )  # fmt: skip
+    options = SampleOptions(
+        temperature=temperature.float().contiguous(),
+        top_k=top_k.int().contiguous(),
+        top_p=top_p.float().contiguous(),
+        min_p=min_p.float().contiguous(),
+        uniform=uniform.double().contiguous(),
+    )
+    kernels(backend).forward(logits, options, results)
     return results
 
 

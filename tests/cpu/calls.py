@@ -14,7 +14,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels.arguments import Denominator, GAEInputs, PPONumbers, PPOResults, PPOTensors, Transform
+from rlhf_fast.kernels.arguments import (
+    Decays,
+    Denominator,
+    GAEInputs,
+    PPONumbers,
+    PPOResults,
+    PPOTensors,
+    Sequences,
+    TokenRewards,
+    Transform,
+)
 from rlhf_fast.ops import compiled
 from rlhf_fast.ops._rows import matrix
 
@@ -87,7 +97,8 @@ def answer(call: Call) -> list[Tensor]:
         divergences.gradient(x, y, t, None, call.kind, results, grad, in_p, in_q)
     elif call.op == GAE:
         advantages, returns = results[:2]
-        inputs = GAEInputs(q, p, q, grad_2, 0.3, p, None, grad_2, None, *p.shape, 0.9, 0.8, 0.95)
+        paid = TokenRewards(q, p, q, grad_2, kl_coef=0.3)
+        inputs = GAEInputs(Sequences(None, *p.shape), paid, p, None, grad_2, Decays(0.9, 0.8, 0.95))
         compiled.GAE("cpu").forward(inputs, advantages, returns, None)
     elif call.op == PPO_LOSS:
         ppo_loss = compiled.PPOLoss("cpu")

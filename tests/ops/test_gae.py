@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlhf_fast import ops
 from rlhf_fast.kernels import launch_sizes
+from rlhf_fast.kernels.arguments import Decays, Sequences, TokenRewards
 from rlhf_fast.ops import reference
 from tests.ops import cases
 from tests.ops.compare import assert_close, assert_leaves_inputs_alone, assert_no_worse_than_torch
@@ -338,13 +339,14 @@ def test_is_registered_as_torch_wants_it(kernel_backend: Backend) -> None:
     if kernel_backend.name != "cpu":
         pytest.skip("the registration is the same for all")
     op, every = torch.ops.rlhf_fast.gae_forward.default, paid(3, 7, sequences=3, dtype=torch.float32)
-    plain = (every["rewards"], every["values"], 0.9, 0.8, None, None, None, 0.8, None, None, None, 0.0)
-    torch.library.opcheck(op, (*plain, 3, False, torch.float32, "cpu"))
-    whole = (
-        None, every["values"], 0.9, 0.8, cases.random(3, 7) > 0, None, every["bootstrap"], 1.0, every["scores"],
-        every["logprobs"], every["ref_logprobs"], 0.1,
-    )  # fmt: skip
-    torch.library.opcheck(op, (*whole, 3, True, torch.float32, "cpu"))
+    where, values = Sequences(cu_seqlens=None, number=3, length=7), every["values"]
+    rewards = TokenRewards(every["rewards"], logprobs=None, ref_logprobs=None, scores=None, kl_coef=0.0)
+    decays = Decays(gamma=0.9, lam=0.8, critic_lam=0.8)
+    torch.library.opcheck(op, (*where, *rewards, values, None, None, *decays, False, torch.float32, "cpu"))
+    policy = {name: every[name] for name in ("logprobs", "ref_logprobs")}
+    rewards = TokenRewards(rewards=None, **policy, scores=every["scores"], kl_coef=0.1)
+    others, decays = (values, cases.random(3, 7) > 0, every["bootstrap"]), decays._replace(critic_lam=1.0)
+    torch.library.opcheck(op, (*where, *rewards, *others, *decays, True, torch.float32, "cpu"))
 
 
 def test_knows_shapes_without_values() -> None:

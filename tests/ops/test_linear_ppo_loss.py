@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import ops
-from rlhf_fast.kernels.arguments import PPOTensors
+from rlhf_fast.kernels.arguments import PairTensors, PPOTensors, SampleOptions
 from rlhf_fast.ops import lm_head, reference
 from rlhf_fast.ops.linear_token_logprobs import LinearInputs
-from rlhf_fast.ops.options import PPOOptions
+from rlhf_fast.ops.options import PairOptions, PPOOptions
 from rlhf_fast.ops.ppo_loss import PPOCall
 from tests.ops import cases
 from tests.ops.compare import assert_close, assert_leaves_inputs_alone, assert_no_worse_than_torch, gradient_of
@@ -401,22 +401,31 @@ def test_bad_input_is_named(change: dict[str, Any], error: type[Exception], text
 
 
 COMPOSED = ("linear_ppo_loss", "linear_dpo_loss")  # of two ops, whatever the backend
-BY_NAME = {"ppo_loss": (PPOTensors, PPOOptions)}  # what the reference takes in place of single arguments
+TOGETHER: dict[str, tuple[Any, ...]] = {  # what the reference takes in place of single arguments
+    "ppo_loss": (PPOTensors, PPOOptions), "dpo_loss": (PairTensors, PairOptions),
+    "reward_loss": (PairTensors, PairOptions), "sample": (SampleOptions,),
+}  # fmt: skip
+OTHER_NAMES = {"reward_loss": {"margin": "margins"}}
 
 
 @pytest.mark.parametrize("name", [name for name in ops.__all__ if name not in ("use_backend", *COMPOSED)])
 def test_every_op_has_the_references_arguments(name: str) -> None:
     public, plain = (dict(inspect.signature(getattr(module, name)).parameters) for module in (ops, reference))
     public.pop("inplace_backward", None)  # which says how, not what
-    for together in BY_NAME.get(name, ()):
-        assert inspect.signature(together).parameters.keys() <= {*public, "weights", "log_ratios"}
-        for field, x in inspect.signature(together).parameters.items():
-            argument = public.pop(field, x)
-            if together is not PPOTensors:
-                assert argument.default == x.default, field
-        plain.pop("tensors" if together is PPOTensors else "options")
+    together = [field for kind in TOGETHER.get(name, ()) for field in inspect.signature(kind).parameters]
+    for argument in list(public):
+        if OTHER_NAMES.get(name, {}).get(argument, argument) in together:
+            public.pop(argument)
+    plain = {p: x for p, x in plain.items() if not together or p not in ("tensors", "options")}
     extra = [p for p in plain if p not in public]
     assert list(public) == [p for p in plain if p not in extra]
-    if name not in BY_NAME:
+    if not together:
         assert [p.default for p in public.values()] == [plain[p].default for p in public]
     assert all(plain[p].default is not inspect.Parameter.empty for p in extra)
+
+
+@pytest.mark.parametrize(("name", "options"), [("ppo_loss", PPOOptions), ("linear_ppo_loss", PPOOptions)])
+def test_the_options_defaults_are_the_ops(name: str, options: Any) -> None:
+    public = inspect.signature(getattr(ops, name)).parameters
+    for field, x in inspect.signature(options).parameters.items():
+        assert public[field].default == x.default, field

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlhf_fast import ops
+from rlhf_fast.kernels.arguments import PairTensors
+from rlhf_fast.ops.options import PairOptions
 from tests.ops import cases
 from tests.ops.compare import assert_close, assert_no_worse_than_torch, gradient_of
 from tests.ops.conftest import Backend
@@ -200,10 +202,13 @@ def test_is_registered_as_torch_wants_it() -> None:
     x = pairs(ops.dpo_loss, dtype=torch.float32)
     chosen, rejected = x["chosen"].requires_grad_(), x["rejected"].requires_grad_()
     weights = cases.random(9, seed=5).abs()
-    rest = (None, weights, None, torch.tensor(9.0), 0.0, "logistic", [0.1, 0.8, 0.2, 0.0], [True, True], "cpu")
-    op = torch.ops.rlhf_fast.pair_loss_forward.default
-    torch.library.opcheck(op, (chosen, rejected, x["ref_chosen"], x["ref_rejected"], *rest))
-    torch.library.opcheck(op, (chosen, rejected, None, None, *rest[:-2], [True, False], "cpu"))
+    references = {name: x[name] for name in ("ref_chosen", "ref_rejected")}
+    tensors = PairTensors(chosen, rejected, **references, margins=None, weights=weights, kl=None)
+    numbers = PairOptions(label_smoothing=0.2).numbers().pack()
+    op, divisor = torch.ops.rlhf_fast.pair_loss_forward.default, (torch.tensor(9.0), 0.0)
+    torch.library.opcheck(op, (*tensors, *divisor, numbers, [True, True], "cpu"))
+    without = tensors._replace(ref_chosen=None, ref_rejected=None)
+    torch.library.opcheck(op, (*without, *divisor, numbers, [True, False], "cpu"))
 
 
 @pytest.mark.parametrize(

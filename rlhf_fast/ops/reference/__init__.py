@@ -16,7 +16,7 @@ from rlhf_fast.ops.reference.common import divide, sequence_sum
 from rlhf_fast.ops.reference.kl import full_kl, kl_estimate
 from rlhf_fast.ops.reference.linear import linear, linear_cross_entropy, linear_token_logprobs, rms_norm
 from rlhf_fast.ops.reference.logprobs import cross_entropy, token_logprobs
-from rlhf_fast.ops.reference.pairs import dpo_loss, linear_dpo_loss, reward_loss
+from rlhf_fast.ops.reference.pairs import dpo_loss, reward_loss
 from rlhf_fast.ops.reference.ppo import ppo_loss
 from rlhf_fast.ops.reference.sampling import sample
 
@@ -30,7 +30,6 @@ __all__ = [
     "kl_estimate",
     "linear",
     "linear_cross_entropy",
-    "linear_dpo_loss",
     "linear_token_logprobs",
     "paged_attention",
     "ppo_loss",

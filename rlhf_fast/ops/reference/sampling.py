@@ -7,12 +7,13 @@ import math
 import torch
 from torch import Tensor
 
+from rlhf_fast.kernels.arguments import SampleOptions
 
-def sample(
-    logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+
+def sample(logits: Tensor, options: SampleOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Likeliest first (a stable sort), cut, back in the order of the vocabulary, and the cumulative sum inverted. In
     float64, for sums over a vocabulary lose digits in float32."""
+    temperature, top_k, top_p, min_p, uniform = options
     logits = logits.double()  # (B, V)
     columns = logits.shape[1]
     greedy = temperature == 0
@@ -36,12 +37,12 @@ def sample(
     last = columns - 1 - (kept > 0).flip(-1).int().argmax(-1)
     tokens = torch.where(greedy, logits.argmax(-1), torch.minimum(tokens, last))
     broken = ~torch.isfinite(logits.amax(-1)) | logits.isnan().any(-1)
-    found = logprobs.gather(-1, tokens.clamp(0, columns - 1)[:, None]).squeeze(-1)
+    chosen_logprobs = logprobs.gather(-1, tokens.clamp(0, columns - 1)[:, None]).squeeze(-1)
     entropy = -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logits.dtype).min)).sum(-1)
-    nan = torch.full_like(found, math.nan, dtype=torch.float32)
+    nan = torch.full_like(chosen_logprobs, math.nan, dtype=torch.float32)
     return (
         torch.where(broken, -1, tokens),
-        torch.where(broken, nan, found.float()),
+        torch.where(broken, nan, chosen_logprobs.float()),
         torch.where(broken, nan, cumulative[:, -1].float()),
         torch.where(broken, nan, entropy.float()),
     )
