@@ -44,6 +44,7 @@ from rlhf_fast.trainers.ppo.build import (
 from rlhf_fast.trainers.ppo.checks import KLLimit, check_first_update, check_start
 from rlhf_fast.trainers.ppo.experience import Experience, Scorer, joined, minibatches
 from rlhf_fast.trainers.ppo.kl_controller import KLController
+from rlhf_fast.trainers.ppo.loss import Divisor, variant
 from rlhf_fast.trainers.ppo.metrics import SampleMetrics, StepMeter, mean, of_critic, operations
 from rlhf_fast.trainers.ppo.sampler import Sampler
 
@@ -203,12 +204,14 @@ class PPOTrainer:
     def _losses(
         self, experience: Experience, rows: list[int], warming: bool = False
     ) -> Iterator[tuple[torch.Tensor, Stats]]:
-        """Loss and statistics of each micro-batch of a minibatch, all divided by the minibatch's tokens.
+        """Loss and statistics of each micro-batch of a minibatch, all divided by what divides the minibatch's.
 
         While `warming`, the critic's part alone has a gradient, in the critic alone.
         """
-        examples, options = experience.examples, self._loss_options(experience, rows)
+        examples, options = experience.examples, self._loss_options(experience)
+        divisor = Divisor.of(self.config, [len(examples[row].response) for row in rows])
         logged = LOGGED | (OF_LAG if experience.rollout_logprobs else set())
+        logged = logged | ({"dual_clip_fraction"} if self.config.dual_clip else set())
         logged = logged - (set() if self.critic else {"value_loss"})
         for group in microbatches_of_examples([examples[row] for row in rows], self.budget.tokens, self.shared):
             part = [rows[i] for i in group]
@@ -229,18 +232,20 @@ class PPOTrainer:
                 **head.options(),
                 **options,
                 cu_seqlens=batch.cu_seqlens,
+                denominator=divisor.denominator,
                 advantage_sums=experience.advantage_sums,
             )
+            stats = divisor.of_minibatch(stats, self.config, len(batch.response_tokens))
             yield loss, {name: x for name, x in stats.items() if name in logged or name not in STATS}
 
-    def _loss_options(self, experience: Experience, rows: list[int]) -> dict[str, Any]:
+    def _loss_options(self, experience: Experience) -> dict[str, Any]:
         """The settings of the loss, as `ops.linear_ppo_loss` names them; of terms that it has in this run alone."""
         config = self.config
         options: dict[str, Any] = {
             "temperature": config.temperature,
             "clip_low": config.clip_low,
             "clip_high": config.clip_high,
-            "denominator": sum(len(experience.examples[row].response) for row in rows),
+            **variant(config),
         }
         if self.critic is not None:
             options |= {"value_clip": config.value_clip, "value_coef": config.value_coef}
