@@ -27,9 +27,9 @@ from rlhf_fast.runs.folder import RunFolder
 from rlhf_fast.trainers.loop.chat_settings import use_settings
 from rlhf_fast.trainers.loop.checkpoints import Checkpoints, Goal
 from rlhf_fast.trainers.loop.lengths import fitting_for
-from rlhf_fast.trainers.loop.monitor import Monitor, checked
+from rlhf_fast.trainers.loop.monitor import Monitor
 from rlhf_fast.trainers.loop.optimizer import Optimizer
-from rlhf_fast.trainers.loop.preflight import preflight
+from rlhf_fast.trainers.loop.preflight import begin
 from rlhf_fast.trainers.loop.state import digest, weights_digest
 from rlhf_fast.trainers.loop.steps import Row, Stats, learn, run_steps
 from rlhf_fast.trainers.ppo.advantages import ADVANTAGES, AdvantageFunction, traits_of
@@ -85,16 +85,12 @@ class PPOTrainer:
         heldout_data: Prompts | None = None,
         monitors: Sequence[Monitor] = (),
     ) -> None:
-        self.monitors = checked(monitors)
-        config = settings.given(PPOConfig, config)
-        own = {
-            "advantage": advantage,
-            "loss": None if loss is ops.linear_ppo_loss else loss,
-            "heldout_data": heldout_data,
-        }
-        inputs = {"policy": policy, "reward": reward, "prompts": prompts, "out": out}
-        inputs |= {name: value for name, value in own.items() if value is not None}
-        preflight("ppo", config, inputs)
+        own_loss = None if loss is ops.linear_ppo_loss else loss
+        config, inputs = begin(
+            "ppo", PPOConfig, config, monitors, policy=policy, reward=reward, prompts=prompts, out=out,
+            advantage=advantage, loss=own_loss, heldout_data=heldout_data,
+        )  # fmt: skip
+        self.monitors = monitors
         learned, heldout = read_both(prompts, heldout_data)
         require_prompts(learned, config)
         if isinstance(reward, str | Path):
