@@ -30,7 +30,7 @@ from rlhf_fast.trainers.loop.lengths import fitting_for
 from rlhf_fast.trainers.loop.monitor import Monitor
 from rlhf_fast.trainers.loop.optimizer import Optimizer
 from rlhf_fast.trainers.loop.preflight import begin
-from rlhf_fast.trainers.loop.state import digest, weights_digest
+from rlhf_fast.trainers.loop.state import Data, weights_digest
 from rlhf_fast.trainers.loop.steps import Row, Stats, learn, run_steps
 from rlhf_fast.trainers.ppo.advantages import ADVANTAGES, AdvantageFunction, traits_of
 from rlhf_fast.trainers.ppo.build import (
@@ -134,7 +134,7 @@ class PPOTrainer:
                     lambda n: self.step(run, n),
                     self.optimizer,
                     Checkpoints(run, config.run, Goal(goal, higher=True), self._save),
-                    identity={"prompts": digest(self.prompts + self.heldout), "policy": weights_digest(self.model)},
+                    identity={"prompts": Data(self.prompts + self.heldout), "policy": weights_digest(self.model)},
                     every=config.run.save_every or config.steps,
                     evaluate=self.evaluate if self.heldout else None,
                     monitors=self.monitors if config.max_kl is None else [KLLimit(config.max_kl), *self.monitors],
