@@ -1,4 +1,4 @@
-"""What all trainers share: the loop over steps, gradients from micro-batches, and scoring without gradients."""
+"""Run the steps of any trainer: the loop over them, and one optimiser step from the gradients of micro-batches."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ from rlhf_fast.trainers.ppo.build import (
     reward_tokenizers,
 )
 from rlhf_fast.trainers.ppo.checks import KLLimit, check_first_update, check_start
-from rlhf_fast.trainers.ppo.experience import Experience, Scorer, joined, minibatches
+from rlhf_fast.trainers.ppo.experience import Experience, Scorer, minibatches, scored_tokens
 from rlhf_fast.trainers.ppo.kl_controller import KLController
 from rlhf_fast.trainers.ppo.loss import Divisor, variant
 from rlhf_fast.trainers.ppo.metrics import SampleMetrics, StepMeter, mean, of_critic, operations
@@ -157,12 +157,12 @@ class PPOTrainer:
             meter.lap("rollout")
             policy = self.scorer.of_policy(samples, lag)  # log-probabilities, entropies and values
             reference = self.scorer.of_reference(samples)  # log-probabilities
-            pay = self.scorer.pay(samples)  # rewards; waits for scores that are on their way
-            scored = joined(samples, policy, reference, pay)
-            estimate = self.advantage(scored, 0.0 if config.kl_estimator else kl_coef, config)
-            experience = Experience.of(samples, policy, reference, estimate, config)
-            told = SampleMetrics(samples, lag, policy, reference, scored, pay)
-            run.samples(step, told.shown())
+            rewards = self.scorer.rewards(samples)  # waits for scores that are on their way
+            scored = scored_tokens(samples, policy, reference, rewards)
+            advantages = self.advantage(scored, 0.0 if config.kl_estimator else kl_coef, config)
+            experience = Experience.of(samples, policy, reference, advantages, config)
+            figures = SampleMetrics(samples, lag, policy, reference, scored, rewards)
+            run.samples(step, figures.shown())
             meter.lap("scoring")
             if step == 1:
                 check_start(scored.kl, self.dtype)
@@ -172,10 +172,10 @@ class PPOTrainer:
                     if not self._moved_enough(updates):
                         updates.append(self.update(run, experience, part, step))
             meter.lap("training")
-        of_samples = told.row(kl_coef, config, self.traits.compares_samples)
-        self.kl_controller.update(of_samples["kl"], len(samples.examples))
+        row = figures.row(kl_coef, config, self.traits.compares_samples)
+        self.kl_controller.update(row["kl"], len(samples.examples))
         done = operations(self.model, samples.examples, bool(self.shared)) * len(updates) / config.minibatches
-        return {**meter.row(samples, of_samples, mean(updates, experience), done), "kl_coef": kl_coef, **meter.busy}
+        return {**meter.row(samples, row, mean(updates, experience), done), "kl_coef": kl_coef, **meter.busy}
 
     def update(self, run: RunFolder, experience: Experience, rows: list[int], step: int) -> Row:
         """One optimiser step on the clipped loss of a minibatch, these rows of a step's experience; returns its
