@@ -16,16 +16,17 @@ from rlhf_fast.config.settings import describe, keys, run_yaml
 # purpose only.
 PPO = """
     policy reward prompts out heldout_data ppo.steps ppo.prompts_per_step ppo.samples_per_prompt
-    ppo.max_new_tokens ppo.stop_token_ids ppo.temperature ppo.epochs ppo.minibatches ppo.kl_coef ppo.kl_target
-    ppo.kl_horizon ppo.max_kl ppo.max_update_kl ppo.advantage ppo.kl_in ppo.scale ppo.resample ppo.critic
-    ppo.critic_warmup ppo.gamma ppo.lam ppo.clip_low ppo.clip_high ppo.value_clip ppo.value_coef
-    ppo.whiten_rewards ppo.reward_clip ppo.missing_eos ppo.missing_eos_penalty ppo.min_reward_agreement
-    ppo.reward_timeout ppo.reward_retries ppo.reward_batch ppo.lag ppo.rollout_cap ppo.cuda_graphs
-    ppo.max_length ppo.overlong ppo.chat_template ppo.template_kwargs ppo.parse_special_tokens ppo.date
-    ppo.dtype ppo.seed ppo.lora.r ppo.lora.alpha ppo.lora.targets ppo.optim.lr ppo.optim.schedule
+    ppo.max_new_tokens ppo.stop_token_ids ppo.temperature ppo.epochs ppo.minibatches ppo.kl_coef
+    ppo.kl_target ppo.kl_horizon ppo.max_kl ppo.max_update_kl ppo.advantage ppo.kl_in ppo.scale
+    ppo.resample ppo.critic ppo.critic_warmup ppo.gamma ppo.lam ppo.ratio ppo.objective ppo.aggregation
+    ppo.clip_low ppo.clip_high ppo.dual_clip ppo.value_clip ppo.value_coef ppo.whiten_rewards
+    ppo.reward_clip ppo.missing_eos ppo.missing_eos_penalty ppo.min_reward_agreement ppo.reward_timeout
+    ppo.reward_retries ppo.reward_batch ppo.lag ppo.rollout_cap ppo.cuda_graphs ppo.max_length
+    ppo.overlong ppo.chat_template ppo.template_kwargs ppo.parse_special_tokens ppo.date ppo.dtype
+    ppo.seed ppo.lora.r ppo.lora.alpha ppo.lora.targets ppo.optim.lr ppo.optim.schedule
     ppo.optim.warmup ppo.optim.weight_decay ppo.optim.adam_eps ppo.optim.max_grad_norm
-    ppo.optim.max_tokens_per_microbatch ppo.optim.checkpointing ppo.optim.max_skipped ppo.run.save_every
-    ppo.run.keep_last ppo.run.trackers
+    ppo.optim.max_tokens_per_microbatch ppo.optim.checkpointing ppo.optim.max_skipped
+    ppo.run.save_every ppo.run.keep_last ppo.run.trackers
 """
 KEYS = {
     "demo": """
@@ -46,16 +47,17 @@ KEYS = {
         reward.optim.max_skipped reward.run.save_every reward.run.keep_last reward.run.trackers ppo.steps
         ppo.prompts_per_step ppo.samples_per_prompt ppo.max_new_tokens ppo.stop_token_ids ppo.temperature
         ppo.epochs ppo.minibatches ppo.kl_coef ppo.kl_target ppo.kl_horizon ppo.max_kl ppo.max_update_kl
-        ppo.advantage ppo.kl_in ppo.scale ppo.resample ppo.critic ppo.critic_warmup ppo.gamma ppo.lam
-        ppo.clip_low ppo.clip_high ppo.value_clip ppo.value_coef ppo.whiten_rewards ppo.reward_clip
-        ppo.missing_eos ppo.missing_eos_penalty ppo.min_reward_agreement ppo.reward_timeout ppo.reward_retries
-        ppo.reward_batch ppo.lag ppo.rollout_cap ppo.cuda_graphs ppo.max_length ppo.overlong ppo.chat_template
-        ppo.template_kwargs ppo.parse_special_tokens ppo.date ppo.dtype ppo.seed ppo.lora.r ppo.lora.alpha
-        ppo.lora.targets ppo.optim.lr ppo.optim.schedule ppo.optim.warmup ppo.optim.weight_decay
-        ppo.optim.adam_eps ppo.optim.max_grad_norm ppo.optim.max_tokens_per_microbatch ppo.optim.checkpointing
-        ppo.optim.max_skipped ppo.run.save_every ppo.run.keep_last ppo.run.trackers
-        evaluation.samples_per_prompt evaluation.max_new_tokens evaluation.temperature evaluation.tie_margin
-        evaluation.chat_template evaluation.template_kwargs evaluation.parse_special_tokens evaluation.seed
+        ppo.advantage ppo.kl_in ppo.scale ppo.resample ppo.critic ppo.critic_warmup ppo.gamma ppo.lam ppo.ratio
+        ppo.objective ppo.aggregation ppo.clip_low ppo.clip_high ppo.dual_clip ppo.value_clip ppo.value_coef
+        ppo.whiten_rewards ppo.reward_clip ppo.missing_eos ppo.missing_eos_penalty ppo.min_reward_agreement
+        ppo.reward_timeout ppo.reward_retries ppo.reward_batch ppo.lag ppo.rollout_cap ppo.cuda_graphs
+        ppo.max_length ppo.overlong ppo.chat_template ppo.template_kwargs ppo.parse_special_tokens ppo.date
+        ppo.dtype ppo.seed ppo.lora.r ppo.lora.alpha ppo.lora.targets ppo.optim.lr ppo.optim.schedule
+        ppo.optim.warmup ppo.optim.weight_decay ppo.optim.adam_eps ppo.optim.max_grad_norm
+        ppo.optim.max_tokens_per_microbatch ppo.optim.checkpointing ppo.optim.max_skipped ppo.run.save_every
+        ppo.run.keep_last ppo.run.trackers evaluation.samples_per_prompt evaluation.max_new_tokens
+        evaluation.temperature evaluation.tie_margin evaluation.chat_template evaluation.template_kwargs
+        evaluation.parse_special_tokens evaluation.seed
     """,
     "sft": """
         data out heldout_data model sft.epochs sft.max_steps sft.batch_size sft.heldout sft.turns sft.packing

@@ -388,6 +388,7 @@ BAD = {
         "lam": [-0.1, 1.1],
         "clip_low": [-0.2],
         "clip_high": [-0.2],
+        "dual_clip": [1.0, 0.5, math.inf],
         "value_clip": [-0.2],
         "value_coef": [-0.1],
         "reward_clip": [-1.0],
@@ -466,6 +467,12 @@ def test_a_warmup_needs_a_critic_and_a_tracker_a_name() -> None:
         PPOConfig(critic_warmup=2, advantage="rloo")
     with pytest.raises(ValueError, match="trackers: 'wandbb'; expected some of tensorboard, wandb and trackio"):
         RunConfig(trackers=("wandbb",))
+
+
+def test_a_bound_of_negative_advantages_is_of_the_clipped_objective() -> None:
+    with pytest.raises(ValueError, match=r"dual_clip: 3\.0; expected none with objective 'cispo', which clips ratios"):
+        PPOConfig(dual_clip=3.0, objective="cispo")
+    assert PPOConfig(dual_clip=3.0).objective == "clip"
 
 
 def test_there_are_no_more_minibatches_than_sequences() -> None:

@@ -17,6 +17,7 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "positive": ("more than 0", lambda value: 0 < value < math.inf),
     "limit": ("at least 0; inf is no limit", lambda value: value >= 0),
     "positive_limit": ("more than 0; inf is no limit", lambda value: value > 0),
+    "above_one": ("more than 1", lambda value: 1 < value < math.inf),
     "share": ("from 0 to 1", lambda value: 0 <= value <= 1),
     "part": ("at least 0 and less than 1", lambda value: 0 <= value < 1),
     "below_half": ("at least 0 and below 0.5", lambda value: 0 <= value < 0.5),

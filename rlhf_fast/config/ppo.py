@@ -35,8 +35,12 @@ class PPOConfig(Settings):
     critic_warmup: int = 0  # how many of the first steps only the critic learns in
     gamma: float = 1.0  # discount a token
     lam: float = 0.95  # of generalised advantage estimation (arXiv 1506.02438)
+    ratio: Literal["token", "sequence"] = "token"  # of probabilities: each token's, or one for a response (GSPO)
+    objective: Literal["clip", "cispo"] = "clip"  # cispo keeps the gradient of tokens whose ratio is clipped
+    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum_mean", "longest_mean"] = "token_mean"  # of losses
     clip_low: float = 0.2  # the probability ratio is clipped at 1 - clip_low
     clip_high: float = 0.2  # and at 1 + clip_high
+    dual_clip: float | None = None  # most that a ratio counts where the advantage is negative (arXiv 1912.09729)
     value_clip: float = 0.2  # most that a value may move from the sampled one in a step
     value_coef: float = 0.1  # weight of the value loss
     whiten_rewards: bool = False  # scale a step's rewards to deviation 1
@@ -70,6 +74,11 @@ class PPOConfig(Settings):
         check(self, positive="temperature kl_target kl_horizon max_kl max_update_kl reward_timeout rollout_cap")
         check(self, not_negative="kl_coef value_coef missing_eos_penalty critic_warmup reward_retries resample seed")
         check(self, limit="clip_low clip_high value_clip reward_clip", share="gamma lam min_reward_agreement")
+        check(self, above_one="dual_clip")
+        if self.dual_clip is not None and self.objective == "cispo":
+            raise ValueError(
+                f"dual_clip: {self.dual_clip}; expected none with objective 'cispo', which clips ratios itself"
+            )
         if self.lag not in (0, 1):
             raise ValueError(f"lag: {self.lag}; expected 0 or 1")
         if self.critic_warmup and self.advantage != "gae":

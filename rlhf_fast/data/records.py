@@ -45,7 +45,8 @@ __all__ = [
 
 
 class Columns(dict[str, Any]):
-    """Further columns of a row. Its repr, by which a run knows its data again, is the same in every process."""
+    """Further columns of a row. Their repr, by which earlier versions knew a run's data again, is the same in every
+    process."""
 
     def __repr__(self) -> str:
         return re.sub(r" at 0x[0-9a-fA-F]+", "", super().__repr__())

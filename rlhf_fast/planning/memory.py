@@ -38,6 +38,7 @@ from rlhf_fast.rewards.model import RewardModel
 from rlhf_fast.rollout.generator import Generator
 from rlhf_fast.trainers.ppo.advantages import ADVANTAGES
 from rlhf_fast.trainers.ppo.critic import Critic, fresh_head
+from rlhf_fast.trainers.ppo.loss import variant
 
 TrainerConfig = SFTConfig | RewardConfig | DPOConfig | PPOConfig
 Device = Literal["cpu", "cuda"]
@@ -226,8 +227,9 @@ def loss(config: TrainerConfig, model: Model, critic: Critic | None, batch: Batc
     if critic is not None:
         of_critic = {"values": critic.values(batch, states), "old_values": each, "returns": each}
     result, _ = ops.linear_ppo_loss(
-        states, head.weight, batch.response_tokens, each, each, **head.options(), **of_critic
-    )
+        states, head.weight, batch.response_tokens, each, each, **head.options(), **of_critic,
+        cu_seqlens=batch.cu_seqlens, **variant(config),
+    )  # fmt: skip
     return result
 
 

@@ -29,8 +29,8 @@ from rlhf_fast.runs.folder import RunFolder
 from rlhf_fast.trainers.loop.chat_settings import use_settings
 from rlhf_fast.trainers.loop.checkpoints import Goal
 from rlhf_fast.trainers.loop.lengths import fitting_for
-from rlhf_fast.trainers.loop.monitor import Monitor, checked
-from rlhf_fast.trainers.loop.preflight import preflight
+from rlhf_fast.trainers.loop.monitor import Monitor
+from rlhf_fast.trainers.loop.preflight import begin
 from rlhf_fast.trainers.loop.steps import Stats, add_stats, fit
 
 Sides = tuple[torch.Tensor, torch.Tensor]  # of the chosen and of the rejected responses
@@ -56,12 +56,10 @@ class DPOTrainer:
         heldout_data: Source | Sequence[Comparison] | None = None,
         monitors: Sequence[Monitor] = (),
     ) -> None:
-        self.monitors = checked(monitors)
-        config = settings.given(DPOConfig, config)
-        inputs = {"model": model, "data": data, "out": out}
-        if heldout_data is not None:
-            inputs["heldout_data"] = heldout_data
-        preflight("dpo", config, inputs)
+        config, inputs = begin(
+            "dpo", DPOConfig, config, monitors, model=model, data=data, out=out, heldout_data=heldout_data
+        )
+        self.monitors = monitors
         comparisons = read_comparisons(data)
         if heldout_data is not None:
             comparisons = labelled(comparisons, read_comparisons(heldout_data), apart=True)

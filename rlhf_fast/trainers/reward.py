@@ -41,8 +41,8 @@ from rlhf_fast.statistics.intervals import Interval, clustered_share
 from rlhf_fast.trainers.loop.chat_settings import use_settings
 from rlhf_fast.trainers.loop.checkpoints import Goal
 from rlhf_fast.trainers.loop.lengths import fitting_for
-from rlhf_fast.trainers.loop.monitor import Monitor, checked
-from rlhf_fast.trainers.loop.preflight import preflight
+from rlhf_fast.trainers.loop.monitor import Monitor
+from rlhf_fast.trainers.loop.preflight import begin
 from rlhf_fast.trainers.loop.steps import Stats, fit
 
 POISSON = np.cumsum([math.exp(-1) / math.factorial(n) for n in range(12)])  # of mean 1: P(X <= n)
@@ -73,12 +73,10 @@ class RewardTrainer:
         heldout_data: Source | Sequence[Comparison] | None = None,
         monitors: Sequence[Monitor] = (),
     ) -> None:
-        self.monitors = checked(monitors)
-        config = settings.given(RewardConfig, config)
-        inputs = {"model": model, "data": data, "out": out}
-        if heldout_data is not None:
-            inputs["heldout_data"] = heldout_data
-        preflight("reward", config, inputs)
+        config, inputs = begin(
+            "reward", RewardConfig, config, monitors, model=model, data=data, out=out, heldout_data=heldout_data
+        )
+        self.monitors = monitors
         self.start = model
         self.comparisons = read_comparisons(data)
         if heldout_data is not None:

@@ -27,8 +27,8 @@ from rlhf_fast.runs.folder import RunFolder
 from rlhf_fast.trainers.loop.chat_settings import use_settings
 from rlhf_fast.trainers.loop.checkpoints import Goal
 from rlhf_fast.trainers.loop.lengths import fitting_for
-from rlhf_fast.trainers.loop.monitor import Monitor, checked
-from rlhf_fast.trainers.loop.preflight import preflight
+from rlhf_fast.trainers.loop.monitor import Monitor
+from rlhf_fast.trainers.loop.preflight import begin
 from rlhf_fast.trainers.loop.steps import Stats, epoch_batches, fit
 
 Encoded = tuple[Tokenized, ...]  # one demonstration: a conversation, or one for each answer that needs its own
@@ -57,12 +57,10 @@ class SFTTrainer:
         heldout_data: Source | None = None,
         monitors: Sequence[Monitor] = (),
     ) -> None:
-        self.monitors = checked(monitors)
-        config = settings.given(SFTConfig, config)
-        inputs = {"model": model, "data": data, "out": out}
-        if heldout_data is not None:
-            inputs["heldout_data"] = heldout_data
-        preflight("sft", config, inputs)
+        config, inputs = begin(
+            "sft", SFTConfig, config, monitors, model=model, data=data, out=out, heldout_data=heldout_data
+        )
+        self.monitors = monitors
         demonstrations = read_demonstrations(data)
         if heldout_data is not None:
             demonstrations = labelled(demonstrations, read_demonstrations(heldout_data))

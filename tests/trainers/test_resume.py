@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
 import random
@@ -18,10 +20,11 @@ import torch
 
 from rlhf_fast import models
 from rlhf_fast.config import LoRAConfig, SFTConfig
+from rlhf_fast.data.records import Columns, PromptRecord
 from rlhf_fast.runs.folder import RunFolder
 from rlhf_fast.trainers.loop import state as state_module
 from rlhf_fast.trainers.loop.optimizer import Optimizer
-from rlhf_fast.trainers.loop.state import Interrupted, TrainState, weights_digest
+from rlhf_fast.trainers.loop.state import Data, Interrupted, TrainState, weights_digest
 from rlhf_fast.trainers.sft import SFTTrainer
 from tests.processes import PROCESSES
 from tests.trainers import killed_run
@@ -245,6 +248,46 @@ def test_other_settings_data_or_weights_are_refused_and_nothing_is_lost(
     assert (out / "metrics.jsonl").read_text() == before
     sft(tiny_folder, out).train()
     assert (out / "result.json").exists() and not (out / "state").exists()
+
+
+def test_data_are_known_by_their_fields_and_runs_of_earlier_versions_by_their_reprs(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    interrupted(tiny_folder, out, monkeypatch)
+    file = out / "state" / "state.json"
+    kept = json.loads(file.read_text())
+    trainer = sft(tiny_folder, out)
+    assert kept["identity"]["data"] == Data(trainer.training + trainer.heldout).digest
+    state = hashlib.blake2b(digest_size=16)
+    for item in trainer.training + trainer.heldout:
+        state.update(repr(item).encode())
+    file.write_text(json.dumps({**kept, "identity": {**kept["identity"], "data": state.hexdigest()}}))
+    with pytest.raises(ValueError, match="the data changed"):
+        sft(tiny_folder, out, data=[*DATA[:-1], {"prompt": "q", "completion": "another"}]).train()
+    trainer.train()
+
+
+def test_a_field_that_is_new_to_a_record_changes_no_digest_and_its_value_does() -> None:
+    before = dataclasses.make_dataclass("Row", [("text", str), ("ids", tuple)])
+    after = dataclasses.make_dataclass(
+        "Row", [("text", str), ("ids", tuple), ("tools", dict, dataclasses.field(default_factory=dict))]
+    )
+    plain = Data([(before("a", (1, 2)),)]).digest
+    assert plain == Data([(after("a", (1, 2)),)]).digest
+    others = [after("a", (1, 3)), after("b", (1, 2)), after("a", (1, 2), {"name": "x"})]
+    assert len({plain, *(Data([(other,)]).digest for other in others)}) == 4
+    assert Data([1, 2]).digest != Data([2, 1]).digest
+
+
+def test_what_json_does_not_know_is_told_by_its_repr_without_its_address() -> None:
+    class Thing:
+        """Its repr says where it is."""
+
+    def digest(keys: Any) -> str:
+        return Data([PromptRecord("q", columns=Columns({"thing": Thing(), "keys": keys}))]).digest
+
+    assert digest({}) == digest({}) and digest({(1, 2): 3}) == digest({(1, 2): 3}) != digest({})
 
 
 def test_a_kill_between_the_two_renames_loses_nothing(

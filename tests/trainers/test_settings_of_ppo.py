@@ -43,7 +43,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "main": {
         "steps": 3, "epochs": 3, "max_new_tokens": 7, "stop_token_ids": STOPS, "temperature": 0.7, "kl_coef": 0.3,
         "gamma": 0.9, "lam": 0.8, "clip_low": 0.15, "clip_high": 0.3, "value_clip": 0.4, "value_coef": 0.5,
-        "reward_clip": 0.6, "missing_eos": "replace", "missing_eos_penalty": 2.5,
+        "reward_clip": 0.6, "missing_eos": "replace", "missing_eos_penalty": 2.5, "dual_clip": 3.0,
     },
     "whitened": {"steps": 1, "whiten_rewards": True, "kl_coef": 0.3},
     "untargeted": {},
@@ -54,6 +54,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "grpo": {"advantage": "grpo", "scale": "batch", "steps": 1},
     "again": {"advantage": "rloo", "resample": 2, "steps": 1, "missing_eos_penalty": 0.0, "reward": first_alike},
     "behind": {"lag": 1, "rollout_cap": 1.5},
+    "sequences": {"ratio": "sequence", "aggregation": "sequence_mean", "steps": 1},
+    "cispo": {"objective": "cispo", "steps": 1},
 }  # fmt: skip
 
 
@@ -246,6 +248,10 @@ HERE: dict[str, tuple[str, Check]] = {
     "critic_warmup": ("in the loss", warms_up),
     "gamma": ("main", is_estimated_by_hand),
     "lam": ("main", is_estimated_by_hand),
+    "ratio": ("sequences", told("ratio", "sequence")),
+    "objective": ("cispo", told("objective", "cispo")),
+    "aggregation": ("sequences", told("aggregation", "sequence_mean")),
+    "dual_clip": ("main", told("dual_clip", 3.0)),
     "clip_low": ("main", told("clip_low", 0.15)),
     "clip_high": ("main", told("clip_high", 0.3)),
     "value_clip": ("main", told("value_clip", 0.4)),

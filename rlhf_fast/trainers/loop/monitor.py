@@ -55,15 +55,6 @@ class Monitor(Protocol):
     def __call__(self, step: Step) -> Warn | None: ...
 
 
-def checked(monitors: Sequence[Monitor]) -> tuple[Monitor, ...]:
-    """The monitors as they are, once each is one: before any work begins.
-
-    Raises:
-        TypeError: as :class:`Monitors`.
-    """
-    return tuple(Monitors(monitors).named.values())
-
-
 class Answers(NamedTuple):
     """What all monitors said of one step."""
 

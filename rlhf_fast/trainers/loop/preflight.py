@@ -1,25 +1,35 @@
-"""What can be refused before a model is loaded, which takes longest."""
+"""How every trainer begins: with all that can be refused before a model is loaded, which takes longest."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rlhf_fast.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig, settings
 from rlhf_fast.data.templates import require_template
 from rlhf_fast.runs.folder import check_folder
+from rlhf_fast.trainers.loop.monitor import Monitor, Monitors
+
+Config = TypeVar("Config", SFTConfig, RewardConfig, DPOConfig, PPOConfig)
 
 
-def preflight(phase: str, config: SFTConfig | RewardConfig | DPOConfig | PPOConfig, inputs: dict[str, Any]) -> None:
-    """Look at the run's folder, its trackers and the chat template.
+def begin(
+    phase: str, cls: type[Config], config: Config | dict[str, Any] | None, monitors: Sequence[Monitor], **inputs: Any
+) -> tuple[Config, dict[str, Any]]:
+    """The settings and the inputs of a run, once its folder, trackers, chat template and monitors can be used.
 
     Args:
-        inputs: of the run, by name; `out` is its folder.
+        inputs: of the run, by name, of which `out` is its folder; None for one that was not given, which is left out.
 
     Raises:
-        OSError, ValueError: one of them cannot be used; says which, and what to do.
+        OSError, TypeError, ValueError: one of them cannot be used; says which, and what to do.
     """
-    described = settings.run_yaml(phase, config, **inputs)
+    Monitors(monitors)
+    found, out = settings.given(cls, config), Path(inputs["out"])
+    inputs = {name: value for name, value in inputs.items() if value is not None}
+    described = settings.run_yaml(phase, found, **inputs)
     # Which day templates are told is known once a tokenizer is there.
-    check_folder(Path(inputs["out"]), phase, described, config.run.trackers, but=(f"{phase}.date",))
-    require_template(config.chat_template)
+    check_folder(out, phase, described, found.run.trackers, but=(f"{phase}.date",))
+    require_template(found.chat_template)
+    return found, inputs

@@ -6,14 +6,17 @@ So these alone decide how a run goes on: to the bit as if it had not been interr
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import json
 import os
+import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -29,6 +32,7 @@ from rlhf_fast.trainers.loop.optimizer import Optimizer
 
 EVERY = 60.0  # seconds from one time to the next, at least
 MOST = 0.05  # share of the time that keeping may take
+FIELDS = "fields:"  # begins a digest of records by their fields
 
 
 class Stateful(Protocol):
@@ -47,12 +51,12 @@ class TrainState:
     its step; a second Ctrl-C ends it at once, and what was kept last is what it goes on from.
 
     Args:
-        identity: what must be the same for a run to go on, by name: hashes of its data and its first weights.
+        identity: what must be the same for a run to go on, by name: its data, and a hash of its first weights.
         stateful: what else must come back, by name.
     """
 
     def __init__(
-        self, run: RunFolder, optimizer: Optimizer, identity: dict[str, str], stateful: Mapping[str, Stateful]
+        self, run: RunFolder, optimizer: Optimizer, identity: dict[str, str | Data], stateful: Mapping[str, Stateful]
     ) -> None:
         self.run, self.optimizer, self.identity, self.stateful = run, optimizer, identity, stateful
         self._kept, self._cost = time.monotonic(), 0.0
@@ -69,7 +73,7 @@ class TrainState:
         if not self.run.resumes:
             return 0
         kept = json.loads((self.run.state / "state.json").read_text(encoding="utf-8"))
-        changed = [name for name, value in kept["identity"].items() if value != self.identity.get(name)]
+        changed = [name for name, value in kept["identity"].items() if not self._is_still(name, value)]
         if changed:
             raise ValueError(
                 f"{self.run.path}: the {' and the '.join(changed)} changed since this run was interrupted; "
@@ -87,6 +91,10 @@ class TrainState:
         self.run.rewind(kept["files"], kept["seconds"])
         self.step = int(kept["step"])
         return self.step
+
+    def _is_still(self, name: str, kept: str) -> bool:
+        value = self.identity.get(name)
+        return value.kept_as(kept) if isinstance(value, Data) else value == kept
 
     def after(self, step: int) -> None:
         """Keep the state, if that is due or the run is to end here."""
@@ -117,7 +125,7 @@ class TrainState:
     def _keep(self, step: int) -> None:
         state = {
             "step": step,
-            "identity": self.identity,
+            "identity": {n: x.digest if isinstance(x, Data) else x for n, x in self.identity.items()},
             "optimizer_steps": self.optimizer.steps,
             "skipped": self.optimizer.skipped,
             "stateful": {name: each.state_dict() for name, each in self.stateful.items()},
@@ -180,14 +188,55 @@ class TrainState:
         os.write(2, f"\n{self.run.path}: ending after this step; Ctrl-C ends it at once\n".encode())
 
 
-def digest(items: Iterable[Any]) -> str:
-    """Of data: frozen records whose repr says all of them."""
+class Data:
+    """Records that must be the same for a run to go on. Their fields tell, those at their defaults left out: a field
+    that a later version adds to a record changes no digest."""
+
+    def __init__(self, items: Sequence[Any]) -> None:
+        self.items = items
+
+    @functools.cached_property
+    def digest(self) -> str:
+        return FIELDS + _hashed(map(_told, self.items))
+
+    def kept_as(self, kept: str) -> bool:
+        """Whether these records are those of a digest, which earlier versions made of their reprs."""
+        return kept == (self.digest if kept.startswith(FIELDS) else _hashed(map(repr, self.items)))
+
+
+def _told(item: Any) -> str:
+    """All that a record holds, the same in every process."""
+    try:
+        return json.dumps(item, default=_fields)
+    except (TypeError, ValueError):  # keys that JSON has not, or something within itself
+        return _without_address(item)
+
+
+def _without_address(item: Any) -> str:
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(item))
+
+
+def _fields(item: Any) -> Any:
+    """What JSON does not know, in what it knows."""
+    if not dataclasses.is_dataclass(item) or isinstance(item, type):
+        return _without_address(item)
+    telling = [field for field in dataclasses.fields(item) if field.repr]
+    values = {field.name: getattr(item, field.name) for field in telling}
+    return {field.name: values[field.name] for field in telling if values[field.name] != _default(field)}
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _hashed(texts: Iterable[str]) -> str:
     state = hashlib.blake2b(digest_size=16)
-    for item in items:
-        state.update(repr(item).encode())
+    for text in texts:
+        state.update(text.encode())
     return state.hexdigest()
 
 
 def weights_digest(model: nn.Module) -> str:
     """Of a model's weights, with their names, shapes and dtypes."""
-    return digest([*((name, x.shape, x.dtype) for name, x in model.named_parameters()), fingerprint(model)])
+    described = [*((name, x.shape, x.dtype) for name, x in model.named_parameters()), fingerprint(model)]
+    return _hashed(map(repr, described))

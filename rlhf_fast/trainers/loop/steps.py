@@ -1,4 +1,4 @@
-"""What all trainers share: the loop over steps, gradients from micro-batches, and scoring without gradients."""
+"""Run the steps of any trainer: the loop over them, and one optimiser step from the gradients of micro-batches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlhf_fast.runs.terminal import Terminal
 from rlhf_fast.trainers.loop.checkpoints import Checkpoints, Goal
 from rlhf_fast.trainers.loop.monitor import Monitor, Monitors
 from rlhf_fast.trainers.loop.optimizer import Optimizer
-from rlhf_fast.trainers.loop.state import Stateful, TrainState, digest, weights_digest
+from rlhf_fast.trainers.loop.state import Data, Stateful, TrainState, weights_digest
 
 Item = TypeVar("Item")
 Stats = dict[str, torch.Tensor]
@@ -37,7 +37,7 @@ def run_steps(
     step: Callable[[int], Row],
     optimizer: Optimizer,
     checkpoints: Checkpoints,
-    identity: dict[str, str],
+    identity: dict[str, str | Data],
     every: int,
     evaluate: Callable[[int], Row] | None = None,
     monitors: Sequence[Monitor] = (),
@@ -143,7 +143,7 @@ def fit(
         step,
         optimizer,
         Checkpoints(run, config.run, goal, save, config.patience),
-        identity={"data": digest(data), "model": weights_digest(model)},
+        identity={"data": Data(data), "model": weights_digest(model)},
         every=config.run.save_every or math.ceil(len(batches) / config.epochs),
         evaluate=evaluate,
         monitors=monitors,

@@ -32,12 +32,12 @@ class Outputs(NamedTuple):
     values: Parts  # empty without a critic
 
 
-class Pay(NamedTuple):
-    """What responses get."""
+class ResponseRewards(NamedTuple):
+    """What each response is rewarded with."""
 
-    scores: Scores  # as the reward gave them
-    rewards: list[float]  # the scores within `ppo.reward_clip`, less the penalty for responses that were cut
-    baselines: list[float] | None  # rewards of the greedy response to each response's prompt, if it was sampled
+    raw: Scores  # as the reward gave them
+    paid: list[float]  # those within `ppo.reward_clip`, less the penalty for responses that were cut
+    greedy: list[float] | None  # what is paid for the likeliest response to each response's prompt, if it was sampled
 
 
 class Scorer:
@@ -86,15 +86,16 @@ class Scorer:
         (logprobs,) = self._each(samples, self._reference_logprobs)
         return logprobs
 
-    def pay(self, samples: Sampled) -> Pay:
+    def rewards(self, samples: Sampled) -> ResponseRewards:
         """Rewards of the responses; waits for scores that are on their way."""
-        scores = samples.scoring.result()
-        rewards = paid(scores.scores, samples.rollouts.finish_reasons, self.config)
+        raw = samples.scoring.result()
+        rewards = paid(raw.scores, samples.rollouts.finish_reasons, self.config)
         if samples.greedy is None:
-            return Pay(scores, rewards, None)
+            return ResponseRewards(raw, rewards, None)
         rollouts, scoring = samples.greedy
         greedy = paid(scoring.result().scores, rollouts.finish_reasons, self.config)
-        return Pay(scores, rewards, [reward for reward in greedy for _ in range(self.config.samples_per_prompt)])
+        of_each = [reward for reward in greedy for _ in range(self.config.samples_per_prompt)]
+        return ResponseRewards(raw, rewards, of_each)
 
     def _outputs(self, batch: Batch) -> list[torch.Tensor]:
         states = models.response_states(self.policy, batch)  # (R, H)
@@ -112,16 +113,16 @@ class Scorer:
         return per_example(samples.examples, function, self.budget.tokens, self.policy.device, self.shared)
 
 
-def joined(samples: Sampled, policy: Outputs, reference: Parts, pay: Pay) -> Scored:
-    """What an advantage is made of: rewards, and the KL of each token to the reference."""
+def scored_tokens(samples: Sampled, policy: Outputs, reference: Parts, rewards: ResponseRewards) -> Scored:
+    """What an advantage is made of: rewards, values, and the KL of each token to the reference."""
     logprobs = torch.cat(policy.logprobs)  # (R,)
     device = logprobs.device
     return Scored(
-        scores=torch.tensor(pay.rewards, device=device),
+        scores=torch.tensor(rewards.paid, device=device),
         kl=ops.kl_estimate(logprobs, torch.cat(reference), kind="k1"),
         cu_seqlens=torch.tensor([0, *samples.lengths]).cumsum(0).to(torch.int32).to(device),
         values=torch.cat(policy.values) if policy.values else None,
-        baselines=None if pay.baselines is None else torch.tensor(pay.baselines, device=device),
+        baselines=None if rewards.greedy is None else torch.tensor(rewards.greedy, device=device),
     )
 
 
@@ -139,7 +140,9 @@ class Experience:
     returns: Parts
 
     @staticmethod
-    def of(samples: Sampled, policy: Outputs, reference: Parts, estimate: Advantages, config: PPOConfig) -> Experience:
+    def of(
+        samples: Sampled, policy: Outputs, reference: Parts, advantages: Advantages, config: PPOConfig
+    ) -> Experience:
         """What the loss needs by these settings."""
         lengths, rollouts = samples.lengths, samples.rollouts
         return Experience(
@@ -148,9 +151,9 @@ class Experience:
             ref_logprobs=reference if config.kl_estimator else [],
             rollout_logprobs=list(rollouts.logprobs[rollouts.response_mask].split(lengths)) if config.lag else [],
             old_values=policy.values,
-            advantages=list(estimate.advantages.split(lengths)),
-            advantage_sums=estimate.sums,
-            returns=[] if estimate.returns is None or not policy.values else list(estimate.returns.split(lengths)),
+            advantages=list(advantages.advantages.split(lengths)),
+            advantage_sums=advantages.sums,
+            returns=[] if advantages.returns is None or not policy.values else list(advantages.returns.split(lengths)),
         )
 
     def of_rows(self, rows: Iterable[int]) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from rlhf_fast.data.records import prompt_text
 from rlhf_fast.models.adapters import Model
 from rlhf_fast.trainers.loop.steps import Row
 from rlhf_fast.trainers.ppo.advantages import Scored, equal_groups
-from rlhf_fast.trainers.ppo.experience import Experience, Outputs, Parts, Pay
+from rlhf_fast.trainers.ppo.experience import Experience, Outputs, Parts, ResponseRewards
 from rlhf_fast.trainers.ppo.sampler import Sampled
 
 SHOWN = 4  # samples that are kept of a step
@@ -26,8 +26,10 @@ class SampleMetrics:
     """Figures of one step's samples, of the policy that drew them: where it is `lag` updates older than the one that
     learns, its own log-probabilities count."""
 
-    def __init__(self, samples: Sampled, lag: int, policy: Outputs, reference: Parts, scored: Scored, pay: Pay) -> None:
-        self.samples, self.lag, self.pay = samples, lag, pay
+    def __init__(
+        self, samples: Sampled, lag: int, policy: Outputs, reference: Parts, scored: Scored, rewards: ResponseRewards
+    ) -> None:
+        self.samples, self.lag, self.rewards = samples, lag, rewards
         rollouts = samples.rollouts
         kl, self.entropy = scored.kl, torch.cat(policy.entropies)  # (R,)
         if lag:
@@ -37,7 +39,7 @@ class SampleMetrics:
         self.kl = ops.sequence_sum(kl, cu_seqlens=scored.cu_seqlens)  # (B,)
 
     def row(self, kl_coef: float, config: PPOConfig, compares_samples: bool) -> Row:
-        scores, rewards, ends = self.pay.scores, self.pay.rewards, self.samples.rollouts.finish_reasons
+        scores, rewards, ends = self.rewards.raw, self.rewards.paid, self.samples.rollouts.finish_reasons
         row = {
             "score": float(np.mean(scores.scores)),
             **{f"score/{name}": mean for name, mean in scores.means.items()},
@@ -59,7 +61,7 @@ class SampleMetrics:
         """A few of the samples, for people to read."""
         records, rollouts, kl = self.samples.records, self.samples.rollouts, self.kl.tolist()
         prompts = [records[i].prompt for i in rollouts.prompt_index.tolist()]
-        scores = self.pay.scores.scores
+        scores = self.rewards.raw.scores
         return [
             {"prompt": prompt_text(prompts[i]), "text": rollouts.texts[i], "score": scores[i], "kl": kl[i]}
             for i in range(0, len(scores), max(1, len(scores) // SHOWN))

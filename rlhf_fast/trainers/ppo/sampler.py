@@ -122,8 +122,8 @@ class Sampler:
         """With other prompts in place of those whose responses are all paid alike (dynamic sampling: DAPO,
         arXiv 2503.14476), as far as there are any that are not in the step."""
         old, n = sampled.scoring.result(), self.config.samples_per_prompt
-        there = set(map(id, sampled.records))
-        others = [p for p in shuffled(self.prompts, (self.config.seed, sampled.step, again)) if id(p) not in there]
+        drawn = set(map(id, sampled.records))
+        others = [p for p in shuffled(self.prompts, (self.config.seed, sampled.step, again)) if id(p) not in drawn]
         equal = equal_groups(paid(old.scores, sampled.rollouts.finish_reasons, self.config), n)
         places = dict(zip(equal, others, strict=False))  # where each of the others goes
         if not places:

@@ -27,10 +27,10 @@ from rlhf_fast.runs.folder import RunFolder
 from rlhf_fast.trainers.loop.chat_settings import use_settings
 from rlhf_fast.trainers.loop.checkpoints import Checkpoints, Goal
 from rlhf_fast.trainers.loop.lengths import fitting_for
-from rlhf_fast.trainers.loop.monitor import Monitor, checked
+from rlhf_fast.trainers.loop.monitor import Monitor
 from rlhf_fast.trainers.loop.optimizer import Optimizer
-from rlhf_fast.trainers.loop.preflight import preflight
-from rlhf_fast.trainers.loop.state import digest, weights_digest
+from rlhf_fast.trainers.loop.preflight import begin
+from rlhf_fast.trainers.loop.state import Data, weights_digest
 from rlhf_fast.trainers.loop.steps import Row, Stats, learn, run_steps
 from rlhf_fast.trainers.ppo.advantages import ADVANTAGES, AdvantageFunction, traits_of
 from rlhf_fast.trainers.ppo.build import (
@@ -42,8 +42,9 @@ from rlhf_fast.trainers.ppo.build import (
     reward_tokenizers,
 )
 from rlhf_fast.trainers.ppo.checks import KLLimit, check_first_update, check_start
-from rlhf_fast.trainers.ppo.experience import Experience, Scorer, joined, minibatches
+from rlhf_fast.trainers.ppo.experience import Experience, Scorer, minibatches, scored_tokens
 from rlhf_fast.trainers.ppo.kl_controller import KLController
+from rlhf_fast.trainers.ppo.loss import Divisor, variant
 from rlhf_fast.trainers.ppo.metrics import SampleMetrics, StepMeter, mean, of_critic, operations
 from rlhf_fast.trainers.ppo.sampler import Sampler
 
@@ -84,16 +85,12 @@ class PPOTrainer:
         heldout_data: Prompts | None = None,
         monitors: Sequence[Monitor] = (),
     ) -> None:
-        self.monitors = checked(monitors)
-        config = settings.given(PPOConfig, config)
-        own = {
-            "advantage": advantage,
-            "loss": None if loss is ops.linear_ppo_loss else loss,
-            "heldout_data": heldout_data,
-        }
-        inputs = {"policy": policy, "reward": reward, "prompts": prompts, "out": out}
-        inputs |= {name: value for name, value in own.items() if value is not None}
-        preflight("ppo", config, inputs)
+        own_loss = None if loss is ops.linear_ppo_loss else loss
+        config, inputs = begin(
+            "ppo", PPOConfig, config, monitors, policy=policy, reward=reward, prompts=prompts, out=out,
+            advantage=advantage, loss=own_loss, heldout_data=heldout_data,
+        )  # fmt: skip
+        self.monitors = monitors
         learned, heldout = read_both(prompts, heldout_data)
         require_prompts(learned, config)
         if isinstance(reward, str | Path):
@@ -137,7 +134,7 @@ class PPOTrainer:
                     lambda n: self.step(run, n),
                     self.optimizer,
                     Checkpoints(run, config.run, Goal(goal, higher=True), self._save),
-                    identity={"prompts": digest(self.prompts + self.heldout), "policy": weights_digest(self.model)},
+                    identity={"prompts": Data(self.prompts + self.heldout), "policy": weights_digest(self.model)},
                     every=config.run.save_every or config.steps,
                     evaluate=self.evaluate if self.heldout else None,
                     monitors=self.monitors if config.max_kl is None else [KLLimit(config.max_kl), *self.monitors],
@@ -160,12 +157,12 @@ class PPOTrainer:
             meter.lap("rollout")
             policy = self.scorer.of_policy(samples, lag)  # log-probabilities, entropies and values
             reference = self.scorer.of_reference(samples)  # log-probabilities
-            pay = self.scorer.pay(samples)  # rewards; waits for scores that are on their way
-            scored = joined(samples, policy, reference, pay)
-            estimate = self.advantage(scored, 0.0 if config.kl_estimator else kl_coef, config)
-            experience = Experience.of(samples, policy, reference, estimate, config)
-            told = SampleMetrics(samples, lag, policy, reference, scored, pay)
-            run.samples(step, told.shown())
+            rewards = self.scorer.rewards(samples)  # waits for scores that are on their way
+            scored = scored_tokens(samples, policy, reference, rewards)
+            advantages = self.advantage(scored, 0.0 if config.kl_estimator else kl_coef, config)
+            experience = Experience.of(samples, policy, reference, advantages, config)
+            figures = SampleMetrics(samples, lag, policy, reference, scored, rewards)
+            run.samples(step, figures.shown())
             meter.lap("scoring")
             if step == 1:
                 check_start(scored.kl, self.dtype)
@@ -175,10 +172,10 @@ class PPOTrainer:
                     if not self._moved_enough(updates):
                         updates.append(self.update(run, experience, part, step))
             meter.lap("training")
-        of_samples = told.row(kl_coef, config, self.traits.compares_samples)
-        self.kl_controller.update(of_samples["kl"], len(samples.examples))
+        row = figures.row(kl_coef, config, self.traits.compares_samples)
+        self.kl_controller.update(row["kl"], len(samples.examples))
         done = operations(self.model, samples.examples, bool(self.shared)) * len(updates) / config.minibatches
-        return {**meter.row(samples, of_samples, mean(updates, experience), done), "kl_coef": kl_coef, **meter.busy}
+        return {**meter.row(samples, row, mean(updates, experience), done), "kl_coef": kl_coef, **meter.busy}
 
     def update(self, run: RunFolder, experience: Experience, rows: list[int], step: int) -> Row:
         """One optimiser step on the clipped loss of a minibatch, these rows of a step's experience; returns its
@@ -203,12 +200,14 @@ class PPOTrainer:
     def _losses(
         self, experience: Experience, rows: list[int], warming: bool = False
     ) -> Iterator[tuple[torch.Tensor, Stats]]:
-        """Loss and statistics of each micro-batch of a minibatch, all divided by the minibatch's tokens.
+        """Loss and statistics of each micro-batch of a minibatch, all divided by what divides the minibatch's.
 
         While `warming`, the critic's part alone has a gradient, in the critic alone.
         """
-        examples, options = experience.examples, self._loss_options(experience, rows)
+        examples, options = experience.examples, self._loss_options(experience)
+        divisor = Divisor.of(self.config, [len(examples[row].response) for row in rows])
         logged = LOGGED | (OF_LAG if experience.rollout_logprobs else set())
+        logged = logged | ({"dual_clip_fraction"} if self.config.dual_clip else set())
         logged = logged - (set() if self.critic else {"value_loss"})
         for group in microbatches_of_examples([examples[row] for row in rows], self.budget.tokens, self.shared):
             part = [rows[i] for i in group]
@@ -229,18 +228,20 @@ class PPOTrainer:
                 **head.options(),
                 **options,
                 cu_seqlens=batch.cu_seqlens,
+                denominator=divisor.denominator,
                 advantage_sums=experience.advantage_sums,
             )
+            stats = divisor.of_minibatch(stats, self.config, len(batch.response_tokens))
             yield loss, {name: x for name, x in stats.items() if name in logged or name not in STATS}
 
-    def _loss_options(self, experience: Experience, rows: list[int]) -> dict[str, Any]:
+    def _loss_options(self, experience: Experience) -> dict[str, Any]:
         """The settings of the loss, as `ops.linear_ppo_loss` names them; of terms that it has in this run alone."""
         config = self.config
         options: dict[str, Any] = {
             "temperature": config.temperature,
             "clip_low": config.clip_low,
             "clip_high": config.clip_high,
-            "denominator": sum(len(experience.examples[row].response) for row in rows),
+            **variant(config),
         }
         if self.critic is not None:
             options |= {"value_clip": config.value_clip, "value_coef": config.value_coef}
