@@ -315,6 +315,17 @@ def test_ratio_quantiles_are_close_to_the_exact_ones(scale: float) -> None:
     assert all(stats[name].item() == 1 for name in ("ratio_p05", "ratio_p95", "ratio_min", "ratio_max"))
 
 
+@pytest.mark.parametrize(
+    "shift", [-0.4, 0.0, 0.4]
+)  # what lies at a quantile is below or above all edges, or between two
+def test_ratio_quantiles_are_the_definitions_in_every_backend(kernel_backend: Backend, shift: float) -> None:
+    old, d = torch.zeros(7, 50), cases.random(7, 50, scale=0.2) + shift
+    _, stats = kernel_backend(ops.ppo_loss, d, old, old)
+    _, defined = Backend("reference")(ops.ppo_loss, d, old, old)
+    for name in ("ratio_p05", "ratio_p95"):
+        assert_close(stats[name], defined[name], 1e-5, name)
+
+
 def test_huge_log_ratios_stay_finite() -> None:
     logprobs = torch.tensor([0.0, -900.0], requires_grad=True)
     loss, stats = ops.ppo_loss(logprobs, torch.tensor([-900.0, 0.0]), torch.tensor([-1.0, -1.0]))
