@@ -96,9 +96,10 @@ class PPOTensors(NamedTuple):
         """The mask and what follows, each in a dtype of its own."""
         return self[_MASK:]
 
-    def of_rows(self, rows: Callable[[Tensor], Tensor | None]) -> PPOTensors:
-        """``rows`` of every tensor that has one number a token: a part of them, or another order."""
-        parts = (None if x is None else rows(x) for x in self[:-1])
+    def of_rows(self, rows: Callable[[Tensor], Tensor | None], mask: Tensor | None) -> PPOTensors:
+        """``rows`` of every tensor that has one number a token: a part of them, or another order; with this mask."""
+        parts = [None if x is None or x is self.mask else rows(x) for x in self[:-1]]
+        parts[_MASK] = mask
         return PPOTensors._make((*parts, self.advantage_sums))
 
 

@@ -225,11 +225,12 @@ def labels(
 def pairs(chosen: Tensor, weights: Tensor | None = None, **tensors: Tensor | None) -> None:
     """All are float tensors of shape (P,); no weight is negative."""
     tensors = {**tensors, "weights": weights}
-    floats(chosen=chosen, **tensors)
-    devices(chosen=chosen, **tensors)
-    if chosen.dim() != 1:
-        raise ValueError(f"chosen: shape {tuple(chosen.shape)}, expected (P,)")
-    shapes(chosen.shape, "chosen", **tensors)
+    if not isinstance(chosen, Tensor) or chosen.dim() != 1 or not are_alike([chosen, *tensors.values()], chosen.shape):
+        floats(chosen=chosen, **tensors)
+        devices(chosen=chosen, **tensors)
+        if chosen.dim() != 1:
+            raise ValueError(f"chosen: shape {tuple(chosen.shape)}, expected (P,)")
+        shapes(chosen.shape, "chosen", **tensors)
     if weights is not None and values_are_checked(weights) and bool((negative := weights < 0).any()):
         at = int(negative.nonzero()[0, 0])
         raise ValueError(f"weights: {float(weights[at])} at {at}, expected none below 0")

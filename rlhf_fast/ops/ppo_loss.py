@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_fast.kernels.arguments import Denominator, PPONumbers, PPOResults, PPOTensors
 from rlhf_fast.ops import _checks, compiled, dispatch, reference
-from rlhf_fast.ops._gradients import needs_gradient
+from rlhf_fast.ops._gradients import needs_gradient, with_constants
 from rlhf_fast.ops._library import Op, flattened, places
 from rlhf_fast.ops._rows import divisor_of, plain
 from rlhf_fast.ops.options import PPOOptions, check_aggregation, check_ppo_tensors
@@ -161,7 +161,10 @@ def loss_and_stats(
         dtype=dtype,
         backend=backend,
     )
-    loss, stats, *_ = _op(*with_constants(tensors, weights, log_ratios), *divisor, *call)
+    tensors = with_constants(tensors, _OWN)
+    if weights is not None or log_ratios is not None:
+        tensors = tensors._replace(weights=weights, log_ratios=log_ratios)
+    loss, stats, *_ = _op(*tensors, *divisor, *call)
     return loss, dict(zip(STATS, stats.unbind(), strict=True))
 
 
@@ -172,16 +175,6 @@ def common_dtype(tensors: list[Tensor]) -> tuple[torch.dtype, Tensor]:
     if dtype != torch.float64:
         return dtype, tensors[0]
     return dtype, next(x for x in tensors if x.dtype == torch.float64)
-
-
-def with_constants(tensors: PPOTensors, weights: Tensor | None, log_ratios: Tensor | None) -> PPOTensors:
-    """The tensors, detached where no gradient flows, with these two of the loss's own."""
-    given = zip(tensors, _CONSTANT, strict=True)
-    x = PPOTensors._make([x.detach() if constant and x is not None and x.requires_grad else x for x, constant in given])
-    return x if weights is None and log_ratios is None else x._replace(weights=weights, log_ratios=log_ratios)
-
-
-_CONSTANT = [name not in _OWN for name in PPOTensors._fields]
 
 
 def shares(
