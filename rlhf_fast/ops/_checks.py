@@ -47,7 +47,7 @@ def floats(**tensors: Tensor | None) -> None:
 
 
 def are_alike(tensors: Sequence[Tensor | None], shape: Sequence[int]) -> bool:
-    """Whether all are floating-point tensors of this shape on one device; what is wrong, the checks by name say."""
+    """Whether all are floating-point tensors of this shape on one device. The checks by name say which one is not."""
     given = [x for x in tensors if x is not None]
     device = given[0].device if isinstance(given[0], Tensor) else None
     return all([type(x) is Tensor and x.shape == shape and x.dtype in FLOATS and x.device == device for x in given])

@@ -22,7 +22,7 @@ Tensors = TypeVar("Tensors", PPOTensors, PairTensors)
 
 
 def with_constants(tensors: Tensors, own: Sequence[str]) -> Tensors:
-    """The tensors, with all but ``own`` detached: no gradient flows to those."""
+    """Detach all tensors but ``own``, those that a gradient flows to."""
     given = zip(tensors._fields, tensors, strict=True)
     return type(tensors)._make(
         [x if x is None or name in own or not x.requires_grad else x.detach() for name, x in given]

@@ -23,7 +23,7 @@ STATS = ("accuracy", "margin", "chosen_reward", "rejected_reward")  # after the 
 def pair_loss(
     tensors: PairTensors, options: PairOptions, denominator: float | Tensor | None, backend: str
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean loss of the pairs and its statistics."""
+    """Mean loss of the pairs and its statistics, of tensors and options that have been checked."""
     call = PairCall(
         numbers=options.numbers().pack(),
         needs=[needs_gradient(tensors.chosen), needs_gradient(tensors.rejected)],
@@ -44,7 +44,7 @@ def kernels(backend: str) -> Any:
 
 
 class PairCall(NamedTuple):
-    """How the op is to run, beside its tensors and what divides."""
+    """Arguments of the registered op beside its tensors and its divisor."""
 
     numbers: list[float]  # PairNumbers
     needs: list[bool]  # gradients
@@ -55,7 +55,7 @@ class PairCall(NamedTuple):
 def pair_loss_forward(
     tensors: PairTensors, divisor: Denominator, call: PairCall
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss (), stats (4,), inverse () of what divides, and the gradients of the pairs' sum in chosen and rejected:
+    """Loss (), stats (4,), inverse () of what divides, and the gradients of the pairs' sum in chosen and rejected:
     float32, empty if not needed."""
     dtype = functools.reduce(torch.promote_types, {x.dtype for x in tensors.rewards if x is not None})
     x = PairTensors._make(

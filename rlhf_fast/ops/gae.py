@@ -140,7 +140,7 @@ def gae_forward(
     dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """advantages, returns, and (B, 3) sums of each sequence's advantages, or (0, 3) if not asked for."""
+    """Advantages, returns, and (B, 3) sums of each sequence's advantages, or (0, 3) if not asked for."""
     advantages, returns = compiled.new_like(values, torch.float32), compiled.new_like(values, torch.float32)
     per_sequence = values.new_empty(where.number if sums else 0, 3, dtype=torch.float64)
     if where.number:

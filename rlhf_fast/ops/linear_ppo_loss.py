@@ -136,7 +136,7 @@ def linear_ppo_loss(
 def linear_ppo_loss_forward(
     inputs: LinearInputs, tensors: PPOTensors, divisor: Denominator, call: PPOCall, inplace_backward: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss (), stats (17,), inverse () of what divides the loss's terms, and the gradients of their sum in hidden,
+    """Loss (), stats (17,), inverse () of what divides the loss's terms, and the gradients of their sum in hidden,
     weight, bias, a, b and values: float32, empty if not needed.
 
     ``inplace_backward``: the backward pass may write over those gradients; the caller reads only loss and stats.

@@ -148,7 +148,7 @@ class Problem:
 
 
 def in_its_own_dtypes(function: Callable[..., Any]) -> Callable[..., Any]:
-    """function, with no autocast of the products inside it."""
+    """Run ``function`` with no autocast of the products inside it."""
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
