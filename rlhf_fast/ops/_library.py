@@ -73,7 +73,7 @@ def places(forward: Callable[..., Any]) -> dict[str, int]:
 
 
 def flattened(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give ``function`` a signature with the fields of each named tuple in its place, for torch.library knows no tuples.
+    """Give ``function`` a signature with the fields of each named tuple in place of it: torch.library knows no tuples.
 
     A caller packs by ``*``, in the order of the fields; arguments are unpacked here and nowhere else.
     """
