@@ -1,4 +1,7 @@
-"""What kernels are given, whichever language they are written in: memory as rows, tensors, options."""
+"""Arguments of the kernels, whichever language those are written in: rows of memory, tensors, options, results.
+
+Each tuple has the fields of a struct in csrc/common, in its order; tests/ops/test_contracts.py holds the two together.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ class Transform(NamedTuple):
 
 
 class Sequences(NamedTuple):
-    """Where the sequences of a batch lie."""
+    """Sequences of a batch: padded, or packed between the starts in cu_seqlens."""
 
     cu_seqlens: Tensor | None  # contiguous; None: padded
     number: int
@@ -40,7 +43,8 @@ class Sequences(NamedTuple):
 
 
 class TokenRewards(NamedTuple):
-    """What a token is paid, in the order of csrc/common/gae.h."""
+    """Rewards of tokens, as csrc/common/gae.h puts them together: rewards - kl_coef (logprobs - ref_logprobs), and the
+    score on the last token that counts."""
 
     rewards: Tensor | None
     logprobs: Tensor | None
@@ -50,7 +54,7 @@ class TokenRewards(NamedTuple):
 
 
 class Decays(NamedTuple):
-    """How much of what follows a token counts for it, each in [0, 1]."""
+    """Decays of the advantage from a token to the one before it, each in [0, 1]."""
 
     gamma: float
     lam: float
@@ -88,7 +92,7 @@ class PPOTensors(NamedTuple):
 
     @property
     def per_token(self) -> tuple[Tensor | None, ...]:
-        """Those in the dtype of the call, PPO_PER_TOKEN."""
+        """The tensors named in PPO_PER_TOKEN, which share a dtype."""
         return self[:_MASK]
 
     @property
@@ -96,9 +100,10 @@ class PPOTensors(NamedTuple):
         """The mask and what follows, each in a dtype of its own."""
         return self[_MASK:]
 
-    def of_rows(self, rows: Callable[[Tensor], Tensor | None]) -> PPOTensors:
-        """``rows`` of every tensor that has one number a token: a part of them, or another order."""
-        parts = (None if x is None else rows(x) for x in self[:-1])
+    def of_rows(self, rows: Callable[[Tensor], Tensor | None], mask: Tensor | None) -> PPOTensors:
+        """Apply ``rows``, a selection of rows, to every tensor that has a number a token, and take this mask."""
+        parts = [None if x is None or x is self.mask else rows(x) for x in self[:-1]]
+        parts[_MASK] = mask
         return PPOTensors._make((*parts, self.advantage_sums))
 
 
@@ -122,24 +127,24 @@ class PPONumbers(NamedTuple):
     kl_slope: int  # the one whose gradient it gets
 
     def pack(self) -> list[float]:
-        """As they cross the boundary of torch.library."""
+        """Numbers alone, all floats: how the options cross the boundary of torch.library."""
         return [float(x) for x in self]
 
     @classmethod
     def unpack(cls, numbers: Sequence[float]) -> PPONumbers:
-        """The inverse of ``pack``."""
+        """Undo ``pack``."""
         *others, cispo, kl, kl_slope = numbers
         return cls._make((*others, bool(cispo), int(kl), int(kl_slope)))
 
     def in_triton(self) -> dict[str, Any]:
-        """As Triton's kernel takes them: numbers by their names, and what is compiled in, in capitals."""
+        """Arguments of Triton's kernel: numbers by their names, and in capitals what is compiled in."""
         numbers = self._asdict()
         compiled_in = {"CISPO": numbers.pop("cispo"), "KL": numbers.pop("kl"), "KL_SLOPE": numbers.pop("kl_slope")}
         return {**numbers, **compiled_in, "DUAL": self.dual_clip != 0, "KL_COUNTS": self.kl_coef != 0}
 
 
 class PPOResults(NamedTuple):
-    """What ppo_loss writes, in the order of csrc/common/ppo_loss.h's PPOResults."""
+    """Results of ppo_loss, in the order of csrc/common/ppo_loss.h's PPOResults."""
 
     loss: Tensor  # ()
     stats: Tensor
@@ -164,7 +169,7 @@ class PairTensors(NamedTuple):
 
     @property
     def rewards(self) -> tuple[Tensor | None, ...]:
-        """Those that the rewards of a pair are made of."""
+        """The log-probabilities (or scores) that the rewards of a pair are made of, which share a dtype."""
         return self[:_MARGINS]
 
     @property
@@ -186,23 +191,23 @@ class PairNumbers(NamedTuple):
     center_coef: float
 
     def pack(self) -> list[float]:
-        """As they cross the boundary of torch.library."""
+        """Numbers alone, all floats: how the options cross the boundary of torch.library."""
         return [float(x) for x in self]
 
     @classmethod
     def unpack(cls, numbers: Sequence[float]) -> PairNumbers:
-        """The inverse of ``pack``."""
+        """Undo ``pack``."""
         kind, *others = numbers
         return cls._make((int(kind), *others))
 
     def in_triton(self) -> dict[str, Any]:
-        """As Triton's kernel takes them: numbers by their names, and what is compiled in, in capitals."""
+        """Arguments of Triton's kernel: numbers by their names, and in capitals what is compiled in."""
         numbers = self._asdict()
         return {"KIND": numbers.pop("kind"), **numbers}
 
 
 class PairResults(NamedTuple):
-    """What a pair loss writes, in the order of csrc/common/pair_loss.h's PairResults."""
+    """Results of a pair loss, in the order of csrc/common/pair_loss.h's PairResults."""
 
     stats: Tensor  # loss, accuracy, margin, chosen_reward, rejected_reward, 1 / divisor
     grad_chosen: Tensor | None  # float32, of the sum of the pairs' losses
@@ -210,7 +215,7 @@ class PairResults(NamedTuple):
 
 
 class SampleOptions(NamedTuple):
-    """What each row of sample may be told, (B,) each, in the order of csrc/common/sample.h's SampleInputs."""
+    """Options of each row of sample, (B,) each, in the order of csrc/common/sample.h's SampleInputs."""
 
     temperature: Tensor  # float32
     top_k: Tensor  # int32
@@ -220,12 +225,12 @@ class SampleOptions(NamedTuple):
 
 
 class Denominator(NamedTuple):
-    """What divides a sum: a tensor of one number, or a number, or (both missing) what counts: tokens, or pairs."""
+    """Divisor of a sum: a tensor of one number, or a number, or (both missing) how many tokens or pairs count."""
 
     tensor: Tensor | None = None  # () float32, on the device; 0 counts as 1
     number: float = 0.0  # 0: none
 
     @property
     def kind(self) -> int:
-        """As the Triton kernels tell the three apart: 1 a tensor, 2 a number, 0 what counts."""
+        """Number by which the Triton kernels tell the three apart: 1 a tensor, 2 a number, 0 what counts."""
         return 1 if self.tensor is not None else 2 if self.number else 0

@@ -107,7 +107,7 @@ def _forward(
 
 
 def forward(x: GAEInputs, advantages: Tensor, returns: Tensor, sums: Tensor | None) -> None:
-    """As csrc/common/gae.h says."""
+    """Write advantages, returns and (if asked for) each sequence's sums, as csrc/common/gae.h has them."""
     size, where, paid = sizes("gae", advantages.device), x.sequences, x.paid
     _forward[(where.number,)](
         **paid._asdict(), values=x.values, mask=x.mask, bootstrap=x.bootstrap, cu_seqlens=where.cu_seqlens,

@@ -102,7 +102,7 @@ def _forward(
 
 
 def forward(tensors: PairTensors, numbers: PairNumbers, of_pairs: Denominator, results: PairResults) -> None:
-    """As csrc/common/pair_loss.h says."""
+    """Write the mean loss of the pairs, its statistics and gradients, as csrc/common/pair_loss.h has them."""
     size = sizes("pair_loss", results.stats.device)
     _forward[(1,)](
         **tensors._asdict(), count=tensors.chosen.numel(), **numbers.in_triton(), divisor_tensor=of_pairs.tensor,

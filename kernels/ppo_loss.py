@@ -42,7 +42,7 @@ STAT_EXPLAINED_VARIANCE = tl.constexpr(16)
 
 @triton.jit
 def _denominator(tensor, number, counted, KIND: tl.constexpr):
-    """A number on the device, where 0 means 1; a number; or the tokens that count."""
+    """Divisor of a sum, as arguments.Denominator says: a tensor of 0 counts as 1."""
     value = counted
     if KIND == 1:
         value = tl.load(tensor).to(tl.float64)
@@ -53,7 +53,7 @@ def _denominator(tensor, number, counted, KIND: tl.constexpr):
 
 @triton.jit
 def _read(data, i, inside, counts):
-    """An input as float32; where a token does not count it is 0 and may have been anything."""
+    """Load an input as float32; where a token does not count the result is 0, whatever the input holds."""
     return tl.where(counts, tl.load(data + i, mask=inside, other=0.0).to(tl.float32), 0.0)
 
 
@@ -64,14 +64,14 @@ def _bound(x):
 
 @triton.jit
 def _sums(a, b, c, d, e, f, g, h):
-    """Of eight vectors, (8,) in float64."""
+    """Sums of eight vectors, (8,) in float64."""
     even, odd = tl.join(tl.join(a, e), tl.join(c, g)), tl.join(tl.join(b, f), tl.join(d, h))
     return tl.reshape(tl.sum(tl.join(even, odd), 0), (8,)).to(tl.float64)
 
 
 @triton.jit
 def _edge(e):
-    """Between log-ratios: 0, +-1/128, +-1/64, ... +-1/2; from the bits of a power of two."""
+    """Edge number e between log-ratios: 0, +-1/128, +-1/64, ... +-1/2, from the bits of a power of two."""
     exponent = tl.where(e < 7, e + 1, 15 - e)
     size = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
     return tl.where(e < 7, -size, tl.where(e == 7, 0.0, size))
@@ -301,7 +301,7 @@ def range_size(device: torch.device) -> int:
 def forward(
     tensors: PPOTensors, numbers: PPONumbers, of_terms: Denominator, of_tokens: Denominator, results: PPOResults
 ) -> None:
-    """As csrc/common/ppo_loss.h says."""
+    """Write the results of the forward pass, gradients included, as csrc/common/ppo_loss.h has them."""
     partials, size = results.partials, sizes("ppo_loss", results.partials.device)
     ranges = partials.shape[0]
     if ranges:
@@ -324,7 +324,7 @@ def forward(
 
 
 def _present(tensors: PPOTensors, numbers: PPONumbers) -> dict[str, Any]:
-    """What is compiled in of the tensors that are there."""
+    """Flags that are compiled in: which tensors are given, and whether values are clipped."""
     return {
         "HAS_MASK": tensors.mask is not None,
         "HAS_WEIGHTS": tensors.weights is not None,
@@ -339,7 +339,7 @@ def _present(tensors: PPOTensors, numbers: PPONumbers) -> dict[str, Any]:
 
 
 def scale(gradients: Sequence[Tensor | None], upstream: Tensor, inverse: Tensor, out: Sequence[Tensor | None]) -> None:
-    """As csrc/common/ppo_loss.h says."""
+    """Scale the gradients of the sum of terms to those of the loss: times upstream and inverse."""
     count = max(x.numel() for x in gradients if x is not None)
     if count:
         _scale[(triton.cdiv(count, SCALE),)](

@@ -170,7 +170,7 @@ def _kept(e, column, columns, bits):
 
 
 def forward(logits: Tensor, options: SampleOptions, results: Sequence[Tensor]) -> None:
-    """As csrc/common/sample.h says."""
+    """Draw a token a row and write what is known of its distribution, as csrc/common/sample.h has them."""
     rows, columns = logits.shape
     if rows:
         tokens, logprobs, kept, entropy = results

@@ -47,7 +47,7 @@ def floats(**tensors: Tensor | None) -> None:
 
 
 def are_alike(tensors: Sequence[Tensor | None], shape: Sequence[int]) -> bool:
-    """Whether all are floating-point tensors of this shape on one device; what is wrong, the checks by name say."""
+    """Whether all are floating-point tensors of this shape on one device. The checks by name say which one is not."""
     given = [x for x in tensors if x is not None]
     device = given[0].device if isinstance(given[0], Tensor) else None
     return all([type(x) is Tensor and x.shape == shape and x.dtype in FLOATS and x.device == device for x in given])
@@ -225,11 +225,12 @@ def labels(
 def pairs(chosen: Tensor, weights: Tensor | None = None, **tensors: Tensor | None) -> None:
     """All are float tensors of shape (P,); no weight is negative."""
     tensors = {**tensors, "weights": weights}
-    floats(chosen=chosen, **tensors)
-    devices(chosen=chosen, **tensors)
-    if chosen.dim() != 1:
-        raise ValueError(f"chosen: shape {tuple(chosen.shape)}, expected (P,)")
-    shapes(chosen.shape, "chosen", **tensors)
+    if not isinstance(chosen, Tensor) or chosen.dim() != 1 or not are_alike([chosen, *tensors.values()], chosen.shape):
+        floats(chosen=chosen, **tensors)
+        devices(chosen=chosen, **tensors)
+        if chosen.dim() != 1:
+            raise ValueError(f"chosen: shape {tuple(chosen.shape)}, expected (P,)")
+        shapes(chosen.shape, "chosen", **tensors)
     if weights is not None and values_are_checked(weights) and bool((negative := weights < 0).any()):
         at = int(negative.nonzero()[0, 0])
         raise ValueError(f"weights: {float(weights[at])} at {at}, expected none below 0")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
+from rlhf_fast.kernels.arguments import PairTensors, PPOTensors
 from rlhf_fast.ops._library import Op
 from rlhf_fast.ops._rows import is_plain
 
@@ -12,6 +16,17 @@ from rlhf_fast.ops._rows import is_plain
 def needs_gradient(x: Tensor | None) -> bool:
     """Whether autograd will ask for the gradient in x."""
     return torch.is_grad_enabled() and x is not None and x.requires_grad
+
+
+Tensors = TypeVar("Tensors", PPOTensors, PairTensors)
+
+
+def with_constants(tensors: Tensors, own: Sequence[str]) -> Tensors:
+    """Detach all tensors but ``own``, those that a gradient flows to."""
+    given = zip(tensors._fields, tensors, strict=True)
+    return type(tensors)._make(
+        [x if x is None or name in own or not x.requires_grad else x.detach() for name, x in given]
+    )
 
 
 def scaled_gradient(upstream: Tensor, gradient: Tensor, x: Tensor) -> Tensor:

@@ -68,14 +68,14 @@ class Op:
 
 
 def places(forward: Callable[..., Any]) -> dict[str, int]:
-    """Where each parameter stands among the inputs that setup_context and the fake are given."""
+    """Places of the parameters among the inputs that setup_context and the fake are given, by name."""
     return {name: place for place, name in enumerate(inspect.signature(forward).parameters)}
 
 
 def flattened(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` taking the fields of each named tuple in place of the tuple, for torch.library knows no tuples.
+    """Give ``function`` a signature with the fields of each named tuple in place of it: torch.library knows no tuples.
 
-    A caller packs by ``*``, in the order of the fields; what arrives is unpacked here and nowhere else.
+    A caller packs by ``*``, in the order of the fields; arguments are unpacked here and nowhere else.
     """
     hints, parameters = get_type_hints(function), list[inspect.Parameter]()
     parts = []
@@ -97,12 +97,12 @@ def flattened(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _optional(annotation: Any) -> Any:
-    """``X | None`` as ``Optional[X]``, the one form that torch.library knows."""
+    """Rewrite ``X | None`` as ``Optional[X]``, the one form that torch.library knows."""
     return Union[get_args(annotation)] if type(None) in get_args(annotation) else annotation  # noqa: UP007
 
 
 def _in_order(name: str, backward: Callable[..., Any], inputs: dict[str, int]) -> Callable[..., Any]:
-    """backward with one gradient for each of the inputs, as autograd wants them."""
+    """Backward pass that returns a gradient for each of the inputs, None where there is none, as autograd asks."""
 
     def backward_in_order(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         gradients: list[Any] = [None] * len(inputs)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_fast.kernels.arguments import Denominator, PairNumbers, PairResults, PairTensors
 from rlhf_fast.ops import compiled
-from rlhf_fast.ops._gradients import in_x, needs_gradient
+from rlhf_fast.ops._gradients import in_x, needs_gradient, with_constants
 from rlhf_fast.ops._library import Op, flattened, places
 from rlhf_fast.ops._rows import divisor_of, plain
 from rlhf_fast.ops.options import PairOptions
@@ -23,14 +23,13 @@ STATS = ("accuracy", "margin", "chosen_reward", "rejected_reward")  # after the 
 def pair_loss(
     tensors: PairTensors, options: PairOptions, denominator: float | Tensor | None, backend: str
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean loss of the pairs and its statistics."""
-    constants = {name: x.detach() for name, x in tensors._asdict().items() if x is not None and name not in _OWN}
+    """Mean loss of the pairs and its statistics, of tensors and options that have been checked."""
     call = PairCall(
         numbers=options.numbers().pack(),
         needs=[needs_gradient(tensors.chosen), needs_gradient(tensors.rejected)],
         backend=backend,
     )
-    loss, stats, *_ = _op(*tensors._replace(**constants), *divisor_of(denominator), *call)
+    loss, stats, *_ = _op(*with_constants(tensors, _OWN), *divisor_of(denominator), *call)
     return loss, dict(zip(STATS, stats.unbind(), strict=True))
 
 
@@ -45,7 +44,7 @@ def kernels(backend: str) -> Any:
 
 
 class PairCall(NamedTuple):
-    """How the op is to run, beside its tensors and what divides."""
+    """Arguments of the registered op beside its tensors and its divisor."""
 
     numbers: list[float]  # PairNumbers
     needs: list[bool]  # gradients
@@ -56,7 +55,7 @@ class PairCall(NamedTuple):
 def pair_loss_forward(
     tensors: PairTensors, divisor: Denominator, call: PairCall
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss (), stats (4,), inverse () of what divides, and the gradients of the pairs' sum in chosen and rejected:
+    """Loss (), stats (4,), inverse () of what divides, and the gradients of the pairs' sum in chosen and rejected:
     float32, empty if not needed."""
     dtype = functools.reduce(torch.promote_types, {x.dtype for x in tensors.rewards if x is not None})
     x = PairTensors._make(
@@ -65,7 +64,7 @@ def pair_loss_forward(
     new = functools.partial(tensors.chosen.new_empty, dtype=torch.float32)
     gradients = [new(tensors.chosen.shape) if needed else None for needed in call.needs]
     results = PairResults(new(2 + len(STATS)), *gradients)
-    of_pairs = Denominator(plain(divisor.tensor, torch.float32), divisor.number)
+    of_pairs = divisor if divisor.tensor is None else Denominator(tensor=plain(divisor.tensor, torch.float32))
     kernels(call.backend).forward(x, PairNumbers.unpack(call.numbers), of_pairs, results)
     in_chosen, in_rejected = (new(0) if g is None else g for g in gradients)
     loss, stats, inverse = results.stats[0], results.stats[1:-1], results.stats[-1]

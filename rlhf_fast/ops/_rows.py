@@ -53,7 +53,7 @@ def plain(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def divisor_of(denominator: float | Tensor | None) -> Denominator:
-    """What a loss is divided by, as a registered op's signature can hold it."""
+    """Divisor of a loss for the public argument ``denominator``, detached."""
     if denominator is None:
         return Denominator()
     if isinstance(denominator, Tensor):

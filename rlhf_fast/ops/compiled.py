@@ -54,7 +54,7 @@ def new_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def new(shape: Sequence[int], dtype: torch.dtype, device: torch.device, large: int = _LARGE) -> Tensor:
-    """The same of any shape, and with another idea of how many bytes are large."""
+    """Uninitialised memory of any shape, as new_like has it; from ``large`` bytes on a block of our own."""
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < large or _Memory is None:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -77,7 +77,7 @@ def first_outside(tokens: Tensor, vocabulary: int, mask: Tensor | None) -> int |
 
 
 def _run(device: torch.device) -> tuple[int, int, int]:
-    """Where it runs: threads for the CPU; index and current stream for CUDA."""
+    """Place of a call: threads for the CPU; index and current stream for CUDA."""
     if device.type != "cuda":
         return torch.get_num_threads(), 0, 0
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -92,7 +92,7 @@ class TokenLogprobs:
         self.per_segment = backend == "cuda"  # one state for each segment of a row, or one for the row
 
     def segment(self, _: torch.device) -> int:
-        """Columns."""
+        """Columns of a segment of a row."""
         columns: int = self.kernels.token_logprobs_segment
         return columns
 
@@ -235,7 +235,7 @@ class PPOLoss:
         self.SUMS: int = self.kernels.ppo_loss_sums
 
     def range_size(self, _: torch.device) -> int:
-        """Tokens."""
+        """Tokens whose sums are one row of the partial results."""
         tokens: int = self.kernels.ppo_loss_range
         return tokens
 
@@ -376,12 +376,10 @@ class Linear:
 
     def __init__(self, weights: Sequence[Any], gate: int = 0) -> None:
         self.gate, self.k = gate, weights[0].weight.shape[1]
-        self.columns = [one.weight.shape[0] for one in weights]
+        self.columns = [w.weight.shape[0] for w in weights]
         self.results = 1 if gate else len(weights)
-        self.parts = [
-            (one.weight, one.weight.stride(0), one.weight.shape[0], one.bias, None, None, 0, 1.0) for one in weights
-        ]
-        adapters = [(i, *one.lora) for i, one in enumerate(weights) if one.lora is not None]
+        self.parts = [(w.weight, w.weight.stride(0), w.weight.shape[0], w.bias, None, None, 0, 1.0) for w in weights]
+        adapters = [(i, *w.lora) for i, w in enumerate(weights) if w.lora is not None]
         self.adapted = [i for i, *_ in adapters]
         self.lows = [(a, a.stride(0), a.shape[0], None, None, None, 0, scaling) for _, a, _, scaling in adapters]
         self.ups = [b for _, _, b, _ in adapters]

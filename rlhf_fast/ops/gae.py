@@ -98,7 +98,7 @@ def gae(
     if rewards is None and scores is None and logprobs is None:
         raise ValueError("rewards: None, expected a tensor, or scores")
 
-    dtype = functools.reduce(torch.promote_types, [x.dtype for x in (values, *per_token.values()) if x is not None])
+    dtype = functools.reduce(torch.promote_types, {x.dtype for x in (values, *per_token.values()) if x is not None})
     exact = [x for x in (values, scores, bootstrap, *per_token.values()) if x is not None and x.dtype == torch.float64]
     backend = dispatch.choose("gae", BACKENDS, exact[0] if exact else values)
     with torch.no_grad():
@@ -140,12 +140,14 @@ def gae_forward(
     dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """advantages, returns, and (B, 3) sums of each sequence's advantages, or (0, 3) if not asked for."""
+    """Advantages, returns, and (B, 3) sums of each sequence's advantages, or (0, 3) if not asked for."""
     advantages, returns = compiled.new_like(values, torch.float32), compiled.new_like(values, torch.float32)
     per_sequence = values.new_empty(where.number if sums else 0, 3, dtype=torch.float64)
     if where.number:
+        if where.cu_seqlens is not None:
+            where = where._replace(cu_seqlens=where.cu_seqlens.contiguous())
         inputs = GAEInputs(
-            sequences=where._replace(cu_seqlens=None if where.cu_seqlens is None else where.cu_seqlens.contiguous()),
+            sequences=where,
             paid=TokenRewards(
                 rewards=plain(paid.rewards, dtype),
                 logprobs=plain(paid.logprobs, dtype),

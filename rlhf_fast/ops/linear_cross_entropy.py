@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.ops import _checks, dispatch, reference
 from rlhf_fast.ops._gradients import in_x
-from rlhf_fast.ops._library import Op, places
+from rlhf_fast.ops._library import Op, flattened, places
 from rlhf_fast.ops._sweep import sweep
 from rlhf_fast.ops.cross_entropy import check_terms, smoothed_losses
 from rlhf_fast.ops.linear_token_logprobs import LinearInputs, Problem, in_its_own_dtypes, linear_token_logprobs
@@ -18,7 +18,6 @@ from rlhf_fast.ops.reference import divide
 from rlhf_fast.ops.token_logprobs import BACKENDS
 
 # torch.library reads the annotations of registered functions and knows no other form of Optional.
-# ruff: noqa: UP045
 
 
 def linear_cross_entropy(
@@ -75,30 +74,27 @@ def linear_cross_entropy(
     more = label_smoothing != 0 or z_loss != 0
     if more and backend == "reference":
         return reference.linear_cross_entropy(
-            hidden, weight, tokens, bias, lora, softcap, logit_scale, mask, ignore_index, denominator,
-            label_smoothing, z_loss,
+            hidden, weight, tokens, bias=bias, lora=lora, softcap=softcap, logit_scale=logit_scale, mask=mask,
+            ignore_index=ignore_index, denominator=denominator, label_smoothing=label_smoothing, z_loss=z_loss,
         )  # fmt: skip
     if more or (any(needs) and pays):
-        total, *_ = _op(
-            hidden, weight, bias, a, b, tokens, float(scaling), softcap, float(logit_scale), counted,
-            float(label_smoothing), float(z_loss), needs, True, backend,
+        inputs = LinearInputs(
+            hidden=hidden, weight=weight, tokens=tokens, bias=bias, a=a, b=b, scaling=float(scaling),
+            temperatures=None, temperature=1.0, softcap=softcap, logit_scale=float(logit_scale),
         )  # fmt: skip
+        total, *_ = _op(*inputs, counted, float(label_smoothing), float(z_loss), needs, True, backend)
     else:
-        total = -linear_token_logprobs(hidden, weight, tokens, bias, lora, 1.0, softcap, logit_scale, counted)[0].sum()
+        logprobs, _ = linear_token_logprobs(
+            hidden, weight, tokens, bias=bias, lora=lora, softcap=softcap, logit_scale=logit_scale, mask=counted
+        )
+        total = -logprobs.sum()
     return divide(total, counted.sum(), denominator)
 
 
 @in_its_own_dtypes
+@flattened
 def linear_cross_entropy_forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Optional[Tensor],
-    a: Optional[Tensor],
-    b: Optional[Tensor],
-    tokens: Tensor,
-    scaling: float,
-    softcap: Optional[float],
-    logit_scale: float,
+    inputs: LinearInputs,
     mask: Tensor,
     label_smoothing: float,
     z_loss: float,
@@ -110,10 +106,6 @@ def linear_cross_entropy_forward(
 
     ``inplace_backward``: the backward pass may write over those gradients; the caller reads only the sum.
     """
-    inputs = LinearInputs(
-        hidden=hidden, weight=weight, tokens=tokens, bias=bias, a=a, b=b, scaling=scaling, temperatures=None,
-        temperature=1.0, softcap=softcap, logit_scale=logit_scale,
-    )  # fmt: skip
     problem = Problem(inputs, mask, backend)
     losses = torch.zeros(problem.rows, device=problem.device)
     more, each = label_smoothing != 0 or z_loss != 0, -label_smoothing / problem.vocabulary
@@ -124,7 +116,7 @@ def linear_cross_entropy_forward(
             losses[rows] = -logprobs
             return torch.full_like(logprobs, -1.0), None
         left = None if problem.mask is None else problem.mask[rows]
-        numbers = softcap, logit_scale, label_smoothing, z_loss
+        numbers = inputs.softcap, inputs.logit_scale, label_smoothing, z_loss
         losses[rows], in_log_sum = smoothed_losses(logits, tuple(results), left, *numbers)
         in_each = torch.full_like(logprobs, each) if label_smoothing else None
         return torch.full_like(logprobs, label_smoothing - 1), None, in_log_sum, in_each

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_fast.kernels.arguments import Denominator, PPONumbers, PPOTensors
 from rlhf_fast.ops import _checks, dispatch
-from rlhf_fast.ops._gradients import in_x, needs_gradient
+from rlhf_fast.ops._gradients import in_x, needs_gradient, with_constants
 from rlhf_fast.ops._library import Op, flattened, places
 from rlhf_fast.ops._rows import per_row
 from rlhf_fast.ops._sweep import sweep
@@ -24,7 +24,6 @@ from rlhf_fast.ops.ppo_loss import (
     loss_and_stats,
     ppo_loss_forward,
     shares,
-    with_constants,
 )
 
 
@@ -118,11 +117,12 @@ def linear_ppo_loss(
             temperatures=temperatures, temperature=number, softcap=softcap, logit_scale=float(logit_scale),
         )  # fmt: skip
         weights, divisor = shares(old_logprobs, mask, cu_seqlens, aggregation, denominator)
+        tensors = with_constants(tensors, _OWN)._replace(weights=weights)
         call = PPOCall(
             of_tokens=aggregation == "token_mean", numbers=options.numbers().pack(), needs=needs, dtype=torch.float32,
             backend=backend,
         )  # fmt: skip
-        loss, stats, *_ = _op(*inputs, *with_constants(tensors, weights, None), *divisor, *call, True)
+        loss, stats, *_ = _op(*inputs, *tensors, *divisor, *call, True)
         return loss, dict(zip(STATS, stats.unbind(), strict=True))
     logprobs, entropy = linear_token_logprobs(
         hidden, weight, tokens, bias=bias, lora=lora, temperature=temperature, softcap=softcap,
@@ -136,19 +136,20 @@ def linear_ppo_loss(
 def linear_ppo_loss_forward(
     inputs: LinearInputs, tensors: PPOTensors, divisor: Denominator, call: PPOCall, inplace_backward: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss (), stats (17,), inverse () of what divides the loss's terms, and the gradients of their sum in hidden,
+    """Loss (), stats (17,), inverse () of what divides the loss's terms, and the gradients of their sum in hidden,
     weight, bias, a, b and values: float32, empty if not needed.
 
     ``inplace_backward``: the backward pass may write over those gradients; the caller reads only loss and stats.
     """
     problem = Problem(inputs, tensors.mask, call.backend)
-    kept = tensors._replace(mask=None).of_rows(problem.gather)._replace(mask=problem.mask)
+    kept = tensors.of_rows(problem.gather, problem.mask)
     of_policy = kept._replace(values=None, old_values=None, returns=None)
     entropy_counts = PPONumbers.unpack(call.numbers).entropy_coef != 0
 
     def upstream(rows: slice, results: list[Tensor], _: Tensor) -> tuple[Tensor, Tensor | None]:
         logprobs, entropy = results[:2]
-        part = of_policy.of_rows(lambda x: x[rows])._replace(logprobs=logprobs, entropy=entropy)
+        mask = None if problem.mask is None else problem.mask[rows]
+        part = of_policy.of_rows(lambda x: x[rows], mask)._replace(logprobs=logprobs, entropy=entropy)
         of_part = call._replace(needs=[True, False, entropy_counts])
         _, _, _, in_logprobs, _, in_entropy = ppo_loss_forward(*part, *divisor, *of_part)
         return in_logprobs, in_entropy if entropy_counts else None

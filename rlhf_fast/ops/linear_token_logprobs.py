@@ -148,11 +148,13 @@ class Problem:
 
 
 def in_its_own_dtypes(function: Callable[..., Any]) -> Callable[..., Any]:
-    """function, with no autocast of the products inside it."""
+    """Run ``function`` with no autocast of the products inside it."""
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
         device = next(x.device.type for x in args if isinstance(x, Tensor))
+        if not torch.is_autocast_enabled(device):
+            return function(*args)
         with torch.autocast(device, enabled=False):
             return function(*args)
 
@@ -214,15 +216,14 @@ def linear_token_logprobs_backward(
 
 
 _OWN = ("hidden", "weight", "bias", "a", "b")  # what has a gradient
-_TENSORS = (*_OWN, "tokens", "temperatures")  # of LinearInputs
 _PLACES, _BACKWARD_PLACES = places(linear_token_logprobs_forward), places(linear_token_logprobs_backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *fields, mask, ctx.backend = inputs
-    of_layer = LinearInputs._make(fields)._asdict()
-    ctx.save_for_backward(*(of_layer[name] for name in _TENSORS), mask, *output)
-    ctx.numbers = {name: x for name, x in of_layer.items() if name not in _TENSORS}
+    x = LinearInputs._make(fields)
+    ctx.save_for_backward(x.hidden, x.weight, x.tokens, x.bias, x.a, x.b, x.temperatures, mask, *output)
+    ctx.numbers = x.scaling, x.temperature, x.softcap, x.logit_scale
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
 
@@ -232,10 +233,14 @@ def _backward(
 ) -> dict[str, Tensor | None]:
     if grad_logprobs is None and grad_entropy is None:
         return {}
-    saved = ctx.saved_tensors  # once: a checkpoint gives them once
-    of_layer, (mask, *results) = saved[: len(_TENSORS)], saved[len(_TENSORS) :]
-    inputs = LinearInputs(**dict(zip(_TENSORS, of_layer, strict=True)), **ctx.numbers)
-    needs = [ctx.needs_input_grad[_PLACES[name]] for name in _OWN]
+    hidden, weight, tokens, bias, a, b, temperatures, mask, *results = ctx.saved_tensors
+    scaling, temperature, softcap, logit_scale = ctx.numbers
+    inputs = LinearInputs(
+        hidden=hidden, weight=weight, tokens=tokens, bias=bias, a=a, b=b, scaling=scaling, temperatures=temperatures,
+        temperature=temperature, softcap=softcap, logit_scale=logit_scale,
+    )  # fmt: skip
+    asked = ctx.needs_input_grad
+    needs = [asked[_PLACES[name]] for name in _OWN]
     gradients = _backward_op(grad_logprobs, grad_entropy, *inputs, mask, *results, needs, ctx.backend)
     return {name: g if needed else None for name, g, needed in zip(_OWN, gradients, needs, strict=True)}
 

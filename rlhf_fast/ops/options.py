@@ -1,7 +1,7 @@
-"""What the losses may be told, by name: checked where it is made, and packed as kernels have it.
+"""Options of the losses, by name: checked where they are made, and packed as the kernels have them.
 
-An option is a field here with its check and its number, the same number in kernels/arguments.py and csrc/common, and
-what the kernels make of it.
+To add one: its field and check here, its number here, in kernels/arguments.py and in csrc/common, and what the
+reference and the kernels make of it. tests/ops/test_contracts.py asks for a row that shows its effect.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RATIOS = ("token", "sequence")
 
 @dataclass(frozen=True)
 class PPOOptions:
-    """The options of :func:`rlhf_fast.ops.ppo_loss`, whose docstring says what each does."""
+    """Options of :func:`rlhf_fast.ops.ppo_loss`, whose docstring says what each does."""
 
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -60,7 +60,7 @@ class PPOOptions:
         _checks.option("aggregation", self.aggregation, AGGREGATIONS)
 
     def numbers(self) -> PPONumbers:
-        """All that kernels are told; aggregation and ratio reach them as weights and log-ratios of tokens."""
+        """Pack for the kernels. Aggregation and ratio reach them as weights and log-ratios of tokens instead."""
         return PPONumbers(
             clip_low=self.clip_low,
             clip_high=self.clip_high,
@@ -79,7 +79,7 @@ class PPOOptions:
 def check_ppo_tensors(
     tensors: PPOTensors, options: PPOOptions, cu_seqlens: Tensor | None, like: str, shape: Sequence[int]
 ) -> None:
-    """Per-token tensors all have the given shape, that of ``like``; every term that is asked for has its tensors."""
+    """Check that per-token tensors have the shape of ``like`` and that every term that is asked for has its tensors."""
     x = tensors
     if not _checks.are_alike(tensors.per_token, shape):
         per_token = dict(zip(PPO_PER_TOKEN, tensors.per_token, strict=True))
@@ -109,7 +109,7 @@ def check_ppo_tensors(
 def check_aggregation(
     options: PPOOptions, tokens: Tensor, cu_seqlens: Tensor | None, denominator: float | Tensor | None
 ) -> None:
-    """``tokens``, any per-token tensor, tells its sequences apart where the options need that."""
+    """Check that the sequences of ``tokens``, any per-token tensor, can be told apart where the options need that."""
     _checks.denominators(denominator)
     if cu_seqlens is not None or tokens.dim() != 1:
         _checks.sequences("logprobs", tokens, cu_seqlens)
@@ -123,8 +123,8 @@ def check_aggregation(
 
 @dataclass(frozen=True)
 class PairOptions:
-    """The options of :func:`rlhf_fast.ops.dpo_loss` and :func:`rlhf_fast.ops.reward_loss`, whose docstrings say what
-    each does. The rewards of reward_loss are scores: beta is 1."""
+    """Options of :func:`rlhf_fast.ops.dpo_loss` and :func:`rlhf_fast.ops.reward_loss`, whose docstrings say what each
+    does. The rewards of reward_loss are scores: its beta is 1."""
 
     loss: str = "sigmoid"
     beta: float = 0.1
@@ -141,7 +141,7 @@ class PairOptions:
             raise ValueError(f"label_smoothing: {e}, expected less than 0.5 and loss 'sigmoid' or 'robust'")
 
     def numbers(self) -> PairNumbers:
-        """All that kernels are told: "robust" is "sigmoid" with other weights, and both are logistic."""
+        """Pack for the kernels, to which "sigmoid" and "robust" are one loss with two pairs of weights."""
         agree, differ = 1.0 - self.label_smoothing, self.label_smoothing
         if self.loss == "robust":
             agree, differ = agree / (1 - 2 * differ), -differ / (1 - 2 * differ)

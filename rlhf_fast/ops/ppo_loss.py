@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_fast.kernels.arguments import Denominator, PPONumbers, PPOResults, PPOTensors
 from rlhf_fast.ops import _checks, compiled, dispatch, reference
-from rlhf_fast.ops._gradients import needs_gradient
+from rlhf_fast.ops._gradients import needs_gradient, with_constants
 from rlhf_fast.ops._library import Op, flattened, places
 from rlhf_fast.ops._rows import divisor_of, plain
 from rlhf_fast.ops.options import PPOOptions, check_aggregation, check_ppo_tensors
@@ -142,7 +142,7 @@ def ppo_loss(
 def loss_and_stats(
     tensors: PPOTensors, options: PPOOptions, cu_seqlens: Tensor | None, denominator: float | Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """ppo_loss of what has been checked."""
+    """Loss and statistics of tensors and options that have been checked."""
     given = [x for x in tensors.per_token if x is not None]
     dtype, widest = common_dtype(given)
     backend = dispatch.choose("ppo_loss", BACKENDS, widest)
@@ -161,27 +161,20 @@ def loss_and_stats(
         dtype=dtype,
         backend=backend,
     )
-    loss, stats, *_ = _op(*with_constants(tensors, weights, log_ratios), *divisor, *call)
+    tensors = with_constants(tensors, _OWN)
+    if weights is not None or log_ratios is not None:
+        tensors = tensors._replace(weights=weights, log_ratios=log_ratios)
+    loss, stats, *_ = _op(*tensors, *divisor, *call)
     return loss, dict(zip(STATS, stats.unbind(), strict=True))
 
 
 def common_dtype(tensors: list[Tensor]) -> tuple[torch.dtype, Tensor]:
-    """The dtype that holds all of these floating-point tensors, and one to choose a backend by: the first of float64,
+    """Dtype that holds all of these floating-point tensors, and the one to choose a backend by: the first of float64,
     else the first."""
     dtype = functools.reduce(torch.promote_types, {x.dtype for x in tensors})
     if dtype != torch.float64:
         return dtype, tensors[0]
     return dtype, next(x for x in tensors if x.dtype == torch.float64)
-
-
-def with_constants(tensors: PPOTensors, weights: Tensor | None, log_ratios: Tensor | None) -> PPOTensors:
-    """The tensors, detached where no gradient flows, with these two of the loss's own."""
-    given = zip(tensors, _CONSTANT, strict=True)
-    x = PPOTensors._make([x.detach() if constant and x is not None and x.requires_grad else x for x, constant in given])
-    return x if weights is None and log_ratios is None else x._replace(weights=weights, log_ratios=log_ratios)
-
-
-_CONSTANT = [name not in _OWN for name in PPOTensors._fields]
 
 
 def shares(
@@ -191,7 +184,7 @@ def shares(
     aggregation: str,
     denominator: float | Tensor | None,
 ) -> tuple[Tensor | None, Denominator]:
-    """The weights of tokens in the shape of ``like`` (None: 1), and what divides the sum of their terms."""
+    """Weights of tokens in the shape of ``like`` (None: 1), and the divisor of the sum of their terms."""
     divisor = divisor_of(denominator)
     if aggregation == "token_mean":
         return None, divisor
@@ -204,7 +197,7 @@ def shares(
 
 
 def sequence_lengths(like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """(B,): how many tokens of each sequence are unmasked. Waits for no device."""
+    """Number of unmasked tokens of each sequence, (B,). Waits for no device."""
     if cu_seqlens is None:
         return like.new_full((like.shape[0],), like.shape[1], dtype=torch.int64) if mask is None else mask.sum(1)
     if mask is None:
@@ -214,7 +207,7 @@ def sequence_lengths(like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | Non
 
 
 def sequence_log_ratios(tensors: PPOTensors, cu_seqlens: Tensor | None, backend: str) -> Tensor:
-    """Each token's: the mean of logprobs - old_logprobs over its sequence's unmasked tokens, in float32."""
+    """Mean of logprobs - old_logprobs over the unmasked tokens of each token's sequence, in float32."""
     assert tensors.logprobs is not None
     log_ratios = tensors.logprobs.detach().float() - tensors.old_logprobs.detach().float()
     lengths = sequence_lengths(log_ratios, tensors.mask, cu_seqlens)  # (B,)
@@ -233,7 +226,7 @@ def kernels(backend: str) -> Any:
 
 
 class PPOCall(NamedTuple):
-    """How the op is to run, beside its tensors and what divides."""
+    """Arguments of the registered op beside its tensors and its divisor."""
 
     of_tokens: bool  # what divides the terms divides the statistics too; else the number of unmasked tokens does
     numbers: list[float]  # PPONumbers
@@ -246,7 +239,7 @@ class PPOCall(NamedTuple):
 def ppo_loss_forward(
     tensors: PPOTensors, divisor: Denominator, call: PPOCall
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss (), stats (17,), inverse () of what divides the loss's terms, and the gradients of their sum in logprobs,
+    """Loss (), stats (17,), inverse () of what divides the loss's terms, and the gradients of their sum in logprobs,
     values and entropy: float32, empty if not needed."""
     run, like = kernels(call.backend), tensors.old_logprobs
     x = PPOTensors._make([plain(x, dtype or call.dtype) for x, dtype in zip(tensors, _DTYPES, strict=True)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -9,8 +10,12 @@ from torch import Tensor
 
 from rlhf_fast.kernels.arguments import SampleOptions
 from rlhf_fast.ops import _checks, compiled, dispatch, reference
+from rlhf_fast.ops._rows import plain
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
+
+
+_DTYPES = (torch.float32, torch.int32, torch.float32, torch.float32, torch.float64)  # of SampleOptions
 
 
 class Samples(NamedTuple):
@@ -53,8 +58,9 @@ def sample(
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits: shape {tuple(logits.shape)}, expected (B, V)")
     options = SampleOptions(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, uniform=uniform)
-    _checks.devices(logits=logits, **options._asdict())
-    _checks.shapes(logits.shape[:1], "the rows of logits", **options._asdict())
+    by_name = options._asdict()
+    _checks.devices(logits=logits, **by_name)
+    _checks.shapes(logits.shape[:1], "the rows of logits", **by_name)
     backend = dispatch.choose("sample", BACKENDS, logits)
     if backend == "reference":
         return Samples(*reference.sample(logits, options))
@@ -65,17 +71,12 @@ def sample(
     )
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    options = SampleOptions(
-        temperature=temperature.float().contiguous(),
-        top_k=top_k.int().contiguous(),
-        top_p=top_p.float().contiguous(),
-        min_p=min_p.float().contiguous(),
-        uniform=uniform.double().contiguous(),
-    )
+    options = SampleOptions._make(map(plain, options, _DTYPES))
     kernels(backend).forward(logits, options, results)
     return results
 
 
+@functools.cache
 def kernels(backend: str) -> Any:
     """The kernel of a backend: forward (see csrc/common/sample.h)."""
     if backend == "triton":

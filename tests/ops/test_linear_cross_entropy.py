@@ -171,5 +171,7 @@ def test_is_registered_as_torch_wants_it() -> None:
     hidden, weight, bias = (cases.random(*shape).requires_grad_() for shape in ((3, 4, 8), (30, 8), (30,)))
     mask, tokens = cases.random(3, 4, seed=1) > -0.5, cases.random_tokens(3, 4, vocabulary=30)
     needs = [True, True, True, False, False]
-    arguments = (hidden, weight, bias, None, None, tokens, 0.0, 5.0, 0.5, mask, 0.1, 1e-3, needs, False, "cpu")
+    arguments = (
+        hidden, weight, tokens, bias, None, None, 0.0, None, 1.0, 5.0, 0.5, mask, 0.1, 1e-3, needs, False, "cpu"
+    )  # fmt: skip
     torch.library.opcheck(torch.ops.rlhf_fast.linear_cross_entropy_forward.default, arguments)

@@ -73,17 +73,17 @@ def linear_cross_entropy(
 
 
 def linear(x: Tensor, weights: Sequence[Any], gate: str = "none") -> list[Tensor]:
-    found = []
+    products = []
     for weight, bias, lora in weights:
         y = F.linear(x, weight, bias)
         if lora is not None:
             a, b, scaling = lora
             y = y + scaling * F.linear(F.linear(x, a), b)
-        found.append(y)
+        products.append(y)
     if gate == "none":
-        return found
-    gated = F.silu(found[0]) if gate == "silu" else F.gelu(found[0], approximate="tanh")
-    return [gated * found[1]]
+        return products
+    gated = F.silu(products[0]) if gate == "silu" else F.gelu(products[0], approximate="tanh")
+    return [gated * products[1]]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:

@@ -11,8 +11,8 @@ from rlhf_fast.kernels.arguments import SampleOptions
 
 
 def sample(logits: Tensor, options: SampleOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Likeliest first (a stable sort), cut, back in the order of the vocabulary, and the cumulative sum inverted. In
-    float64, for sums over a vocabulary lose digits in float32."""
+    """Sort likeliest first (stably), cut, put back in the order of the vocabulary, and invert the cumulative sum. In
+    float64: sums over a vocabulary lose digits in float32."""
     temperature, top_k, top_p, min_p, uniform = options
     logits = logits.double()  # (B, V)
     columns = logits.shape[1]
