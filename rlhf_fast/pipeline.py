@@ -168,7 +168,9 @@ def _start(out: Path, config: DemoConfig) -> None:
     file = out / "config.yaml"
     if file.exists():
         before = yaml.safe_load(file.read_text(encoding="utf-8"))
-        if changed := settings.changes(yaml.safe_dump({**before, "out": config.out}), settings.to_yaml(config)):
+        earlier = yaml.safe_dump({**before, "out": config.out})
+        defaults = settings.flatten(settings.to_dict(DemoConfig()))
+        if changed := settings.changes(earlier, settings.to_yaml(config), defaults=defaults):
             raise ValueError(f"--out: {out} was started with other settings ({changed}); choose another --out")
     else:
         write_atomic(file, settings.to_yaml(config))

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlhf_fast.config import PPOConfig
+from rlhf_fast.config.settings import run_yaml
 from rlhf_fast.runs import folder as run_folder
 from rlhf_fast.runs.folder import RunFolder, is_finished, peak_rss_gb, read_result
 from rlhf_fast.runs.terminal import bar_updater, progress_bar
@@ -147,3 +149,17 @@ def test_the_bar_follows_what_is_done(capsys: pytest.CaptureFixture[str]) -> Non
         update(8, 8)
         assert (bar.n, bar.total) == (8, 8)
     assert "sample" in capsys.readouterr().err
+
+
+def test_a_setting_that_an_earlier_version_had_not_is_as_its_default(tmp_path: Path) -> None:
+    """So that a run which that version left goes on, unless the setting is changed."""
+
+    def described(config: PPOConfig) -> str:
+        return run_yaml("ppo", config, out=str(tmp_path))
+
+    without = [line for line in described(PPOConfig()).splitlines() if "objective:" not in line]
+    RunFolder(tmp_path, "ppo", "\n".join(without)).close()
+    with pytest.raises(ValueError, match=r"interrupted with other settings \(ppo\.objective: clip -> cispo\); go on"):
+        RunFolder(tmp_path, "ppo", described(PPOConfig(objective="cispo")))
+    RunFolder(tmp_path, "ppo", described(PPOConfig())).close()
+    assert "objective: clip" in (tmp_path / "config.yaml").read_text()

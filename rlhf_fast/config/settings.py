@@ -16,7 +16,7 @@ import re
 import reprlib
 import types
 import typing
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -157,9 +157,14 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
-def changes(before: str, now: str, but: Collection[str] = ()) -> str:
-    """What differs between two configurations in YAML, as "ppo.steps: 2 -> 3, ..."; empty if only `but` does."""
+def changes(before: str, now: str, but: Collection[str] = (), defaults: Mapping[str, Any] | None = None) -> str:
+    """What differs between two configurations in YAML, as "ppo.steps: 2 -> 3, ..."; empty if only `but` does.
+
+    Args:
+        defaults: what a key is that is not in `before`, as it is of an earlier version that had no such setting.
+    """
     old, new = (flatten(yaml.safe_load(text) or {}) for text in (before, now))
+    old = {**{key: value for key, value in (defaults or {}).items() if key in new}, **old}
     found = [
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in {**old, **new}

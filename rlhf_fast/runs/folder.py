@@ -9,6 +9,7 @@ written over or removed.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from rlhf_fast.config import settings
+from rlhf_fast.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig, settings
 from rlhf_fast.runs.claim import Claim, check_claim, refuse_foreign
 from rlhf_fast.runs.files import append_line, restore_folder, write_atomic
 from rlhf_fast.runs.trackers import Tracker, open_trackers, require_trackers
@@ -206,7 +207,7 @@ def _refuse_other(path: Path, config_yaml: str, but: Collection[str] = ()) -> No
             raise FileExistsError(f"{path / left[0]} is there without the config.yaml of its run; choose another --out")
         return
     before = config.read_text(encoding="utf-8")
-    if changed := settings.changes(before, config_yaml, but=(*PATIENCE, *but)):
+    if changed := settings.changes(before, config_yaml, but=(*PATIENCE, *but), defaults=_defaults()):
         raise ValueError(
             f"{path} holds a run that was interrupted with other settings ({changed}); go on with the same ones, or "
             "choose another --out"
@@ -217,6 +218,13 @@ def _refuse_other(path: Path, config_yaml: str, but: Collection[str] = ()) -> No
             raise FileExistsError(
                 f"{folder / foreign[0]} is there, and this run did not write it; move it out of {path / 'checkpoints'}"
             )
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    """Of every trainer's settings, by dotted keys."""
+    phases = {"sft": SFTConfig(), "reward": RewardConfig(), "dpo": DPOConfig(), "ppo": PPOConfig()}
+    return settings.flatten({phase: settings.to_dict(config) for phase, config in phases.items()})
 
 
 def _names(folder: Path) -> list[str]:

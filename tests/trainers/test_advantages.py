@@ -292,6 +292,18 @@ def test_settings_are_refused_by_what_the_method_needs(kind: str) -> None:
     assert refused(scale="batch") != hasattr(method, "baseline")
 
 
+def test_with_a_critic_returns_are_asked_for(tiny_folder: Path, tmp_path: Path) -> None:
+    def silent(scored: Scored, kl_coef: float, config: PPOConfig) -> Advantages:
+        return Advantages(torch.zeros_like(scored.kl), None, None)
+
+    config = PPOConfig(prompts_per_step=2, samples_per_prompt=2, max_new_tokens=6, minibatches=1, steps=1)
+    trainer = PPOTrainer(tiny_folder, lengths_of, [{"prompt": "a"}, {"prompt": "b"}], tmp_path, config, silent)
+    with pytest.raises(ValueError, match="it gave no returns, by which the critic learns; return them, or say needs_"):
+        trainer.train()
+    silent.needs_critic = False  # type: ignore[attr-defined]
+    PPOTrainer(tiny_folder, lengths_of, [{"prompt": "a"}, {"prompt": "b"}], tmp_path / "b", config, silent).train()
+
+
 class AboveTheLikeliest(GAE):
     """Needs both: a critic for all tokens, and greedy responses to compare with."""
 

@@ -49,8 +49,11 @@ class Stop(Warn):
 
 
 class Monitor(Protocol):
-    """May have `state_dict` and `load_state_dict` besides: what they keep, as JSON, comes back when the run goes on
-    after an interruption."""
+    """A callable that is asked after every step.
+
+    With `state_dict` and `load_state_dict` besides, its state (of what JSON can hold) comes back when the run goes on
+    after an interruption.
+    """
 
     def __call__(self, step: Step) -> Warn | None: ...
 

@@ -143,7 +143,16 @@ class Experience:
     def of(
         samples: Sampled, policy: Outputs, reference: Parts, advantages: Advantages, config: PPOConfig
     ) -> Experience:
-        """What the loss needs by these settings."""
+        """What the loss needs by these settings.
+
+        Raises:
+            ValueError: there is a critic, and the advantage says nothing of what its values are to become.
+        """
+        if policy.values and advantages.returns is None:
+            raise ValueError(
+                "advantage: it gave no returns, by which the critic learns; return them, or say needs_critic = False, "
+                "or choose a ppo.advantage without a critic"
+            )
         lengths, rollouts = samples.lengths, samples.rollouts
         return Experience(
             examples=samples.examples,
