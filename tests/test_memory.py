@@ -17,6 +17,7 @@ from bench import memory as measured
 from rlhf_fast import Generator, SamplingParams, models
 from rlhf_fast.config import DPOConfig, LoRAConfig, OptimConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf_fast.data.batches import LONGEST_ROW
+from rlhf_fast.ops import lm_head
 from rlhf_fast.planning import memory
 from rlhf_fast.planning.memory import LiveBytes, TrainerConfig, predict
 from rlhf_fast.rollout.model.probe import probe
@@ -94,6 +95,17 @@ def test_a_pass_without_memory_takes_what_the_same_pass_takes_with_it(
         memory.loss(config, model, critic, batch).backward()
     assert live.peak > 100_000
     assert predicted["activations"] + predicted["block of logits"] == pytest.approx(live.peak, rel=0.02)
+
+
+@pytest.mark.parametrize("r", [0, 8], ids=["trained head", "frozen head"])
+def test_a_block_of_a_large_vocabulary_is_as_high_as_the_loss_makes_it(r: int) -> None:
+    """Twice as high where the head has no gradient."""
+    shape = LlamaConfig(**{**LLAMA.to_dict(), "vocab_size": 80_000, "num_hidden_layers": 1, "hidden_size": 16})
+    config = SFTConfig(lora=LoRAConfig(r=r), max_length=256, optim=OptimConfig(max_tokens_per_microbatch=256))
+    predicted = predict(config, shape).phases["training"]["block of logits"]
+    rows = memory.full_batch(config).response_tokens.numel()
+    blocks = lm_head.whole_rows(rows, 80_000, torch.device("cpu"), frozen=r > 0)
+    assert predicted == max(block.logits.nbytes for block in blocks)
 
 
 def with_memory(config: TrainerConfig, shape: PreTrainedConfig) -> Any:
