@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf_fast import models
 from rlhf_fast.cli import main
 from rlhf_fast.config import LoRAConfig
-from rlhf_fast.models.names import is_reward
+from rlhf_fast.runs.model_names import is_reward
 
 IDS = torch.arange(5, 25).view(1, -1)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_fast.models import names as model_names
+from rlhf_fast.runs import model_names
 
 EXPECTED = "expected the folder of a model or of a run, a hub name (owner/name) or smollm2-135m"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rlhf_fast.models import names as model_names
+from rlhf_fast.runs import model_names
 
 
 @dataclass(frozen=True)

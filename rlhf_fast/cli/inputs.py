@@ -6,8 +6,8 @@ import difflib
 import os
 from pathlib import Path
 
-from rlhf_fast.models import names as model_names
 from rlhf_fast.rewards import names as reward_names
+from rlhf_fast.runs import model_names
 
 
 def check(

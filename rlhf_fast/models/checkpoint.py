@@ -19,8 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast import __version__
 from rlhf_fast.models import smollm2
-from rlhf_fast.models.names import find, is_checkpoint
 from rlhf_fast.runs.files import named_errors, write_folder_atomic
+from rlhf_fast.runs.model_names import find, is_checkpoint
 
 LONGEST_REASON = 300  # characters of what another library says
 

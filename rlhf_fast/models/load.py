@@ -35,8 +35,8 @@ from rlhf_fast.models.adapters import (
 from rlhf_fast.models.byte_tokenizer import VOCAB_SIZE, byte_tokenizer
 from rlhf_fast.models.checkpoint import read_extra, reading_errors, resolve
 from rlhf_fast.models.forward import check_head, unwrapped
-from rlhf_fast.models.names import require_reachable, require_whole
 from rlhf_fast.ops import compiled
+from rlhf_fast.runs.model_names import require_reachable, require_whole
 
 
 @torch.inference_mode(False)  # else nobody could train what is loaded inside of it

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from rlhf_fast.models import names as model_names
+from rlhf_fast.runs import model_names
 from rlhf_fast.runs.files import require_space, write_folder_atomic
 
 NAME = model_names.DEMO

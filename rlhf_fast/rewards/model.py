@@ -15,7 +15,6 @@ from rlhf_fast.data.batches import Example
 from rlhf_fast.data.records import OPTIONAL_COLUMNS, PromptRecord, read_record
 from rlhf_fast.data.templates import Prompt
 from rlhf_fast.data.tokenize import tokenize_example
-from rlhf_fast.models import names as model_names
 from rlhf_fast.models.checkpoint import read_extra, resolve
 from rlhf_fast.models.scoring import per_example
 from rlhf_fast.rewards import names as reward_names
@@ -23,6 +22,7 @@ from rlhf_fast.rewards.calls import is_async, patient, wants
 from rlhf_fast.rewards.rules import rule
 from rlhf_fast.rewards.scoring import Background, Part, RewardFunction, Scores, Scoring
 from rlhf_fast.rewards.url import RewardURL
+from rlhf_fast.runs import model_names
 
 Reward = str | Path | RewardFunction | Sequence[tuple[float, Any]]
 

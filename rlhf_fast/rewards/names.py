@@ -17,8 +17,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rlhf_fast.models import names as model_names
 from rlhf_fast.rewards.rules import rule
+from rlhf_fast.runs import model_names
 
 WEIGHT = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?\*"  # of a part of a list that is written as text
 URLS = ("http://", "https://")
