@@ -63,18 +63,19 @@ def cross_entropy(
     if logits.dim() < 1:
         raise ValueError("logits: shape (), expected (..., V)")
     _checks.devices(logits=logits, tokens=tokens, mask=mask)
-    _checks.labels(logits.shape[:-1], "logits", logits.shape[-1], tokens, mask, ignore_index)
+    _checks.labels(logits.shape[:-1], "logits", logits.shape[-1], tokens=tokens, mask=mask, ignore_index=ignore_index)
     _checks.denominators(denominator)
     check_terms(softcap, logit_scale, label_smoothing, z_loss)
     counted = (tokens != ignore_index) if mask is None else mask & (tokens != ignore_index)
     if label_smoothing == 0 and z_loss == 0:
-        logprobs, _ = token_logprobs(logits, tokens, 1.0, softcap, logit_scale, counted)
+        logprobs, _ = token_logprobs(logits, tokens, softcap=softcap, logit_scale=logit_scale, mask=counted)
         return divide(-logprobs.sum(), counted.sum(), denominator)
     backend = dispatch.choose("cross_entropy", BACKENDS, logits)
     if backend == "reference":
         return reference.cross_entropy(
-            logits, tokens, mask, ignore_index, denominator, softcap, logit_scale, label_smoothing, z_loss
-        )
+            logits, tokens, mask=mask, ignore_index=ignore_index, denominator=denominator, softcap=softcap,
+            logit_scale=logit_scale, label_smoothing=label_smoothing, z_loss=z_loss,
+        )  # fmt: skip
     numbers = softcap, float(logit_scale), float(label_smoothing), float(z_loss)
     total, _ = _op(logits, tokens, counted, *numbers, backend)
     return divide(total, counted.sum(), denominator)

@@ -69,10 +69,14 @@ def full_kl(
         logits, ref_logits = logits.to(widest), ref_logits.to(widest)
     if logits.dtype != torch.float64 and _checks.is_low(temperature, mask):
         p, q = logits.double(), ref_logits.double()
-        return reference.full_kl(p, q, mask, kind, temperature, softcap, logit_scale).float()
+        return reference.full_kl(
+            p, q, mask, kind, temperature=temperature, softcap=softcap, logit_scale=logit_scale
+        ).float()
     backend = dispatch.choose("full_kl", BACKENDS, logits)
     if backend == "reference":
-        return reference.full_kl(logits, ref_logits, mask, kind, temperature, softcap, logit_scale)
+        return reference.full_kl(
+            logits, ref_logits, mask, kind, temperature=temperature, softcap=softcap, logit_scale=logit_scale
+        )
     if kind == "reverse_kl":
         logits, ref_logits, kind = ref_logits, logits, "kl"
     temperatures, number = per_row(temperature, rows)

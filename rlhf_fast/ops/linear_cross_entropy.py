@@ -63,7 +63,7 @@ def linear_cross_entropy(
     """
     _checks.linear(hidden, weight, bias, lora)
     _checks.devices(hidden=hidden, weight=weight, tokens=tokens, bias=bias, mask=mask)
-    _checks.labels(hidden.shape[:-1], "hidden", weight.shape[0], tokens, mask, ignore_index)
+    _checks.labels(hidden.shape[:-1], "hidden", weight.shape[0], tokens=tokens, mask=mask, ignore_index=ignore_index)
     _checks.denominators(denominator)
     check_terms(softcap, logit_scale, label_smoothing, z_loss)
     counted = (tokens != ignore_index) if mask is None else mask & (tokens != ignore_index)

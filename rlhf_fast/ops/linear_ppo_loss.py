@@ -91,7 +91,10 @@ def linear_ppo_loss(
     layer = {"hidden": hidden, "weight": weight, "bias": bias, "temperature": temperature, "tokens": tokens}
     _checks.linear(hidden, weight, bias, lora)
     _checks.devices(**layer, old_logprobs=old_logprobs)
-    _checks.scoring(hidden.shape[:-1], "hidden", weight.shape[0], tokens, mask, temperature, softcap, logit_scale)
+    _checks.scoring(
+        hidden.shape[:-1], "hidden", weight.shape[0], tokens=tokens, mask=mask, temperature=temperature,
+        softcap=softcap, logit_scale=logit_scale,
+    )  # fmt: skip
     options = PPOOptions(
         clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, value_clip=value_clip, value_coef=value_coef,
         entropy_coef=entropy_coef, kl_coef=kl_coef, kl=kl, aggregation=aggregation, objective=objective, ratio=ratio,

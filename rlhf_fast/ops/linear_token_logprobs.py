@@ -59,19 +59,23 @@ def linear_token_logprobs(
     _checks.linear(hidden, weight, bias, lora)
     _checks.devices(hidden=hidden, weight=weight, tokens=tokens, bias=bias, temperature=temperature, mask=mask)
     rows, size = hidden.shape[:-1], weight.shape[0]
-    _checks.scoring(rows, "hidden", size, tokens, mask, temperature, softcap, logit_scale)
+    _checks.scoring(
+        rows, "hidden", size, tokens=tokens, mask=mask, temperature=temperature, softcap=softcap,
+        logit_scale=logit_scale,
+    )  # fmt: skip
     widest = weight if weight.dtype == torch.float64 else hidden
     if widest.dtype != torch.float64 and _checks.is_low(temperature, mask):
         adapter = None if lora is None else (lora[0].double(), lora[1].double(), lora[2])
         exact = reference.linear_token_logprobs(
-            hidden.double(), weight.double(), tokens, None if bias is None else bias.double(), adapter, temperature,
-            softcap, logit_scale, mask,
+            hidden.double(), weight.double(), tokens, bias=None if bias is None else bias.double(), lora=adapter,
+            temperature=temperature, softcap=softcap, logit_scale=logit_scale, mask=mask,
         )  # fmt: skip
         return exact[0].float(), exact[1].float()
     backend = dispatch.choose("linear_token_logprobs", BACKENDS, widest)
     if backend == "reference":
         return reference.linear_token_logprobs(
-            hidden, weight, tokens, bias, lora, temperature, softcap, logit_scale, mask
+            hidden, weight, tokens, bias=bias, lora=lora, temperature=temperature, softcap=softcap,
+            logit_scale=logit_scale, mask=mask,
         )  # fmt: skip
     temperatures, number = per_row(temperature, rows)
     a, b, scaling = (None, None, 0.0) if lora is None else lora

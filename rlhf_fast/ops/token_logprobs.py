@@ -71,17 +71,24 @@ def token_logprobs(
         raise ValueError("logits: shape (), expected (..., V)")
     rows, size = logits.shape[:-1], logits.shape[-1]
     _checks.devices(logits=logits, tokens=tokens, temperature=temperature, mask=mask)
-    _checks.scoring(rows, "logits", size, tokens, mask, temperature, softcap, logit_scale)
+    _checks.scoring(
+        rows, "logits", size, tokens=tokens, mask=mask, temperature=temperature, softcap=softcap,
+        logit_scale=logit_scale,
+    )  # fmt: skip
     if inplace_backward and logits.requires_grad and logits.is_leaf:
         raise ValueError(
             "inplace_backward: logits are a leaf that requires a gradient, which would be written over them"
         )
     if logits.dtype != torch.float64 and _checks.is_low(temperature, mask):
-        exact = reference.token_logprobs(logits.double(), tokens, temperature, softcap, logit_scale, mask)
+        exact = reference.token_logprobs(
+            logits.double(), tokens, temperature=temperature, softcap=softcap, logit_scale=logit_scale, mask=mask
+        )  # fmt: skip
         return exact[0].float(), exact[1].float()
     backend = dispatch.choose("token_logprobs", BACKENDS, logits)
     if backend == "reference":
-        return reference.token_logprobs(logits, tokens, temperature, softcap, logit_scale, mask)
+        return reference.token_logprobs(
+            logits, tokens, temperature=temperature, softcap=softcap, logit_scale=logit_scale, mask=mask
+        )  # fmt: skip
     temperatures, number = per_row(temperature, rows)
     logprobs, entropy, *_ = _op(
         logits, tokens, temperatures, number, softcap, float(logit_scale), mask, inplace_backward, backend

@@ -32,8 +32,8 @@ def gae(
         packed = (None if x is None else to_padded(x, inside) for x in (rewards, logprobs, ref_logprobs))
         rewards, logprobs, ref_logprobs = packed
         padded = gae(
-            rewards, to_padded(values, inside), gamma, lam, real, None, bootstrap, critic_lam, scores, logprobs,
-            ref_logprobs, kl_coef,
+            rewards, to_padded(values, inside), gamma=gamma, lam=lam, mask=real, bootstrap=bootstrap,
+            critic_lam=critic_lam, scores=scores, logprobs=logprobs, ref_logprobs=ref_logprobs, kl_coef=kl_coef,
         )  # fmt: skip
         advantages, returns = padded[0][inside], padded[1][inside]  # (N,)
         return (advantages, returns, whitening_sums(advantages, mask)) if sums else (advantages, returns)

@@ -47,7 +47,9 @@ def linear_token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """token_logprobs of logits = hidden @ weight.T + bias + scaling * (hidden @ a.T) @ b.T."""
     logits = linear_logits(hidden, weight, bias, lora, mask)
-    return token_logprobs(logits, tokens, temperature, softcap, logit_scale, mask)
+    return token_logprobs(
+        logits, tokens, temperature=temperature, softcap=softcap, logit_scale=logit_scale, mask=mask
+    )  # fmt: skip
 
 
 def linear_cross_entropy(
@@ -68,8 +70,9 @@ def linear_cross_entropy(
     counted = (tokens != ignore_index) if mask is None else mask & (tokens != ignore_index)
     logits = linear_logits(hidden, weight, bias, lora, counted)
     return cross_entropy(
-        logits, tokens, counted, ignore_index, denominator, softcap, logit_scale, label_smoothing, z_loss
-    )
+        logits, tokens, mask=counted, ignore_index=ignore_index, denominator=denominator, softcap=softcap,
+        logit_scale=logit_scale, label_smoothing=label_smoothing, z_loss=z_loss,
+    )  # fmt: skip
 
 
 def linear(x: Tensor, weights: Sequence[Any], gate: str = "none") -> list[Tensor]:
