@@ -24,6 +24,7 @@ from rlhf_fast.config import (
     settings,
     tiny_demo,
 )
+from rlhf_fast.ops import reference
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -97,6 +98,16 @@ def test_an_op_of_an_output_layer_has_the_defaults_of_the_op_itself() -> None:
         shared = [each for each in own if each in linear]
         assert len(shared) > 4
         assert {each: linear[each].default for each in shared} == {each: own[each].default for each in shared}, name
+
+
+def test_the_definition_of_an_op_has_the_defaults_of_the_op() -> None:
+    defined = {name for name in ops.__all__ if hasattr(reference, name)}
+    assert len(defined) > 10
+    for name in defined:
+        op, definition = (inspect.signature(getattr(of, name)).parameters for of in (ops, reference))
+        for each, parameter in definition.items():
+            if each in op and parameter.default is not inspect.Parameter.empty:
+                assert parameter.default == op[each].default, f"{name}: {each}"
 
 
 def test_every_setting_has_the_default_that_the_page_of_defaults_says() -> None:
