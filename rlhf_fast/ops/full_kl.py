@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import _checks, compiled, dispatch, reference
-from rlhf_fast.ops._library import Op
+from rlhf_fast.ops._library import Op, places
 from rlhf_fast.ops._rows import flat, matrix, per_row, transform
 
 # torch.library reads the annotations of registered functions and knows no other form of Optional.
@@ -168,13 +168,14 @@ def _fake_forward(p: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return p.new_empty(rows, dtype=torch.float32), p.new_empty((8, *rows), dtype=torch.float32)
 
 
-def _fake_backward(grad: Tensor, p: Tensor, q: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    needs = others[-2]
+def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
+    p, q, needs = (args[_BACKWARD_PLACES[name]] for name in ("p", "q", "needs"))
     return tuple(
         torch.empty_like(x, memory_format=torch.contiguous_format) if needed else x.new_empty(0)
         for x, needed in zip((p, q), needs, strict=True)
     )
 
 
+_BACKWARD_PLACES = places(full_kl_backward)
 _op = Op(full_kl_forward, _fake_forward, _setup_context, _backward)
 _backward_op = Op(full_kl_backward, _fake_backward)

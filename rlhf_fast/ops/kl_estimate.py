@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import _checks, compiled, dispatch, reference
-from rlhf_fast.ops._library import Op
+from rlhf_fast.ops._library import Op, places
 from rlhf_fast.ops._rows import flat
 from rlhf_fast.ops.options import ESTIMATES, KL_KINDS
 
@@ -126,10 +126,11 @@ def _fake_forward(logprobs: Tensor, *_: Any) -> Tensor:
     return torch.empty(logprobs.shape, dtype=torch.float32, device=logprobs.device)
 
 
-def _fake_backward(grad: Tensor, logprobs: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    shape = logprobs.shape
-    return tuple(logprobs.new_empty(shape if needed else 0) for needed in others[-2])
+def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
+    logprobs, needs = (args[_BACKWARD_PLACES[name]] for name in ("logprobs", "needs"))
+    return tuple(logprobs.new_empty(logprobs.shape if needed else 0) for needed in needs)
 
 
+_BACKWARD_PLACES = places(kl_estimate_backward)
 _op = Op(kl_estimate_forward, _fake_forward, _setup_context, _backward)
 _backward_op = Op(kl_estimate_backward, _fake_backward)

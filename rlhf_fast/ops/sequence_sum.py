@@ -85,7 +85,8 @@ def sequence_sum_backward(upstream: Tensor, x: Tensor, mask: Optional[Tensor], c
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
+    x, mask, cu_seqlens, *_ = inputs
+    ctx.save_for_backward(x, mask, cu_seqlens)
     ctx.set_materialize_grads(False)
 
 
