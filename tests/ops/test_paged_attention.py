@@ -302,6 +302,13 @@ def test_writing_with_rotation_is_rotating_and_writing(
     assert int((plain.keys != 0).sum()) == key.numel()
 
 
+@pytest.mark.parametrize("context", [1, 20])
+def test_one_token_alone_is_attended(kernel_backend: Backend, context: int) -> None:
+    p = problem([context], [1])
+    got = kernel_backend(ops.paged_attention, p.query, p.cache, p.batch).double()
+    torch.testing.assert_close(got, by_definition(p, {}), rtol=1e-5, atol=1e-5)
+
+
 def test_bad_arguments_are_named() -> None:
     p = problem([5], [2])
     with pytest.raises(ValueError, match=r"query: shape \(2, 3, 16\), expected \(N, a multiple of 2, 16\)"):
