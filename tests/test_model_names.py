@@ -232,7 +232,7 @@ def test_without_a_network_the_cache_is_read_and_not_waited_for(tmp_path: Path) 
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
     code = (
-        "import os; from rlhf_fast import model_names; model_names.check('owner/name'); "
+        "import os; from rlhf_fast.runs import model_names; model_names.check('owner/name'); "
         "print(os.environ['HF_HUB_OFFLINE'])"
     )
     environment = {"HF_HUB_CACHE": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": sys.path[0]}

@@ -80,17 +80,27 @@ def _beside(path: Path) -> tuple[Path, Path]:
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:
-    """Append one JSON line in a single write, so that a killed process leaves whole lines."""
+    """Append one JSON line in a single write; half a line, which a killed process may have left, is taken back first."""
     line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
     with named_errors(path):
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
+            size = os.fstat(descriptor).st_size
+            # A write is cut where a page ends if the process is killed in the middle of it.
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                os.ftruncate(descriptor, path.read_bytes().rfind(b"\n") + 1)
             written = os.write(descriptor, line)
             if written < len(line):  # the disk filled up in the middle of it: take the half line back
                 os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(descriptor)
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file that `append_line` writes, without half a one at its end; none if there is no file."""
+    text = path.read_bytes() if path.exists() else b""
+    return text[: text.rfind(b"\n") + 1].decode().split("\n")[:-1]
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:

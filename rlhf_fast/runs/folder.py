@@ -25,7 +25,7 @@ import yaml
 
 from rlhf_fast.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig, settings
 from rlhf_fast.runs.claim import Claim, check_claim, refuse_foreign
-from rlhf_fast.runs.files import append_line, restore_folder, write_atomic
+from rlhf_fast.runs.files import append_line, restore_folder, whole_lines, write_atomic
 from rlhf_fast.runs.trackers import Tracker, open_trackers, require_trackers
 
 GROWING = ("metrics.jsonl", "samples.jsonl", "skipped.jsonl", "monitors.jsonl")
@@ -235,7 +235,7 @@ def _written(path: Path) -> dict[int, list[str] | None]:
     """The steps whose checkpoints the run in `path` has written, with the files of each; None where it may have been
     killed before it could note them, so that all that is there is its own."""
     file = path / WRITTEN
-    rows = map(json.loads, file.read_text(encoding="utf-8").splitlines() if file.exists() else [])
+    rows = map(json.loads, whole_lines(file))
     return {row["step"]: row.get("files") for row in rows}
 
 

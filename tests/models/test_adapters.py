@@ -77,11 +77,11 @@ def test_what_is_learned_and_what_is_sampled_is_what_peft_computes(
     for a, b in ((a, b) for a, b in zip(got, expected, strict=True) if a is not None and b is not None):
         assert float((a - b).float().norm()) <= 3 * near * float(b.float().norm())
 
-    rollouts = Generator(model, tokenizer).generate([[5, 6, 7]], SamplingParams(max_new_tokens=6, ignore_eos=True))
+    rollouts = Generator(model, tokenizer).generate([[5, 6, 7]], SamplingParams(max_new_tokens=24, ignore_eos=True))
     with torch.no_grad():
         want = by_peft(model, rollouts.input_ids[None])[2:]
         exact = by_peft(model.float(), rollouts.input_ids[None])[2:]  # the same weights
-    error, peft_error = (float((x - exact).abs().max()) for x in (rollouts.logprobs[3:], want))
+    error, peft_error = (float((x - exact).square().mean().sqrt()) for x in (rollouts.logprobs[3:], want))
     assert error <= max(2 * peft_error, near)
 
 
