@@ -1,4 +1,4 @@
-"""The command line: one verb a phase, `--config FILE.yaml` and `--key value` over the dataclasses of config.py.
+"""The command line: one verb a phase, `--config FILE.yaml` and `--key value` over the dataclasses of config/.
 
 Each file here holds the settings of a few verbs, as dataclasses, and what they do.
 """

@@ -1,4 +1,4 @@
-"""How YAML and `--key value` become the dataclasses of config.py, and how --help describes them.
+"""How YAML and `--key value` become the dataclasses of this room, and how --help describes them.
 
 Works on any dataclass whose fields are bool, int, float, str, a Literal, one of those or None, a tuple[int, ...] or
 tuple[str, ...], a dict[str, Any], whose keys are anybody's, or such a dataclass.

@@ -1,1 +1,1 @@
-"""Trainers: one loop (loop.py), and a small file for each method on it."""
+"""Trainers: what they share (loop/), a small file for each method on it, and PPO (ppo/)."""
