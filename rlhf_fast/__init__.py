@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,10 @@ __version__ = "0.1.0"
 
 # The folder kernels/ of a checkout is no package, but can be imported as if it were one. Up to 5.9, transformers
 # takes it for that of Hugging Face, and cannot be imported for want of its version.
-if (_spec := importlib.util.find_spec("kernels")) is not None and _spec.origin is None:
-    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
+if "kernels" not in sys.modules and (_spec := importlib.util.find_spec("kernels")) is not None:
+    _places = {os.path.realpath(place) for place in _spec.submodule_search_locations or ()}
+    if _spec.origin is None and _places == {os.path.realpath(os.path.join(os.path.dirname(__file__), "kernels"))}:
+        sys.modules["kernels"] = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from rlhf_fast import models, ops

@@ -84,6 +84,16 @@ def test_the_folder_of_kernels_shadows_no_package_of_that_name(installed: bool, 
     assert said.strip() == (str(tmp_path / "kernels" / "__init__.py") if installed else "None")
 
 
+@pytest.mark.parametrize("before", ["", "import sys, types; sys.modules['kernels'] = types.ModuleType('kernels'); "])
+def test_a_folder_of_kernels_that_is_somebody_else_s_stays(before: str, tmp_path: Path) -> None:
+    """Without an `__init__.py` as ours, on the path or already taken for a module."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "mine.py").write_text("x = 1\n")
+    program = f"{before}import rlhf_fast, kernels; " + ("" if before else "import kernels.mine; ") + "print('there')"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    assert subprocess.check_output([sys.executable, "-c", program], cwd=tmp_path, env=environment) == b"there\n"
+
+
 @pytest.mark.slow
 def test_a_wheel_and_an_sdist_have_the_kernels(tmp_path: Path) -> None:
     """Without a compiler, for it is the Python files that are looked at."""
