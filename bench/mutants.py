@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +51,24 @@ class Plan:
     environment: tuple[tuple[str, str], ...] = ()
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What a run of a plan says."""
+
+    killed: bool
+    by: str
+    test: str = ""  # the one that failed, for pytest
+
+
 def attempt(mutant: Mutant, tree: Path, limit: float, covered: Map | None = None) -> Outcome | None:
     """Run a mutant's tests in a copy of the tree until one fails. None if it does not compile, or to the same code."""
     file = tree / mutant.file
     whole = file.read_text(encoding="utf-8")
     started = time.monotonic()
+    environment: tuple[tuple[str, str], ...] = ()  # of a test without the mistake
     if file.suffix == ".py":
         plan = plan_of_python(mutant, tree, limit, covered)
+        environment = plan.environment
         file.write_text(mutant.code, encoding="utf-8")
     else:
         before = compiled_sides(file, tree)
@@ -68,13 +79,35 @@ def attempt(mutant: Mutant, tree: Path, limit: float, covered: Map | None = None
             if all(same(after[side], before[side]) for side in before):
                 return None
             plan = plan_of_compiled(file, tree, after, limit, covered)
-        killed, by = _run(plan, tree, limit) if plan.tests else (False, "no test reaches it")
+            environment = _module_of(before)
+        verdict = _noticed(plan, environment, file, mutant.code, whole, tree, limit)
     except build.CompileError:
         return None
     finally:
         file.write_text(whole, encoding="utf-8")
     seconds = round(time.monotonic() - started, 1)
-    return Outcome(mutant.file, mutant.line, mutant.room, mutant.operator, mutant.diff, killed, by, seconds)
+    return Outcome(
+        mutant.file, mutant.line, mutant.room, mutant.operator, mutant.diff, verdict.killed, verdict.by, seconds
+    )
+
+
+def _noticed(
+    plan: Plan, environment: tuple[tuple[str, str], ...], file: Path, code: str, whole: str, tree: Path, limit: float
+) -> Verdict:
+    """What the tests say of a mistake. A test that fails without it, too, is left out: it notices something else."""
+    if not plan.tests:
+        return Verdict(False, "no test reaches it")
+    while True:
+        verdict = _run(plan, tree, limit)
+        if not verdict.test or verdict.test in plan.words:
+            return verdict
+        file.write_text(whole, encoding="utf-8")
+        alone = Plan([verdict.test], 0.0, plan.words, environment)
+        if not _run(alone, tree, limit).killed:
+            return verdict
+        print(f"{verdict.test} fails without a mistake, too: left out", file=sys.stderr, flush=True)
+        plan = replace(plan, words=(*plan.words, "--deselect", verdict.test))
+        file.write_text(code, encoding="utf-8")
 
 
 def compiled_sides(file: Path, tree: Path) -> dict[str, Path]:
@@ -95,7 +128,7 @@ def same(a: Path, b: Path) -> bool:
 
 def plan_of_compiled(file: Path, tree: Path, built: dict[str, Path], limit: float, covered: Map | None) -> Plan:
     """The op tests of the sides that were built, those of the file's own op first."""
-    module = (("RLHF_FAST_TEST_MODULE", str(built["cpu"])),) if "cpu" in built else ()
+    module = _module_of(built)
     near = [str(test.relative_to(tree)) for test in reaching_compiled(file, tree)]
     if covered is None:
         sides = " or ".join(["fuzz", *built])
@@ -109,6 +142,11 @@ def plan_of_compiled(file: Path, tree: Path, built: dict[str, Path], limit: floa
         for name in near
     }
     return _fitting(known, limit, covered, module)
+
+
+def _module_of(built: dict[str, Path]) -> tuple[tuple[str, str], ...]:
+    """The environment in which the tests take a module that was built."""
+    return (("RLHF_FAST_TEST_MODULE", str(built["cpu"])),) if "cpu" in built else ()
 
 
 def _fitting(known: dict[str, list[str]], limit: float, covered: Map, environment: Any = ()) -> Plan:
@@ -173,7 +211,7 @@ def statement(text: str, line: int) -> set[int]:
     return lines
 
 
-def _run(plan: Plan, tree: Path, limit: float) -> tuple[bool, str]:
+def _run(plan: Plan, tree: Path, limit: float) -> Verdict:
     words = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:randomly"]
     environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     process = subprocess.Popen(
@@ -192,12 +230,15 @@ def _run(plan: Plan, tree: Path, limit: float) -> tuple[bool, str]:
         os.killpg(process.pid, 9)
         process.communicate()
         if plan.expected:  # they would have ended long since
-            return True, f"did not end within {patience:.0f} s"
-        return False, f"passed for {limit:.0f} s, then stopped"
+            return Verdict(True, f"did not end within {patience:.0f} s")
+        return Verdict(False, f"passed for {limit:.0f} s, then stopped")
     failed = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))]
     if process.returncode in (0, 5):  # 5: no test was chosen
-        return False, f"all passed: {said.strip().splitlines()[-1]}"
-    return True, failed[0].split(" - ")[0] if failed else f"pytest ended with {process.returncode}"
+        return Verdict(False, f"all passed: {said.strip().splitlines()[-1]}")
+    if not failed:
+        return Verdict(True, f"pytest ended with {process.returncode}")
+    by = failed[0].split(" - ")[0]
+    return Verdict(True, by, by.partition(" ")[2])
 
 
 def copy_of(root: Path, folder: Path) -> Path:

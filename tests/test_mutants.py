@@ -102,6 +102,19 @@ def test_a_mistake_is_killed_or_survives_and_the_file_is_whole_again(project: Pa
     assert "| room | 3 | 1 | 33% |" in shown and "+a - 2" in shown and "+a - b" not in shown
 
 
+def test_a_test_that_fails_without_the_mistake_kills_nothing(project: Path) -> None:
+    """Here each file's first test fails always; only of one of them does another test notice the mistake."""
+    always = "def test_always():\n    assert False\n\n\n"
+    test = project / "tests" / "test_sums.py"
+    test.write_text(test.read_text().replace("def test_add", always + "def test_add"))
+    whole = (project / "rlhf_fast" / "room" / "sums.py").read_text()
+    for old, new, killed in (("a + b", "a - b", True), ("a - 1", "a - 2", False)):
+        mutant = Mutant("rlhf_fast/room/sums.py", 2, "op", "", whole.replace(old, new))
+        outcome = mutants.attempt(mutant, project, 60.0)
+        assert outcome is not None and outcome.killed == killed
+        assert ("test_sums.py::test_add" if killed else "1 passed, 1 deselected") in outcome.by
+
+
 def test_drawing_from_a_project_takes_each_place_once(project: Path) -> None:
     found = drawn(3, 0, "rlhf_fast/room/alone", project)
     assert len({one.code for one in found}) == 3 and {one.file for one in found} == {"rlhf_fast/room/alone.py"}
