@@ -307,6 +307,10 @@ def table(outcomes: Iterable[Outcome]) -> str:
     return "\n".join([*rows, *shown])
 
 
+def lines_of(outcomes: Iterable[Outcome]) -> str:
+    return "".join(json.dumps(asdict(one)) + "\n" for one in outcomes)
+
+
 def read(file: Path) -> list[Outcome]:
     return [Outcome(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
 
@@ -319,6 +323,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=300.0, help="seconds of tests for each")
     parser.add_argument("--jobs", type=int, default=1, help="at a time")
     parser.add_argument("--again", type=Path, help="an earlier --out of this count and seed: only try its survivors")
+    parser.add_argument("--resume", action="store_true", help="go on with --out, of this seed and these sources")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "mutants.jsonl", help="one outcome a line")
     given = parser.parse_args(words)
     covered = Map() if (FOLDER / "tests.json").exists() else None
@@ -330,13 +335,17 @@ def main(words: list[str] | None = None) -> int:
         survivors = {place for place, one in before.items() if not one.killed}
         count = len(survivors)
         mutants = (mutant for mutant in mutants if (mutant.file, mutant.diff) in survivors)
+    if given.resume and given.out.exists():
+        before = {(one.file, one.diff): one for one in read(given.out)}
+        count = max(given.count - len(before), 0)
+        mutants = (mutant for mutant in mutants if (mutant.file, mutant.diff) not in before)
     with tempfile.TemporaryDirectory() as folder:
         trees = [copy_of(ROOT, Path(folder) / str(job)) for job in range(given.jobs)]
         given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text("", encoding="utf-8")
+        given.out.write_text(lines_of(before.values() if given.resume else ()), encoding="utf-8")
         outcomes = tried(mutants, count, trees, given.limit, covered, given.out)
     before |= {(one.file, one.diff): one for one in outcomes}
-    given.out.write_text("".join(json.dumps(asdict(one)) + "\n" for one in before.values()), encoding="utf-8")
+    given.out.write_text(lines_of(before.values()), encoding="utf-8")
     print(table(before.values()))
     return 0
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -565,3 +566,21 @@ def test_the_keys_of_a_mapping_are_anybodys(tmp_path: Path) -> None:
         build(Mapped, None, ["--options.a"])
     with pytest.raises(ConfigError, match=r"unknown setting --optoins\.a; the nearest one is --options"):
         build(Mapped, None, ["--optoins.a", "1"])
+
+
+class Described:
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def test_what_was_given_in_python_is_described_in_sixty_characters_without_addresses() -> None:
+    """So that a run is known again in another process, by what its settings say."""
+
+    def said(text: str) -> str:
+        return str(yaml.safe_load(run_yaml("sft", SFTConfig(), data=Described(text)))["data"])
+
+    assert said("<Data at 0x7f0012ab>") == "(<Data>)" and said("x" * 60) == f"({'x' * 60})"
+    assert said("a" * 40 + "b" * 4 + "c" * 17) == f"({'a' * 40}...{'c' * 17})"

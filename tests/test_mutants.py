@@ -170,3 +170,24 @@ def test_the_tests_that_run_a_line_are_tried_the_nearest_and_quickest_first(proj
     assert nearer.tests == [*other.tests, "tests/test_sums.py::test_add"]
     (project / name).write_text((project / name).read_text() + "\n")  # no longer what was watched
     assert mutants.plan_of_python(mutant, project, 60.0, known).tests == ["tests/test_sums.py"]
+
+
+def test_a_run_that_was_stopped_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tried: list[int] = []
+
+    def attempt(mutant: Mutant, tree: Path, limit: float, covered: Any) -> Any:
+        tried.append(mutant.line)
+        return mutants.Outcome("a", mutant.line, "room", "", mutant.diff, mutant.line != 3, "", 0.0)
+
+    monkeypatch.setattr(mutants, "attempt", attempt)
+    monkeypatch.setattr(mutants, "copy_of", lambda root, folder: folder)
+    monkeypatch.setattr(mutants, "draw", lambda seed, room: (Mutant("a", n, "", str(n), "") for n in range(100)))
+    monkeypatch.setattr(mutants, "FOLDER", tmp_path)
+    out = ["--out", str(tmp_path / "out.jsonl")]
+    assert mutants.main(["--count", "2", *out]) == 0 and tried == [0, 1]
+    assert mutants.main(["--count", "5", "--resume", *out]) == 0 and tried == [0, 1, 2, 3, 4]
+    assert [one.line for one in mutants.read(tmp_path / "out.jsonl")] == [0, 1, 2, 3, 4]
+    assert "| all | 5 | 4 | 80% |" in capsys.readouterr().out
+    assert mutants.main(["--count", "5", "--resume", *out]) == 0 and len(tried) == 5

@@ -257,3 +257,31 @@ def test_files_of_another_shape_are_passed_over(tmp_path: Path) -> None:
 def test_a_run_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         write_report(tmp_path / "nowhere")
+
+
+def rows_of(page: str, first: str) -> list[list[str]]:
+    """The cells, as text, of each table row whose first cell is `first`."""
+    rows = re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)
+    cells = [[re.sub(r"<[^>]+>", "", cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)] for row in rows]
+    return [row for row in cells if row and row[0] == first]
+
+
+def test_every_figure_has_its_cell_and_its_place_on_the_scale(run: Path) -> None:
+    page = report(run)
+    (simple,) = rows_of(page, "simple")
+    assert simple[1:6] == ["46", "0.50", "0.70", "+0.20", "[0.15, 0.25]"]
+    # Drawn from -reach to reach, 1.1 times the farthest end: 0.15 to 0.25 of +-0.275, and 0 in the middle.
+    assert re.search(r">simple</th>.*?--l:77\.3%;--w:18\.2%;--m:86\.4%;--z:50\.0%", page)
+    assert "+0.12" in page and "+0.08 to +0.16" in page
+    shares = [row[1:] for row in rows_of(page, "Reward model") if row[1] == "heldout_accuracy"]
+    assert shares == [["heldout_accuracy", "0.81 [0.76, 0.86]"]]
+    assert len([row for row in rows_of(page, "PPO") if row[1:] == ["share", "0.7 [0.6, 0.8]"]]) == 1
+    assert ["nothing", "–"] in [row[1:] for row in rows_of(page, "PPO")]
+
+
+@pytest.mark.parametrize(("mean", "shown"), [(0.1, "+0.10"), (0.0994, "+0.099"), (-0.25, "−0.25")])
+def test_a_small_difference_has_a_digit_more(run: Path, mean: float, shown: str) -> None:
+    file = run / "evaluation" / "evaluation.json"
+    evaluation = json.loads(file.read_text())
+    write_rows(file, [{**evaluation, "score_difference": spread(mean, 0.04)}])
+    assert f">{shown}<" in report(run)

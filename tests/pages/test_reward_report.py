@@ -118,3 +118,9 @@ def test_the_heads_of_an_ensemble_have_a_section_and_one_head_none(tmp_path: Pat
 def test_a_folder_without_a_report_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no reward_report\.json"):
         write_reward_report(tmp_path)
+
+
+@with_plots
+def test_the_scores_of_one_comparison_have_their_mean() -> None:
+    histogram = {"edges": [-1.0, 0.0, 1.0, 2.0], "chosen": [0, 0, 1], "rejected": [1, 1, 0], "policy": [0, 0, 0]}
+    assert "Means: chosen 1.5; rejected 0; policy 0" in plots.distribution(histogram).svg

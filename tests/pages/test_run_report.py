@@ -63,3 +63,12 @@ def test_a_run_that_measured_nothing_before_has_a_page_too(tmp_path: Path) -> No
     with pytest.raises(FileNotFoundError, match="no finished run"):
         write_run_report(tmp_path)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["summary"]["score_before"] == 1.0
+
+
+def test_a_figure_stands_in_one_table(tmp_path: Path) -> None:
+    """Measured before and after, or once; notes in neither."""
+    page = write_run_report(finished(tmp_path / "run")).read_text()
+    before_and_after, _, besides = page.partition("What was measured before")[2].partition("Besides")
+    besides = besides.partition("</table>")[0]
+    assert "held-out loss" in before_and_after and "held-out" not in besides.lower()
+    assert "<td>3</td>" in besides and besides.count("<tr>") == 2  # dropped, and its head

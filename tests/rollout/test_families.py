@@ -14,6 +14,7 @@ import transformers
 
 from rlhf_fast import Generator, SamplingParams, models, ops
 from rlhf_fast.data.batches import pad
+from rlhf_fast.models.forward import Head
 from rlhf_fast.ops import compiled
 from rlhf_fast.rollout.model import layers
 from rlhf_fast.rollout.rollouts import Rollouts
@@ -178,6 +179,26 @@ def test_the_layers_of_ours_that_serve_are_used_and_taken_away_again(name: str, 
     with Generator(model).runner.ready():
         assert replaced() == set(expected.split())
     assert replaced() == set()
+
+
+@pytest.mark.parametrize("strided", ["", "weight", "a", "b", "bias"])
+def test_an_output_layer_s_tensors_may_lie_in_memory_as_they_like(strided: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"weight": (40, 32), "bias": (40,), "a": (4, 32), "b": (40, 4)}
+    tensors = {name: torch.randn(*size, generator=generator) for name, size in sizes.items()}
+    if strided:
+        of = tensors[strided]
+        tensors[strided] = of.repeat_interleave(2, 0)[::2] if strided == "bias" else of.t().contiguous().t()
+        assert not tensors[strided].is_contiguous()
+    lora = (tensors["a"], tensors["b"], 0.5)
+    head = Head(tensors["weight"], tensors["bias"], lora, None, 2.0)
+    hidden = torch.randn(3, 32, generator=generator)
+    with mock.patch.object(layers, "output_head", lambda model: head):
+        logits = layers.head(None)(hidden)  # type: ignore[arg-type]
+    weight, bias, a, b = (tensors[name].double() for name in ("weight", "bias", "a", "b"))
+    states = hidden.double()
+    want = 2.0 * (states @ weight.t() + bias + 0.5 * states @ a.t() @ b.t())
+    assert torch.allclose(logits.double(), want, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,15 @@ def processed(response: list[int], stops: frozenset[int] = frozenset(), **settin
     return logits
 
 
+def test_only_what_changes_logits_says_so() -> None:
+    assert not SamplingParams(temperature=0.5, top_p=0.9, seed=3).changes_logits
+    changes: tuple[dict[str, Any], ...] = (
+        {"repetition_penalty": 1.1}, {"presence_penalty": 0.1}, {"frequency_penalty": -0.1}, {"logit_bias": {3: -1.0}},
+        {"bad_words": ((3,),)}, {"min_new_tokens": 1},
+    )  # fmt: skip
+    assert all(SamplingParams(**change).changes_logits for change in changes)
+
+
 def test_the_repetition_penalty_is_that_of_transformers() -> None:
     logits = torch.tensor([[1.0, -1.0, 2.0, -2.0, 3.0, 0.5]])
     theirs = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.3)])(torch.tensor([[3, 4, 4, 0, 1]]), logits)

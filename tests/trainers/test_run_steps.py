@@ -307,13 +307,15 @@ def test_hosted_trackers_get_metrics_samples_and_the_same_run_again(
     RunFolder(tmp_path / "run", "ppo", "a: 1\n", (name,)).close()
     run = RunFolder(tmp_path / "run", "ppo", "a: 1\n", (name,))
     run.log({"step": 3, "loss": 0.5})
-    run.samples(3, [{"text": "x", "score": 1.0}])
+    run.samples(3, [{"text": "x", "score": 1.0}, {"text": "y"}])
     run.finish({})
     inits = [given for kind, given in calls if kind == "init"]
     assert inits[0]["project"] == "rlhf-fast" and inits[0]["config"] == {"a": 1} and inits[0]["resume"] == "allow"
     assert name == "trackio" or len(inits[0]["id"]) == 32
     assert ("log", (3, {"loss": 0.5})) in calls
-    assert ("log", (3, {"samples": (["text", "score"], [["x", 1.0]])})) in calls and calls[-1][0] == "finish"
+    assert ("log", (3, {"samples": (["text", "score"], [["x", 1.0], ["y", None]])})) in calls and calls[-1][
+        0
+    ] == "finish"
 
 
 def test_tensorboard_gets_metrics_and_samples(tmp_path: Path) -> None:
