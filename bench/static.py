@@ -210,7 +210,8 @@ class Variant:
 
 
 NUMBERS = """scale softcap temperature gamma lam critic_lam terms_number tokens_number divisor_number clip_low clip_high
-    dual_clip value_clip value_coef entropy_coef kl_coef rollout_cap beta agree differ center_coef eps""".split()
+    dual_clip value_clip value_coef entropy_coef kl_coef rollout_cap tau_pos tau_neg beta agree differ center_coef
+    eps""".split()
 SIZES = re.compile(r"(length|columns|inner|stride|first_column|segments|states_per_row|rows|count|ranges)$")
 NARROW = """logits out p q out_p out_q logprobs ref_logprobs ref_out rewards values old_logprobs advantages old_values
     returns entropy rollout_logprobs chosen rejected ref_chosen ref_rejected x""".split()
@@ -307,7 +308,7 @@ def _of_tokens(name: str, short: str) -> Iterator[Variant]:
     flags = {f"HAS_{x}": x != "WEIGHTS" for x in ("MASK", "VALUES", "ENTROPY", "KL", "WEIGHTS")}
     flags = {**flags, "KL_COUNTS": True}
     flags = {**flags, "NEED": True, "NEED_VALUES": True, "NEED_ENTROPY": True, "CLIPS_VALUES": True, "DUAL": True}
-    flags = {**flags, "CISPO": False, "HAS_ROLLOUT": True, "HAS_LOG_RATIOS": False, "WHITENS": True}
+    flags = {**flags, "OBJECTIVE": 0, "HAS_ROLLOUT": True, "HAS_LOG_RATIOS": False, "WHITENS": True}
     flags = {**flags, "KL": 2, "KL_SLOPE": 2, "BLOCK": tokens, "SUMS": ppo_loss.SUMS}
     yield Variant("ppo_loss", "_forward", f"{name}, everything", short, flags, _warps("ppo_loss"), tokens // 128)
     if short == "fp32":

@@ -314,7 +314,8 @@ void def_gae(py::module_& m, const GAEKernels& kernels, Backend backend) {
     });
 }
 
-using PPOOptionsTuple = std::tuple<float, float, float, float, float, float, float, float, bool, int64_t, int64_t>;
+using PPOOptionsTuple =
+    std::tuple<float, float, float, float, float, float, float, float, float, float, int64_t, int64_t, int64_t>;
 using DenominatorTuple = std::tuple<Given, float>;
 
 Denominator denominator(const Memories& memory, const DenominatorTuple& t) {
@@ -352,8 +353,8 @@ void def_ppo_loss(py::module_& m, const PPOLossKernels& kernels, Backend backend
                                   memory.array_or_null<float>("weights", weights, count),
                                   memory.array_or_null<float>("log_ratios", log_ratios, count),
                                   memory.array_or_null<double>("advantage_sums", sums, 3)};
-        const auto& [low, high, dual, value_clip, value_coef, entropy_coef, kl_coef, cap, cispo, kl, kl_slope] =
-            options;
+        const auto& [low, high, dual, value_clip, value_coef, entropy_coef, kl_coef, cap, tau_pos, tau_neg, objective,
+                     kl, kl_slope] = options;
         const PPOOptions o = {low,
                               high,
                               dual,
@@ -362,7 +363,9 @@ void def_ppo_loss(py::module_& m, const PPOLossKernels& kernels, Backend backend
                               entropy_coef,
                               kl_coef,
                               cap,
-                              cispo,
+                              tau_pos,
+                              tau_neg,
+                              option("objective", objective, Objective::sapo),
                               option("kl", kl, Estimate::k3),
                               option("kl_slope", kl_slope, Estimate::k3)};
         const auto& [loss, stats, inverse, in_logprobs, in_values, in_entropy, partials] = out;

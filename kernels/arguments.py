@@ -122,7 +122,9 @@ class PPONumbers(NamedTuple):
     entropy_coef: float
     kl_coef: float
     rollout_cap: float
-    cispo: bool
+    tau_pos: float
+    tau_neg: float
+    objective: int  # as csrc/common/ppo_loss.h numbers them
     kl: int  # as csrc/common/kl_estimate.h numbers the estimates
     kl_slope: int  # the one whose gradient it gets
 
@@ -133,13 +135,13 @@ class PPONumbers(NamedTuple):
     @classmethod
     def unpack(cls, numbers: Sequence[float]) -> PPONumbers:
         """Undo ``pack``."""
-        *others, cispo, kl, kl_slope = numbers
-        return cls._make((*others, bool(cispo), int(kl), int(kl_slope)))
+        *others, objective, kl, kl_slope = numbers
+        return cls._make((*others, int(objective), int(kl), int(kl_slope)))
 
     def in_triton(self) -> dict[str, Any]:
         """Arguments of Triton's kernel: numbers by their names, and in capitals what is compiled in."""
         numbers = self._asdict()
-        compiled_in = {"CISPO": numbers.pop("cispo"), "KL": numbers.pop("kl"), "KL_SLOPE": numbers.pop("kl_slope")}
+        compiled_in = {name.upper(): numbers.pop(name) for name in ("objective", "kl", "kl_slope")}
         return {**numbers, **compiled_in, "DUAL": self.dual_clip != 0, "KL_COUNTS": self.kl_coef != 0}
 
 

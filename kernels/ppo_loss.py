@@ -22,6 +22,9 @@ from rlhf_fast.kernels.launch_sizes import sizes
 FINISH, FINISH_WARPS = 256, 16  # ranges that the second kernel adds up at a time
 SCALE = 1024  # tokens of a program that scales gradients
 
+CISPO, SAPO = tl.constexpr(1), tl.constexpr(2)  # objectives, as csrc/common/ppo_loss.h numbers them
+FAR_GATE = tl.constexpr(80.0)  # its kFarGate
+
 # Where the sums of a range lie, as csrc/common/ppo_loss.h has them in PPOSum.
 SUM_COUNT, SUM_POLICY, SUM_VALUE, SUM_ENTROPY, SUM_KL, SUM_RATIO, SUM_CLIPPED, SUM_DUAL_CLIPPED = map(
     tl.constexpr, range(8)
@@ -87,10 +90,11 @@ def _up_to(bounded, ones, E: tl.constexpr):
 def _forward(
     logprobs, old_logprobs, advantages, values, old_values, returns, entropy, ref_logprobs, rollout_logprobs, mask,
     weights, log_ratios, advantage_sums, count, clip_low, clip_high, dual_clip,
-    value_clip, value_coef, entropy_coef, kl_coef, rollout_cap, partials, grad_logprobs, grad_values, grad_entropy,
+    value_clip, value_coef, entropy_coef, kl_coef, rollout_cap, tau_pos, tau_neg, partials, grad_logprobs, grad_values,
+    grad_entropy,
     HAS_MASK: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_VALUES: tl.constexpr,
     CLIPS_VALUES: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_KL: tl.constexpr, KL: tl.constexpr,
-    KL_SLOPE: tl.constexpr, KL_COUNTS: tl.constexpr, DUAL: tl.constexpr, CISPO: tl.constexpr,
+    KL_SLOPE: tl.constexpr, KL_COUNTS: tl.constexpr, DUAL: tl.constexpr, OBJECTIVE: tl.constexpr,
     HAS_ROLLOUT: tl.constexpr, HAS_LOG_RATIOS: tl.constexpr, WHITENS: tl.constexpr, NEED: tl.constexpr,
     NEED_VALUES: tl.constexpr, NEED_ENTROPY: tl.constexpr, BLOCK: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
@@ -127,13 +131,22 @@ def _forward(
     weighed, capped_ones = nothing, nothing
     exact = tl.zeros((BLOCK,), tl.float64)  # returns
     rest = exact  # what values leave of them
-    if CISPO:
+    far = (log_ratio < -20.0) | (log_ratio > 20.0)
+    if OBJECTIVE == SAPO:
+        tau = tl.where(advantage > 0.0, tau_pos, tau_neg)
+        moved = tau * (ratio - 1.0)
+        e = tl.exp(-tl.where(moved < -FAR_GATE, -FAR_GATE, tl.where(moved > FAR_GATE, FAR_GATE, moved)))
+        inverse = 1.0 + e
+        pulled = ratio != ratio  # none
+        policy = -advantage * (4.0 / (tau * inverse))
+        slope = tl.where(far, 0.0, -advantage * (4.0 * e / (inverse * inverse) * ratio))
+    elif OBJECTIVE == CISPO:
         pulled = ratio != near
         policy, slope = clipped * logp, clipped
     else:
         pulled = clipped > plain
         policy = tl.where(pulled, clipped, plain)
-        slope = tl.where(pulled | (log_ratio < -20.0) | (log_ratio > 20.0), 0.0, plain)
+        slope = tl.where(pulled | far, 0.0, plain)
     if DUAL:
         bound = (advantage < 0.0) & (policy > -advantage * dual_clip)
         policy = tl.where(bound, -advantage * dual_clip, policy)

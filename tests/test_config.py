@@ -401,6 +401,8 @@ BAD = {
         "resample": [-1],
         "lag": [-1, 2],
         "rollout_cap": [0.0, -1.0, math.inf],
+        "tau_pos": [0.0, -1.0, math.inf],
+        "tau_neg": [0.0, -1.0, math.inf],
         "max_length": [0],
         "seed": [-1],
     },
@@ -471,9 +473,14 @@ def test_a_warmup_needs_a_critic_and_a_tracker_a_name() -> None:
 
 
 def test_a_bound_of_negative_advantages_is_of_the_clipped_objective() -> None:
-    with pytest.raises(ValueError, match=r"dual_clip: 3\.0; expected none with objective 'cispo', which clips ratios"):
+    with pytest.raises(ValueError, match=r"dual_clip: 3\.0; expected none with objective 'cispo', which bounds"):
         PPOConfig(dual_clip=3.0, objective="cispo")
     assert PPOConfig(dual_clip=3.0).objective == "clip"
+    with pytest.raises(
+        ValueError, match=r"tau_pos, tau_neg: 1, 2; expected none of them set with objective 'clip', as"
+    ):
+        PPOConfig(tau_neg=2.0)
+    assert PPOConfig(tau_neg=2.0, objective="sapo").tau_pos == 1
 
 
 def test_there_are_no_more_minibatches_than_sequences() -> None:

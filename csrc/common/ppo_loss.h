@@ -23,13 +23,20 @@ struct PPOInputs {  // count elements of dtype each; the last six may be null, a
     const double* advantage_sums;  // number, sum and sum of squares of those to whiten by; null: as they are
 };
 
+// What is made of a ratio r and an advantage A: clipped PPO; CISPO, clipped ratios as weights of log-probabilities;
+// SAPO, the smooth -A (4 / tau) sigmoid(tau (r - 1)) = -A 4 / (tau (1 + e)), whose slope in log r is -A r 4 e / (1 +
+// e)^2, where e = exp(-tau (r - 1)).
+enum class Objective : int { clip = 0, cispo = 1, sapo = 2 };
+constexpr float kFarGate = 80.0f;  // |tau (r - 1)| is clamped to this, where exp is far from 0 and from infinity
+
 struct PPOOptions {
     float clip_low, clip_high;
     float dual_clip;   // 0: none
     float value_clip;  // below 0: none
     float value_coef, entropy_coef, kl_coef;
-    float rollout_cap;      // the largest weight that rollout_logprobs give
-    bool cispo;             // the objective: clipped weights of log-probabilities, or clipped PPO
+    float rollout_cap;       // the largest weight that rollout_logprobs give
+    float tau_pos, tau_neg;  // of SAPO, where A > 0 and elsewhere
+    Objective objective;
     Estimate kl, kl_slope;  // the estimate, and the one whose gradient it gets
 };
 

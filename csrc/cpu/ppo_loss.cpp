@@ -71,7 +71,15 @@ struct Sweep {
         const f32x16 near = min(set1(1.0f + o.clip_high), max(set1(1.0f - o.clip_low), ratio));
         const f32x16 plain = mul(minus, ratio), clipped = mul(minus, near);
         f32x16 policy, slope;
-        if (o.cispo) {
+        if (o.objective == Objective::sapo) {
+            const f32x16 tau = select(less(zero, advantages), set1(o.tau_pos), set1(o.tau_neg));
+            const f32x16 x = mul(tau, sub(ratio, one)), far = set1(kFarGate);
+            const f32x16 e = exp(sub(zero, min(far, max(sub(zero, far), x)))), inverse = add(one, e);
+            const f32x16 outside = sub(log_ratio, bounded);  // a clamped ratio has no slope
+            policy = mul(minus, div(set1(4.0f), mul(tau, inverse)));
+            slope = mul(minus, mul(div(mul(set1(4.0f), e), mul(inverse, inverse)), ratio));
+            slope = select(less(zero, max(outside, sub(zero, outside))), zero, slope);
+        } else if (o.objective == Objective::cispo) {
             policy = mul(clipped, logprobs);
             slope = clipped;
             const f32x16 moved = sub(ratio, near);

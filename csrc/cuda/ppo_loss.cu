@@ -76,9 +76,18 @@ __device__ inline Slopes add_token(const Token& x, float weight, const PPOInputs
     const float low = 1.0f - o.clip_low, high = 1.0f + o.clip_high;
     const float near = ratio < low ? low : ratio > high ? high : ratio;
     const float plain = -x.advantage * ratio, clipped = -x.advantage * near;
-    const bool pulled = o.cispo ? ratio != near : clipped > plain, far = x.log_ratio < -20.0f || x.log_ratio > 20.0f;
-    float policy = o.cispo ? clipped * x.logprob : pulled ? clipped : plain;
-    Slopes slopes = {o.cispo ? clipped : pulled || far ? 0.0f : plain, 0.0f};
+    const bool cispo = o.objective == Objective::cispo, far = x.log_ratio < -20.0f || x.log_ratio > 20.0f;
+    bool pulled = cispo ? ratio != near : clipped > plain;
+    float policy = cispo ? clipped * x.logprob : pulled ? clipped : plain;
+    Slopes slopes = {cispo ? clipped : pulled || far ? 0.0f : plain, 0.0f};
+    if (o.objective == Objective::sapo) {
+        const float tau = x.advantage > 0.0f ? o.tau_pos : o.tau_neg, moved = tau * (ratio - 1.0f);
+        const float e = expf(moved < -kFarGate ? kFarGate : moved > kFarGate ? -kFarGate : -moved);
+        const float inverse = 1.0f + e;
+        pulled = false;
+        policy = -x.advantage * (4.0f / (tau * inverse));
+        slopes.logprob = far ? 0.0f : -x.advantage * (4.0f * e / (inverse * inverse) * ratio);
+    }
     if (o.dual_clip != 0.0f && x.advantage < 0.0f && policy > -x.advantage * o.dual_clip) {
         policy = -x.advantage * o.dual_clip;
         slopes.logprob = 0.0f;

@@ -36,10 +36,12 @@ class PPOConfig(Settings):
     gamma: float = 1.0  # discount a token
     lam: float = 0.95  # of generalised advantage estimation (arXiv 1506.02438)
     ratio: Literal["token", "sequence"] = "token"  # of probabilities: each token's, or one for a response (GSPO)
-    objective: Literal["clip", "cispo"] = "clip"  # cispo keeps the gradient of tokens whose ratio is clipped
+    objective: Literal["clip", "cispo", "sapo"] = "clip"  # cispo keeps clipped tokens' gradient, sapo lets it fade
     aggregation: Literal["token_mean", "sequence_mean", "sequence_sum_mean", "longest_mean"] = "token_mean"  # of losses
     clip_low: float = 0.2  # the probability ratio is clipped at 1 - clip_low
     clip_high: float = 0.2  # and at 1 + clip_high
+    tau_pos: float = 1.0  # how fast sapo's gradient fades as the ratio leaves 1, where the advantage is positive
+    tau_neg: float = 1.05  # and where it is not
     dual_clip: float | None = None  # most that a ratio counts where the advantage is negative (arXiv 1912.09729)
     value_clip: float = 0.2  # most that a value may move from the sampled one in a step
     value_coef: float = 0.1  # weight of the value loss
@@ -71,13 +73,22 @@ class PPOConfig(Settings):
         check_date(self.date)
         check(self, count="steps prompts_per_step samples_per_prompt max_new_tokens epochs minibatches max_length")
         check(self, count="reward_batch")
-        check(self, positive="temperature kl_target kl_horizon max_kl max_update_kl reward_timeout rollout_cap")
+        check(
+            self,
+            positive="tau_pos tau_neg temperature kl_target kl_horizon max_kl max_update_kl reward_timeout rollout_cap",
+        )
         check(self, not_negative="kl_coef value_coef missing_eos_penalty critic_warmup reward_retries resample seed")
         check(self, limit="clip_low clip_high value_clip reward_clip", share="gamma lam min_reward_agreement")
         check(self, above_one="dual_clip")
-        if self.dual_clip is not None and self.objective == "cispo":
+        if self.dual_clip is not None and self.objective != "clip":
             raise ValueError(
-                f"dual_clip: {self.dual_clip}; expected none with objective 'cispo', which clips ratios itself"
+                f"dual_clip: {self.dual_clip}; expected none with objective {self.objective!r}, which bounds ratios "
+                "itself"
+            )
+        if self.objective != "sapo" and (self.tau_pos, self.tau_neg) != (PPOConfig.tau_pos, PPOConfig.tau_neg):
+            raise ValueError(
+                f"tau_pos, tau_neg: {self.tau_pos:g}, {self.tau_neg:g}; expected none of them set with objective "
+                f"{self.objective!r}, as only 'sapo' reads them"
             )
         if self.lag not in (0, 1):
             raise ValueError(f"lag: {self.lag}; expected 0 or 1")

@@ -58,6 +58,8 @@ def linear_ppo_loss(
     ratio: str = "token",
     rollout_logprobs: Tensor | None = None,
     rollout_cap: float = 2.0,
+    tau_pos: float = 1.0,
+    tau_neg: float = 1.05,
     advantage_sums: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """:func:`ppo_loss` of ``linear_token_logprobs(hidden, weight, tokens, ...)``, entropy included, in one op.
@@ -99,6 +101,8 @@ def linear_ppo_loss(
         clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, value_clip=value_clip, value_coef=value_coef,
         entropy_coef=entropy_coef, kl_coef=kl_coef, kl=kl, aggregation=aggregation, objective=objective, ratio=ratio,
         rollout_cap=rollout_cap,
+        tau_pos=tau_pos,
+        tau_neg=tau_neg,
     )  # fmt: skip
     tensors = PPOTensors(
         logprobs=None, old_logprobs=old_logprobs, advantages=advantages, values=values, old_values=old_values,

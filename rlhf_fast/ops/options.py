@@ -18,7 +18,7 @@ from rlhf_fast.ops import _checks
 AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum_mean")
 ESTIMATES = ("k1", "k2", "k3")  # of the KL, as csrc/common/kl_estimate.h numbers them
 KL_KINDS = ("k1", "k2", "k3", "k1+", "k3+")  # an estimate; with a plus, with the gradient of k2
-OBJECTIVES = ("clip", "cispo")
+OBJECTIVES = ("clip", "cispo", "sapo")  # as csrc/common/ppo_loss.h numbers them
 PAIR_KINDS = ("logistic", "hinge", "ipo", "kto")  # as csrc/common/pair_loss.h numbers them
 PAIR_LOSSES = ("sigmoid", "robust", "hinge", "ipo", "kto")
 RATIOS = ("token", "sequence")
@@ -40,6 +40,8 @@ class PPOOptions:
     objective: str = "clip"
     ratio: str = "token"
     rollout_cap: float = 2.0
+    tau_pos: float = 1.0
+    tau_neg: float = 1.05
 
     def __post_init__(self) -> None:
         _checks.number("clip_low", self.clip_low, least=0)
@@ -54,9 +56,11 @@ class PPOOptions:
         _checks.option("kl", self.kl, KL_KINDS)
         _checks.option("objective", self.objective, OBJECTIVES)
         _checks.option("ratio", self.ratio, RATIOS)
-        if self.objective == "cispo" and self.dual_clip is not None:
-            raise ValueError(f"dual_clip: {self.dual_clip}, expected None because objective is 'cispo'")
+        if self.objective != "clip" and self.dual_clip is not None:
+            raise ValueError(f"dual_clip: {self.dual_clip}, expected None because objective is {self.objective!r}")
         _checks.number("rollout_cap", self.rollout_cap, above=0)
+        _checks.number("tau_pos", self.tau_pos, above=0)
+        _checks.number("tau_neg", self.tau_neg, above=0)
         _checks.option("aggregation", self.aggregation, AGGREGATIONS)
 
     def numbers(self) -> PPONumbers:
@@ -70,7 +74,9 @@ class PPOOptions:
             entropy_coef=self.entropy_coef,
             kl_coef=self.kl_coef,
             rollout_cap=self.rollout_cap,
-            cispo=self.objective == "cispo",
+            tau_pos=self.tau_pos,
+            tau_neg=self.tau_neg,
+            objective=OBJECTIVES.index(self.objective),
             kl=ESTIMATES.index(self.kl[:2]),
             kl_slope=ESTIMATES.index("k2" if self.kl.endswith("+") else self.kl),
         )

@@ -53,6 +53,8 @@ def ppo_loss(
     ratio: str = "token",
     rollout_logprobs: Tensor | None = None,
     rollout_cap: float = 2.0,
+    tau_pos: float = 1.0,
+    tau_neg: float = 1.05,
     advantage_sums: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped PPO (Schulman et al., arXiv:1707.06347, equation 7) on tokens, with the terms that RLHF adds.
@@ -90,8 +92,9 @@ def ppo_loss(
             micro-batches add up to those of the batch. A tensor of 0 counts as 1. Dr. GRPO (arXiv:2503.20783):
             "token_mean" with the number of sequences times the longest possible response.
         objective: "clip" as above, or "cispo" (MiniMax-M1, arXiv:2506.13585): -A log p * clip(r, 1 - clip_low,
-            1 + clip_high), in which the clipped ratio is a constant, so that no token loses its gradient; then
-            dual_clip must be None.
+            1 + clip_high), in which the clipped ratio is a constant, so that no token loses its gradient; or "sapo"
+            (arXiv:2511.20347): -A (4 / tau) sigmoid(tau (r - 1)), tau_pos where A > 0 and tau_neg elsewhere, whose
+            gradient fades as r leaves 1, and which reads no clip. For both dual_clip must be None.
         ratio: "token" as above, or "sequence" (GSPO, arXiv:2507.18071): r = exp(mean of log r over the sequence's
             unmasked tokens) for all of its tokens, each with the gradient of its own log-probability (GSPO-token,
             which is GSPO where a sequence has one advantage and aggregation is "sequence_mean").
@@ -99,6 +102,7 @@ def ppo_loss(
             that of old_logprobs. The policy term is then multiplied by min(old p / rollout p, rollout_cap), a constant
             (truncated importance sampling; Ionides 2008, doi:10.1198/106186008X320456).
         rollout_cap: > 0.
+        tau_pos, tau_neg: > 0; of "sapo" alone.
         advantage_sums: (3,) float64: number, sum and sum of squares of all advantages of the batch, as :func:`gae`
             returns them with ``sums=True``; add those of all micro-batches and ranks up first. The advantages are
             then whitened by them, as :func:`whiten` does it, inside the loss.
@@ -110,8 +114,8 @@ def ppo_loss(
             - policy_loss, value_loss (with its 0.5), entropy, kl: the terms of the loss before their coefficients,
               aggregated like it (0 for what was not given; entropy and kl also when their coefficient is 0);
             - ratio_mean; clip_fraction and value_clip_fraction (tokens where the clipped side was the larger, in
-              "cispo" where the ratio was clipped); dual_clip_fraction (where that bound held); approx_kl, mean of
-              old - new; approx_kl_k3, mean of r - 1 - log r, both of single tokens; rollout_weight and
+              "cispo" where the ratio was clipped, in "sapo" none); dual_clip_fraction (where that bound held);
+              approx_kl, mean of old - new; approx_kl_k3, mean of r - 1 - log r, both of single tokens; rollout_weight and
               rollout_clip_fraction (tokens at rollout_cap): means over unmasked tokens, divided by ``denominator``
               if that is given and aggregation is "token_mean", so that they add up as well;
             - ratio_max, ratio_min, and ratio_p05 and ratio_p95, the range of all but one in twenty on either side
@@ -128,6 +132,8 @@ def ppo_loss(
         clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, value_clip=value_clip, value_coef=value_coef,
         entropy_coef=entropy_coef, kl_coef=kl_coef, kl=kl, aggregation=aggregation, objective=objective, ratio=ratio,
         rollout_cap=rollout_cap,
+        tau_pos=tau_pos,
+        tau_neg=tau_neg,
     )  # fmt: skip
     tensors = PPOTensors(
         logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, values=values, old_values=old_values,

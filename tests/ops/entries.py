@@ -156,8 +156,8 @@ def ppo_loss_forward(m: Maker) -> Arguments:
     of_values = [m.floats(n) if values else None for _ in range(3)]
     tensors = [m.floats(n), m.floats(n), m.floats(n), *of_values, *(m.maybe(m.floats(n)) for _ in range(3))]
     others = (m.mask(n), m.maybe(m.single(n)), m.maybe(m.single(n)), m.maybe(m.floats(3, dtype=torch.float64)))
-    cispo = m.rng.random() < 0.5
-    options = (0.2, 0.3, m.rng.choice((0.0, 3.0)), m.rng.choice((-1.0, 0.2)), 0.1, 0.1, 0.1, 2.0, cispo, 2, 1)
+    clips, objective = (m.rng.choice((0.0, 3.0)), m.rng.choice((-1.0, 0.2))), m.rng.choice((0, 1, 2))
+    options = (0.2, 0.3, *clips, 0.1, 0.1, 0.1, 2.0, m.rng.choice((1.0, 300.0)), 1.05, objective, 2, 1)
     gradients = [m.maybe(new(n)) for _ in range(3)]
     partials = new(-(-n // compiled.cpu.ppo_loss_range), compiled.cpu.ppo_loss_sums, dtype=torch.float64)
     out = (new(1), new(17), new(1), *gradients, partials)

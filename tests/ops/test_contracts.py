@@ -157,6 +157,7 @@ def offsets(module: Any, prefix: str) -> dict[str, int]:
         PPOOptions().numbers(),
         PPOOptions(dual_clip=3.0, value_clip=None, kl="k1+").numbers(),
         PPOOptions(objective="cispo", kl="k2").numbers(),
+        PPOOptions(objective="sapo", tau_neg=3.0).numbers(),
         PairOptions().numbers(),
         PairOptions(loss="robust", label_smoothing=0.25, center_coef=0.5).numbers(),
         PairOptions(loss="kto").numbers(),
@@ -198,6 +199,8 @@ PPO_FIELDS: dict[str, tuple[dict[str, Any], Any]] = {
     "aggregation": ({"aggregation": "sequence_mean"}, "mean"),
     "objective": ({"objective": "cispo"}, "clips"),
     "ratio": ({"ratio": "sequence"}, "word"),
+    "tau_pos": ({"objective": "sapo", "tau_pos": 3.0}, 0.0),
+    "tau_neg": ({"objective": "sapo", "tau_neg": 3.0}, -1.0),
     "rollout_cap": ({"rollout_cap": 0.5}, 0.0),
 }
 PAIR_FIELDS: dict[str, tuple[dict[str, Any], Any]] = {

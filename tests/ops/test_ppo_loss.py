@@ -41,6 +41,9 @@ def definition(x: dict[str, float], o: dict[str, Any], log_ratio: float) -> dict
     clipped, policy, held = -A * near > -A * r, max(-A * r, -A * near), False
     if o.get("objective") == "cispo":
         clipped, policy = near != r, -A * near * x["logprobs"]
+    if o.get("objective") == "sapo":
+        tau = o.get("tau_pos", 1.0) if A > 0 else o.get("tau_neg", 1.05)
+        clipped, policy = False, -A * 4 / tau / (1 + math.exp(-tau * (r - 1)))
     if o.get("dual_clip") and A < 0:
         held = policy > -A * o["dual_clip"]
         policy = min(policy, -A * o["dual_clip"])
@@ -108,6 +111,7 @@ def aggregated(inputs: dict[str, Tensor], mask: Tensor, aggregation: str, o: dic
         {"ratio": "sequence", "clip_low": 0.01, "clip_high": 0.02, "dual_clip": 1.1},
         {"rollout_cap": 1.1, "dual_clip": 1.5},
         {"objective": "cispo", "ratio": "sequence", "rollout_cap": 1.5},
+        {"objective": "sapo", "tau_pos": 2.0, "tau_neg": 3.0, "rollout_cap": 1.5},
     ],
 )
 def test_loss_and_stats_are_the_definition(aggregation: str, options: dict[str, Any]) -> None:
@@ -258,6 +262,23 @@ def test_cispo_gives_clipped_tokens_their_gradient() -> None:
     loss.backward()
     assert gradient_of(logprobs).tolist() == pytest.approx([-2.0, -3.0 * 1.2, -4.0 * 0.8])
     assert stats["clip_fraction"].item() == 2
+
+
+def test_sapo_has_the_gradient_of_its_paper() -> None:
+    """Equation 8: A r 4 s (1 - s) a token, s = sigmoid(tau (r - 1)); at r = 1 that of the plain ratio."""
+    log_ratios = torch.tensor([0.0, 0.7, -0.7, 4.0, -8.0, 0.7, 12.0, 30.0], dtype=torch.float64)
+    advantages = torch.tensor([1.0, 2.0, 2.0, 3.0, 3.0, -2.0, -1.0, 1.0], dtype=torch.float64)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
+        d = log_ratios.to(dtype, copy=True).requires_grad_()
+        loss, stats = ops.ppo_loss(d, torch.zeros_like(d), advantages.to(dtype), objective="sapo", denominator=1)
+        loss.backward()
+        tau = 1.05 - 0.05 * (advantages > 0).double()
+        s = torch.sigmoid(tau * (log_ratios.exp() - 1))
+        want = -advantages * log_ratios.exp() * 4 * s * torch.sigmoid(-tau * (log_ratios.exp() - 1))
+        want[-1] = 0  # beyond the clamp of log-ratios
+        assert want[0] == -1 and 0 < want[5] < 4
+        assert_close(gradient_of(d), want.to(dtype), tolerance)
+        assert stats["clip_fraction"].item() == 0
 
 
 def test_a_sequence_ratio_is_gspo() -> None:
@@ -420,7 +441,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"objective": "cispo", "rollout_logprobs": None, "rollout_cap": 1.3, "advantage_sums": SUMS},
     {"ratio": "sequence", "clip_low": 0.03, "clip_high": 0.04, "dual_clip": 1.1, "rollout_logprobs": None},
     ALL_TERMS | {"clip_high": 0.28},
-    {"value_clip": None, "kl_coef": 0.1, "kl": "k2", "denominator": 7},
+    {"objective": "sapo", "tau_neg": 2.5, "value_clip": None, "kl_coef": 0.1, "kl": "k2", "denominator": 7},
     {"clip_low": 0.0, "kl": "k1+", "kl_coef": 0.2, "entropy_coef": 0.1, "denominator": torch.tensor(11)},
 )
 
@@ -483,7 +504,7 @@ def test_packed_equals_padded_on_kernels(kernel_backend: Backend, aggregation: s
 
 @cases.property_test
 @given(
-    cases.ragged_masks(), st.sampled_from(AGGREGATIONS), st.sampled_from(("clip", "cispo")),
+    cases.ragged_masks(), st.sampled_from(AGGREGATIONS), st.sampled_from(("clip", "cispo", "sapo")),
     st.sampled_from(("token", "sequence")), st.sampled_from(cases.FLOATS), st.floats(0, 0.9), st.floats(0, 3),
 )  # fmt: skip
 def test_kernels_find_what_the_definition_says_of_any_batch(
@@ -729,6 +750,12 @@ def test_is_registered_as_torch_wants_it() -> None:
         ({"objective": "clipped"}, ValueError, "objective: 'clipped', did you mean 'clip'"),
         ({"objective": "cispo", "dual_clip": 3.0}, ValueError, "dual_clip: 3.0, expected None because objective is"),
         ({"ratio": "sentence"}, ValueError, "ratio: 'sentence', did you mean 'sequence'"),
+        (
+            {"objective": "sapo", "dual_clip": 3.0},
+            ValueError,
+            "dual_clip: 3.0, expected None because objective is 'sapo'",
+        ),
+        ({"tau_pos": 0.0}, ValueError, "tau_pos: 0.0, expected a number > 0"),
         ({"rollout_cap": 0}, ValueError, "rollout_cap: 0, expected a number > 0"),
         ({"rollout_logprobs": torch.zeros(3)}, ValueError, r"rollout_logprobs: shape \(3,\), expected \(2, 3\)"),
         ({"advantage_sums": torch.zeros(3)}, ValueError, r"advantage_sums: float32 of shape \(3,\), expected float64"),

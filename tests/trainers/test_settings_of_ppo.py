@@ -56,6 +56,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "behind": {"lag": 1, "rollout_cap": 1.5},
     "sequences": {"ratio": "sequence", "aggregation": "sequence_mean", "steps": 1},
     "cispo": {"objective": "cispo", "steps": 1},
+    "sapo": {"objective": "sapo", "tau_pos": 1.5, "tau_neg": 2.5, "steps": 1},
 }  # fmt: skip
 
 
@@ -251,6 +252,8 @@ HERE: dict[str, tuple[str, Check]] = {
     "ratio": ("sequences", told("ratio", "sequence")),
     "objective": ("cispo", told("objective", "cispo")),
     "aggregation": ("sequences", told("aggregation", "sequence_mean")),
+    "tau_pos": ("sapo", told("tau_pos", 1.5)),
+    "tau_neg": ("sapo", told("tau_neg", 2.5)),
     "dual_clip": ("main", told("dual_clip", 3.0)),
     "clip_low": ("main", told("clip_low", 0.15)),
     "clip_high": ("main", told("clip_high", 0.3)),

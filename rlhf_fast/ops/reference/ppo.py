@@ -62,6 +62,12 @@ def cispo_policy(
     return -advantages * near * logprobs, (near != ratio).to(ratio.dtype)
 
 
+def sapo_policy(log_ratio: Tensor, advantages: Tensor, tau_pos: float, tau_neg: float) -> Tensor:
+    """-A (4 / tau) sigmoid(tau (r - 1)), tau by the sign of A."""
+    tau = torch.where(advantages > 0, advantages.new_tensor(tau_pos), advantages.new_tensor(tau_neg))
+    return -advantages * (4 / tau) * torch.sigmoid(tau * (log_ratio.exp() - 1))
+
+
 RATIO_EDGES = (*(-(2.0**-i) for i in range(1, 8)), 0.0, *(2.0**-i for i in range(7, 0, -1)))
 
 
@@ -134,11 +140,13 @@ def ppo_loss(
     if o.ratio == "sequence":
         log_ratio = sequence_log_ratio(logprobs - old, mask, cu_seqlens).clamp(-20, 20)
     nothing = torch.zeros_like(A)
+    clipped = dual_clipped = nothing
     if o.objective == "clip":
         policy, clipped, dual_clipped = ppo_policy(log_ratio, A, o.clip_low, o.clip_high, o.dual_clip)
-    else:
+    elif o.objective == "cispo":
         policy, clipped = cispo_policy(log_ratio, logprobs, A, o.clip_low, o.clip_high)
-        dual_clipped = nothing
+    else:
+        policy = sapo_policy(log_ratio, A, o.tau_pos, o.tau_neg)
     value = value_clipped = H = KL = rollout_weight = rollout_clipped = nothing
     explained = nothing.sum()
     if t.rollout_logprobs is not None:

@@ -18,7 +18,7 @@ TOKEN_MEANS = set(
 def variant(config: PPOConfig) -> dict[str, Any]:
     """Ratio, objective, bound and aggregation as the op names them, where they are not its defaults: a loss of one's
     own need not know what it is not told."""
-    named = ("ratio", "objective", "dual_clip", "aggregation")
+    named = ("ratio", "objective", "dual_clip", "aggregation", "tau_pos", "tau_neg")
     options = {name: getattr(config, name) for name in named if getattr(config, name) != getattr(PPOConfig, name)}
     if config.aggregation == "longest_mean":  # the op has it as a token mean, by another denominator
         del options["aggregation"]
