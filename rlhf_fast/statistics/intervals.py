@@ -99,9 +99,16 @@ def clustered_share(
         worth = mean * (1 - mean) / max(variance, float(array.var()) / size)
     z = NormalDist().inv_cdf((1 + level) / 2)
     worth *= (z / t_quantile((1 + level) / 2, degrees)) ** 2
-    middle = (mean + z * z / (2 * worth)) / (1 + z * z / worth)
-    half = z / (1 + z * z / worth) * math.sqrt(mean * (1 - mean) / worth + (z / (2 * worth)) ** 2)
-    return Interval(mean, min(mean, max(0.0, middle - half)), max(mean, min(1.0, middle + half)))  # but for rounding
+    return _wilson(mean, worth, z)
+
+
+def wilson(right: float, of: int, level: float = 0.95) -> Interval:
+    """The share `right / of` of independent judgements with Wilson's interval (1927)."""
+    if not 0 < level < 1:
+        raise ValueError(f"level: {level} is outside 0..1 (0.95 is usual)")
+    if not 0 <= right <= of or not of:
+        raise ValueError(f"right and of: {right} and {of} came; expected 0 <= right <= of, of at least 1")
+    return _wilson(right / of, of, NormalDist().inv_cdf((1 + level) / 2))
 
 
 def t_quantile(p: float, degrees: int) -> float:
@@ -119,6 +126,13 @@ def t_quantile(p: float, degrees: int) -> float:
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
     return z + sum(term / n ** (i + 1) for i, term in enumerate(terms))
+
+
+def _wilson(mean: float, worth: float, z: float) -> Interval:
+    """Of as many independent judgements as `worth`, in deviations `z`."""
+    middle = (mean + z * z / (2 * worth)) / (1 + z * z / worth)
+    half = z / (1 + z * z / worth) * math.sqrt(mean * (1 - mean) / worth + (z / (2 * worth)) ** 2)
+    return Interval(mean, min(mean, max(0.0, middle - half)), max(mean, min(1.0, middle + half)))  # but for rounding
 
 
 def _by_cluster(

@@ -1,0 +1,210 @@
+"""Soft labels from the votes of people who differ in skill and lean to a side: a model with priors, on autograd.
+
+A vote of person j on pair i goes to the first response with log-odds s_j * x_i + b_j * (1 if it was shown on the left,
+else -1). x_i says how much better the first one is, s_j how well the person tells, and b_j is a lean to the left.
+Skills have a prior of mean 1 and biases of mean 0. The x_i are summed over their own prior, not fitted beside the
+skills: a fitted x_i follows the few votes on it, so that everybody who cast them would seem more skilled, however many
+pairs there are. The prior's width is fitted, too: it is how clear the pairs are.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import NormalDist
+
+import numpy as np
+import torch
+
+from rlhf_fast.statistics.intervals import Interval
+
+NODES = 60  # of the sum over a pair's preference; an even number, so that none is at 0
+REACH = 5.0  # deviations of the prior that they cover
+SKILL, BIAS = (1.0, 0.5), (0.0, 0.5)  # mean and deviation of the priors
+WIDTH = (math.log(1.5), 0.75)  # the same of the logarithm of the pairs' width
+
+
+@dataclass(frozen=True)
+class PairVotes:
+    """N votes between the two responses of pairs."""
+
+    pairs: np.ndarray  # (N,) int
+    people: np.ndarray  # (N,) int
+    first: np.ndarray  # (N,) from 0 to 1: 1 for the pair's first response, 0 for the second, 0.5 for a tie
+    left: np.ndarray  # (N,) bool: whether the first response was shown on the left
+
+    def __post_init__(self) -> None:
+        shapes = {name: np.shape(getattr(self, name)) for name in ("pairs", "people", "first", "left")}
+        if len(set(shapes.values())) != 1 or len(shapes["pairs"]) != 1 or not shapes["pairs"][0]:
+            raise ValueError(f"votes: {shapes} came; expected (N,) of each, N > 0")
+        if not ((self.first >= 0) & (self.first <= 1)).all():
+            raise ValueError(f"first: {self.first.min()} to {self.first.max()} came; expected numbers from 0 to 1")
+
+    @cached_property
+    def pair_names(self) -> np.ndarray:
+        """(I,): the pairs, ascending."""
+        return np.unique(self.pairs)
+
+    @cached_property
+    def people_names(self) -> np.ndarray:
+        """(J,): the people, ascending."""
+        return np.unique(self.people)
+
+
+def votes_for_first(preference: np.ndarray, strongest: int = 3, graded: bool = False) -> np.ndarray:
+    """Turn preferences from -strongest (the second is much better) to strongest into votes from 0 to 1.
+
+    A tie is half a vote for each. Strengths are left out unless `graded`: then a vote counts for its side as far as it
+    is strong, 3 of 3 wholly and 1 of 3 by two thirds, the rest going to the other side.
+    """
+    if not (np.abs(preference) <= strongest).all():
+        raise ValueError(f"preference: {np.abs(preference).max()} came; expected at most {strongest} either way")
+    return (1 + (preference / strongest if graded else np.sign(preference))) / 2
+
+
+def majority(votes: PairVotes) -> np.ndarray:
+    """(I,): the share of votes for the first response of each pair, in the order of the pairs' numbers."""
+    row = np.searchsorted(votes.pair_names, votes.pairs)
+    shares: np.ndarray = np.bincount(row, votes.first) / np.bincount(row)
+    return shares
+
+
+@dataclass(frozen=True)
+class Change:
+    """A label that the vote model gives otherwise than the majority; a split pair (`share` of 0.5) has none by it."""
+
+    pair: int
+    votes: int
+    share: float  # of votes for the first response
+    better: float  # the model's probability that the first one is better
+
+
+@dataclass(frozen=True)
+class VoteModel:
+    """What the votes say of pairs and people, each in the order of their numbers."""
+
+    pairs: np.ndarray  # (I,) int
+    people: np.ndarray  # (J,) int
+    better: np.ndarray  # (I,): probability that the first response is the better, the soft label
+    chosen: np.ndarray  # (I,): how often a person of skill 1 and no lean would choose it
+    skill: list[Interval]  # (J,)
+    bias: list[Interval]  # (J,): log-odds of the left side where neither response is better
+    accuracy: list[Interval]  # (J,): how often a vote of the person names the better response of a pair
+    width: float  # of the pairs' preferences
+    log_evidence: float  # of the votes, at the fitted skills, biases and width
+
+    def changed(self, votes: PairVotes) -> list[Change]:
+        """The pairs whose likelier side is not that of the majority, the surest first. Split pairs come with them: who
+        wants them kept as split leaves out those whose share is 0.5."""
+        shares = majority(votes)
+        counts = np.bincount(np.searchsorted(votes.pair_names, votes.pairs))
+        other = np.flatnonzero(np.sign(shares - 0.5) != np.sign(self.better - 0.5))
+        found = [Change(int(self.pairs[i]), int(counts[i]), float(shares[i]), float(self.better[i])) for i in other]
+        return sorted(found, key=lambda change: (-abs(change.better - 0.5), change.pair))
+
+
+def fit_votes(votes: PairVotes, pairs: str = "normal", level: float = 0.95) -> VoteModel:
+    """Fit skills, biases and the pairs' width to votes, maximum a posteriori in float64, from one start.
+
+    With one or two votes a pair the votes hardly tell skilled people on toss-ups from unskilled ones on clear pairs;
+    what is assumed of pairs decides. The intervals hold under that assumption.
+
+    Args:
+        votes: of any number of people on any number of pairs.
+        pairs: `normal`, preferences from toss-ups to clear ones; or `alike`, all equally clear one way or the other,
+            so that each person errs equally often on all (Dawid and Skene 1979, for two classes).
+        level: coverage of the people's intervals (Laplace: from the curvature at the maximum).
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level: {level} is outside 0..1 (0.95 is usual)")
+    posterior = Posterior(votes, pairs)
+    x = posterior.start().requires_grad_()
+    optimizer = torch.optim.LBFGS([x], max_iter=500, tolerance_grad=1e-7, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = posterior.loss(x)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    curvature = torch.autograd.functional.hessian(posterior.loss, x.detach())
+    assert isinstance(curvature, torch.Tensor)
+    covariance = torch.linalg.inv(curvature)  # (2J + 1, 2J + 1)
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    best = x.detach()
+    half = z * covariance.diagonal().clamp_min(0).sqrt()
+    people = len(votes.people_names)
+    ends = [
+        Interval(mean, mean - reach, mean + reach) for mean, reach in zip(best.tolist(), half.tolist(), strict=True)
+    ]
+    slopes = torch.autograd.functional.jacobian(posterior.accuracy_logits, best)  # (J, 2J + 1)
+    assert isinstance(slopes, torch.Tensor)
+    spread = z * ((slopes @ covariance) * slopes).sum(1).clamp_min(0).sqrt()  # (J,)
+    logits = posterior.accuracy_logits(best)
+    accuracy = torch.stack([logits, logits - spread, logits + spread]).sigmoid().T.tolist()
+    better, chosen = posterior.of_pairs(best)
+    return VoteModel(
+        pairs=votes.pair_names,
+        people=votes.people_names,
+        better=better.numpy(),
+        chosen=chosen.numpy(),
+        skill=ends[:people],
+        bias=ends[people : 2 * people],
+        accuracy=[Interval(*three) for three in accuracy],
+        width=math.exp(best[-1]),
+        log_evidence=float(posterior.log_likelihood(best).logsumexp(1).sum()),
+    )
+
+
+class Posterior:
+    """The posterior of x (2J + 1,): the people's skills, their biases, and the logarithm of the pairs' width."""
+
+    def __init__(self, votes: PairVotes, pairs: str = "normal") -> None:
+        if pairs not in ("normal", "alike"):
+            raise ValueError(f"pairs: {pairs!r} came; expected normal or alike")
+        self.row = torch.from_numpy(np.searchsorted(votes.pair_names, votes.pairs))  # (N,)
+        self.person = torch.from_numpy(np.searchsorted(votes.people_names, votes.people))  # (N,)
+        self.first = torch.from_numpy(np.asarray(votes.first, np.float64))
+        self.side = torch.from_numpy(np.where(votes.left, 1.0, -1.0))
+        self.pairs, self.people = len(votes.pair_names), len(votes.people_names)
+        if pairs == "alike":
+            self.nodes = torch.tensor([-1.0, 1.0], dtype=torch.float64)  # (K,)
+            self.weights = torch.full((2,), -math.log(2), dtype=torch.float64)  # (K,), logarithms
+        else:
+            self.nodes = (torch.arange(NODES, dtype=torch.float64) + 0.5) * (2 * REACH / NODES) - REACH
+            self.weights = (-0.5 * self.nodes**2).log_softmax(0)
+
+    def start(self) -> torch.Tensor:
+        """The mean of the prior."""
+        people = torch.ones(self.people, dtype=torch.float64)
+        width = torch.tensor([WIDTH[0]], dtype=torch.float64)
+        return torch.cat([SKILL[0] * people, BIAS[0] * people, width])
+
+    def log_likelihood(self, x: torch.Tensor) -> torch.Tensor:
+        """(I, K): log-probability of a pair's votes and of each of its possible preferences."""
+        skill, bias, width = x[: self.people], x[self.people : -1], x[-1].exp()
+        lean = (bias[self.person] * self.side)[:, None]
+        odds = skill[self.person][:, None] * (width * self.nodes) + lean  # (N, K)
+        each = -torch.nn.functional.softplus(-odds) - (1 - self.first)[:, None] * odds
+        empty = torch.zeros(self.pairs, len(self.nodes), dtype=torch.float64)
+        return empty.index_add(0, self.row, each) + self.weights
+
+    def loss(self, x: torch.Tensor) -> torch.Tensor:
+        """Minus the log-posterior, up to a constant."""
+        likelihood = self.log_likelihood(x).logsumexp(1).sum()
+        parts = ((x[: self.people], SKILL), (x[self.people : -1], BIAS), (x[-1:], WIDTH))
+        return sum((((part - mean) / deviation) ** 2).sum() / 2 for part, (mean, deviation) in parts) - likelihood
+
+    def of_pairs(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(I,), (I,): the probability that the first response is better, and that an average person chooses it."""
+        probability = self.log_likelihood(x).softmax(1)  # (I, K)
+        return probability[:, self.nodes > 0].sum(1), probability @ (x[-1].exp() * self.nodes).sigmoid()
+
+    def accuracy_logits(self, x: torch.Tensor) -> torch.Tensor:
+        """(J,): log-odds that a person's vote names the better response, over pairs and both sides."""
+        skill, bias, width = x[: self.people], x[self.people : -1], x[-1].exp()
+        clear = skill[:, None] * (width * self.nodes.abs())  # (J, K)
+        right = ((clear + bias[:, None]).sigmoid() + (clear - bias[:, None]).sigmoid()) / 2
+        return (right @ self.weights.exp()).logit()
