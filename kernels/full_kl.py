@@ -39,7 +39,7 @@ LOG2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _above_level(apart):
-    """What log p - log m and log q - log m are above a level, with m = (p + q) / 2, and whether that level is log 2.
+    """Return what log p - log m and log q - log m are above a level, with m = (p + q) / 2, and whether that is log 2.
 
     apart = log p - log q. With s the smaller over the larger of p and q they are log(2 / (1 + s)), less the
     difference of the logarithms for the smaller one. Where p and q are near each other (s >= 1/2) the level is 0, and
