@@ -38,7 +38,7 @@ MORE: dict[str, list[Case]] = {
 
 @dataclass(frozen=True)
 class Goal:
-    """What a case is to reach: at least a share of the bandwidth, or at most so many ms or times its bare products."""
+    """Goal of a case: at least a share of the bandwidth, or at most so many ms or times its bare products."""
 
     op: str
     case: str  # how it begins
@@ -57,7 +57,7 @@ GOALS = (
 
 
 def cases() -> Iterator[tuple[str, Case, Bench | None]]:
-    """All that `bench.gpu` times, and what has no benchmark."""
+    """List all that `bench.gpu` times, and what has no benchmark."""
     for bench in harness.benches("ops"):
         if bench.op in parts.OPS:  # `linear` is for CPUs
             for case in bench.gpu_cases:
@@ -82,7 +82,7 @@ def predictions() -> Iterator[dict[str, Any]]:
 
 
 def of_call(each: list[dict[str, Any]], op: str, case: Case, backend: str) -> dict[str, Any]:
-    """Of the parts of a call: milliseconds of the whole, the longer of what the device and what Python takes."""
+    """Sum up a call's parts: milliseconds of the whole, the longer of what the device and what Python takes."""
     device = _sum(each)
     launches = sum(LAUNCH[backend if one["ours"] else "torch"] * one["launches"] for one in each)
     call = 1e3 * (LOSS_CALL.get(op, CALL[case.mode]) + launches)

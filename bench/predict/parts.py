@@ -1,4 +1,4 @@
-"""What one call of each op launches on a GPU: the sizes in its host code, in the order of the launches.
+"""List what one call of each op launches on a GPU: the sizes in its host code, in the order of the launches.
 
 Launches that take no time of their own (kernels over a few rows' numbers) are counted, for each waits for the last.
 """
@@ -166,7 +166,7 @@ def ppo_loss(case: Case, backend: str) -> list[Part]:
 
 
 def of_pairs(n: int, backend: str) -> list[Part]:
-    """One program over all pairs, in float64, whose exponentials and sums take a trip's time each."""
+    """Describe a loss of pairs: one program in float64, whose exponentials and sums take a trip's time each."""
     threads = 128 if backend == "triton" else 256
     rounds = math.ceil(n / 256)
     kernel = Kernel(
@@ -198,7 +198,7 @@ def sequence_sum(case: Case, backend: str) -> list[Part]:
 
 
 def group_advantages(case: Case, backend: str) -> list[Part]:
-    """Three ways through a group, with a sum after each of the first two."""
+    """Describe the op's three ways through a group, with a sum after each of the first two."""
     (groups, size), triton = case.shape, backend == "triton"
     programs, threads = (groups, 32) if triton else (math.ceil(groups / 8), 256)
     kernel = Kernel(
@@ -212,7 +212,7 @@ def group_advantages(case: Case, backend: str) -> list[Part]:
 
 
 def bare_products(case: Case) -> list[Part]:
-    """What no implementation can do without: logits, and their gradients by the weights and by the states."""
+    """List what no implementation can do without: logits, and their gradients by the weights and by the states."""
     n, width, vocabulary = case.shape
     n = n // 2 if "half masked" in case.profile else n
     states, weights, logits = 2 * n * width, 2 * vocabulary * width, 2 * n * vocabulary
@@ -354,7 +354,7 @@ def paged_attention(case: Case, backend: str) -> list[Part]:
     words = (dtype_of(case), "a part" if split else "all parts")
 
     def launch(tokens: int, positions: float, read: float) -> Kernel:
-        """Of so many tiles of tokens, each over so many positions of each key head."""
+        """Describe a launch over so many tiles of tokens, each over so many positions of each key head."""
         each = min(positions, part) if split else positions
         programs, blocks = math.ceil(tokens * kv_heads * positions / each), each / block
         return Kernel(
