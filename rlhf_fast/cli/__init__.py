@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _warning(message: Warning | str, *_: Any, **__: Any) -> str:
-    """Without the place in the source, which says nothing to who gave the command."""
+    """Format a warning without its place in the source, which says nothing to who gave the command."""
     return f"rlhf-fast: {' '.join(str(message).split())}\n"
 
 
@@ -133,7 +133,7 @@ def _command(verb: str, cls: type, words: list[str]) -> Any:
 
 
 def _take_device(words: list[str]) -> list[str]:
-    """Let `--device NAME` decide where models go, and leave it out."""
+    """Let `--device NAME` decide where models go, and leave it out of the words."""
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--device=") else [word])]
     if "--device" not in words:
         return words

@@ -1,4 +1,4 @@
-"""What a person is told of an exception: one line that says what to do, and an exit code.
+"""Tell a person of an exception: one line that says what to do, and an exit code.
 
 An error with words of its own is shown in them; one of Python or of a library that nobody here foresaw is called a
 fault of this program, with its place, so that it can be reported.
@@ -54,19 +54,19 @@ def explained(error: Exception, verb: str) -> tuple[str, int]:
 
 
 def say(message: str) -> None:
-    """One line on stderr, whoever reads it."""
+    """Print one line on stderr, whoever reads it."""
     line = " ".join(part.strip() for part in message.splitlines())
     with contextlib.suppress(BrokenPipeError):
         print(f"rlhf-fast: {line}", file=sys.stderr)
 
 
 def show_traceback(error: BaseException) -> None:
-    """All that Python says of it."""
+    """Print all that Python says of an error."""
     traceback.print_exception(error)
 
 
 def reader_is_gone() -> bool:
-    """Whether nobody reads standard output any more, as behind `| head`; nothing is written there from then on."""
+    """Return whether nobody reads standard output any more, as behind `| head`; then nothing more is written to it."""
     try:
         out = sys.stdout.fileno()
     except (OSError, ValueError):  # no file, as in a notebook
@@ -80,7 +80,7 @@ def reader_is_gone() -> bool:
 
 
 def _has_words(error: Exception) -> bool:
-    """Whether somebody wrote the message for a person: raised by a `raise` as a kind that says what is wrong."""
+    """Return whether somebody wrote the message for a person: raised by a `raise` as a kind that says what is wrong."""
     if isinstance(error, UnicodeError | RecursionError) or not str(error).strip():
         return False
     foreseen = ValueError, TypeError, RuntimeError, FloatingPointError, ImportError, EOFError, yaml.YAMLError
@@ -88,7 +88,7 @@ def _has_words(error: Exception) -> bool:
 
 
 def _was_raised(trace: TracebackType | None) -> bool:
-    """Whether the innermost frame stands at a `raise`, and not in what Python or a compiled module found wrong."""
+    """Return whether the innermost frame is at a `raise`, and not in what Python or a compiled module found wrong."""
     if trace is None:
         return False
     while trace.tb_next is not None:
@@ -121,7 +121,7 @@ def _of_module(name: str) -> str:
 
 
 def _of_text(error: json.JSONDecodeError | UnicodeDecodeError) -> str:
-    """Of a file that is damaged, or another than it should be, and that nobody named on the way."""
+    """Word a file that is damaged, or another than it should be, and that nobody named on the way."""
     kind = "JSON" if isinstance(error, json.JSONDecodeError) else "UTF-8 text"
     file = _being_read(error.__traceback__)
     which = f"{file}, or a file in it," if file and file.is_dir() else str(file or "a file")
@@ -157,7 +157,7 @@ def _of_system(error: OSError) -> str:
 
 
 def _in_words(error: OSError) -> str:
-    """Without Python's "[Errno 28] ", where words of our own follow it."""
+    """Drop Python's "[Errno 28] ", where words of our own follow it."""
     text = error.strerror if error.errno is not None and error.strerror else str(error)
     return text or type(error).__name__
 

@@ -1,4 +1,4 @@
-"""What a verb says when it is done."""
+"""Words that a verb ends with."""
 
 from __future__ import annotations
 
