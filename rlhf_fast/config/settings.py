@@ -1,4 +1,4 @@
-"""How YAML and `--key value` become the dataclasses of this room, and how --help describes them.
+"""Turn YAML and `--key value` into the dataclasses of this room, and describe them for --help.
 
 Works on any dataclass whose fields are bool, int, float, str, a Literal, one of those or None, a tuple[int, ...] or
 tuple[str, ...], a dict[str, Any], whose keys are anybody's, or such a dataclass.
@@ -88,7 +88,7 @@ def _in_python(value: Any, kind: Any) -> Any:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of a type; of types that no setting has, any."""
+    """Return whether a value is of a type; of types that no setting has, any."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, one) for one in inner)
@@ -105,7 +105,7 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def _words(kind: Any, value: Any = None) -> str:
-    """What is expected, for a person."""
+    """Say what is expected, for a person."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_words(one, value) for one in inner)
@@ -140,7 +140,7 @@ def _near(cls: type, name: str) -> str:
 
 
 def keys(cls: type) -> list[str]:
-    """All dotted keys of a configuration class, in order of declaration."""
+    """List all dotted keys of a configuration class, in order of declaration."""
     return [key for key, _ in _leaves(cls)]
 
 
@@ -158,7 +158,7 @@ def to_yaml(config: Any) -> str:
 
 
 def changes(before: str, now: str, but: Collection[str] = (), defaults: Mapping[str, Any] | None = None) -> str:
-    """What differs between two configurations in YAML, as "ppo.steps: 2 -> 3, ..."; empty if only `but` does.
+    """Say what differs between two configurations in YAML, as "ppo.steps: 2 -> 3, ..."; empty if only `but` does.
 
     Args:
         defaults: what a key is that is not in `before`, as it is of an earlier version that had no such setting.
@@ -347,7 +347,7 @@ def _unknown_key(key: str, known: list[str]) -> str:
 
 
 def _nearest_key(key: str, known: list[str]) -> str:
-    """One of that last name, or else the most alike."""
+    """Find a known key of the same last name, or else the most alike."""
     same_leaf = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
     return nearest(key, same_leaf or known)
 
