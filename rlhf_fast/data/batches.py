@@ -36,7 +36,7 @@ class Example:
 
     @property
     def own_tokens(self) -> int:
-        """How many of the response's tokens are the assistant's own."""
+        """Count the response's tokens that are the assistant's own."""
         return sum(self.own) if self.own else len(self.response)
 
 
@@ -116,7 +116,7 @@ def by_prompt(examples: Sequence[Example]) -> list[list[int]]:
 
 
 def _rows(examples: Sequence[Example], shared: int) -> list[list[int]]:
-    """Which neighbours share a row."""
+    """Group neighbours that share a row."""
     if max(map(len, examples)) > shared:
         return [[i] for i in range(len(examples))]
     rows: list[list[int]] = []

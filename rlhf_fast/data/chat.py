@@ -231,7 +231,7 @@ class Chat:
         return "".join(found), places
 
     def _marked(self, value: Any) -> Any:
-        """With each special token in its strings as edge number edge."""
+        """Replace each special token in a value's strings by edge number edge."""
         if not self.typed:
             return value
         if isinstance(value, str):
@@ -264,7 +264,7 @@ class Chat:
             )
 
     def _check_rendered(self, messages: list[Message], text: str, ask: bool) -> None:
-        """All that was said must be in what is asked; earlier thoughts need not."""
+        """Require all that was said in what is asked; earlier thoughts need not be in it."""
         squeezed = _squeezed(text)
         lost = self._dropped(messages, ask)
         for i, message in enumerate(messages):
@@ -293,7 +293,7 @@ class Chat:
         return (number, "reasoning_content") not in self._dropped(self.messages[: number + 1], ask=False)
 
     def _follows(self, messages: list[Message], number: int) -> bool:
-        """Whether the text follows the content of that message, whatever the template makes of it."""
+        """Return whether the text follows the content of a message, whatever the template makes of it."""
         other = {**messages[number], "content": (messages[number].get("content") or "") + self.mark}
         text, _ = self._render([*messages[:number], other, *messages[number + 1 :]])
         return self.mark in text
@@ -310,11 +310,11 @@ def _squeezed(text: str) -> str:
 
 
 def _holds(text: str, part: str, at_once: bool = False) -> bool:
-    """Whether a part is in a text, or at its beginning, white space aside."""
+    """Return whether a part is in a text, or at its beginning, white space aside."""
     text, part = _squeezed(text), _squeezed(part)
     return text.startswith(part) if at_once else part in text
 
 
 def _as_json(text: str) -> list[str]:
-    """How a text stands within JSON."""
+    """Write a text as it stands within JSON."""
     return [json.dumps(text, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True)]

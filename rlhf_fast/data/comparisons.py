@@ -125,7 +125,7 @@ def _answer(value: Any, key: str, name: str) -> Answer:
 
 
 def _plain(messages: list[Message]) -> Answer:
-    """One message of nothing but text as that text."""
+    """Reduce one message of nothing but text to that text."""
     alone = len(messages) == 1 and not messages[0].keys() & {*MORE_THAN_TEXT, "weight"}
     return str(messages[0]["content"]) if alone else messages
 
@@ -138,7 +138,7 @@ def _spoken(messages: list[Message]) -> str:
 
 
 def _is_conversation(value: Any) -> bool:
-    """Whether these are messages that do not begin with the assistant's, or a transcript."""
+    """Return whether a value is messages that do not begin with the assistant's, or a transcript."""
     if isinstance(value, str):
         return _TURN.match(value) is not None
     first = value[0] if isinstance(value, list) and value else None
@@ -146,8 +146,8 @@ def _is_conversation(value: Any) -> bool:
 
 
 def _of_conversations(given: dict[str, Any], prompt: Prompt | None, name: str) -> tuple[Prompt, list[Answer]]:
-    """Two whole conversations: the turns they share are the prompt, and what follows is compared, an answer or several
-    turns of which the assistant's are its own.
+    """Compare two whole conversations: the turns they share are the prompt, and what follows is compared, an answer or
+    several turns of which the assistant's are its own.
 
     An answer may be empty here: such rows are in HH-RLHF, and people did compare them.
     """

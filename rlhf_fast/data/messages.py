@@ -196,12 +196,12 @@ def of_template(row: Row, name: str) -> tuple[Tools | None, dict[str, Any]]:
 
 
 def is_learned(message: Message) -> bool:
-    """Whether it is an answer to be learned, in a completion."""
+    """Return whether a message is an answer to be learned, in a completion."""
     return message["role"] == "assistant" and message.get("weight", 1) != 0
 
 
 def message_text(message: Message) -> str:
-    """All that a message says, for people to read."""
+    """Join all that a message says, for people to read."""
     thought = message.get("reasoning_content")
     calls = [call["function"] for call in message.get("tool_calls") or []]
     said = [f"({thought})" if thought else "", message.get("content") or ""]
@@ -210,7 +210,7 @@ def message_text(message: Message) -> str:
 
 
 def messages_text(messages: list[Message]) -> str:
-    """Several messages as one text, for people to read."""
+    """Join several messages to one text, for people to read."""
     return "\n\n".join(f"{message['role']}: {message_text(message)}" for message in messages)
 
 
@@ -234,7 +234,7 @@ _OTHERS = {  # columns of other people's, and what they should be called
 
 
 def kind_of(row: Row) -> str:
-    """What a row without nulls is, by its keys; empty if that cannot be told."""
+    """Tell what a row without nulls is, by its keys; empty if that cannot be told."""
     if row.keys() & {"chosen", "rejected"}:
         return "comparison"
     if row.keys() & {"messages", "conversations", "completion"}:

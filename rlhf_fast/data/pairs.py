@@ -16,7 +16,7 @@ from rlhf_fast.data.splits import other_splits, split_as_labelled, split_heldout
 
 @dataclass
 class PairGroup:
-    """All comparisons of one prompt: its distinct responses, and which was chosen over which."""
+    """Comparisons of one prompt, all of them: its distinct responses, and which was chosen over which."""
 
     examples: list[Example] = field(default_factory=list)
     chosen: list[int] = field(default_factory=list)  # index into examples, one for each comparison
@@ -38,7 +38,7 @@ class PairGroup:
             yield self.examples[chosen].prompt, self.examples[chosen], self.examples[rejected]
 
     def part(self, which: Sequence[int]) -> PairGroup:
-        """Some of its comparisons, by their numbers."""
+        """Select some of the group's comparisons, by their numbers."""
         found = PairGroup()
         numbers: dict[int, int] = {}  # of the examples, there and here
         for i in which:
@@ -55,7 +55,7 @@ class PairGroup:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Several groups side by side, their examples numbered through."""
+    """Groups side by side, their examples numbered through."""
 
     examples: list[Example]
     chosen: torch.Tensor  # (P,) int64 into examples

@@ -101,7 +101,7 @@ def read_comparisons(source: Source | Sequence[Comparison]) -> list[Comparison]:
 
 
 def read_record(row: Row, name: str = "the record") -> PromptRecord | Demonstration | Comparison:
-    """One row of any kind, told by its keys."""
+    """Read one row of any kind, told by its keys."""
     kind = kind_of(present(row))
     if kind == "comparison":
         return comparison_of(row, name)
@@ -116,7 +116,7 @@ def read_record(row: Row, name: str = "the record") -> PromptRecord | Demonstrat
 
 
 def user_text(prompt: Prompt) -> str:
-    """What the user wrote: of a message list, the user's turns alone."""
+    """Extract what the user wrote: of a message list, the user's turns alone."""
     if isinstance(prompt, str):
         return prompt
     return "\n\n".join(message.get("content") or "" for message in prompt if message["role"] == "user")
@@ -146,7 +146,7 @@ def _prompt_record(row: Row, name: str) -> PromptRecord:
 
 
 def _columns(row: Row) -> Columns:
-    """All but the prompt, sorted: the order in which a row names its columns says nothing."""
+    """Sort all columns but the prompt: the order in which a row names its columns says nothing."""
     return Columns({key: row[key] for key in sorted(key for key in row if isinstance(key, str)) if key != "prompt"})
 
 

@@ -63,7 +63,7 @@ def scan_rows(source: Any) -> Iterator[tuple[int, str, Row | RecordError]]:
 
 
 def count_rows(source: Any) -> int:
-    """How many rows there are, without reading what is in them; 0 if that cannot be said."""
+    """Count the rows, without reading what is in them; 0 if that cannot be said."""
     if isinstance(source, str | os.PathLike):
         try:
             with _open(Path(source)) as file:
@@ -165,7 +165,7 @@ def _is_array(head: bytes) -> bool:
 
 
 def _refuse_other_kinds(path: Path, head: bytes) -> None:
-    """What is told by the first bytes."""
+    """Refuse files of other kinds, told by their first bytes."""
     for magic, (kind, way) in _MAGIC.items():
         if head.startswith(magic):
             raise RecordError(f"{path}: this is {kind}; {_LINES}: {way}")
@@ -198,7 +198,7 @@ def _explain(path: Path, error: RecordError) -> None:
 
 
 def _is_header(line: str, separator: str) -> bool:
-    """Whether a line looks like the names of columns."""
+    """Return whether a line looks like the names of columns."""
     return separator in line and all(re.fullmatch(r'"?[\w .-]+"?', cell) for cell in line.split(separator))
 
 

@@ -1,4 +1,4 @@
-"""What a data file holds, before anything is trained on it: counts, lengths, duplicates, and each row that is wrong.
+"""Survey a data file before anything is trained on it: counts, lengths, duplicates, and each row that is wrong.
 
 Rows are read and tokenised one after the other by what the trainers read and tokenise them with, but a row that cannot
 be used is noted and the next one read. Knows no page and no terminal: pages/data_report.py shows what is found.
@@ -40,7 +40,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Lengths:
-    """How many tokens one part of each row has."""
+    """Lengths in tokens of one part of each row."""
 
     p5: int
     p50: int
@@ -94,7 +94,7 @@ class Survey:
 
     @property
     def more_problems(self) -> int:
-        """How many are not in `problems`."""
+        """Count the problems that are not in `problems`."""
         return self.refused - len(self.problems)
 
 
@@ -255,7 +255,7 @@ def _cut(
     max_new_tokens: int,
     turns: Literal["all", "last"],
 ) -> int:
-    """How many tokens training reads of a row that is too long."""
+    """Count the tokens that training reads of a row that is too long."""
     if isinstance(record, Demonstration):
         return sum(map(len, fitting.demonstration(record, turns)))
     if isinstance(record, Comparison):
@@ -269,7 +269,7 @@ def _first_learned(conversation: Tokenized) -> int:
 
 
 def _parts(record: Any, conversations: list[Tokenized], first: int) -> dict[str, int]:
-    """How many tokens each part of a row has. The prompt is what stands before the first token that is learned."""
+    """Count the tokens in each part of a row. The prompt is what stands before the first token that is learned."""
     if isinstance(record, PromptRecord):
         return {"prompt": first}
     if isinstance(record, Comparison):

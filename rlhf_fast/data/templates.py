@@ -55,7 +55,7 @@ def use_template(
     parse_special_tokens: bool = False,
     date: datetime.date | None = None,
 ) -> None:
-    """From now on render conversations of `tokenizer` so; all but the date is saved with it.
+    """Render conversations of `tokenizer` so from now on; all but the date is saved with it.
 
     Args:
         template: "chatml", "plain", or the file of a Jinja template; None: the tokenizer's own.
@@ -80,7 +80,7 @@ def use_template(
 
 
 def kept(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What `use_template` has put into a tokenizer, now or before it was saved."""
+    """Return what `use_template` has put into a tokenizer, now or before it was saved."""
     found = tokenizer.init_kwargs.get(KEY)
     return found if isinstance(found, dict) else {}
 
@@ -114,7 +114,7 @@ def _read(template: str) -> str:
 
 
 def reads_date(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether its chat template, or one of several, asks for the day."""
+    """Return whether a tokenizer's chat template, or one of several, asks for the day."""
     return "strftime_now" in json.dumps(tokenizer.chat_template)
 
 
@@ -167,7 +167,7 @@ class Template:
 
     @property
     def has_marks(self) -> bool:
-        """Whether it marks itself what is generated."""
+        """Return whether the template marks itself what is generated."""
         return re.search(r"\{%-?\s*generation\s*-?%\}", self.text) is not None
 
     def render(self, messages: list[Message], tools: Any = None, ask: bool = False) -> tuple[str, list[Span]]:
@@ -249,7 +249,7 @@ def _turn_end(template: Template, added: tuple[str, ...], eos: str) -> str | Non
 
 @functools.lru_cache(maxsize=64)
 def _takes_parts(template: Template) -> bool:
-    """Whether the template renders a content only as a list of parts, as those of models that see do."""
+    """Return whether the template renders a content only as a list of parts, as those of models that see do."""
 
     def renders(content: Any) -> bool:
         said = [{"role": "user", "content": content}]
@@ -317,7 +317,7 @@ def lost_call(messages: list[Message], text: str) -> str:
 
 
 def alike(one: str, other: str) -> int:
-    """How many characters two texts begin with alike."""
+    """Count the characters that two texts begin with alike."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 

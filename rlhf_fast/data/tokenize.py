@@ -277,7 +277,7 @@ def _encoded(chat: Chat, text: str, start: bool = True) -> list[int]:
 
 
 def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before a text. What it puts behind, such as an end, is of no prompt and no answer."""
+    """Return what the tokenizer puts before a text. What it puts behind, such as an end, belongs to no message."""
     alone, framed = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
     at = next((i for i in range(len(framed)) if framed[i : i + len(alone)] == alone), 0)
     return framed[:at]
@@ -301,7 +301,7 @@ def _as_text(chat: Chat, piece: str, place: int) -> tuple[list[int], list[Span]]
 
 
 def _in_spans(chat: Chat, text: str, spans: Sequence[Span], count: int) -> list[bool]:
-    """Which of the `count` tokens of a text have a character in these places of it."""
+    """Say of each of the `count` tokens of a text whether it has a character in these places of the text."""
     if not chat.tokenizer.is_fast:
         raise ValueError(
             f"{chat.name}: the chat template marks what is generated, and this tokenizer "
