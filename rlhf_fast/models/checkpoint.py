@@ -105,7 +105,7 @@ def card(name: str | Path, is_reward: bool) -> str:
 
 
 def read_extra(folder: str | Path) -> dict[str, Any]:
-    """What `save` stored as `extra`; empty when there is none."""
+    """Read what `save` stored as `extra`; empty when there is none."""
     file = Path(folder) / "rlhf_fast.json"
     if not file.exists():
         return {}

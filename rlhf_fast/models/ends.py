@@ -1,4 +1,4 @@
-"""Which tokens end a turn, and which pads instead."""
+"""Find which tokens end a turn, and which pads instead."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from rlhf_fast.models.forward import unwrapped
 
 
 def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Those that the generation config and the config of a model name, one or several, that of the tokenizer, and the
-    one that the chat template ends an answer with."""
+    """Unite the end tokens that the generation config and the config of a model name, one or several, that of the
+    tokenizer, and the one that the chat template ends an answer with."""
     inner = unwrapped(model)
     configs = (getattr(inner, "generation_config", None), inner.config, inner.config.get_text_config())
     named: list[Any] = [getattr(config, "eos_token_id", None) for config in configs]

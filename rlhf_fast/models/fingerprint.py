@@ -1,4 +1,4 @@
-"""Which weights a model has: numbers that change with any of them, by whatever hand."""
+"""Fingerprint a model's weights: numbers that change with any of them, by whatever hand."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def fingerprint(model: nn.Module) -> tuple[int, ...]:
 
 
 def _sum(x: torch.Tensor) -> torch.Tensor:
-    """Of the bits, as words of eight bytes that wrap around: int64, of shape ()."""
+    """Sum the bits, as words of eight bytes that wrap around: int64, of shape ()."""
     raw = x.detach().reshape(-1).view(torch.uint8)
     if raw.data_ptr() % 8:
         raw = raw.clone()

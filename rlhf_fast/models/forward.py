@@ -39,7 +39,7 @@ class Head:
     logit_scale: float
 
     def options(self) -> dict[str, Any]:
-        """What the linear ops take by keyword, besides the weight."""
+        """Return what the linear ops take by keyword, besides the weight."""
         return {"bias": self.bias, "lora": self.lora, "softcap": self.softcap, "logit_scale": self.logit_scale}
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -150,7 +150,7 @@ def lower_bound(scores: torch.Tensor, lcb: float) -> torch.Tensor:
 
 @torch.no_grad()
 def longest_shared(model: nn.Module) -> int:
-    """How long sequences may be that share their prompt in a row of a batch (see data/batches.py); 0: none may.
+    """Find how long sequences may be that share their prompt in a row of a batch (see data/batches.py); 0: none may.
 
     Found by trying: there are models that heed neither a mask nor positions. A window narrower than a sequence would
     be lost, since the mask stands for it.
@@ -168,7 +168,7 @@ def longest_shared(model: nn.Module) -> int:
 
 @torch.no_grad()
 def longest_packed(model: nn.Module) -> int:
-    """How long sequences may be that are packed into a row (see data/conversations.py); 0: none may.
+    """Find how long sequences may be that are packed into a row (see data/conversations.py); 0: none may.
 
     Found by trying: there are models whose attention is not transformers' to choose, and others that carry a state from
     token to token. A window narrower than a sequence would be lost, since attention is asked for each without a mask.
@@ -185,7 +185,7 @@ def longest_packed(model: nn.Module) -> int:
 
 
 def _heeds(model: nn.Module, batch: Batch, apart: Batch, *others: Batch) -> bool:
-    """Whether a model gives a batch the states that its sequences have apart, and the other ones different states.
+    """Return whether a model gives a batch the states that its sequences have apart, and the others different states.
 
     However little what they lack may weigh, or rounding blur it: a model that does not heed it gives the same bits.
     """
@@ -201,7 +201,7 @@ def _heeds(model: nn.Module, batch: Batch, apart: Batch, *others: Batch) -> bool
 
 
 def _window(model: nn.Module) -> int:
-    """How long sequences may be that every layer sees the whole of, in tokens; 0 where that cannot be known."""
+    """Find how long sequences may be that every layer sees the whole of, in tokens; 0 where that cannot be known."""
     inner = unwrapped(model)
     try:
         found = sights(inner)

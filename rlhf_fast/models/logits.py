@@ -1,4 +1,4 @@
-"""What a model makes of its last product, found by running it on made-up values: logits = softcap(scale * product).
+"""Measure what a model makes of its last product, by running it on made-up values: logits = softcap(scale * product).
 
 Settings of the same name multiply in one family and divide in the next, and some families have layers between their
 trunk and the last product. So the model itself is run, with made-up states in place of its trunk's and made-up numbers
@@ -25,7 +25,7 @@ BETWEEN = "there are layers between its trunk and its output layer"
 
 @dataclass(frozen=True)
 class Logits:
-    """What becomes of the product of a state with the output layer's weight."""
+    """Scale and soft cap that turn the product of a state with the output layer's weight into a logit."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -36,7 +36,7 @@ class Logits:
 
 
 def logits_of(inner: Any) -> Logits:
-    """Of a model of transformers; measured once, and kept with it and its copies.
+    """Find scale and soft cap of a model of transformers; measured once, and kept with it and its copies.
 
     Raises:
         ValueError: its logits are made in another way; says which.
@@ -97,7 +97,7 @@ def _measured(inner: Any, layer: Any) -> Logits:
 
 
 def _run(inner: Any, layer: Any, states: torch.Tensor, products: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What enters the output layer, and the logits that come of its products, in float32."""
+    """Run a model: what enters the output layer, and the logits that come of its products, in float32."""
     entered: list[torch.Tensor] = []
 
     def of_trunk(_: nn.Module, __: Any, output: Any) -> Any:
@@ -131,13 +131,13 @@ def _run(inner: Any, layer: Any, states: torch.Tensor, products: torch.Tensor) -
 
 
 def _trunks(inner: Any) -> set[nn.Module]:
-    """What may give the states to the output layer: some models call only a part of their trunk."""
+    """List what may give the states to the output layer: some models call only a part of their trunk."""
     return {trunk(inner), inner.get_decoder()} - {inner}
 
 
 @contextlib.contextmanager
 def _without_trunk(inner: Any) -> Iterator[None]:
-    """After a first run, the others take its trunk's output as it was: they replace the states in it anyway."""
+    """Run the trunk once within a block; later runs take its output as it was, whose states they replace anyway."""
     outputs: dict[nn.Module, Any] = {}
     before = {one: vars(one).get("forward") for one in _trunks(inner)}
 
