@@ -98,7 +98,7 @@ def smoothed_losses(
     label_smoothing: float,
     z_loss: float,
 ) -> tuple[Tensor, Tensor]:
-    """Each row's loss, and its gradient in the log of the row's sum.
+    """Compute each row's loss, and its gradient in the log of the row's sum.
 
     ``results``: what the kernel found, log-probabilities, entropies, largest z and sums below it. The mean of z is one
     more read of the logits, for which few ask.

@@ -16,7 +16,7 @@ GATES = ("none", "silu", "gelu_tanh")
 
 
 class Weight(NamedTuple):
-    """What a linear layer multiplies by: x @ weight.T + bias + scaling * (x @ a.T) @ b.T."""
+    """Factors of a linear layer: x @ weight.T + bias + scaling * (x @ a.T) @ b.T."""
 
     weight: Tensor  # (n, K)
     bias: Tensor | None = None  # (n,)
@@ -57,7 +57,7 @@ def linear(x: Tensor, weights: Sequence[Weight], gate: str = "none") -> list[Ten
 
 
 def _check_weight(x: Tensor, one: Weight) -> None:
-    """Everything of a weight is in x's dtype, on x's device, and of a shape that fits."""
+    """Require everything of a weight in x's dtype, on x's device, and of a shape that fits."""
     _checks.floats(weights=one.weight)
     shape, dtype = tuple(one.weight.shape), one.weight.dtype
     if one.weight.dim() != 2 or shape[1] != x.shape[1] or dtype != x.dtype:
@@ -105,6 +105,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
 
 
 def usable(x: Tensor) -> bool:
-    """Whether tensors like x are to be multiplied by the compiled kernels, in the dtype that those are made for."""
+    """Return whether the compiled kernels are to multiply tensors like x, in the dtype that they are made for."""
     here = "cpu" not in dispatch.MISSING and x.device.type == "cpu" and x.dtype == torch.float32
     return here and dispatch.asked() in ("", "cpu")
