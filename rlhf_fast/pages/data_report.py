@@ -25,7 +25,7 @@ _PAGE = " · data · rlhf-fast</title>"  # by which a page of ours is known
 
 
 def in_colour(stream: Any) -> bool:
-    """Whether a terminal shows it, and nobody wants no colours."""
+    """Return whether a terminal shows colours, and nobody wants none."""
     return bool(stream.isatty()) and not os.environ.get("NO_COLOR")
 
 
@@ -37,7 +37,7 @@ def as_text(
     width: int | None = None,
     encoding: str | None = None,
 ) -> str:
-    """What there is to say, without what a terminal would obey but for colours.
+    """Write a survey as text, without what a terminal would obey but for colours.
 
     Args:
         colour: learned tokens are green; else they stand in ⟦brackets⟧.
@@ -87,7 +87,7 @@ def _rows(count: int) -> str:
 
 
 def _overlong(survey: Survey) -> str:
-    """What would be cut or dropped."""
+    """Say what would be cut or dropped."""
     fewer = " (the model has no more positions)" if survey.limit < survey.max_length else ""
     limit = f"{survey.limit:,} tokens{fewer}"
     if not survey.longer:
@@ -157,7 +157,7 @@ def _example_lines(survey: Survey, colour: bool, width: int | None) -> list[str]
 
 
 def _folded(pieces: list[Piece], width: int | None) -> Iterator[Piece]:
-    """With lines that end between words where the terminal would end them anyway, so that each begins with a bar."""
+    """End lines between words where the terminal would end them anyway, so that each begins with a bar."""
     room, column = max(20, (width or 1 << 20) - 4), 0
     for piece in pieces:
         found = []
@@ -202,7 +202,7 @@ def _ends_of(text: str) -> str:
 
 
 def require_page(path: Path) -> None:
-    """That a page can be written there without anything else being lost.
+    """Require that a page can be written without anything else being lost.
 
     Raises:
         ValueError: there is something else; says what to do.
@@ -221,7 +221,7 @@ def require_page(path: Path) -> None:
 
 
 def write_page(path: Path, survey: Survey, source: str, model: str) -> None:
-    """One self-contained file. Plots need matplotlib; without it the page says so."""
+    """Write one self-contained file. Plots need matplotlib; without it the page says so."""
     sections = {
         "Problems": _problem_section(survey),
         "What there is": _count_table(survey),

@@ -27,7 +27,7 @@ _POINTS = 400  # a longer series is averaged down to this many points: more are 
 
 @dataclass(frozen=True)
 class Plot:
-    """One drawing: `svg` is safe to put into a page as it is, `title` and `legend` are plain text."""
+    """Drawing: `svg` is safe to put into a page as it is, `title` and `legend` are plain text."""
 
     title: str
     phase: str
@@ -46,7 +46,7 @@ class _Series:
 
 
 def available() -> bool:
-    """Whether matplotlib is installed."""
+    """Return whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
@@ -139,7 +139,7 @@ def criteria(values: dict[str, tuple[float, float]], names: tuple[str, str]) -> 
 
 
 def reliability(bins: list[dict[str, float]]) -> Plot:
-    """How often predictions came true over what was predicted, in bins (see calibration.py), beside the diagonal."""
+    """Plot how often predictions came true over what was predicted, in bins (calibration.py), beside the diagonal."""
     predicted, observed = ([one[key] for one in bins] for key in ("predicted", "observed"))
     low, high = min(0.5, *observed), 1.0
 
@@ -177,7 +177,7 @@ def distribution(histogram: dict[str, list[float]]) -> Plot:
 
 
 def histogram(title: str, phase: str, edges: Sequence[float], counts: Sequence[int], label: str) -> Plot:
-    """How many of something lie in each bin; the last bin may hold what is beyond it."""
+    """Plot how many of something lie in each bin; the last bin may hold what is beyond it."""
 
     def draw(axes: Any) -> None:
         axes.stairs(counts, edges, color=_COLOURS["a"], fill=True, alpha=0.35)
@@ -248,7 +248,7 @@ def _short(value: float) -> str:
 
 
 def _svg(draw: Callable[[Any], None], label: str, salt: str, height: float = _SIZE[1]) -> str:
-    """What `draw` does to a set of axes, as an <svg> element with `label` for those who cannot see it."""
+    """Draw what `draw` does to a set of axes as an <svg> element, with `label` for those who cannot see it."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

@@ -211,7 +211,7 @@ def _heads(heads: Figures | None) -> str:
 
 
 def _disagreements(samples: list[Figures]) -> str:
-    """Of the rows, which come worst first, those where the rejected response scores higher."""
+    """Show those of the rows, which come worst first, where the rejected response scores higher."""
     wrong = [row for row in samples if row["chosen_score"] < row["rejected_score"]]
     if not wrong:
         return ""

@@ -133,7 +133,7 @@ def _curves(rows: Rows, phase: str) -> str:
 
 
 def _samples(rows: Rows) -> str:
-    """What was said after the last step, and to the same prompt after the first."""
+    """Show what was said after the last step, and to the same prompt after the first."""
     steps = sorted({row["step"] for row in rows if "step" in row})
     if not steps:
         return ""
