@@ -1,4 +1,4 @@
-"""What a reward model is worth, in numbers: from its scores of held-out responses and what people said of them."""
+"""Measure a reward model: from its scores of held-out responses and what people said of them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def agrees(difference: Any) -> Any:
 
 
 def measure(heldout: Heldout, everything: Sequence[Comparison]) -> dict[str, Any]:
-    """All figures of the report but those that need the model itself; `everything` is the data, training included."""
+    """Compute all figures of the report that need no model; `everything` is the data, training included."""
     right = agrees(heldout.difference)
     accuracy = clustered_share(right, heldout.prompts)
     length = of_length(heldout)
@@ -154,7 +154,7 @@ def _interval(values: np.ndarray, clusters: Sequence[Any] | np.ndarray) -> dict[
 
 
 def of_calibration(difference: np.ndarray) -> dict[str, Any]:
-    """How often the response that scores higher was the chosen one, beside the probability that the scores give it.
+    """Measure how often the response that scores higher was the chosen one, beside what the scores predict.
 
     A pair has no first side, so the probability is that of the higher-scoring response, from one half to 1.
     """
@@ -171,7 +171,7 @@ def of_calibration(difference: np.ndarray) -> dict[str, Any]:
 
 
 def of_length(heldout: Heldout) -> dict[str, Any]:
-    """What the model makes of length, and what a rule that knows nothing but length would reach."""
+    """Measure what the model makes of length, and what a rule that knows nothing but length would reach."""
     right, by_length = agrees(heldout.difference), agrees(heldout.longer)
     parts = {"longer": heldout.longer > 0, "shorter": heldout.longer < 0, "same": heldout.longer == 0}
     return {
@@ -197,7 +197,7 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
 
 
 def of_heads(heldout: Heldout) -> dict[str, Any] | None:
-    """How far the heads of an ensemble are apart; None for one head."""
+    """Measure how far the heads of an ensemble are apart; None for one head."""
     heads = heldout.by_head.shape[1]
     if heads == 1:
         return None
@@ -218,8 +218,8 @@ def of_heads(heldout: Heldout) -> dict[str, Any] | None:
 
 
 def of_people(comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    """How far annotators agree with each other and with themselves, what that lets a model reach, and the judgements
-    that no score can satisfy. Only annotators with a name are told apart.
+    """Measure how far annotators agree with each other and with themselves, what that lets a model reach, and the
+    judgements that no score can satisfy. Only annotators with a name are told apart.
 
     For single votes with agreement a, a model that always knew the majority would be right on between a (where pairs
     are either clear or a toss-up) and (1 + sqrt(2a - 1)) / 2 (where all pairs are alike).
@@ -251,7 +251,7 @@ def of_people(comparisons: Sequence[Comparison]) -> dict[str, Any]:
 
 
 def contradictory(comparisons: Sequence[Comparison]) -> int:
-    """How many comparisons lie on a cycle of their prompt (a over b, b over c, c over a; or a over b and b over a).
+    """Count the comparisons on a cycle of their prompt (a over b, b over c, c over a; or a over b and b over a).
 
     Scores are of single texts, so they are always in an order: of a cycle's comparisons one at least must be missed.
     """

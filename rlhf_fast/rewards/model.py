@@ -1,4 +1,4 @@
-"""What PPO is rewarded by: a reward model, a Python function or one in a file, a rule, a URL, or a weighted list."""
+"""Rewards of PPO: a reward model, a Python function or one in a file, a rule, a URL, or a weighted list."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Rewards:
         return Scoring(self.parts, records, self._background)
 
     def forget(self) -> None:
-        """No scores are wanted any more: calls that have not begun are not made."""
+        """Cancel scores that are no longer wanted: calls that have not begun are not made."""
         self._background.forget()
 
     def __call__(self, records: Sequence[PromptRecord], responses: Sequence[str]) -> Scores:
@@ -151,7 +151,7 @@ def resolve_reward(
     dtype: torch.dtype = torch.float32,
     batch: int | None = None,
 ) -> Rewards:
-    """What `reward` means: docs/rewards.md has the forms.
+    """Resolve what `reward` means: docs/rewards.md has the forms.
 
     Args:
         min_agreement: held-out agreement that a reward model must have.

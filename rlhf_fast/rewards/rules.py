@@ -154,7 +154,7 @@ def _normal(text: str) -> str:
 
 
 def _marked(text: str) -> str | None:
-    r"""What is in the last `\\boxed{...}`, or else behind the last `####`, or None."""
+    r"""Extract what is in the last `\\boxed{...}`, or else behind the last `####`, or None."""
     start = text.rfind("\\boxed{")
     depth, i = 0, start + len("\\boxed")
     while start >= 0 and i < len(text):
@@ -182,7 +182,7 @@ def _last_number(text: str) -> Fraction | None:
 
 
 def _without_symbols(text: str) -> str:
-    r"""With plain signs for typographic ones, `a/b` for `\\frac{a}{b}`, and no currency, degrees or thin spaces."""
+    r"""Write plain signs for typographic ones, `a/b` for `\\frac{a}{b}`, and no currency, degrees or thin spaces."""
     for old, new in (("−", "-"), ("{,}", ","), ("\\,", ""), ("\\!", ""), ("\\%", "%"), ("\\$", "$")):
         text = text.replace(old, new)
     text = text.replace("^{\\circ}", "").replace("^\\circ", "")
