@@ -20,7 +20,7 @@ from rlhf_fast.rollout.sequence import Sequence
 
 @dataclass
 class Statistics:
-    """What has been done since these were made."""
+    """Counts of what has been done since these were made."""
 
     steps: int = 0
     computed_tokens: int = 0  # that went through the model
@@ -74,7 +74,7 @@ class Engine:
         return [sequence for _, sequence in asking]
 
     def steps(self) -> Iterator[list[Sequence]]:
-        """Until nothing waits or runs."""
+        """Step until nothing waits or runs."""
         while not self.scheduler.is_empty():
             yield self.step()
 

@@ -1,4 +1,4 @@
-"""How much memory keys and values get."""
+"""Decide how much memory keys and values get."""
 
 from __future__ import annotations
 

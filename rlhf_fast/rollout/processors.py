@@ -1,4 +1,4 @@
-"""What a request changes of its logits before they are sampled from."""
+"""Process logits before they are sampled from, as a request asks."""
 
 from __future__ import annotations
 

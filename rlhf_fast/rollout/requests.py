@@ -72,8 +72,8 @@ def sequences_for(
 
 
 def context_length(config: Any) -> int | None:
-    """How many positions a model is made for, None where its config does not say: those of its table, or, with YaRN
-    (arXiv 2309.00071), of the stretched one, which many configs leave to the factor."""
+    """Count the positions that a model is made for, None where its config does not say: those of its table, or, with
+    YaRN (arXiv 2309.00071), of the stretched one, which many configs leave to the factor."""
     limit: int | None = getattr(config, "max_position_embeddings", None)
     ropes = getattr(config, "rope_parameters", None) or {}
     for rope in (ropes, *(inner for inner in ropes.values() if isinstance(inner, dict))):  # one, or one a kind of layer
@@ -131,7 +131,7 @@ def _stops(tokenizer: PreTrainedTokenizerBase | None, params: SamplingParams) ->
 def _bad_words(
     tokenizer: PreTrainedTokenizerBase | None, params: SamplingParams, vocabulary: int
 ) -> tuple[tuple[int, ...], ...]:
-    """Each text both as it stands within a text and after a space, as token ids."""
+    """Encode each text both as it stands within a text and after a space, as token ids."""
     words: list[tuple[int, ...]] = []
     for word in params.bad_words:
         if not isinstance(word, str):

@@ -1,4 +1,4 @@
-"""How a response is sampled: the settings of a request, and its random numbers."""
+"""Sampling of a response: the settings of a request, and its random numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LEAST_TEMPERATURE = 2.0**-149
 
 @dataclass(frozen=True)
 class SamplingParams(Settings):
-    """What to sample. Same seed, same prompt at the same place, same samples: whatever else is in the batch.
+    """Settings of sampling. Same seed, same prompt at the same place, same samples: whatever else is in the batch.
 
     Logits are changed by penalties, `logit_bias`, `bad_words` and `min_new_tokens` first, then divided by the
     temperature, then cut by top_k, by top_p of what that leaves, and by min_p.
@@ -102,7 +102,7 @@ class SamplingParams(Settings):
 
     @property
     def changes_logits(self) -> bool:
-        """Whether the logits of some step are changed before they are sampled from."""
+        """Return whether the logits of some step are changed before they are sampled from."""
         return bool(
             self.repetition_penalty != 1.0
             or self.presence_penalty

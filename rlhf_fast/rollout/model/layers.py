@@ -31,7 +31,7 @@ Options = dict[int, attention.Options]  # those that the attention of each layer
 
 
 def compiled_for(states: torch.Tensor) -> bool:
-    """Whether the kernels of these layers serve states such as these."""
+    """Return whether the kernels of these layers serve states such as these."""
     return compiled.cpu is not None and states.device.type == "cpu" and states.dtype == torch.float32
 
 
@@ -93,7 +93,7 @@ def _is_plain(x: torch.Tensor | None = None) -> bool:
 
 
 def _weights(module: Any, *names: str) -> list[Weight] | None:
-    """What the linear layers of these names multiply by, or None if one is no plain linear layer."""
+    """Return what the linear layers of these names multiply by, or None if one is no plain linear layer."""
     found = [_weight(getattr(module, name, None)) for name in names]
     return None if None in found else found  # type: ignore[return-value]
 
