@@ -1,4 +1,4 @@
-"""Whose a run's folder is: a mark from the first instant, locked while a process writes there.
+"""Claim a run's folder: a mark from the first instant, locked while a process writes in it.
 
 The mark is `run.json`. A folder that has something in it but no mark is somebody else's, and nothing is written there.
 """
@@ -56,7 +56,7 @@ class Claim:
             raise
 
     def close(self) -> None:
-        """Let go."""
+        """Release the claim."""
         self._file.close()
 
     def __enter__(self) -> Claim:

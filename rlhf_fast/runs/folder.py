@@ -63,7 +63,7 @@ class RunFolder:
         self.shown: tuple[int, list[dict[str, Any]]] = (0, [])  # the last step of which there were samples, and these
 
     def close(self) -> None:
-        """Let go of the folder, for another process to go on there."""
+        """Release the folder, for another process to go on with."""
         self._claim.close()
 
     def __enter__(self) -> RunFolder:
@@ -73,11 +73,11 @@ class RunFolder:
         self.close()
 
     def seconds(self) -> float:
-        """Since the run began, without the time in which it was interrupted."""
+        """Return the seconds since the run began, without the time in which it was interrupted."""
         return time.monotonic() - self.started
 
     def sizes(self) -> dict[str, int]:
-        """How long the growing files are."""
+        """Return how long the growing files are."""
         files = [self.path / name for name in GROWING]
         return {file.name: file.stat().st_size for file in files if file.exists()}
 
@@ -92,18 +92,18 @@ class RunFolder:
         self.started = time.monotonic() - seconds
 
     def log(self, row: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, with the seconds since the start."""
+        """Append one line to metrics.jsonl, with the seconds since the start."""
         elapsed = round(self.seconds(), 3)
         append_line(self.path / "metrics.jsonl", {**_finite(row), "seconds": elapsed})
         for tracker in self.trackers:
             tracker.log(row["step"], {key: value for key, value in row.items() if key != "step"})
 
     def sample(self, row: dict[str, Any]) -> None:
-        """One line of samples.jsonl."""
+        """Append one line to samples.jsonl."""
         append_line(self.path / "samples.jsonl", _finite(row))
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """What the model said at a step."""
+        """Append what the model said at a step."""
         self.shown = (step, rows)
         for row in rows:
             self.sample({"step": step, **row})
@@ -115,7 +115,7 @@ class RunFolder:
         append_line(self.path / "skipped.jsonl", _finite(row))
 
     def answer(self, row: dict[str, Any]) -> None:
-        """What a monitor said of a step: one line of monitors.jsonl."""
+        """Append what a monitor said of a step: one line of monitors.jsonl."""
         append_line(self.path / "monitors.jsonl", _finite(row))
 
     def before(self, names: Iterable[str]) -> dict[str, float]:
@@ -222,7 +222,7 @@ def _refuse_other(path: Path, config_yaml: str, but: Collection[str] = ()) -> No
 
 @functools.cache
 def _defaults() -> dict[str, Any]:
-    """Of every trainer's settings, by dotted keys."""
+    """Return every trainer's default settings, by dotted keys."""
     phases = {"sft": SFTConfig(), "reward": RewardConfig(), "dpo": DPOConfig(), "ppo": PPOConfig()}
     return settings.flatten({phase: settings.to_dict(config) for phase, config in phases.items()})
 
@@ -240,7 +240,7 @@ def _written(path: Path) -> dict[int, list[str] | None]:
 
 
 def _foreign(path: Path, step: int) -> list[str]:
-    """What is in the folder of a checkpoint, but was not written by the run in `path`."""
+    """List what is in the folder of a checkpoint, but was not written by the run in `path`."""
     written, names = _written(path), sorted(_names(path / "checkpoints" / f"step-{step}"))
     if step not in written:
         return names or ["."]
@@ -262,7 +262,7 @@ def is_finished(path: Path) -> bool:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """What a finished run wrote as its result."""
+    """Read what a finished run wrote as its result."""
     result: dict[str, Any] = json.loads((path / "result.json").read_text(encoding="utf-8"))
     return result
 

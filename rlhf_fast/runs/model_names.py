@@ -1,4 +1,4 @@
-"""What the name of a model means, and whether all of it is there: seen from the files alone.
+"""Tell what the name of a model means, and whether all of it is there: seen from the files alone.
 
 Reads no weights and imports no torch, so that a wrong name is an error at once. `models.load` asks here too.
 """
@@ -174,7 +174,7 @@ def _outcome(path: Path) -> Path | None:
 
 
 def _no_model(path: Path) -> str:
-    """What is wrong with a folder that is there."""
+    """Say what is wrong with a folder that exists."""
     if not any(path.iterdir()):
         return f"the folder {path} is empty; {EXPECTED}"
     if (path / "config.yaml").exists() and not (path / "result.json").exists() and not _models_in(path):
@@ -194,7 +194,7 @@ def _models_in(path: Path) -> list[str]:
 
 
 def _is_path(name: str | Path) -> bool:
-    """Whether a name that is no folder was meant as one, and not as a hub name."""
+    """Return whether a name that is no folder was meant as one, and not as a hub name."""
     text = str(name)
     if isinstance(name, Path) or text.startswith((".", "/", "~", "runs/")) or "\\" in text or text.endswith("/"):
         return True
@@ -202,7 +202,7 @@ def _is_path(name: str | Path) -> bool:
 
 
 def _nearest(path: Path) -> str:
-    """What is there in place of a folder that is not."""
+    """Say what exists in place of a missing folder."""
     parent = next(parent for parent in path.absolute().parents if parent.is_dir())
     if parent != path.absolute().parent:
         return f" (nor {path.absolute().parent})"
@@ -222,7 +222,7 @@ def _listed(names: Iterable[str], most: int = 5) -> str:
 
 
 def _kind(folder: Path) -> Kind | None:
-    """What a checkpoint says that it is; None when it does not say."""
+    """Read what a checkpoint says that it is; None when it does not say."""
     if (folder / "adapter_config.json").exists():
         return {"SEQ_CLS": "reward", "CAUSAL_LM": "policy"}.get(  # type: ignore[return-value]
             str(_json(folder / "adapter_config.json", "model").get("task_type"))
@@ -235,7 +235,7 @@ def _kind(folder: Path) -> Kind | None:
 
 
 def _reward_advice(name: str | Path) -> str:
-    """What to give in place of a language model that was named as a reward."""
+    """Say what to give in place of a language model that was named as a reward."""
     parent = Path(name).expanduser().parent
     others = [parent / other for other in _models_in(parent)]
     if rewards := [other for other in others if is_reward(other)]:
@@ -247,7 +247,7 @@ def _reward_advice(name: str | Path) -> str:
 
 
 def is_reward(name: str | Path) -> bool:
-    """Whether a name is that of a reward model, as far as its files say."""
+    """Return whether a name is that of a reward model, as far as its files say."""
     try:
         return _kind(Path(find(name))) == "reward"
     except (OSError, ValueError):  # damaged, and not what was asked about
@@ -269,7 +269,7 @@ def _unreadable(folder: Path, setting: str, reason: str) -> str:
 
 
 def _fault(file: Path) -> str:
-    """What is wrong with a safetensors file by its length and its header, empty for nothing."""
+    """Say what is wrong with a safetensors file by its length and its header, empty for nothing."""
     size = file.stat().st_size
     with open(file, "rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
@@ -300,13 +300,13 @@ def _endpoint() -> str:
 
 
 def _uses_proxy() -> bool:
-    """Then a connection of one's own says nothing."""
+    """Return whether a proxy is used, in which case a connection of one's own says nothing."""
     return any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
 
 
 @functools.cache
 def _unreachable(endpoint: str) -> str | None:
-    """Why the hub takes no connection, None if it does. In a thread, for looking up its address has no time limit."""
+    """Say why the hub takes no connection, None if it does. In a thread: looking up an address has no time limit."""
     parts, found = urlsplit(endpoint), ["no answer"]
     address = parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)
 
@@ -324,7 +324,7 @@ def _unreachable(endpoint: str) -> str | None:
 
 
 def _is_cached(name: str) -> bool:
-    """Whether a snapshot of a hub's model with a config is in the cache."""
+    """Return whether a snapshot of a hub's model with a config is in the cache."""
     home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
     cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
     snapshots = cache / f"models--{name.replace('/', '--')}" / "snapshots"

@@ -1,4 +1,4 @@
-"""What a person sees of a run while it goes on: a progress line, and on a terminal a table that grows by a row."""
+"""Show a run while it goes on: a progress line, and on a terminal a table that grows by a row."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def bar_updater(bar: tqdm[Any]) -> Callable[[int, int], None]:
 
 
 def printable(text: str) -> str:
-    """Without what a terminal would obey."""
+    """Drop what a terminal would obey from a text."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
