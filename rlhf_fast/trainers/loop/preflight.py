@@ -1,4 +1,4 @@
-"""How every trainer begins: with all that can be refused before a model is loaded, which takes longest."""
+"""Refuse, before a model is loaded, which takes longest, all that can be refused before."""
 
 from __future__ import annotations
 

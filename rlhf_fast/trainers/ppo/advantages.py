@@ -1,4 +1,4 @@
-"""How good each sampled token was: what PPO's loss weighs its log-probabilities by.
+"""Advantages: how good each sampled token was, by which PPO's loss weighs its log-probabilities.
 
 An advantage is given a step's scores and returns a number for every token. The methods are classes of their own names;
 PPOTrainer takes any function with their arguments and results in place of them.
@@ -45,7 +45,7 @@ class AdvantageFunction(Protocol):
 
 
 class Advantage:
-    """What a method needs beside the scores of sampled responses; each method is a class of its own, named for it."""
+    """Needs of a method beside the scores of sampled responses; each method is a class of its own, named for it."""
 
     needs_critic = False  # `Scored.values`
     needs_greedy = False  # `Scored.baselines`
@@ -174,7 +174,7 @@ ADVANTAGES: dict[str, Advantage] = {  # by the names of `ppo.advantage`
 
 
 class Traits(NamedTuple):
-    """What :class:`Advantage` says of a method."""
+    """Traits of a method, as :class:`Advantage` says them."""
 
     needs_critic: bool
     needs_greedy: bool
@@ -182,6 +182,6 @@ class Traits(NamedTuple):
 
 
 def traits_of(advantage: AdvantageFunction, config: PPOConfig) -> Traits:
-    """What an advantage says of itself; where it says nothing, what the method that `ppo.advantage` names does."""
+    """Ask an advantage for its traits; where it has none, they are those of the method that `ppo.advantage` names."""
     named = ADVANTAGES[config.advantage]
     return Traits(*(getattr(advantage, name, getattr(named, name)) for name in Traits._fields))

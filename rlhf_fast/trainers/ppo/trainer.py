@@ -149,7 +149,7 @@ class PPOTrainer:
             self.reward.forget()
 
     def step(self, run: RunFolder, step: int) -> Row:
-        """One iteration of PPO (arXiv 1707.06347, algorithm 1); returns its metrics."""
+        """Take one step of PPO (arXiv 1707.06347, algorithm 1); return its metrics."""
         config, kl_coef = self.config, self.kl_controller.coef
         updates: list[Row] = []
         with StepMeter(self.model.device, self.dtype) as meter:
@@ -178,7 +178,7 @@ class PPOTrainer:
         return {**meter.row(samples, row, mean(updates, experience), done), "kl_coef": kl_coef, **meter.busy}
 
     def update(self, run: RunFolder, experience: Experience, rows: list[int], step: int) -> Row:
-        """One optimiser step on the clipped loss of a minibatch, these rows of a step's experience; returns its
+        """Take one optimiser step on the clipped loss of a minibatch, these rows of a step's experience; return its
         statistics."""
         batch = [experience.examples[row] for row in rows]
         warming = step <= self.config.critic_warmup
@@ -192,7 +192,7 @@ class PPOTrainer:
         return self.sampler.measure(self.heldout)
 
     def _moved_enough(self, updates: list[Row]) -> bool:
-        """Whether a step's updates have moved the policy as far as they may, by the estimator that is never
+        """Return whether a step's updates have moved the policy as far as they may, by the estimator that is never
         negative."""
         limit = self.config.max_update_kl
         return limit is not None and bool(updates) and updates[-1]["approx_kl_k3"] > limit
