@@ -1,4 +1,4 @@
-"""What this machine reads and multiplies a second, the limits that utilisation is told against, and how busy it is."""
+"""Rates at which this machine reads and multiplies, the limits that utilisation is told against, and how busy it is."""
 
 from __future__ import annotations
 
