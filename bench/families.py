@@ -256,7 +256,7 @@ def _forms(model: Any, rows: Sequence[Example]) -> Iterator[tuple[str, Any]]:
     yield "padded", pad(rows)
     shared = models.longest_shared(model)
     if max(map(len, rows)) <= shared:
-        yield "shared prompt", pad(rows, shared=shared)
+        yield "shared prompt", pad(rows, longest_shared=shared)
     packed = models.longest_packed(model)
     if max(map(len, rows)) <= packed:
         whole = [Tokenized(e.prompt + e.response, (False,) * len(e.prompt) + (True,) * len(e.response)) for e in rows]

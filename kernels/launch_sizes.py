@@ -51,10 +51,10 @@ def sizes(op: str, device: torch.device) -> Mapping[str, int]:
 
     Found out once for each op and device. ValueError if a file of sizes is not one (see ``check``).
     """
-    found = _known.get((op, device))
-    if found is None:
-        found = _known[op, device] = _find(op, device_name(device))
-    return found
+    known = _known.get((op, device))
+    if known is None:
+        known = _known[op, device] = _find(op, device_name(device))
+    return known
 
 
 def _find(op: str, name: str) -> Mapping[str, int]:
@@ -100,8 +100,8 @@ def check(content: Any, source: str) -> Content:
                 if not whole or (name != "STAGES" and value & (value - 1)):
                     kind = "an integer" if name == "STAGES" else "a power of two"
                     raise ValueError(f"{where}: {name} is {value!r:.40}, expected {kind} from {least} to {most}")
-    found: Content = content
-    return found
+    checked: Content = content
+    return checked
 
 
 def _items(x: Any, where: str, key: str) -> Any:

@@ -63,23 +63,23 @@ def _part(
         place = (tl.load(table + block).to(tl.int64) * kv_heads + kv_head) * (WIDTH * BLOCK)
         at = block * BLOCK + k
         # What no row may see is not read: it may be anything.
-        there = (k < BLOCK) & (at <= tl.max(position, 0))
+        valid = (k < BLOCK) & (at <= tl.max(position, 0))
         key = tl.load(
-            keys + place + d[:, None] * BLOCK + k[None, :], mask=(d[:, None] < WIDTH) & there[None, :], other=0.0
+            keys + place + d[:, None] * BLOCK + k[None, :], mask=(d[:, None] < WIDTH) & valid[None, :], other=0.0
         )
         if WIDEN:
             key = key.to(tl.float32)
         s = tl.dot(q, key, input_precision="ieee") * scale
         if HAS_CAP:
             s = softcap * tanh(s / softcap)
-        seen = there[None, :] & (at[None, :] <= position[:, None]) & (at[None, :] >= first_key[:, None])
+        seen = valid[None, :] & (at[None, :] <= position[:, None]) & (at[None, :] >= first_key[:, None])
         s = tl.where(seen, s, float("-inf"))
         new = tl.maximum(most, tl.max(s, 1))
         base = tl.where(new == float("-inf"), 0.0, new)
         p = tl.exp(s - base[:, None])
         decay = tl.exp(most - base)
         value = tl.load(
-            values + place + k[:, None] * WIDTH + d[None, :], mask=there[:, None] & (d[None, :] < WIDTH), other=0.0
+            values + place + k[:, None] * WIDTH + d[None, :], mask=valid[:, None] & (d[None, :] < WIDTH), other=0.0
         )
         total = total * decay + tl.sum(p, 1)
         if WIDEN:

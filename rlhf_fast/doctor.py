@@ -113,8 +113,8 @@ def _launch_sizes() -> str:
 
 def _nvcc() -> str:
     cuda_home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    found = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(cuda_home, "bin"))
-    return found or "not found; only building the CUDA kernels needs it"
+    path = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(cuda_home, "bin"))
+    return path or "not found; only building the CUDA kernels needs it"
 
 
 def _memory() -> str:

@@ -69,11 +69,11 @@ class Busy:
 
 def _seconds(call: Callable[[], Any], device: torch.device) -> float:
     """The middle one of a few, after one that warms up."""
-    found = []
+    times = []
     for _ in range(6):
         started = time.perf_counter()
         call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        found.append(time.perf_counter() - started)
-    return statistics.median(found[1:])
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])

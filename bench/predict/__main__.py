@@ -75,13 +75,13 @@ def predictions() -> Iterator[dict[str, Any]]:
                 each = list(cards.timed(parts.OPS[op](case, backend), backend, card, table))
                 yield {
                     "card": name, "op": op, "case": str(case), "backend": backend,
-                    **of_call(each, op, case, backend),
+                    **call_time(each, op, case, backend),
                     "goal": None if bench is None else goal(name, bench, case, _sum(each), table),
                     "parts": [{**one, "milliseconds": round(one["milliseconds"], 5)} for one in each],
                 }  # fmt: skip
 
 
-def of_call(each: list[dict[str, Any]], op: str, case: Case, backend: str) -> dict[str, Any]:
+def call_time(each: list[dict[str, Any]], op: str, case: Case, backend: str) -> dict[str, Any]:
     """Sum up a call's parts: milliseconds of the whole, the longer of what the device and what Python takes."""
     device = _sum(each)
     launches = sum(LAUNCH[backend if one["ours"] else "torch"] * one["launches"] for one in each)

@@ -49,7 +49,7 @@ def finish(op: str, name: str, rows: int, segments: int, state: int, backend: st
     )  # fmt: skip
 
 
-def of_logits(rows: int, columns: int, dtype: str, backend: str, count: int = 1) -> list[Part]:
+def logits_parts(rows: int, columns: int, dtype: str, backend: str, count: int = 1) -> list[Part]:
     segments = math.ceil(columns / SEGMENT)
     return [
         update(rows, columns, dtype, count),
@@ -66,7 +66,7 @@ def in_logits(rows: int, columns: int, dtype: str, count: int = 1) -> Kernel:
 
 def token_logprobs(case: Case, backend: str) -> list[Part]:
     rows, columns = case.shape
-    forward = of_logits(rows, columns, dtype_of(case), backend)
+    forward = logits_parts(rows, columns, dtype_of(case), backend)
     return [*forward, in_logits(rows, columns, dtype_of(case))] if case.mode == BOTH else forward
 
 
@@ -74,7 +74,7 @@ def cross_entropy(case: Case, backend: str) -> list[Part]:
     """token_logprobs and its gradient; label smoothing reads the logits once more, for their mean."""
     rows, columns = case.shape
     smoothed = "label smoothing" in case.profile
-    parts = [small("what counts", 1), *of_logits(rows, columns, dtype_of(case), backend)]
+    parts = [small("what counts", 1), *logits_parts(rows, columns, dtype_of(case), backend)]
     if smoothed:
         parts.append(Torch("mean of each row", rows * columns * case.dtype.itemsize))
     parts.append(small("the mean over rows", 16 if smoothed else 6))
@@ -129,7 +129,7 @@ def gae(case: Case, backend: str) -> list[Part]:
     return [kernel]
 
 
-def of_ppo(n: int, dtype: str, backend: str, values: bool, count: int = 1) -> list[Part]:
+def ppo_parts(n: int, dtype: str, backend: str, values: bool, count: int = 1) -> list[Part]:
     """Policy, and value if asked for: a range of tokens a program, then one program over the ranges' sums. The counted
     path has all terms in it, so its instructions are too many.
 
@@ -162,10 +162,10 @@ def ppo_loss(case: Case, backend: str) -> list[Part]:
     scale = Kernel(
         "ppo_loss", "scale", (), 2 * 8 * n, n, programs=math.ceil(n / 1024), threads=128 if backend == "triton" else 256
     )
-    return [*of_ppo(n, dtype_of(case), backend, values=True), scale]
+    return [*ppo_parts(n, dtype_of(case), backend, values=True), scale]
 
 
-def of_pairs(n: int, backend: str) -> list[Part]:
+def pair_parts(n: int, backend: str) -> list[Part]:
     """Describe a loss of pairs: one program in float64, whose exponentials and sums take a trip's time each."""
     threads = 128 if backend == "triton" else 256
     rounds = math.ceil(n / 256)
@@ -176,10 +176,10 @@ def of_pairs(n: int, backend: str) -> list[Part]:
 
 
 def pair_loss(case: Case, backend: str) -> list[Part]:
-    return of_pairs(case.shape[0], backend)
+    return pair_parts(case.shape[0], backend)
 
 
-def of_sequence_sums(rows: int, tokens: int, backend: str) -> Kernel:
+def sequence_sums(rows: int, tokens: int, backend: str) -> Kernel:
     threads = 128 if backend == "triton" else 256
     n = rows * tokens
     rounds = math.ceil(tokens / (1024 if backend == "triton" else 256))
@@ -192,7 +192,7 @@ def of_sequence_sums(rows: int, tokens: int, backend: str) -> Kernel:
 def sequence_sum(case: Case, backend: str) -> list[Part]:
     rows, tokens = case.shape
     return [
-        of_sequence_sums(rows, tokens, backend),
+        sequence_sums(rows, tokens, backend),
         Torch("the sequences' gradients, where unmasked", rows * tokens * 5),
     ]
 
@@ -232,7 +232,7 @@ def sweep(case: Case, backend: str, loss: Callable[[int, int], list[Part]]) -> l
     parts: list[Part] = [small("rows that count, zeros", 12)]
     parts += [
         Product("logits", rows, width, vocabulary, 2 * states + 2 * weights + 4 * logits, count),
-        *of_logits(rows, vocabulary, "float32", backend, count),
+        *logits_parts(rows, vocabulary, "float32", backend, count),
         *loss(rows, count),
         in_logits(rows, vocabulary, "float32", count),
         Torch("gradient in bfloat16", 6 * logits, count),
@@ -251,9 +251,9 @@ def linear_ppo_loss(case: Case, backend: str) -> list[Part]:
     n = case.shape[0] // 2 if "half masked" in case.profile else case.shape[0]
 
     def loss(rows: int, count: int) -> list[Part]:
-        return of_ppo(rows, "float32", backend, values=False, count=count)
+        return ppo_parts(rows, "float32", backend, values=False, count=count)
 
-    return [*sweep(case, backend, loss), *of_ppo(n, "float32", backend, values=False)]
+    return [*sweep(case, backend, loss), *ppo_parts(n, "float32", backend, values=False)]
 
 
 def linear_cross_entropy(case: Case, backend: str) -> list[Part]:
@@ -291,8 +291,8 @@ def linear_dpo_loss(case: Case, backend: str) -> list[Part]:
     n, tokens = case.shape[0], 1024
     pairs = max(n // tokens // 2, 1)
     gradient = Torch("the sequences' gradients, where unmasked", n * 5)
-    sums = of_sequence_sums(2 * pairs, tokens, backend)
-    return [*linear_token_logprobs(case, backend), sums, *of_pairs(pairs, backend), gradient]
+    sums = sequence_sums(2 * pairs, tokens, backend)
+    return [*linear_token_logprobs(case, backend), sums, *pair_parts(pairs, backend), gradient]
 
 
 # --- rollouts ---------------------------------------------------------------------------------------------------------

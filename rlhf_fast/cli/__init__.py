@@ -109,7 +109,7 @@ def _run(words: list[str]) -> int:
     cls, action = VERBS[verb]
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our own progress says more
     if "-h" in rest or "--help" in rest or rest == ["help"]:
-        print(help.of_verb(verb, cls))
+        print(help.verb_help(verb, cls))
         return 0
     action(_command(verb, cls, rest))
     return 0

@@ -33,10 +33,10 @@ def explained(error: Exception, verb: str) -> tuple[str, int]:
     kinds = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
     if isinstance(error, ConfigError):
         return f"{error}; see rlhf-fast {verb} --help", USAGE
-    if _is_of_memory(error):
-        return _of_memory(error), FAILED
+    if _is_out_of_memory(error):
+        return _out_of_memory_words(error), FAILED
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("rlhf_fast"):
-        return _of_module(error.name), FAILED
+        return _missing_module_words(error.name), FAILED
     if "jinja2" in kinds:
         line = getattr(error, "lineno", None)
         return f"the chat template cannot be rendered{f' (line {line})' if line else ''}: {error}", FAILED
@@ -45,12 +45,12 @@ def explained(error: Exception, verb: str) -> tuple[str, int]:
     if kinds & {"huggingface_hub", "httpx", "httpx2", "requests", "urllib3", "urllib"}:
         return f"the network: {_first_line(error)}", FAILED
     if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
-        return _of_text(error), FAILED
+        return _damaged_file_words(error), FAILED
     if isinstance(error, OSError):
-        return _of_system(error), FAILED
+        return _system_words(error), FAILED
     if _has_words(error):
         return str(error), FAILED
-    return _of_fault(error), FAULT
+    return _fault_words(error), FAULT
 
 
 def say(message: str) -> None:
@@ -96,13 +96,13 @@ def _was_raised(trace: TracebackType | None) -> bool:
     return trace.tb_frame.f_code.co_code[trace.tb_lasti] == _RAISE
 
 
-def _is_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _MEMORY)
 
 
-def _of_memory(error: Exception) -> str:
+def _out_of_memory_words(error: Exception) -> str:
     said = _first_line(error)
     if _has_words(error) and type(error).__name__ != "OutOfMemoryError" and not isinstance(error, MemoryError):
         return str(error)  # of a trainer, which knows the part that did not fit
@@ -112,7 +112,7 @@ def _of_memory(error: Exception) -> str:
     )
 
 
-def _of_module(name: str) -> str:
+def _missing_module_words(name: str) -> str:
     top = name.partition(".")[0]
     extra = _EXTRAS.get(top)
     return (
@@ -120,7 +120,7 @@ def _of_module(name: str) -> str:
     )
 
 
-def _of_text(error: json.JSONDecodeError | UnicodeDecodeError) -> str:
+def _damaged_file_words(error: json.JSONDecodeError | UnicodeDecodeError) -> str:
     """Word a file that is damaged, or another than it should be, and that nobody named on the way."""
     kind = "JSON" if isinstance(error, json.JSONDecodeError) else "UTF-8 text"
     file = _being_read(error.__traceback__)
@@ -130,17 +130,17 @@ def _of_text(error: json.JSONDecodeError | UnicodeDecodeError) -> str:
 
 def _being_read(trace: TracebackType | None) -> Path | None:
     """The file or folder that the innermost function of this package with such a variable had at hand."""
-    found = None
+    named = None
     while trace is not None:
         inside = Path(trace.tb_frame.f_code.co_filename).is_relative_to(_PACKAGE)
         for name in ("path", "file") if inside else ():
             value = trace.tb_frame.f_locals.get(name)
-            found = value if isinstance(value, Path) else found
+            named = value if isinstance(value, Path) else named
         trace = trace.tb_next
-    return found
+    return named
 
 
-def _of_system(error: OSError) -> str:
+def _system_words(error: OSError) -> str:
     """The operating system's errors name the file first; those with words of their own are shown in them."""
     if error.errno is None or error.filename is None:
         return _in_words(error)
@@ -162,7 +162,7 @@ def _in_words(error: OSError) -> str:
     return text or type(error).__name__
 
 
-def _of_fault(error: Exception) -> str:
+def _fault_words(error: Exception) -> str:
     said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return (
         f"a fault of rlhf-fast itself, not of your command: {said:.300} ({_place(error)}); the same command with "

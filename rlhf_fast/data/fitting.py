@@ -47,17 +47,17 @@ class Fitting:
     def demonstration(self, row: Demonstration, turns: Literal["all", "last"] = "all") -> tuple[Tokenized, ...]:
         """The row's conversations; none of one that is left out."""
         self.rows += 1
-        found = tokenize_record(row, self.tokenizer, turns=turns)
-        self.check_tokens([conversation.input_ids for conversation in found], row.name)
-        tokens = max(map(len, found))
+        tokenized = tokenize_record(row, self.tokenizer, turns=turns)
+        self.check_tokens([conversation.input_ids for conversation in tokenized], row.name)
+        tokens = max(map(len, tokenized))
         if not self._cuts(tokens, f"{row.name or 'a demonstration'}: prompt and response have {tokens} tokens"):
-            return tuple(found) if tokens <= self.limit else ()
-        row = _of_last_answer(row) if turns == "last" else row
+            return tuple(tokenized) if tokens <= self.limit else ()
+        row = _last_answer_alone(row) if turns == "last" else row
         if (short := self._short_prompt(row, tokens)) is not row.prompt:
             if short is None:
                 return self._drop()
-            found = tokenize_record(replace(row, prompt=short), self.tokenizer, turns=turns)
-        cut = [Tokenized(each.input_ids[: self.limit], each.loss_mask[: self.limit]) for each in found]
+            tokenized = tokenize_record(replace(row, prompt=short), self.tokenizer, turns=turns)
+        cut = [Tokenized(each.input_ids[: self.limit], each.loss_mask[: self.limit]) for each in tokenized]
         return tuple(each for each in cut if each.learned) or self._drop()
 
     def comparison(self, row: Comparison, scored: bool = False) -> tuple[Comparison, list[Example]] | None:
@@ -126,8 +126,8 @@ class Fitting:
 
     def summary(self) -> dict[str, int]:
         """Count what became of rows, for a run's result; empty where all are as they were."""
-        found = {"truncated": self.truncated, "dropped": self.dropped, "identical": self.identical}
-        return {f"rows_{name}": count for name, count in found.items() if count}
+        counts = {"truncated": self.truncated, "dropped": self.dropped, "identical": self.identical}
+        return {f"rows_{name}": count for name, count in counts.items() if count}
 
     # Checks and cuts --------------------------------------------------------------------------------------------------
 
@@ -221,7 +221,7 @@ def _words(count: Callable[[str], int], text: str, room: int) -> str | None:
     return text[enough:].strip()
 
 
-def _of_last_answer(row: Demonstration) -> Demonstration:
+def _last_answer_alone(row: Demonstration) -> Demonstration:
     """A demonstration of several turns as one of its last answer alone."""
     answers, prompt = row.completion, row.prompt
     if isinstance(answers, str) or len(answers) == 1 or not is_learned(answers[-1]):

@@ -28,9 +28,9 @@ from rlhf_fast.data.messages import (
     message_text,
     messages_of,
     messages_text,
-    of_template,
     present,
     prompt_of,
+    template_fields,
     text_of,
     with_system,
 )
@@ -142,7 +142,7 @@ def _prompt_record(row: Row, name: str) -> PromptRecord:
     given = present(row)
     get(given, "prompt", "prompt", name)
     prompt, category = with_system(prompt_of(given, name), given, name), label_of(row, "category", name)
-    return PromptRecord(prompt, category, name, _columns(row), *of_template(row, name))
+    return PromptRecord(prompt, category, name, _columns(row), *template_fields(row, name))
 
 
 def _columns(row: Row) -> Columns:
@@ -175,7 +175,7 @@ def _demonstration(row: Row, name: str) -> Demonstration:
     if isinstance(completion, list) and not any(is_learned(message) for message in completion):
         raise RecordError(f"{name}: every assistant's message has weight 0, so that nothing is learned")
     prompt, split = with_system(prompt, row, name), label_of(row, "split", name)
-    return Demonstration(prompt, completion, name, *of_template(row, name), split)
+    return Demonstration(prompt, completion, name, *template_fields(row, name), split)
 
 
 def _completion(value: Any, name: str) -> str | list[Message]:

@@ -35,12 +35,12 @@ class RecordError(ValueError):
 
 def rows_of(source: Any) -> list[tuple[str, Row]]:
     """(name, row) of every row; the name says where it stands."""
-    found = []
+    rows = []
     for _, name, row in scan_rows(source):
         if isinstance(row, RecordError):
             raise row
-        found.append((name, row))
-    return found
+        rows.append((name, row))
+    return rows
 
 
 def scan_rows(source: Any) -> Iterator[tuple[int, str, Row | RecordError]]:
@@ -76,7 +76,7 @@ def count_rows(source: Any) -> int:
 
 
 def _file_rows(path: Path) -> Iterator[tuple[int, str, Row | RecordError]]:
-    number, found = 0, 0
+    number, count = 0, 0
     try:
         with _open(path) as file:
             head = file.peek(HEAD)[:HEAD]  # type: ignore[attr-defined]
@@ -88,9 +88,9 @@ def _file_rows(path: Path) -> Iterator[tuple[int, str, Row | RecordError]]:
                 if not line.strip(_BLANK):
                     continue
                 row = _row(line, f"{path} line {number}")
-                if not found and isinstance(row, RecordError):
+                if not count and isinstance(row, RecordError):
                     _explain(path, row)
-                found += 1
+                count += 1
                 yield number, f"{path} line {number}", row
     except EOFError as error:
         name = f"{path} line {number + 1}"

@@ -84,10 +84,10 @@ class RewardJudge:
         self.rewards.check(prompts)
 
     def rate(self, prompts: Sequence[PromptRecord], replies: Sequence[str]) -> list[Verdict]:
-        found = self.rewards(prompts, replies)
-        rows = [{name: scores[i] for name, scores in found.parts.items()} for i in range(len(replies))]
+        scored = self.rewards(prompts, replies)
+        rows = [{name: scores[i] for name, scores in scored.parts.items()} for i in range(len(replies))]
         given = [{name: score for name, score in row.items() if score is not None} for row in rows]
-        return [Verdict(score, parts) for score, parts in zip(found.scores, given, strict=True)]
+        return [Verdict(score, parts) for score, parts in zip(scored.scores, given, strict=True)]
 
 
 def judge_of(judge: Judge | Reward | None) -> Judge:

@@ -207,8 +207,8 @@ def refuse_prompts(config: PeftConfig, of: str) -> None:
         )
 
 
-def require_same_targets(found: Any, lora: LoRAConfig, name: str) -> None:
-    layers = sorted(found) if isinstance(found, list | set | tuple) else [str(found)]
+def require_same_targets(targets: Any, lora: LoRAConfig, name: str) -> None:
+    layers = sorted(targets) if isinstance(targets, list | set | tuple) else [str(targets)]
     if lora.targets and lora.r and layers != sorted(lora.targets):
         raise ValueError(
             f"lora.targets: {', '.join(lora.targets)} does not fit the adapter of {name}, which is on "
@@ -216,9 +216,9 @@ def require_same_targets(found: Any, lora: LoRAConfig, name: str) -> None:
         )
 
 
-def require_same_rank(found: int | None, lora: LoRAConfig, name: str) -> None:
-    if found is not None and lora.r not in (0, found):
+def require_same_rank(rank: int | None, lora: LoRAConfig, name: str) -> None:
+    if rank is not None and lora.r not in (0, rank):
         raise ValueError(
-            f"lora.r: {lora.r} does not fit the adapter of {name}, which has rank {found}; "
-            f"set lora.r to {found}, or to 0 to merge it and train all weights"
+            f"lora.r: {lora.r} does not fit the adapter of {name}, which has rank {rank}; "
+            f"set lora.r to {rank}, or to 0 to merge it and train all weights"
         )

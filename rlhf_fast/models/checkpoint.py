@@ -31,8 +31,8 @@ def resolve(name: str | Path) -> str:
     Raises:
         FileNotFoundError: when it means nothing; the message says what was looked for.
     """
-    found = find(name)
-    return str(smollm2.folder()) if found == smollm2.NAME else found
+    resolved = find(name)
+    return str(smollm2.folder()) if resolved == smollm2.NAME else resolved
 
 
 def save(

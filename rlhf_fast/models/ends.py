@@ -19,7 +19,7 @@ def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]
     configs = (getattr(inner, "generation_config", None), inner.config, inner.config.get_text_config())
     named: list[Any] = [getattr(config, "eos_token_id", None) for config in configs]
     named += [tokenizer.eos_token_id, turn_end(tokenizer)]
-    ids = {i for one in named for i in (one if isinstance(one, Sequence) else [one]) if i is not None}
+    ids = {i for end in named for i in (end if isinstance(end, Sequence) else [end]) if i is not None}
     vocabulary = inner.get_input_embeddings().weight.shape[0]
     return frozenset(int(i) for i in ids if 0 <= i < vocabulary)  # others are never sampled
 

@@ -30,8 +30,8 @@ def _sum(x: torch.Tensor) -> torch.Tensor:
         raw = raw.clone()
     words, rest = raw[: raw.numel() // 8 * 8].view(torch.int64), raw[raw.numel() // 8 * 8 :]
     whole = words.numel() // ROW * ROW
-    found = rest.to(torch.int64).sum() + _by_place(rest.to(torch.int64)) + _by_place(words[whole:])
-    return found + _by_place(words[:whole].view(-1, ROW).sum(1)) + _by_place(words[::STRIDE])
+    tail = rest.to(torch.int64).sum() + _by_place(rest.to(torch.int64)) + _by_place(words[whole:])
+    return tail + _by_place(words[:whole].view(-1, ROW).sum(1)) + _by_place(words[::STRIDE])
 
 
 def _by_place(numbers: torch.Tensor) -> torch.Tensor:

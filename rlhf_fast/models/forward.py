@@ -113,7 +113,7 @@ def require_reach(model: nn.Module, longest: int) -> None:
 
 def response_states(model: nn.Module, batch: Batch) -> torch.Tensor:
     """The state from which each response token is predicted, packed: (R, H)."""
-    return _states(model, batch)[batch.before]  # (R, H)
+    return _states(model, batch)[batch.predicted_at]  # (R, H)
 
 
 def _states(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -160,7 +160,7 @@ def longest_shared(model: nn.Module) -> int:
     prompt, *responses = (tuple(i % vocabulary for i in ids) for ids in ((5, 6, 7), (8, 9, 10), (11, 12), (13, 14, 15)))
     examples = [Example(prompt, response) for response in responses]
     device = next(model.parameters()).device
-    batch = pad(examples, device, shared=8)
+    batch = pad(examples, device, longest_shared=8)
     if not _heeds(model, batch, pad(examples, device), replace(batch, positions=None), replace(batch, mask=None)):
         return 0
     return min(LONGEST_ROW, _window(model)) if longest_row(inner) >= LONGEST_ROW else 0
@@ -197,19 +197,20 @@ def _heeds(model: nn.Module, batch: Batch, apart: Batch, *others: Batch) -> bool
             return False
     noise = (again - got).abs().max()  # 0, unless the sums of a device come in any order
     near = torch.finfo(unwrapped(model).dtype).eps ** 0.5 * want.norm()
-    return bool((got - want).norm() <= near) and all(bool((one - got).abs().max() > 2 * noise) for one in different)
+    heeds = (bool((states - got).abs().max() > 2 * noise) for states in different)
+    return bool((got - want).norm() <= near) and all(heeds)
 
 
 def _window(model: nn.Module) -> int:
     """Find how long sequences may be that every layer sees the whole of, in tokens; 0 where that cannot be known."""
     inner = unwrapped(model)
     try:
-        found = sights(inner)
+        by_layer = sights(inner)
     except ValueError:
         return 0
-    if not found:  # its attention is its own, and so are its masks
+    if not by_layer:  # its attention is its own, and so are its masks
         return 0
-    return min(reach_of(inner), *(min(one.window or sys.maxsize, one.longest) for one in found.values()))
+    return min(reach_of(inner), *(min(sight.window or sys.maxsize, sight.longest) for sight in by_layer.values()))
 
 
 @torch.no_grad()

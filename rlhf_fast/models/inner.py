@@ -20,7 +20,7 @@ def trunk(inner: Any) -> Any:
     """Return what a model of transformers makes its states with; the model itself where it has no such part."""
     if inner.base_model is not inner:
         return inner.base_model
-    return next((found for name in ("model", "transformer") if (found := getattr(inner, name, None))), inner)
+    return next((part for name in ("model", "transformer") if (part := getattr(inner, name, None))), inner)
 
 
 @contextlib.contextmanager
@@ -47,8 +47,8 @@ def measured_once(inner: Any, name: str, measure: Callable[[Any], Found]) -> Fou
     kept = vars(inner).setdefault(_MEASURED, {})
     if name not in kept:
         kept[name] = measure(inner)
-    found: Found = kept[name]
-    return found
+    measured: Found = kept[name]
+    return measured
 
 
 def forget_measures(inner: Any) -> None:

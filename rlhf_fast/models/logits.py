@@ -114,7 +114,7 @@ def _run(inner: Any, layer: Any, states: torch.Tensor, products: torch.Tensor) -
 
     if trunk(inner) is inner:
         _refuse(inner, "it has no trunk of its own")
-    hooks = [one.register_forward_hook(of_trunk) for one in _trunks(inner)]
+    hooks = [module.register_forward_hook(of_trunk) for module in _trunks(inner)]
     layer.forward = of_layer
     try:
         logits = inner(input_ids=torch.tensor([IDS], device=layer.weight.device), use_cache=False).logits.float()
@@ -139,7 +139,7 @@ def _trunks(inner: Any) -> set[nn.Module]:
 def _without_trunk(inner: Any) -> Iterator[None]:
     """Run the trunk once within a block; later runs take its output as it was, whose states they replace anyway."""
     outputs: dict[nn.Module, Any] = {}
-    before = {one: vars(one).get("forward") for one in _trunks(inner)}
+    before = {part: vars(part).get("forward") for part in _trunks(inner)}
 
     def keep(module: nn.Module) -> Callable[..., Any]:
         forward = module.forward
@@ -152,14 +152,14 @@ def _without_trunk(inner: Any) -> Iterator[None]:
         return once
 
     try:
-        for one in before:
-            one.forward = keep(one)
+        for part in before:
+            part.forward = keep(part)
         yield
     finally:
-        for one, forward in before.items():
-            del one.forward
+        for part, forward in before.items():
+            del part.forward
             if forward is not None:
-                one.forward = forward
+                part.forward = forward
 
 
 def _refuse(inner: Any, why: str) -> NoReturn:

@@ -41,7 +41,7 @@ def product_of(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None, LoRA | No
         return product_of(base)
     if type(layer) is lora.Linear and len(used) == 1 and used[0] not in layer.lora_variant:
         return _with_factors(layer, base, used[0])
-    return _of_unit_vectors(layer, base)
+    return _probed_by_unit_vectors(layer, base)
 
 
 def heard(module: nn.Module) -> bool:
@@ -63,7 +63,7 @@ def _with_factors(layer: Any, base: Any, name: str) -> tuple[torch.Tensor, torch
     return weight, bias, (a.weight.to(weight.dtype), b.weight.to(weight.dtype), scaling)
 
 
-def _of_unit_vectors(layer: Any, base: Any) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+def _probed_by_unit_vectors(layer: Any, base: Any) -> tuple[torch.Tensor, torch.Tensor | None, None]:
     like = base.weight
     units = torch.eye(like.shape[1], dtype=like.dtype, device=like.device)  # (H, H)
     nothing = layer(torch.zeros_like(units[:1]))  # (1, V)

@@ -108,12 +108,12 @@ def _sights(inner: Any) -> dict[int, Sight]:
         raise ValueError(f"model: {name} cannot be asked what its layers see: {error}") from error
     finally:
         _asking.reset(token)
-    found = {}
+    by_layer = {}
     for layer, mask in sorted(asking.given.items()):
-        found[layer] = Sight()  # without a mask the interface takes causal attention
+        by_layer[layer] = Sight()  # without a mask the interface takes causal attention
         if mask is not None:
-            found[layer] = _sight(name, layer, asking.sees(mask), mask.device)
-    return found
+            by_layer[layer] = _sight(name, layer, asking.sees(mask), mask.device)
+    return by_layer
 
 
 def _sight(name: str, layer: int, sees: Sees | None, device: torch.device) -> Sight:
@@ -171,17 +171,17 @@ def _reach(inner: Any) -> int:
 
     def states(end: int) -> torch.Tensor:
         positions = torch.stack([at, at + end - TOKENS])
-        found: torch.Tensor = trunk(inner)(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-        return found[0]
+        hidden: torch.Tensor = trunk(inner)(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+        return hidden[0]
 
     far = table if _has_table(inner, table) else 2 * table  # where rotations that grow have grown
     try:
         with evaluating(inner):
-            found = _furthest(states, TOKENS, far)
+            furthest = _furthest(states, TOKENS, far)
             states(TOKENS)  # rotations that grow are set back by a short sequence
     except FAILURES:  # it takes no positions
         return UNLIMITED
-    return found
+    return furthest
 
 
 def _has_table(inner: Any, positions: int) -> bool:
@@ -208,13 +208,13 @@ def _longest_row(inner: Any) -> int:
 
     def states(offset: int) -> torch.Tensor:
         with attending_by(inner, UNMASKED), _CountingFrom(offset):  # without masks, which are made by counting, too
-            found: torch.Tensor = trunk(inner)(input_ids=ids, position_ids=at, use_cache=False).last_hidden_state
-        return found
+            hidden: torch.Tensor = trunk(inner)(input_ids=ids, position_ids=at, use_cache=False).last_hidden_state
+        return hidden
 
     try:
         with evaluating(inner):
-            found = _furthest(states, 0, FAR)
-        return found if found == UNLIMITED else found + 5
+            furthest = _furthest(states, 0, FAR)
+        return furthest if furthest == UNLIMITED else furthest + 5
     except FAILURES:
         return 0
 

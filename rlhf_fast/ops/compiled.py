@@ -266,11 +266,11 @@ class PairLoss:
         self,
         tensors: PairTensors,
         numbers: PairNumbers,
-        of_pairs: Denominator,
+        denominator: Denominator,
         results: PairResults,
     ) -> None:
         where = _run(results.stats.device)
-        self.kernels.pair_loss_forward(tensors.rewards, tensors.others, numbers, of_pairs, results, where)
+        self.kernels.pair_loss_forward(tensors.rewards, tensors.others, numbers, denominator, results, where)
 
 
 class SequenceSum:

@@ -74,8 +74,8 @@ class PagedBatch(NamedTuple):
         before = (self.contexts - self.cu_queries[1:]).repeat_interleave(counts, output_size=n)
         numbers = torch.arange(max(n, sequences), dtype=torch.int32, device=before.device)
         shared = self.shared.repeat_interleave(sizes, output_size=sequences)
-        found = Places(before + numbers[:n], shared, numbers[:sequences], self.cu_queries[self.groups.long()])
-        return self._replace(places=found)
+        places = Places(before + numbers[:n], shared, numbers[:sequences], self.cu_queries[self.groups.long()])
+        return self._replace(places=places)
 
     @staticmethod
     def of(tables: Tensor, cu_queries: Tensor, contexts: Tensor) -> PagedBatch:

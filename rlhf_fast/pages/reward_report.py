@@ -97,8 +97,8 @@ def _cards(report: Figures) -> str:
     def share(title: str, value: Figures | None, note: str, unknown: str = "") -> str:
         if value is None:
             return _card(title, "–", f"<span>{unknown}</span>")
-        one = _interval(value)
-        rest = f"{whisker(one, 0.5, 0, 1)}<span>{_ends(one)}</span><span>{note}</span>"
+        interval = _interval(value)
+        rest = f"{whisker(interval, 0.5, 0, 1)}<span>{_ends(interval)}</span><span>{note}</span>"
         return _card(title, fmt(value["mean"], 0, unit="%"), rest)
 
     calibration, length = report["calibration"], report["length"]
@@ -130,15 +130,15 @@ def _table(caption: str, first: str, rows: list[Figures]) -> str:
     cells = []
     for row in rows:
         if row["accuracy"] is not None:
-            one = _interval(row["accuracy"])
+            interval = _interval(row["accuracy"])
             cells.append(
                 [
                     esc(row["name"]),
                     str(row["prompts"]),
                     str(row["comparisons"]),
                     fmt(row["accuracy"]["mean"], 0, unit="%"),
-                    f'<span class="muted">{_ends(one)}</span>',
-                    whisker(one, 0.5, 0, 1),
+                    f'<span class="muted">{_ends(interval)}</span>',
+                    whisker(interval, 0.5, 0, 1),
                 ]
             )
     head = [first, "Prompts", "Comparisons", "Agreement", "95% interval", "0 to 100%, with a tick at one half"]
@@ -146,8 +146,8 @@ def _table(caption: str, first: str, rows: list[Figures]) -> str:
 
 
 def _agreement(report: Figures) -> str:
-    found = "".join(_table(f"By {TITLES[key].lower()}", TITLES[key], rows) for key, rows in report["by"].items())
-    return found or '<p class="note">The comparisons have no labels that tell some of them from others.</p>'
+    tables = "".join(_table(f"By {TITLES[key].lower()}", TITLES[key], rows) for key, rows in report["by"].items())
+    return tables or '<p class="note">The comparisons have no labels that tell some of them from others.</p>'
 
 
 def _plots(report: Figures, curve: list[Figures]) -> str:
@@ -204,7 +204,7 @@ def _people(people: Figures) -> str:
 def _heads(heads: Figures | None) -> str:
     if heads is None:
         return ""
-    each = ", ".join(fmt(one, 0, unit="%") for one in heads["accuracies"])
+    each = ", ".join(fmt(accuracy, 0, unit="%") for accuracy in heads["accuracies"])
     said = f"Agreement of each head: {each}. Their deviation is on average {fmt(heads['disagreement'])} of the score's."
     rows = [heads["at_one"], heads["divided"]]
     return f'<p class="note">{said}</p>{_table("By whether the heads name the same winner", "The heads are", rows)}'

@@ -112,8 +112,8 @@ def _figures(summary: dict[str, Any], rows: Rows) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, dict) and {"mean", "low", "high"} <= value.keys():
         return f"{_short(value['mean'])} [{_short(value['low'])}, {_short(value['high'])}]"
-    found = number(value)
-    return esc(value) if found is None or isinstance(value, str) else _short(found)
+    figure = number(value)
+    return esc(value) if figure is None or isinstance(value, str) else _short(figure)
 
 
 def _curves(rows: Rows, phase: str) -> str:

@@ -223,15 +223,15 @@ def is_async(function: Any) -> bool:
 # Scores --------------------------------------------------------------------------------------------------------------
 
 
-def checked(found: Any, who: str, records: Sequence[PromptRecord], responses: Sequence[str]) -> list[float | None]:
+def checked(returned: Any, who: str, records: Sequence[PromptRecord], responses: Sequence[str]) -> list[float | None]:
     """Scores as floats, None where there is none.
 
     Raises:
         ValueError: not as many as there are responses, or one that is no finite number.
     """
-    values = found.tolist() if hasattr(found, "tolist") else found  # tensors and arrays, in one transfer
+    values = returned.tolist() if hasattr(returned, "tolist") else returned  # tensors and arrays, in one transfer
     if isinstance(values, str | bytes | dict) or not hasattr(values, "__iter__"):
-        raise ValueError(f"reward {who}: returned {type(found).__name__}; expected a list of one score a response")
+        raise ValueError(f"reward {who}: returned {type(returned).__name__}; expected a list of one score a response")
     values = list(values)
     if len(values) != len(responses):
         raise ValueError(

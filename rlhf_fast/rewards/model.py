@@ -108,7 +108,7 @@ class RewardModel:
         training."""
         none: list[Any] = [None] * len(prompts)
         rows = zip(prompts, responses, tools or none, chat_template_kwargs or none, strict=True)
-        found = []
+        examples = []
         for i, (prompt, response, *others) in enumerate(rows):
             record = read_record({"prompt": prompt, **dict(zip(OPTIONAL_COLUMNS, others, strict=True))})
             assert isinstance(record, PromptRecord)
@@ -116,8 +116,8 @@ class RewardModel:
             example = tokenize_example(
                 self.tokenizer, prompt, response, *own, max_length=self.max_length, name=name, strict=False
             )
-            found.append(example)
-        return found
+            examples.append(example)
+        return examples
 
     def measure(
         self,

@@ -70,9 +70,9 @@ def load_function(source: str, setting: str = "reward") -> Callable[..., Any]:
         FileNotFoundError: there is no such file.
         ValueError: no function is named, the file does not have it, or an error in the file, with its line.
     """
-    found = _FUNCTION.fullmatch(source)
-    assert found is not None, source
-    file, name = Path(found[1]).expanduser(), found[2] or ""
+    match = _FUNCTION.fullmatch(source)
+    assert match is not None, source
+    file, name = Path(match[1]).expanduser(), match[2] or ""
     if not file.is_file():
         raise FileNotFoundError(f"{setting}: there is no file {file}; expected FILE.py:function")
     names = _functions(file, setting)

@@ -131,9 +131,9 @@ class Scoring:
             ValueError: a part gave a wrong number of scores, or one that is not finite, or none gave one to a response.
         """
         here = {n: self._call(n, slice(None)) for n, part in enumerate(self.parts) if not part.waits}
-        found = [here[n] if n in here else self._answers(n) for n in range(len(self.parts))]
-        parts = {part.name: scores for part, scores in zip(self.parts, found, strict=True)} if len(found) > 1 else {}
-        return Scores(self._totals(found), parts)
+        by_part = [here[n] if n in here else self._answers(n) for n in range(len(self.parts))]
+        names = [part.name for part in self.parts]
+        return Scores(self._totals(by_part), dict(zip(names, by_part, strict=True)) if len(names) > 1 else {})
 
     def _answers(self, number: int) -> list[float | None]:
         calls = sorted((first, future) for (part, first), future in self._asked.items() if part == number)
@@ -147,9 +147,9 @@ class Scoring:
         scores = part.function([record.prompt for record in records], texts, **columns)
         return checked(scores, part.name, records, texts)
 
-    def _totals(self, found: list[list[float | None]]) -> list[float]:
+    def _totals(self, by_part: list[list[float | None]]) -> list[float]:
         totals = []
-        for i, row in enumerate(zip(*found, strict=True)):
+        for i, row in enumerate(zip(*by_part, strict=True)):
             paid = [part.weight * score for part, score in zip(self.parts, row, strict=True) if score is not None]
             if not paid:
                 raise ValueError(

@@ -143,8 +143,8 @@ def _flat(arrays: list[np.ndarray], dtype: type) -> torch.Tensor:
 
 
 def _cut(whole: torch.Tensor, arrays: list[np.ndarray], dtype: type) -> list[torch.Tensor]:
-    found, at = [], 0
+    parts, at = [], 0
     for x in arrays:
-        found.append(whole[at : at + x.size].view(x.shape))
+        parts.append(whole[at : at + x.size].view(x.shape))
         at += _room(x, dtype)
-    return found
+    return parts

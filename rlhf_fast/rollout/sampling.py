@@ -95,7 +95,7 @@ class SamplingParams(Settings):
         if any(math.isnan(x) or x == math.inf for x in self.logit_bias.values()):
             raise ValueError("logit_bias: expected finite numbers, or -inf to ban a token")
         for name in ("stop", "bad_words"):
-            if not all(len(one) for one in getattr(self, name)):
+            if not all(len(each) for each in getattr(self, name)):
                 raise ValueError(f"{name}: an empty text is among them")
         if self.temperature == 0.0 and self.n > 1:
             raise ValueError(f"n: {self.n} responses at temperature 0.0 would all be the same; expected 1")

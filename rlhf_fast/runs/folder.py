@@ -120,13 +120,13 @@ class RunFolder:
 
     def before(self, names: Iterable[str]) -> dict[str, float]:
         """The first value of each of these metrics, as NAME_before."""
-        found: dict[str, float] = {}
+        first: dict[str, float] = {}
         for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            found = {**{name: row[name] for name in names if row.get(name) is not None}, **found}
-            if all(name in found for name in names):
+            first = {**{name: row[name] for name in names if row.get(name) is not None}, **first}
+            if all(name in first for name in names):
                 break
-        return {f"{name}_before": value for name, value in found.items()}
+        return {f"{name}_before": value for name, value in first.items()}
 
     def checkpoint(self, step: int) -> Path:
         """The folder that a checkpoint of `step` goes to (`models.save` writes it aside and renames it)."""
@@ -251,10 +251,10 @@ def _foreign(path: Path, step: int) -> list[str]:
 def interrupted_settings(path: Path) -> dict[str, Any]:
     """The settings, by dotted keys, of a run in this folder that is not finished; empty if there is none."""
     try:
-        found = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        content = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return {}
-    return {} if is_finished(path) or not isinstance(found, dict) else settings.flatten(found)
+    return {} if is_finished(path) or not isinstance(content, dict) else settings.flatten(content)
 
 
 def is_finished(path: Path) -> bool:

@@ -36,16 +36,16 @@ def check(name: str | Path, setting: str = "model", kind: Kind = "policy") -> No
         FileNotFoundError: there is no such folder, it holds no model, or the hub does not have it now.
         ValueError: the model is not all there, or of another kind.
     """
-    found = find(name, setting)
-    if found == DEMO:
+    resolved = find(name, setting)
+    if resolved == DEMO:
         if kind == "reward":
             raise ValueError(f"{setting}: {DEMO} is a language model, not a reward model; {_reward_advice(name)}")
         return
-    if not Path(found).is_dir():
-        require_reachable(found, setting)
+    if not Path(resolved).is_dir():
+        require_reachable(resolved, setting)
         return
-    require_whole(Path(found), setting)
-    said = _kind(Path(found))
+    require_whole(Path(resolved), setting)
+    said = _kind(Path(resolved))
     if kind == "reward" and said == "policy":
         raise ValueError(f"{setting}: {name} is a language model, not a reward model; {_reward_advice(name)}")
     if kind == "policy" and said == "reward":
@@ -169,8 +169,8 @@ def _outcome(path: Path) -> Path | None:
         name = json.loads((path / "result.json").read_text(encoding="utf-8"))["checkpoint"]
     except (OSError, ValueError, KeyError, TypeError):  # no run, one that is not finished, or of an older version
         return None
-    found = path / "checkpoints" / str(name)
-    return found if _STEP.fullmatch(found.name) and is_checkpoint(found) else None
+    checkpoint = path / "checkpoints" / str(name)
+    return checkpoint if _STEP.fullmatch(checkpoint.name) and is_checkpoint(checkpoint) else None
 
 
 def _no_model(path: Path) -> str:
@@ -256,12 +256,12 @@ def is_reward(name: str | Path) -> bool:
 
 def _json(file: Path, setting: str) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(_unreadable(file.parent, setting, f"{file.name}: {error}")) from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ValueError(_unreadable(file.parent, setting, f"{file.name} holds no object {{...}}"))
-    return found
+    return content
 
 
 def _unreadable(folder: Path, setting: str, reason: str) -> str:
@@ -307,20 +307,20 @@ def _uses_proxy() -> bool:
 @functools.cache
 def _unreachable(endpoint: str) -> str | None:
     """Say why the hub takes no connection, None if it does. In a thread: looking up an address has no time limit."""
-    parts, found = urlsplit(endpoint), ["no answer"]
+    parts, reasons = urlsplit(endpoint), ["no answer"]
     address = parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)
 
     def connect() -> None:
         try:
             socket.create_connection(address, HUB_SECONDS).close()
-            found.clear()
+            reasons.clear()
         except OSError as error:
-            found[:] = [error.strerror or str(error)]
+            reasons[:] = [error.strerror or str(error)]
 
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(HUB_SECONDS)
-    return found[0] if found else None
+    return reasons[0] if reasons else None
 
 
 def _is_cached(name: str) -> bool:

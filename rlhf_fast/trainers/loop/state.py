@@ -141,12 +141,12 @@ class TrainState:
         self.step = step
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        found: dict[str, torch.Tensor] = {}
+        tensors: dict[str, torch.Tensor] = {}
         for i, parameter in enumerate(self.optimizer.masters):
-            found[f"{i}.weight"] = parameter.detach().contiguous()
+            tensors[f"{i}.weight"] = parameter.detach().contiguous()
             for name, value in self.optimizer.adam.state.get(parameter, {}).items():
-                found[f"{i}.{name}"] = value.contiguous()
-        return found
+                tensors[f"{i}.{name}"] = value.contiguous()
+        return tensors
 
     @torch.no_grad()
     def _set(self, tensors: dict[str, torch.Tensor]) -> None:

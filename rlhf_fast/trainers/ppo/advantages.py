@@ -92,7 +92,7 @@ class DrGRPO(Advantage):
         if kl_coef:
             kl = ops.sequence_sum(scored.kl, cu_seqlens=scored.cu_seqlens).view_as(advantages)  # (G, n)
             advantages = advantages - kl_coef * ops.group_advantages(kl, self.baseline)
-        return Advantages(_of_tokens(advantages.flatten(), scored), None, None)
+        return Advantages(_per_token(advantages.flatten(), scored), None, None)
 
     def _scaled(self, scores: torch.Tensor, scale: str) -> torch.Tensor:
         """Scores (G, n) less their baseline, over a deviation of the group, of the batch or none."""
@@ -125,7 +125,7 @@ class ReinforcePlusPlus(Advantage):
 
     def __call__(self, scored: Scored, kl_coef: float, config: PPOConfig) -> Advantages:
         scores = scored.scores.view(-1, config.samples_per_prompt)  # (G, n)
-        advantages = _of_tokens(ops.group_advantages(scores, "dr_grpo").flatten(), scored)  # (R,)
+        advantages = _per_token(ops.group_advantages(scores, "dr_grpo").flatten(), scored)  # (R,)
         if not kl_coef:
             exact = advantages.double()
             number = torch.full_like(exact.sum(), exact.numel())
@@ -148,7 +148,7 @@ class ReMax(Advantage):
     def __call__(self, scored: Scored, kl_coef: float, config: PPOConfig) -> Advantages:
         assert scored.baselines is not None
         kl = ops.sequence_sum(scored.kl, cu_seqlens=scored.cu_seqlens)  # (B,)
-        return Advantages(_of_tokens(scored.scores - kl_coef * kl - scored.baselines, scored), None, None)
+        return Advantages(_per_token(scored.scores - kl_coef * kl - scored.baselines, scored), None, None)
 
 
 def equal_groups(scores: Sequence[float], size: int) -> list[int]:
@@ -157,7 +157,7 @@ def equal_groups(scores: Sequence[float], size: int) -> list[int]:
     return [g for g, group in enumerate(groups) if len(set(group)) == 1]
 
 
-def _of_tokens(of_responses: torch.Tensor, scored: Scored) -> torch.Tensor:
+def _per_token(of_responses: torch.Tensor, scored: Scored) -> torch.Tensor:
     """(B,) -> (R,)."""
     lengths = scored.cu_seqlens.diff().long()
     return of_responses.repeat_interleave(lengths, output_size=scored.kl.numel())

@@ -35,8 +35,8 @@ class Critic:
         """(R,), from the policy's states (R, H) if it has none of its own."""
         if self.model is not None:
             states = models.response_states(self.model, batch)
-        found: torch.Tensor = self.head(states.float()).squeeze(-1)
-        return found
+        values: torch.Tensor = self.head(states.float()).squeeze(-1)
+        return values
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return what was trained, by name: `weight` and `bias` of the head, and of an own model `model.*`."""

@@ -99,8 +99,8 @@ class Scorer:
 
     def _outputs(self, batch: Batch) -> list[torch.Tensor]:
         states = models.response_states(self.policy, batch)  # (R, H)
-        found = list(models.response_logprobs(self.policy, batch, self.config.temperature, states))
-        return found if self.critic is None else [*found, self.critic.values(batch, states)]
+        outputs = list(models.response_logprobs(self.policy, batch, self.config.temperature, states))
+        return outputs if self.critic is None else [*outputs, self.critic.values(batch, states)]
 
     def _values(self, batch: Batch) -> torch.Tensor:
         assert self.critic is not None

@@ -107,10 +107,10 @@ class StepMeter:
 def mean(updates: Sequence[Row], experience: Experience) -> Row:
     """Statistics averaged over a step's updates, and their number."""
     row = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
-    return {**row, **of_critic(experience), "updates": float(len(updates))}
+    return {**row, **critic_metrics(experience), "updates": float(len(updates))}
 
 
-def of_critic(experience: Experience) -> Row:
+def critic_metrics(experience: Experience) -> Row:
     """Measure the values at sampling time: the same for all updates of a step."""
     return {"explained_variance": explained_variance(experience)} if experience.old_values else {}
 

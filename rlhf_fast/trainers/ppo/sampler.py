@@ -206,11 +206,11 @@ class Sampler:
 
 def paid(scores: Sequence[float], finish_reasons: Sequence[str], config: PPOConfig) -> list[float]:
     """Pay responses for their scores: within `ppo.reward_clip`, and less where they did not end by themselves."""
-    found = [min(max(score, -config.reward_clip), config.reward_clip) for score in scores]
+    rewards = [min(max(score, -config.reward_clip), config.reward_clip) for score in scores]
     for i, reason in enumerate(finish_reasons):
         if reason != "stop":
-            found[i] = (found[i] if config.missing_eos == "subtract" else 0.0) - config.missing_eos_penalty
-    return found
+            rewards[i] = (rewards[i] if config.missing_eos == "subtract" else 0.0) - config.missing_eos_penalty
+    return rewards
 
 
 def _greedy(params: SamplingParams) -> SamplingParams:

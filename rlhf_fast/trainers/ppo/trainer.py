@@ -45,7 +45,7 @@ from rlhf_fast.trainers.ppo.checks import KLLimit, check_first_update, check_sta
 from rlhf_fast.trainers.ppo.experience import Experience, Scorer, minibatches, scored_tokens
 from rlhf_fast.trainers.ppo.kl_controller import KLController
 from rlhf_fast.trainers.ppo.loss import Divisor, variant
-from rlhf_fast.trainers.ppo.metrics import SampleMetrics, StepMeter, mean, of_critic, operations
+from rlhf_fast.trainers.ppo.metrics import SampleMetrics, StepMeter, critic_metrics, mean, operations
 from rlhf_fast.trainers.ppo.sampler import Sampler
 
 Loss = Callable[..., tuple[torch.Tensor, Stats]]
@@ -108,8 +108,8 @@ class PPOTrainer:
         self.reward.check([*self.prompts, *self.heldout])
         self.advantage, self.loss = advantage or ADVANTAGES[config.advantage], loss
         self.traits = traits_of(self.advantage, config)
-        found = make_models(loaded, self.tokenizer, reward, config, self.traits.needs_critic)
-        self.model, self.reference, self.critic, self.shared = found
+        made = make_models(loaded, self.tokenizer, reward, config, self.traits.needs_critic)
+        self.model, self.reference, self.critic, self.shared = made
         self.budget = TokenBudget(config.optim.max_tokens_per_microbatch)
         # Values as a by-product of sampling, where they are a head's on the policy's states.
         value_head = self.critic.head if self.critic is not None and self.critic.model is None else None
@@ -184,7 +184,7 @@ class PPOTrainer:
         warming = step <= self.config.critic_warmup
         row = learn(run, step, batch, lambda: self._losses(experience, rows, warming), self.optimizer, self.budget)
         if self.optimizer.steps == 1:
-            check_first_update({**row, **of_critic(experience)}, self.dtype)
+            check_first_update({**row, **critic_metrics(experience)}, self.dtype)
         return row
 
     def evaluate(self, step: int) -> Row:
