@@ -20,6 +20,7 @@ from types import TracebackType
 import yaml
 
 from rlhf_fast.config.settings import ConfigError
+from rlhf_fast.runs.folder import PageError
 
 FAILED, USAGE, FAULT, BROKEN_PIPE = 1, 2, 70, 141  # exit codes
 _RAISE = dis.opmap["RAISE_VARARGS"]
@@ -30,6 +31,9 @@ _MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 def explained(error: Exception, verb: str) -> tuple[str, int]:
     """(what to say of `error`, exit code)."""
+    if isinstance(error, PageError) and isinstance(error.__cause__, Exception):
+        reason, code = explained(error.__cause__, verb)
+        return f"{error.kept}: {reason}; {error.remedy}", code
     kinds = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
     if isinstance(error, ConfigError):
         return f"{error}; see rlhf-fast {verb} --help", USAGE

@@ -10,6 +10,7 @@ from rlhf_fast.pages import plots
 from rlhf_fast.pages.page import SAMPLES_SHOWN, bar, duration, esc, figure, fmt, table_of, whisker, whole_page
 from rlhf_fast.pages.plots import Rows, number
 from rlhf_fast.runs.files import write_atomic
+from rlhf_fast.runs.folder import page_of
 from rlhf_fast.statistics.intervals import Interval
 
 PHASES = {
@@ -33,10 +34,17 @@ def write_report(run: Path) -> Path:
 
     Raises:
         FileNotFoundError: when `run` is not a folder.
+        PageError: the page could not be made or written; the run is whole.
     """
     run = Path(run)
     if not run.is_dir():
         raise FileNotFoundError(f"{run} is not a folder: a report is written into the folder of a run")
+    with page_of(run, write_report):
+        write_atomic(run / "report.html", _page(run))
+    return run / "report.html"
+
+
+def _page(run: Path) -> str:
     results = {path.parent.name: _read_json(path) for path in sorted(run.glob("*/result.json"))}
     results = {name: results[name] for name in [*PHASES, *results] if name in results}
     alone = (run / "evaluation.json").is_file()
@@ -71,8 +79,7 @@ def write_report(run: Path) -> Path:
         _cards(results, evaluation, curves["ppo"]),
         *(f'<section id="{anchors[title]}"><h2>{title}</h2>{body}</section>' for title, body in sections.items()),
     ]
-    write_atomic(run / "report.html", whole_page(esc(run.resolve().name), "\n".join(filter(None, parts))))
-    return run / "report.html"
+    return whole_page(esc(run.resolve().name), "\n".join(filter(None, parts)))
 
 
 # Reading: what is missing, cut off or of another kind is as if it were not there.

@@ -10,6 +10,7 @@ from rlhf_fast.data.records import prompt_text
 from rlhf_fast.pages import plots
 from rlhf_fast.pages.page import esc, figure, fmt, table_of, whisker, whole_page
 from rlhf_fast.runs.files import write_atomic
+from rlhf_fast.runs.folder import page_of
 from rlhf_fast.statistics.intervals import Interval
 
 SHOWN = 40  # comparisons, those that it disagrees with most
@@ -33,15 +34,20 @@ def write_reward_report(run: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: `run` holds no reward_report.json.
+        PageError: the page could not be made or written; the run is whole.
     """
     run = Path(run)
     file = run / "reward_report.json"
     if not file.is_file():
         raise FileNotFoundError(f"{run} has no reward_report.json: it is no finished run of a reward model")
-    report = json.loads(file.read_text("utf-8"))
+    with page_of(run, write_reward_report):
+        write_atomic(run / "report.html", _page(run, json.loads(file.read_text("utf-8"))))
+    return run / "report.html"
+
+
+def _page(run: Path, report: Figures) -> str:
     if "accuracy" not in report:  # nothing was held out
-        write_atomic(run / "report.html", whole_page(esc(run.resolve().name), _unmeasured(report, run.resolve().name)))
-        return run / "report.html"
+        return whole_page(esc(run.resolve().name), _unmeasured(report, run.resolve().name))
     curve = _rows(run / "metrics.jsonl")
     samples = _rows(run / "samples.jsonl")
     sections = {
@@ -55,8 +61,7 @@ def write_reward_report(run: str | Path) -> Path:
     }
     title = esc(run.resolve().name)
     body = "\n".join(f"<section><h2>{name}</h2>{text}</section>" for name, text in sections.items() if text)
-    write_atomic(run / "report.html", whole_page(title, f"{_header(report, title)}{_cards(report)}\n{body}"))
-    return run / "report.html"
+    return whole_page(title, f"{_header(report, title)}{_cards(report)}\n{body}")
 
 
 def _rows(path: Path) -> list[Figures]:

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from rlhf_fast.config.settings import Settings
-
-LEAST_TEMPERATURE = 2.0**-149
+from rlhf_fast.ops.options import LEAST_TEMPERATURE
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,17 @@ written over or removed.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
 import os
 import resource
+import shlex
 import shutil
 import sys
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +261,25 @@ def interrupted_settings(path: Path) -> dict[str, Any]:
 
 def is_finished(path: Path) -> bool:
     return (path / "result.json").exists()
+
+
+class PageError(RuntimeError):
+    """Failure to write the page of a finished run, of which nothing else is lost; its cause is what went wrong."""
+
+    def __init__(self, run: Path, write: Callable[..., Any], cause: Exception) -> None:
+        code = f"from {write.__module__} import {write.__name__} as write; write({str(run)!r})"
+        self.kept = f"{run}: the run is done and its results are kept, but its page, report.html, could not be written"
+        self.remedy = f"python -c {shlex.quote(code)} writes it"
+        super().__init__(f"{self.kept} ({type(cause).__name__}: {cause}); {self.remedy}")
+
+
+@contextlib.contextmanager
+def page_of(run: Path, write: Callable[..., Any]) -> Iterator[None]:
+    """Let an error of `write`, which makes the page of a finished run, say that the run is whole, and what to do."""
+    try:
+        yield
+    except Exception as error:
+        raise PageError(run, write, error) from error
 
 
 def read_result(path: Path) -> dict[str, Any]:
