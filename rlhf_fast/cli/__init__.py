@@ -27,7 +27,7 @@ def _demo(command: DemoConfig) -> None:
     run_demo(command)
 
 
-VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
+VERBS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "demo": (DemoConfig, _demo),
     "sft": (training.SFTCommand, training.sft),
     "reward": (training.RewardCommand, training.reward),
@@ -90,7 +90,7 @@ def _warning(message: Warning | str, *_: Any, **__: Any) -> str:
 
 
 def _run(words: list[str]) -> int:
-    """Do what the words say; returns 0, or 2 when they do not say enough."""
+    """Do what the words say; returns 0, 2 when they do not say enough, or the code of a process that did it."""
     classes = {verb: cls for verb, (cls, _) in VERBS.items()}
     verb, rest = (words[0], words[1:]) if words else ("", [])
     if verb in ("-V", "--version", "version"):
@@ -111,8 +111,7 @@ def _run(words: list[str]) -> int:
     if "-h" in rest or "--help" in rest or rest == ["help"]:
         print(help.verb_help(verb, cls))
         return 0
-    action(_command(verb, cls, rest))
-    return 0
+    return action(_command(verb, cls, rest)) or 0
 
 
 def _meant(word: str) -> str:
