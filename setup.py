@@ -120,7 +120,7 @@ class OptionalBuildExt(build_ext):
             )
 
     def _compiles(self, program, flag):
-        """Whether the compiler and its linker know a flag."""
+        """Return whether the compiler and its linker know a flag."""
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "probe.cpp"
             source.write_text(program)

@@ -1,4 +1,4 @@
-"""What a change may have broken, within a minute: `python -m bench.check`, or `make check`.
+"""Check what a change may have broken, within a minute: `python -m bench.check`, or `make check`.
 
 Changed files are linted, and the tests that reach them run (reach.py), the nearest first, until the time is over. What
 was left out is said; `make test` runs all.

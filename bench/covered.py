@@ -1,4 +1,4 @@
-"""Which tests run a line: `python -m bench.covered` runs the suite once under coverage.py and keeps what each test ran.
+"""Record which tests run each line: `python -m bench.covered` runs the suite once under coverage.py and keeps that.
 
 Twenty minutes on two cores, into build/covered; `make mutants` then tries a mistake by the tests that run its line.
 Triton's are left out, since interpreted kernels take three times as long when watched. What happens in other processes
@@ -25,7 +25,7 @@ SETUP = " (setup)"  # of a test: what is made there may serve all tests of its f
 
 
 class Map:
-    """What a run of the suite has left, for the files that are as they were then."""
+    """Coverage that a run of the suite has left, for the files that are as they were then."""
 
     def __init__(self, folder: Path = FOLDER, root: Path = ROOT) -> None:
         import coverage
@@ -55,7 +55,7 @@ class Map:
         return grouped
 
     def is_imported(self, name: str, lines: Iterable[int]) -> bool:
-        """Whether any of a file's lines were run outside of all tests, while they were collected."""
+        """Return whether any of a file's lines were run outside of all tests, while they were collected."""
         by_line = self.data.contexts_by_lineno(str(self.root / name))
         return any("" in by_line.get(line, ()) for line in lines)
 

@@ -1,4 +1,4 @@
-"""Every class of causal language models in transformers, tiny and with random weights: right here, refused, or wrong.
+"""Try every class of causal language models in transformers, tiny, with random weights: right here, refused, or wrong.
 
     python -m bench.families            tries all and writes docs/models.md
     python -m bench.families llama phi3 tries these and prints their rows
@@ -86,7 +86,7 @@ AND = " // "  # between the reasons of a row
 
 @dataclass(frozen=True)
 class Row:
-    """What came of a class."""
+    """Verdict on a class."""
 
     kind: str  # the model type of its config
     name: str  # of the class
@@ -126,7 +126,7 @@ def _smaller(config_class: Any, changes: dict[str, Any]) -> Any:
 
 
 def tiny_model(config: Any, seed: int = 0) -> Any:
-    """With random weights that are wide enough for logits to differ."""
+    """Build a model with random weights that are wide enough for logits to differ."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
     with torch.no_grad():
@@ -215,7 +215,7 @@ def is_near(got: torch.Tensor, want: torch.Tensor) -> bool:
 
 
 def examples(longest: int, vocabulary: int = 256) -> list[Example]:
-    """Three responses to one prompt, and others of several lengths, one `longest` tokens long."""
+    """Make three responses to one prompt, and others of several lengths, one `longest` tokens long."""
     generator = torch.Generator().manual_seed(5)
 
     def drawn(count: int) -> tuple[int, ...]:
@@ -228,7 +228,7 @@ def examples(longest: int, vocabulary: int = 256) -> list[Example]:
 
 @torch.no_grad()
 def training_is_right(model: Any, longest: int) -> str:
-    """Which form of a batch gives other log-probabilities than sequences have alone; empty if none does."""
+    """Name the form of a batch that gives other log-probabilities than sequences have alone; empty if none does."""
     rows = examples(longest)
     want = torch.cat([plain(model, example) for example in rows])
     scale = f"{float(want.abs().max()):.0f}"
@@ -240,7 +240,7 @@ def training_is_right(model: Any, longest: int) -> str:
 
 
 def adapter_is_right(model: Any) -> str:
-    """How a fresh adapter changes log-probabilities, or gets no gradient; empty if neither. The model keeps it."""
+    """Say how a fresh adapter changes log-probabilities, or gets no gradient; empty if neither. The model keeps it."""
     rows = examples(WINDOW - 2)
     want = torch.cat([plain(model, example) for example in rows])
     policy = models.trainable(model, LoRAConfig(r=2, alpha=4))
@@ -256,7 +256,7 @@ def _forms(model: Any, rows: Sequence[Example]) -> Iterator[tuple[str, Any]]:
     yield "padded", pad(rows)
     shared = models.longest_shared(model)
     if max(map(len, rows)) <= shared:
-        yield "shared prompt", pad(rows, shared=shared)
+        yield "shared prompt", pad(rows, longest_shared=shared)
     packed = models.longest_packed(model)
     if max(map(len, rows)) <= packed:
         whole = [Tokenized(e.prompt + e.response, (False,) * len(e.prompt) + (True,) * len(e.response)) for e in rows]
@@ -264,8 +264,8 @@ def _forms(model: Any, rows: Sequence[Example]) -> Iterator[tuple[str, Any]]:
 
 
 def generation_is_right(model: Any, lengths: Sequence[int] = LENGTHS, new: int = 12) -> tuple[str, bool]:
-    """How sampled log-probabilities differ from the plain pass (empty: they do not), and whether all bits are the same
-    whatever else is in the batch."""
+    """Say how sampled log-probabilities differ from the plain pass (empty: they do not), and whether all bits are the
+    same whatever else is in the batch."""
     generator = torch.Generator().manual_seed(3)
     prompts = [torch.randint(3, 256, (n,), generator=generator).tolist() for n in lengths]
     params = SamplingParams(n=2, max_new_tokens=new, ignore_eos=True, seed=2)
@@ -288,7 +288,7 @@ def generation_is_right(model: Any, lengths: Sequence[int] = LENGTHS, new: int =
 
 
 def tried(kind: str) -> Row:
-    """What comes of the class of that model type."""
+    """Test the class of a model type."""
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[VARIANTS[kind][0] if kind in VARIANTS else kind]
     try:
         model = tiny_model(tiny_config(kind))
@@ -327,7 +327,7 @@ def judged(model: Any) -> tuple[str, str, str, str]:
 
 
 def _up_to(wrong: Callable[[int], str]) -> tuple[str, str]:
-    """Whether all is right with long sequences, or with short ones where long ones are refused."""
+    """Say whether all is right with long sequences, or with short ones where long ones are refused."""
     words = ""
     for longest in (LONGEST, ORIGINAL, CHUNK - 1, WINDOW - 1):
         try:
@@ -424,7 +424,7 @@ def page(rows: Sequence[Row]) -> str:
 
 
 def _short(row: Row) -> str:
-    """Its words, without what the table says already."""
+    """Shorten a row's reason by what the table says already."""
     said = [
         one.replace(f"model: {row.name} ", "").partition("; expected a model such as")[0] for one in row.why.split(AND)
     ]

@@ -43,7 +43,7 @@ Call = Callable[[], Sequence[Tensor]]  # returns outputs, and gradients where th
 
 @dataclass(frozen=True)
 class Case:
-    """One thing that is timed, whoever does it."""
+    """Shape and mode at which every provider is timed."""
 
     profile: str  # which model or use has this shape
     shape: tuple[int, ...]
@@ -83,7 +83,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Rates:
-    """What this machine does, measured here and now."""
+    """Rates of this machine, measured here and now."""
 
     read: float  # bytes a second of a sum over much memory
     copy: float  # bytes a second, read and written, of a copy into memory that was there
@@ -97,7 +97,7 @@ class Rates:
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device, short: bool = False) -> float:
-    """One call, from its start to the end of its work; its results are freed after the clock stops.
+    """Time one call, from its start to the end of its work; its results are freed after the clock stops.
 
     On a GPU its caches hold something else before. On a CPU a short call comes after one of its own: after a
     peer's, what that left to write back and an interpreter out of the caches, 0.2 ms, would be most of its time.
@@ -215,7 +215,7 @@ def interleaved(
 
 @dataclass(frozen=True)
 class Result:
-    """One provider in one case."""
+    """Measurement of one provider in one case."""
 
     op: str
     case: str
@@ -234,7 +234,7 @@ class Result:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a figure depends on."""
+    """Describe what a figure depends on: device, versions, commit."""
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
@@ -389,7 +389,7 @@ def without_gradients(op: Callable[..., Any], inputs: Sequence[Tensor]) -> Call:
 def calls(
     case: Case, ops: dict[str, Callable[..., Any]], inputs: Sequence[Tensor], upstream: Sequence[Tensor]
 ) -> dict[str, Call]:
-    """Each op, with or without gradients as the case has it."""
+    """Prepare each op's call, with or without gradients as the case has it."""
     if case.mode == FORWARD:
         return {name: without_gradients(op, inputs) for name, op in ops.items()}
     leaves = [x.detach().requires_grad_() for x in inputs]

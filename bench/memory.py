@@ -1,4 +1,4 @@
-"""What a run really takes at its fullest moment, beside what `rlhf-fast doctor --config` predicts.
+"""Measure what a run really takes at its fullest moment, beside what `rlhf-fast doctor --config` predicts.
 
     python -m bench.memory                           SFT, reward, DPO and PPO on a random Llama of 23 million weights
     python -m bench.memory --model smollm2-135m --verbs sft ppo
@@ -59,7 +59,7 @@ def random_llama(folder: Path, layers: int = 6, hidden: int = 512, vocabulary: i
 
 
 def settings(verb: str, tokens: int, length: int, r: int = 16) -> memory.TrainerConfig:
-    """Of a run whose micro-batches have so many tokens in sequences of one length."""
+    """Make settings of a run whose micro-batches have so many tokens in sequences of one length."""
     optim = OptimConfig(max_tokens_per_microbatch=tokens)
     lora, at_once = LoRAConfig(r=r), 2 * tokens // length
     if verb == "sft":
@@ -167,7 +167,7 @@ def _text(tokenizer: PreTrainedTokenizerBase, prompt: str, length: int) -> str:
 
 
 def _give_back() -> None:
-    """Let go of all that nobody holds."""
+    """Free all memory that nobody holds."""
     gc.collect()
     compiled.release_memory()
     if sys.platform == "linux":

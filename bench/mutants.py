@@ -43,7 +43,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run for a mutant."""
+    """Tests that are run for a mutant."""
 
     tests: list[str]
     expected: float  # seconds that these tests took without the mistake; 0 where nobody knows
@@ -122,7 +122,7 @@ def compiled_sides(file: Path, tree: Path) -> dict[str, Path]:
 
 
 def same(a: Path, b: Path) -> bool:
-    """Whether two modules have the same code: a comment was changed, or what the compiler leaves out."""
+    """Return whether two modules have the same code: a comment was changed, or what the compiler leaves out."""
     return a == b or a.read_bytes() == b.read_bytes()
 
 
@@ -150,7 +150,7 @@ def _module_of(built: dict[str, Path]) -> tuple[tuple[str, str], ...]:
 
 
 def _fitting(known: dict[str, list[str]], limit: float, covered: Map, environment: Any = ()) -> Plan:
-    """As many tests as take no longer than the limit, in the order of their files, of each the quickest first."""
+    """Choose as many tests as take no longer than the limit, file by file, of each the quickest first."""
     chosen: list[str] = []
     expected = 0.0
     for name, tests in known.items():
@@ -167,7 +167,7 @@ def _fitting(known: dict[str, list[str]], limit: float, covered: Map, environmen
 
 
 def plan_of_python(mutant: Mutant, tree: Path, limit: float, covered: Map | None) -> Plan:
-    """Those that run its line, the nearest files first, as many as fit into the limit."""
+    """Choose the tests that run a mutant's line, the nearest files first, as many as fit into the limit."""
     file = tree / mutant.file
     near = [str(test.relative_to(tree)) for test in reaching(file, tree)]
     if mutant.room == "kernels":  # the tests of Triton, which has to be told before it is imported

@@ -26,7 +26,7 @@ USELESS = ("RemoveDecorator", "_Is", "_IsNot", "ExceptionReplacer")
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change of one file."""
+    """Change of one place in one file."""
 
     file: str  # in the project
     line: int
@@ -67,7 +67,7 @@ def draw(seed: int, root: Path = ROOT, room: str = "") -> Iterator[Mutant]:
 
 
 def of_python(file: str, text: str, dice: random.Random) -> Mutant | None:
-    """One of the changes of cosmic-ray's operators: each place is as likely."""
+    """Draw one of the changes of cosmic-ray's operators: each place is as likely."""
     from cosmic_ray.mutating import mutate_code
     from cosmic_ray.plugins import get_operator
 
@@ -101,7 +101,7 @@ def _places(text: str) -> dict[tuple[str, int], list[str]]:
 
 
 def of_cplusplus(file: str, text: str, dice: random.Random) -> Mutant | None:
-    """One of the changes of universalmutator's rules: each line is as likely. It may not compile."""
+    """Draw one of the changes of universalmutator's rules: each line is as likely. It may not compile."""
     from universalmutator.mutator import mutants_regexp
 
     rules = ["universal.rules", "c_like.rules", "cpp.rules"]
@@ -130,7 +130,7 @@ def _mutant(file: str, text: str, code: str, operator: str) -> Mutant:
 
 
 def is_visible(text: str, code: str) -> bool:
-    """Whether the program could differ: not in annotations, which nobody evaluates, nor under TYPE_CHECKING."""
+    """Return whether the program could differ: not in annotations, which nobody evaluates, nor under TYPE_CHECKING."""
     try:
         before, after = (ast.dump(_Bare().visit(ast.parse(each))) for each in (text, code))
     except SyntaxError:

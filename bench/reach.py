@@ -1,4 +1,4 @@
-"""Which tests reach a source file: by the imports of both, the nearest first.
+"""Find which tests reach a source file: by the imports of both, the nearest first.
 
 A test is as far from a module as there are imports between them. `from rlhf_fast import models` is one to the package
 models, whose __init__ imports its files.
@@ -44,7 +44,7 @@ def reaching(source: Path, root: Path, farthest: int = 4) -> list[Path]:
 
 
 def python_files(folder: Path) -> list[Path]:
-    """Those below a folder, by way of links too, such as rlhf_fast/kernels is one."""
+    """List the Python files below a folder, by way of links too, such as rlhf_fast/kernels is one."""
     found = (Path(above, name) for above, _, names in os.walk(folder, followlinks=True) for name in names)
     return sorted(file for file in found if file.suffix == ".py")
 

@@ -21,7 +21,7 @@ Edges = dict[str, set[str]]
 
 
 def imports(root: Path = ROOT) -> Edges:
-    """Which rooms each imports, but for the package's own names and what only holds files."""
+    """Map each room to those that it imports, but for the package's own names and what only holds files."""
 
     def of(module: str) -> str:
         first, *others = module.removeprefix("rlhf_fast.").split(".")
@@ -39,7 +39,7 @@ def imports(root: Path = ROOT) -> Edges:
 
 
 def ranks(edges: Edges) -> dict[str, int]:
-    """How high each room stands: above all that it imports, where there is no circle."""
+    """Give each room its height: above all that it imports, where there is no circle."""
     found = dict.fromkeys(edges, 0)
     for _ in edges:
         for name in edges:
@@ -59,7 +59,7 @@ def _reached(edges: Edges, start: str) -> set[str]:
 
 
 def needed(edges: Edges) -> Edges:
-    """Without the arrows that follow from others."""
+    """Drop the arrows that follow from others."""
     return {
         name: {
             other

@@ -1,4 +1,4 @@
-"""What the compilers made of every GPU kernel, for every target, without a GPU: registers, spills, instructions.
+"""Measure what compilers made of every GPU kernel, for every target, without a GPU: registers, spills, instructions.
 
     python -m bench.static            prints the table and writes bench/results/static.json
 
@@ -9,6 +9,7 @@ aligned row, all of it straight-line code, so that a count over the elements of 
 
 from __future__ import annotations
 
+import ast
 import collections
 import dataclasses
 import hashlib
@@ -35,7 +36,7 @@ ELEMENTS = {"token_logprobs": 32, "full_kl": 16}  # of a thread, of each row tha
 
 @dataclass(frozen=True)
 class Static:
-    """One kernel, compiled for one target."""
+    """Figures of one kernel, compiled for one target."""
 
     op: str
     kernel: str
@@ -108,7 +109,7 @@ def count(block: list[str], name: str, wide: bool | None = None) -> int:
 
 
 def hot_path(lines: Iterable[str]) -> list[str]:
-    """What runs on a whole segment of an aligned row.
+    """Find the instructions that run on a whole segment of an aligned row.
 
     Of all ways through the function, the one that loads most in one go, 16 bytes at a time, and stores as wide.
     """
@@ -143,7 +144,7 @@ def resources(usage: str) -> dict[str, tuple[int, int, int, int]]:
 
 
 def measure(cubin: Path, target: int, name_of: Any) -> Iterator[Static]:
-    """All kernels of a file of machine code; name_of(mangled) gives (op, kernel, backend, variant, elements)."""
+    """Measure each kernel in a file of machine code; name_of(mangled) is (op, kernel, backend, variant, elements)."""
     used = resources(run(tool("cuobjdump"), "-res-usage", str(cubin)))
     for mangled, lines in functions(run(tool("nvdisasm"), str(cubin))):
         op, kernel, backend, variant, elements = name_of(mangled)
@@ -161,7 +162,7 @@ def measure(cubin: Path, target: int, name_of: Any) -> Iterator[Static]:
 
 
 def cuda_name(mangled: str) -> tuple[str, str, str, str, int]:
-    """From _ZN9rlhf_fast4cuda..._full_kl_cu_...15gradient_kernelI13__nv_bfloat16LNS0_4FormE1ELNS_10DivergenceE0E..."""
+    """Parse _ZN9rlhf_fast4cuda..._full_kl_cu_...15gradient_kernelI13__nv_bfloat16LNS0_4FormE1ELNS_10DivergenceE0E..."""
     ops = (
         "token_logprobs|full_kl|kl_estimate|gae|ppo_loss|pair_loss|sequence_sum|group_advantages|paged_attention|sample"
     )
@@ -180,7 +181,7 @@ def cuda_name(mangled: str) -> tuple[str, str, str, str, int]:
 
 
 def cuda_kernels() -> Iterator[Static]:
-    """Those in the compiled module; none if it was built without CUDA."""
+    """Measure the kernels in the compiled module; none if it was built without CUDA."""
     from rlhf_fast.ops import compiled
 
     if compiled.cuda is None:
@@ -241,7 +242,7 @@ OF_OP: dict[str, dict[str, str]] = {
 
 
 def _type(op: str, name: str, dtype: str) -> str:
-    """Of a kernel's argument, as its launch function would pass it."""
+    """Name the type of a kernel's argument, as its launch function would pass it."""
     for kind, names in OF_OP.get(op, {}).items():
         if name in names.split():
             return f"*{dtype}" if kind == "narrow" else kind
@@ -367,7 +368,7 @@ def _absent_from_attention(name: str, constants: dict[str, Any]) -> bool:
 
 
 def source_of(variant: Variant) -> Any:
-    """What Triton compiles, with the facts that a launch on aligned, contiguous rows would find out."""
+    """Prepare what Triton compiles, with the facts that a launch on aligned, contiguous rows would find out."""
     import importlib
 
     from triton.compiler import ASTSource
@@ -427,7 +428,7 @@ def triton_kernels(targets: Sequence[int], every: int = 1) -> Iterator[Static]:
 
 
 def faults(one: Static) -> list[str]:
-    """What no kernel may have: spills, and element-wise accesses to a row where 16 bytes at a time are possible."""
+    """List a kernel's faults: spills, and element-wise accesses to a row where 16 bytes at a time are possible."""
     found = []
     # A frame that nothing reads or writes costs nothing, and ptxas puts a few numbers of sample there that live from
     # sweep to sweep.
@@ -463,13 +464,25 @@ def versions() -> dict[str, str]:
 
 
 def sources() -> str:
-    """A hash of all that the kernels are compiled from, and of how they are."""
+    """Hash all that the kernels are compiled from, and how; docstrings, which change no kernel, are left out."""
     state = hashlib.blake2b(digest_size=16)
     for folder, pattern in (("rlhf_fast/kernels", "*.py"), ("csrc/cuda", "*"), ("csrc/common", "*.h")):
         for file in sorted((RESULTS.parents[2] / folder).glob(pattern)):
-            state.update(file.name.encode() + file.read_bytes())
-    state.update(Path(__file__).read_bytes())
+            state.update(file.name.encode() + _code(file))
+    state.update(_code(Path(__file__)))
     return state.hexdigest()
+
+
+def _code(file: Path) -> bytes:
+    text = file.read_bytes()
+    if file.suffix != ".py":
+        return text
+    lines = text.splitlines()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            first, last = node.body[0].lineno, node.body[0].end_lineno or 0
+            lines[first - 1 : last] = [b""] * (last + 1 - first)
+    return b"\n".join(line for line in lines if line)
 
 
 def collect(targets: Sequence[int] = TARGETS, every: int = 1) -> list[Static]:
@@ -487,7 +500,7 @@ def write(kernels: list[Static]) -> None:
 
 
 def read() -> tuple[dict[str, str], str, list[Static]]:
-    """What the table was made by, what of, and the table."""
+    """Read the table: the versions and sources that it was made from, and its rows."""
     whole = json.loads(RESULTS.read_text(encoding="utf-8"))
     return whole["versions"], whole["sources"], [Static(**one) for one in whole["kernels"]]
 

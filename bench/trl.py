@@ -143,7 +143,7 @@ def _train(trainer: Any, model: Any, tokenizer: Any, config: Any, rows: list[Row
 
 
 def _theirs(out: Path) -> dict[str, Any]:
-    """What TRL's trainers are told to do as ours do."""
+    """Settings that make TRL's trainers do as ours do."""
     return {
         "output_dir": str(out / "theirs"),
         "per_device_train_batch_size": BATCH,
@@ -178,7 +178,7 @@ def _training_order(rows: list[Row]) -> list[Row]:
 
 
 def _rows() -> int:
-    """So many that a whole number of batches is left without those held out."""
+    """Count the rows that leave a whole number of batches without those held out."""
     return next(n for n in range(STEPS * BATCH + 1, 1000) if n - max(1, round(HELDOUT * n)) == STEPS * BATCH)
 
 

@@ -1,4 +1,4 @@
-"""Which token a row predicts: the ops take rows and tokens as they come, and the caller shifts.
+"""Show which token a row predicts: the ops take rows and tokens as they come, and the caller shifts.
 
     python examples/shift.py --model smollm2-135m
 

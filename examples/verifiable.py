@@ -14,7 +14,7 @@ from rlhf_fast import PPOConfig, PPOTrainer
 
 
 def brief(prompts: list[str], responses: list[str]) -> list[float]:
-    """From 1 for nothing to 0 for 200 characters and more."""
+    """Reward brevity, from 1 for nothing to 0 for 200 characters and more."""
     return [max(0.0, 1.0 - len(response) / 200) for response in responses]
 
 

@@ -1,5 +1,4 @@
-"""What the kernels over a vocabulary share: where a row is, from a raw logit to z and back, and the launch
-arguments."""
+"""Parts of the kernels over a vocabulary: where a row is, from a raw logit to z and back, and launch arguments."""
 
 from __future__ import annotations
 
@@ -19,14 +18,14 @@ IDENTITY, SCALED, CAPPED = 0, 1, 2
 
 @triton.jit
 def row_offset(row, inner, outer_stride, inner_stride):
-    """Where a row starts, in elements. In 64 bits: rows * columns passes 2^31 at 16,384 x 131,072."""
+    """Return where a row starts, in elements. In 64 bits: rows * columns passes 2^31 at 16,384 x 131,072."""
     row = row.to(tl.int64)
     return (row // inner) * outer_stride + (row % inner) * inner_stride
 
 
 @triton.jit
 def tanh(y):
-    """To 2 units in the last place, near 0 too (Cephes: a polynomial below 0.625, exp above)."""
+    """Compute tanh(y) to 2 units in the last place, near 0 too (Cephes: a polynomial below 0.625, exp above)."""
     size = tl.abs(y)
     square = y * y
     series = -5.70498872745e-3 * square + 2.06390887954e-2
@@ -102,7 +101,7 @@ def transform_arguments(t: Transform) -> tuple[Any, ...]:
 
 
 def flags(t: Transform, mask: Tensor | None) -> dict[str, Any]:
-    """What is compiled in."""
+    """Return the compile-time flags of a transform and a mask."""
     identity = t.scale == 1.0 and t.temperature == 1.0 and t.temperatures is None
     form = CAPPED if t.softcap > 0 else IDENTITY if identity else SCALED
     return {"FORM": form, "PER_ROW": t.temperatures is not None, "HAS_MASK": mask is not None}

@@ -1,4 +1,4 @@
-"""What a token says about KL(p || q), from d = log p - log q; kinds as csrc/common/kl_estimate.h numbers them."""
+"""Estimate KL(p || q) from a token, by d = log p - log q; kinds as csrc/common/kl_estimate.h numbers them."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ LOG2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _above_level(apart):
-    """What log p - log m and log q - log m are above a level, with m = (p + q) / 2, and whether that level is log 2.
+    """Return what log p - log m and log q - log m are above a level, with m = (p + q) / 2, and whether that is log 2.
 
     apart = log p - log q. With s the smaller over the larger of p and q they are log(2 / (1 + s)), less the
     difference of the logarithms for the smaller one. Where p and q are near each other (s >= 1/2) the level is 0, and
@@ -91,10 +91,10 @@ def _states(
 @triton.jit
 def _side(reference, total):
     """A row's reference over its segments, its sum of exp(z - reference), and what each segment's sum shrinks by."""
-    there = total > 0.0
-    shift = tl.max(tl.where(there, reference, float("-inf")), axis=1)
+    nonzero = total > 0.0
+    shift = tl.max(tl.where(nonzero, reference, float("-inf")), axis=1)
     shift = tl.where(shift == float("-inf"), 0.0, shift)
-    factor = tl.where(there, tl.exp((reference - shift[:, None]).to(tl.float64)), 0.0)
+    factor = tl.where(nonzero, tl.exp((reference - shift[:, None]).to(tl.float64)), 0.0)
     sums = tl.sum(factor * total, axis=1)
     broken = tl.max((total != total).to(tl.int32), axis=1) > 0  # nan, and a row of nothing but -inf is no distribution
     return shift, tl.where((sums == 0.0) | broken, float("nan"), sums), factor

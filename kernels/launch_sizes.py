@@ -47,14 +47,14 @@ _known: dict[tuple[str, torch.device], Mapping[str, int]] = {}
 
 
 def sizes(op: str, device: torch.device) -> Mapping[str, int]:
-    """What an op's kernels are launched with on the device of its tensors: name -> value.
+    """Look up what an op's kernels are launched with on the device of its tensors: name -> value.
 
     Found out once for each op and device. ValueError if a file of sizes is not one (see ``check``).
     """
-    found = _known.get((op, device))
-    if found is None:
-        found = _known[op, device] = _find(op, device_name(device))
-    return found
+    known = _known.get((op, device))
+    if known is None:
+        known = _known[op, device] = _find(op, device_name(device))
+    return known
 
 
 def _find(op: str, name: str) -> Mapping[str, int]:
@@ -67,7 +67,7 @@ def _find(op: str, name: str) -> Mapping[str, int]:
 
 
 def device_name(device: torch.device) -> str:
-    """What a device is called in a file of sizes: "cpu" is Triton's interpreter."""
+    """Name a device as a file of sizes does: "cpu" is Triton's interpreter."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -100,8 +100,8 @@ def check(content: Any, source: str) -> Content:
                 if not whole or (name != "STAGES" and value & (value - 1)):
                     kind = "an integer" if name == "STAGES" else "a power of two"
                     raise ValueError(f"{where}: {name} is {value!r:.40}, expected {kind} from {least} to {most}")
-    found: Content = content
-    return found
+    checked: Content = content
+    return checked
 
 
 def _items(x: Any, where: str, key: str) -> Any:
@@ -112,7 +112,7 @@ def _items(x: Any, where: str, key: str) -> Any:
 
 @contextlib.contextmanager
 def trying(op: str, device: torch.device, changes: dict[str, int]) -> Iterator[None]:
-    """Within it, the op's own sizes with these changes, whatever the files say; for benchmarks and tests."""
+    """Apply these changes to the op's own sizes within a block, whatever the files say; for benchmarks and tests."""
     key = op, torch.empty(0, device=device).device  # with the index that tensors have
     before = _known.get(key)
     _known[key] = {**OWN[op], **changes}

@@ -25,7 +25,7 @@ MOST_SPLIT = 256 << 20  # bytes of parts in memory
 
 @triton.jit
 def _unit_of(starts, units, tile, TOKENS: tl.constexpr):
-    """Which unit the tile belongs to: unit u has tiles from starts[u] // TOKENS + u on."""
+    """Find the unit that a tile belongs to: unit u has tiles from starts[u] // TOKENS + u on."""
     low = 0
     high = units
     while low + 1 < high:
@@ -39,7 +39,7 @@ def _unit_of(starts, units, tile, TOKENS: tl.constexpr):
 
 @triton.jit
 def _merge(most, total, sums, other_most, other_total, other_sums):
-    """Two parts of a softmax as one."""
+    """Merge two parts of a softmax into one."""
     new = tl.maximum(most, other_most)
     base = tl.where(new == float("-inf"), 0.0, new)
     a = tl.exp(most - base)
@@ -63,23 +63,23 @@ def _part(
         place = (tl.load(table + block).to(tl.int64) * kv_heads + kv_head) * (WIDTH * BLOCK)
         at = block * BLOCK + k
         # What no row may see is not read: it may be anything.
-        there = (k < BLOCK) & (at <= tl.max(position, 0))
+        valid = (k < BLOCK) & (at <= tl.max(position, 0))
         key = tl.load(
-            keys + place + d[:, None] * BLOCK + k[None, :], mask=(d[:, None] < WIDTH) & there[None, :], other=0.0
+            keys + place + d[:, None] * BLOCK + k[None, :], mask=(d[:, None] < WIDTH) & valid[None, :], other=0.0
         )
         if WIDEN:
             key = key.to(tl.float32)
         s = tl.dot(q, key, input_precision="ieee") * scale
         if HAS_CAP:
             s = softcap * tanh(s / softcap)
-        seen = there[None, :] & (at[None, :] <= position[:, None]) & (at[None, :] >= first_key[:, None])
+        seen = valid[None, :] & (at[None, :] <= position[:, None]) & (at[None, :] >= first_key[:, None])
         s = tl.where(seen, s, float("-inf"))
         new = tl.maximum(most, tl.max(s, 1))
         base = tl.where(new == float("-inf"), 0.0, new)
         p = tl.exp(s - base[:, None])
         decay = tl.exp(most - base)
         value = tl.load(
-            values + place + k[:, None] * WIDTH + d[None, :], mask=there[:, None] & (d[None, :] < WIDTH), other=0.0
+            values + place + k[:, None] * WIDTH + d[None, :], mask=valid[:, None] & (d[None, :] < WIDTH), other=0.0
         )
         total = total * decay + tl.sum(p, 1)
         if WIDEN:
@@ -207,7 +207,7 @@ def forward(
     sinks: Tensor | None,
     out: Tensor,
 ) -> None:
-    """As csrc/common/paged_attention.h says."""
+    """Attend as csrc/common/paged_attention.h defines."""
     n, heads, dim = query.shape
     if n == 0:
         return
@@ -292,7 +292,7 @@ def write(
     sin: Tensor | None,
     query: Tensor | None,
 ) -> None:
-    """As csrc/common/paged_attention.h says."""
+    """Write keys and values as csrc/common/paged_attention.h defines."""
     n, kv_heads, dim = key.shape
     turns = cos is not None and query is not None
     if n == 0:

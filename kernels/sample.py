@@ -28,7 +28,7 @@ def _weights(start, first, columns, top, scale, BLOCK: tl.constexpr):
 
 @triton.jit
 def _reached(start, columns, top, scale, least, BLOCK: tl.constexpr):
-    """How many weights have bits of at least `least` > 0, and what they weigh; the bits next to it above and below."""
+    """Count the weights with bits of at least `least` > 0, and their total; the bits next to it above and below."""
     count = tl.zeros((BLOCK,), tl.int32)
     mass = tl.zeros((BLOCK,), tl.float64)
     above = tl.full((BLOCK,), 2147483647, tl.int32)

@@ -1,4 +1,4 @@
-"""What this installation has and lacks, in plain words: `rlhf-fast doctor` or `python -m rlhf_fast.doctor`.
+"""Say what this installation has and lacks, in plain words: `rlhf-fast doctor` or `python -m rlhf_fast.doctor`.
 
 Nothing here fails because something is missing: a missing part is a line that says what to do about it.
 """
@@ -19,7 +19,7 @@ GIB = 1024**3
 
 
 def report() -> list[tuple[str, str]]:
-    """Every part with its state, in the order in which they are printed."""
+    """List every part with its state, in the order in which they are printed."""
     return [
         ("python", f"{platform.python_version()} ({sys.executable})"),
         ("rlhf-fast", _version("rlhf-fast", "not installed (running from a checkout); run: make install")),
@@ -97,7 +97,7 @@ def _backends() -> str:
 
 
 def _launch_sizes() -> str:
-    """Those of the Triton kernels on the first device."""
+    """Say which launch sizes the Triton kernels have on the first device."""
     try:
         import torch
 
@@ -113,8 +113,8 @@ def _launch_sizes() -> str:
 
 def _nvcc() -> str:
     cuda_home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    found = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(cuda_home, "bin"))
-    return found or "not found; only building the CUDA kernels needs it"
+    path = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(cuda_home, "bin"))
+    return path or "not found; only building the CUDA kernels needs it"
 
 
 def _memory() -> str:
@@ -131,7 +131,7 @@ def _memory() -> str:
 
 
 def _model_cache() -> Path:
-    """Where transformers keeps downloaded models, found without importing it."""
+    """Find where transformers keeps downloaded models, without importing it."""
     if cache := os.environ.get("HF_HUB_CACHE"):
         return Path(cache)
     if home := os.environ.get("HF_HOME"):

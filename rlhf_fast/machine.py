@@ -1,4 +1,4 @@
-"""What this machine reads and multiplies a second, the limits that utilisation is told against, and how busy it is."""
+"""Rates at which this machine reads and multiplies, the limits that utilisation is told against, and how busy it is."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ class Busy:
 
 def _seconds(call: Callable[[], Any], device: torch.device) -> float:
     """The middle one of a few, after one that warms up."""
-    found = []
+    times = []
     for _ in range(6):
         started = time.perf_counter()
         call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        found.append(time.perf_counter() - started)
-    return statistics.median(found[1:])
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ import pytest
 import torch
 
 from bench import harness
+from bench.__main__ import main
 from bench.harness import BOTH, FORWARD, Bench, Call, Case, Work
 from rlhf_fast import cli
 
@@ -86,7 +91,7 @@ def test_the_command_writes_a_line_for_each_result(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(harness, "benches", lambda suite, op: [bench()] if (suite, op) == ("ops", "double") else [])
     out = tmp_path / "new" / "records.jsonl"
-    assert cli.main(["bench", "ops", "--op", "double", "--seconds", "0", "--out", str(out)]) == 0
+    assert main(["ops", "--op", "double", "--seconds", "0", "--out", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "double  4 x 8 float32 forward (tiny), limit" in shown and f"2 results written to {out}" in shown
     records = [json.loads(line) for line in out.read_text().splitlines()]
@@ -99,28 +104,65 @@ def test_the_command_writes_a_line_for_each_result(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["bench", "training"], "bench: no suite 'training'; there is ops"),
+        (["training"], "bench: no suite 'training'; there is ops"),
         (
-            ["bench", "ops", "--op", "gea"],
+            ["ops", "--op", "gea"],
             "op: no benchmark of 'gea'; there are cross_entropy, dpo_loss, full_kl, gae, ",
         ),
-        (["bench", "--suite", "../ops"], "bench: no suite '../ops'; there is ops"),
+        (["../ops"], "bench: no suite '../ops'; there is ops"),
     ],
 )
 def test_an_unknown_suite_or_op_is_named(
     words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main([*words, "--out", str(tmp_path / "out.jsonl")]) == 1
+    assert main([*words, "--out", str(tmp_path / "out.jsonl")]) == 1
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_an_installed_package_says_that_a_checkout_is_needed(
+def test_a_fault_of_a_benchmark_shows_its_place(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli.bench, "__file__", str(tmp_path / "rlhf_fast" / "cli" / "bench.py"))
-    assert cli.main(["bench", "ops"]) == 1
-    assert "run this from a checkout" in capsys.readouterr().err
+    monkeypatch.setattr(harness, "benches", lambda *_: {}["no such op"])
+    assert main(["ops", "--out", str(tmp_path / "out.jsonl")]) == 70
+    told = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in told and "a fault of rlhf-fast itself" in told
+
+
+def test_the_verb_runs_a_process_of_its_own_and_passes_its_code_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Wherever it is called, and whatever is called bench there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "__init__.py").write_text("raise RuntimeError('not this one')")
+    assert cli.main(["bench", "ops", "--op", "gea", "--out", "out.jsonl"]) == 1
+    told = capfd.readouterr().err
+    assert told.startswith("rlhf-fast: op: no benchmark of 'gea'; there are ") and told.count("\n") == 1
+    asked: list[list[str]] = []
+    monkeypatch.setattr(
+        subprocess, "run", lambda words, **_: asked.append(words) or subprocess.CompletedProcess(words, 70)
+    )
+    assert cli.main(["bench", "rollout", "--seconds", "2.5", "--out", "out.jsonl"]) == 70
+    assert asked == [
+        [sys.executable, "-m", "bench", "rollout", "--op=", "--seconds=2.5", f"--out={tmp_path / 'out.jsonl'}"]
+    ]
+
+
+def test_an_installed_package_says_what_to_install(tmp_path: Path) -> None:
+    """Without bench/ beside it, as a wheel unpacks it."""
+    shutil.copytree(
+        harness.ROOT / "rlhf_fast", tmp_path / "rlhf_fast", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf_fast.cli", "bench", "ops"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "the benchmarks come with a checkout" in done.stderr and "pip install -e ." in done.stderr
 
 
 def test_every_op_of_the_suite_has_cases_for_both_devices() -> None:

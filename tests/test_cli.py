@@ -50,7 +50,8 @@ KEYS = {
         ppo.epochs ppo.minibatches ppo.kl_coef ppo.kl_target ppo.kl_horizon ppo.max_kl ppo.max_update_kl
         ppo.advantage ppo.kl_in ppo.scale ppo.resample ppo.critic ppo.critic_warmup ppo.gamma ppo.lam ppo.ratio
         ppo.objective ppo.aggregation ppo.clip_low ppo.clip_high ppo.tau_pos ppo.tau_neg ppo.dual_clip
-        ppo.value_clip ppo.value_coef ppo.whiten_rewards ppo.reward_clip ppo.missing_eos ppo.missing_eos_penalty ppo.min_reward_agreement
+        ppo.value_clip ppo.value_coef ppo.whiten_rewards ppo.reward_clip ppo.missing_eos
+        ppo.missing_eos_penalty ppo.min_reward_agreement
         ppo.reward_timeout ppo.reward_retries ppo.reward_batch ppo.lag ppo.rollout_cap ppo.cuda_graphs
         ppo.max_length ppo.overlong ppo.chat_template ppo.template_kwargs ppo.parse_special_tokens ppo.date
         ppo.dtype ppo.seed ppo.lora.r ppo.lora.alpha ppo.lora.targets ppo.optim.lr ppo.optim.schedule

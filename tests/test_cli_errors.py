@@ -141,7 +141,8 @@ def test_what_nobody_foresaw_is_called_a_fault_with_its_place(
 def test_nobody_reads_on(words: list[str], reads: int) -> None:
     """As `rlhf-fast --help | head -1` and `| true` do; a long help is more than a pipe holds in the other."""
     code = (
-        "import sys; from rlhf_fast import cli; cli.help.overview = cli.help.of_verb = lambda *_: 'line\\n' * 50_000; "
+        "import sys; from rlhf_fast import cli; "
+        "cli.help.overview = cli.help.verb_help = lambda *_: 'line\\n' * 50_000; "
         f"sys.exit(cli.main({words!r}))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)

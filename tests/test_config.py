@@ -511,8 +511,18 @@ def test_nan_is_out_of_every_range_in_python_too(cls: type, name: str) -> None:
 def test_limits_may_be_infinite_and_edges_of_ranges_are_inside() -> None:
     assert OptimConfig(lr=1e-9, warmup=1.0, max_grad_norm=math.inf).max_grad_norm == math.inf
     assert PPOConfig(gamma=0.0, lam=1.0, value_clip=math.inf, kl_coef=0.0, kl_target=None).value_clip == math.inf
-    assert EvaluationConfig(temperature=0.0).temperature == 0.0
+    assert EvaluationConfig(temperature=0.0, samples_per_prompt=1).temperature == 0.0
     assert LoRAConfig(r=0).r == 0
+
+
+def test_several_replies_at_temperature_0_are_refused_before_a_model_is_loaded() -> None:
+    """The default is two replies to each prompt."""
+    words = "samples_per_prompt: 2 replies at temperature 0 would all be the same; expected 1, or a temperature above 0"
+    with pytest.raises(ValueError, match=f"^{words}$"):
+        EvaluationConfig(temperature=0.0)
+    with pytest.raises(ConfigError, match=f"^--evaluation.{words}$"):
+        build(DemoConfig, None, ["--evaluation.temperature", "0"])
+    assert EvaluationConfig(temperature=1e-3, samples_per_prompt=2).samples_per_prompt == 2
 
 
 def test_a_value_out_of_range_is_named_by_its_full_key(tmp_path: Path) -> None:

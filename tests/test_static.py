@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +49,20 @@ def test_a_spill_and_a_narrow_load_are_faults() -> None:
     assert static.faults(dataclasses.replace(good, stack=8, spills=2)) == ["2 spills, 8 bytes of stack"]
     assert static.faults(dataclasses.replace(good, wide_loads=3)) == ["3 loads of 16 bytes, expected 4"]
     assert static.faults(dataclasses.replace(good, wide_stores=0)) == ["0 stores of 16 bytes, expected 4"]
+
+
+def test_docstrings_are_no_part_of_what_a_kernel_is_made_of(tmp_path: Path) -> None:
+    texts = {
+        "plain.py": "def f(x):\n    return x  # a comment\n",
+        "told.py": '"""A file.\n\nOf two lines."""\n\n\ndef f(x):\n    """Return x."""\n    return x  # a comment\n',
+        "other.py": '"""A file."""\n\n\ndef f(x):\n    return 2 * x  # a comment\n',
+        "told.cu": '"""A file."""\n',
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    plain, told, other, cuda = (static._code(tmp_path / name) for name in texts)
+    assert plain == told == b"def f(x):\n    return x  # a comment"
+    assert plain != other and cuda == texts["told.cu"].encode()
 
 
 @triton_only

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_fast.runs.terminal import COLUMNS, WORDS, columns_that_fit, heading, table_line
+from rlhf_fast.runs.metric_names import WORDS
+from rlhf_fast.runs.terminal import COLUMNS, columns_that_fit, heading, table_line
 
 VALUES = [0.0, -1.5, 12.25, -123.456]
 

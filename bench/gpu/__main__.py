@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one go of at most eight minutes, without a network: what this card allows, whether
+"""Run everything that needs a GPU, in one go of at most eight minutes, without a network: what the card allows, whether
 all kernels are right on it, how fast they are beside their peers and beside the limit, rollouts, PPO, and tuning.
 
     python -m bench.gpu --out bench/results        on a machine with a GPU

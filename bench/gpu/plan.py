@@ -27,7 +27,7 @@ LEAST = 5.0  # seconds that a step is worth starting for
 
 @dataclass(frozen=True)
 class Step:
-    """One step: a command that appends its records, JSON Lines, to the file named in BENCH_RECORDS."""
+    """Command of one step, which appends its records, JSON Lines, to the file named in BENCH_RECORDS."""
 
     name: str
     seconds: float  # most that it may take
@@ -37,7 +37,7 @@ class Step:
 
 @dataclass
 class Results:
-    """What a run has found so far; written aside and renamed after each step."""
+    """Records of a run so far; written aside and renamed after each step."""
 
     path: Path
     steps: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -116,7 +116,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _last_line(log: Path, where: int) -> str:
-    """What a step said last."""
+    """Return the last line that a step printed."""
     with log.open("rb") as file:
         file.seek(where)
         lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]

@@ -99,7 +99,7 @@ def put_predictions(page: Path, card: str = "H100") -> None:
 
 
 def goal_text(goal: Record | None) -> str:
-    """What was wanted and what is expected, in words."""
+    """Word what was wanted and what is expected."""
     if goal is None:
         return ""
     share = goal["unit"].startswith("of the")
@@ -159,7 +159,7 @@ def _ops(timed: list[Record]) -> list[str]:
 
 
 def _is_ours(record: Record) -> bool:
-    """Ours on one backend; the packed form of an op, say, is timed beside it as another one."""
+    """Return whether a record is ours on one backend; the packed form of an op, say, is timed beside it."""
     return _short(record) in ("", "cpu", "cuda", "triton")
 
 
@@ -192,7 +192,7 @@ def _furthest(timed: list[Record]) -> list[str]:
 
 
 def _predicted(records: list[Record]) -> list[str]:
-    """What bench/predict had expected of this card, milliseconds of ops and of rollouts."""
+    """Compare with what bench/predict had expected of this card: milliseconds of ops and of rollouts."""
     if not PREDICTED.exists():
         return []
     whole = json.loads(PREDICTED.read_text(encoding="utf-8"))

@@ -39,7 +39,7 @@ ORDER = (
 
 
 class Skip(Exception):
-    """What a step needs is not here."""
+    """Signal that something a step needs is not installed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ def build(context: Context) -> None:
 
 
 def tests(context: Context) -> None:
-    """Every op on every backend on this device, and generation with CUDA graphs."""
+    """Test every op on every backend on this device, and generation with CUDA graphs."""
     needs("pytest")
     words = ["tests/ops", "-m", "gpu"]
     if context.rehearse:
@@ -164,7 +164,7 @@ def _pytest(context: Context, case: str, command: list[str], words: list[str]) -
 
 
 def ops_step(context: Context) -> None:
-    """Every op at the shapes that people train at, each backend of ours beside eager and torch.compile."""
+    """Time every op at the shapes that people train at, each backend of ours beside eager and torch.compile."""
     device = context.device
     if context.rehearse:
         _kernels_on_the_cpu()
@@ -206,7 +206,7 @@ Providers = Callable[[harness.Case, torch.device], dict[str, harness.Call]]
 
 
 def _by_backend(bench: harness.Bench, context: Context) -> Providers:
-    """Ours once for each backend that has the op, then the others."""
+    """List ours once for each backend that has the op, then the others."""
 
     def providers(case: harness.Case, device: torch.device) -> dict[str, harness.Call]:
         every = bench.providers(case, device)

@@ -143,7 +143,7 @@ def _against_own(
 
 
 def pays(gains: Sequence[float], noises: Sequence[float]) -> bool:
-    """Whether sizes are worth keeping that are so many times as fast, case by case, where noise makes that of 1."""
+    """Return whether sizes that are so many times as fast, case by case, are worth keeping, given the noise."""
     gain, noise = (statistics.mean(map(math.log, ratios)) for ratios in (gains, noises))
     no_loss = all(one * of_noise >= 1 - MOST_LOSS for one, of_noise in zip(gains, noises, strict=True))
     return gain >= max(math.log(LEAST_GAIN), 2 * noise) and no_loss
@@ -186,7 +186,7 @@ def _with(op: str, changes: dict[str, int], device: torch.device, call: Call) ->
 
 
 def difference(found: Sequence[Tensor], own: Sequence[Tensor]) -> str:
-    """Where results differ by more than another order of adding explains; empty if they do not."""
+    """Say where results differ by more than another order of adding explains; empty if they do not."""
     for i, (mine, its) in enumerate(zip(found, own, strict=True)):
         if mine.shape != its.shape or mine.dtype != its.dtype:
             return f"result {i} is {tuple(mine.shape)} of {mine.dtype}, expected {tuple(its.shape)} of {its.dtype}"

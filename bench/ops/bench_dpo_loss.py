@@ -18,7 +18,7 @@ def providers(case: Case, device: torch.device) -> dict[str, Call]:
     chosen, rejected, *reference = (normal(n, dtype=F32, device=device, seed=seed, scale=5.0) for seed in range(4))
 
     def eager(chosen: Tensor, rejected: Tensor) -> Tensor:
-        """With the statistics that everybody logs."""
+        """Compute the loss in PyTorch, with the statistics that everybody logs."""
         rewards = 0.1 * (chosen - reference[0]), 0.1 * (rejected - reference[1])
         with torch.no_grad():
             stats = [*rewards, rewards[0] - rewards[1], (rewards[0] > rewards[1]).float()]

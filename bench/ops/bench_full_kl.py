@@ -14,7 +14,7 @@ from rlhf_fast import ops
 
 
 def eager(logits: Tensor, ref_logits: Tensor, kind: str) -> Tensor:
-    """What people write."""
+    """Compute the KL as people write it in PyTorch."""
     logp, logq = torch.log_softmax(logits.float(), -1), torch.log_softmax(ref_logits.float(), -1)
     if kind == "kl":
         return F.kl_div(logq, logp, reduction="none", log_target=True).sum(-1)

@@ -13,7 +13,7 @@ from rlhf_fast import ops
 
 
 def eager(rewards: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """What people write."""
+    """Compute GAE as people write it in PyTorch."""
     advantage, columns = torch.zeros_like(rewards[:, 0]), []
     for t in reversed(range(rewards.shape[1])):
         following = values[:, t + 1] if t + 1 < rewards.shape[1] else 0.0

@@ -13,7 +13,7 @@ from rlhf_fast import ops
 
 
 def eager(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """What people write, with expm1 for exp - 1."""
+    """Compute the estimate as people write it in PyTorch, with expm1 for exp - 1."""
     d = logprobs - ref_logprobs
     return torch.expm1(-d) + d
 

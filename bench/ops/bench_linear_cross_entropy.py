@@ -31,7 +31,7 @@ def providers(case: Case, device: torch.device) -> dict[str, Call]:
     found = calls(case, every, [hidden, weight], [torch.ones((), device=device)])
 
     def products() -> list[Tensor]:
-        """Those that no implementation can do without; their results are not compared, for they are others."""
+        """Multiply what no implementation can do without; these results are not compared, for they are others."""
         z = torch.mm(hidden, weight.T)
         torch.mm(z, weight), torch.mm(z.T, hidden)
         return []

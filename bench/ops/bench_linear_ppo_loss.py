@@ -31,7 +31,7 @@ def providers(case: Case, device: torch.device) -> dict[str, Call]:
     mask = torch.arange(rows, device=device) % 2 == 0 if MASKED in case.profile else torch.ones_like(tokens).bool()
 
     def whole(h: Tensor, w: Tensor) -> Tensor:
-        """With the entropy and the statistics that everybody logs."""
+        """Compute the whole loss, with the entropy and the statistics that everybody logs."""
         logprobs, entropy = eager(h @ w.T, tokens)
         count = mask.sum()
         log_ratio = logprobs - old
@@ -54,7 +54,7 @@ def providers(case: Case, device: torch.device) -> dict[str, Call]:
     logits = torch.empty(kept.shape[0], vocabulary, dtype=case.dtype, device=device)
 
     def products(out: Tensor | None) -> Call:
-        """Those that no implementation can do without; their results are not compared, for they are others."""
+        """Multiply what no implementation can do without; these results are not compared, for they are others."""
 
         def call() -> list[Tensor]:
             z = torch.mm(kept, weight.T, out=out)

@@ -33,7 +33,7 @@ def providers(case: Case, device: torch.device) -> dict[str, Call]:
     logits = torch.empty(rows, vocabulary, dtype=case.dtype, device=device)
 
     def products(out: Tensor | None) -> Call:
-        """Those that no implementation can do without; their results are not compared, for they are others."""
+        """Multiply what no implementation can do without; these results are not compared, for they are others."""
 
         def call() -> list[Tensor]:
             z = torch.mm(hidden, weight.T, out=out)

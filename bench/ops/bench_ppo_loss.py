@@ -20,7 +20,7 @@ def providers(case: Case, device: torch.device) -> dict[str, Call]:
     mask = normal(n, dtype=F32, device=device, seed=6) > -1.0
 
     def eager(logprobs: Tensor, values: Tensor) -> Tensor:
-        """With the statistics that everybody logs."""
+        """Compute the loss in PyTorch, with the statistics that everybody logs."""
         count = mask.sum()
         log_ratio = logprobs - old
         ratio = log_ratio.exp()

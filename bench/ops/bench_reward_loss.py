@@ -18,7 +18,7 @@ def providers(case: Case, device: torch.device) -> dict[str, Call]:
     chosen, rejected, margin = (normal(n, dtype=F32, device=device, seed=seed) for seed in range(3))
 
     def eager(chosen: Tensor, rejected: Tensor) -> Tensor:
-        """With the statistics that everybody logs."""
+        """Compute the loss in PyTorch, with the statistics that everybody logs."""
         loss = -F.logsigmoid(chosen - rejected - margin) + 0.01 * (chosen + rejected) ** 2
         with torch.no_grad():
             stats = [(chosen > rejected).float().mean(), (chosen - rejected).mean()]

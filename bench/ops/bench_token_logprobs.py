@@ -14,7 +14,7 @@ F32, BF16 = torch.float32, torch.bfloat16
 
 
 def eager(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """What people write."""
+    """Score tokens as people write it in PyTorch."""
     logp = torch.log_softmax(logits.float(), dim=-1)
     return logp.gather(-1, tokens[:, None]).squeeze(-1), -(logp.exp() * logp).sum(-1)
 

@@ -1,1 +1,1 @@
-"""What every op should take on GPUs that nobody here has, written down before one is seen; see __main__.py."""
+"""Predict what every op takes on GPUs that nobody here has, written down before one is seen; see __main__.py."""

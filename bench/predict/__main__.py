@@ -38,7 +38,7 @@ MORE: dict[str, list[Case]] = {
 
 @dataclass(frozen=True)
 class Goal:
-    """What a case is to reach: at least a share of the bandwidth, or at most so many ms or times its bare products."""
+    """Goal of a case: at least a share of the bandwidth, or at most so many ms or times its bare products."""
 
     op: str
     case: str  # how it begins
@@ -57,7 +57,7 @@ GOALS = (
 
 
 def cases() -> Iterator[tuple[str, Case, Bench | None]]:
-    """All that `bench.gpu` times, and what has no benchmark."""
+    """List all that `bench.gpu` times, and what has no benchmark."""
     for bench in harness.benches("ops"):
         if bench.op in parts.OPS:  # `linear` is for CPUs
             for case in bench.gpu_cases:
@@ -75,14 +75,14 @@ def predictions() -> Iterator[dict[str, Any]]:
                 each = list(cards.timed(parts.OPS[op](case, backend), backend, card, table))
                 yield {
                     "card": name, "op": op, "case": str(case), "backend": backend,
-                    **of_call(each, op, case, backend),
+                    **call_time(each, op, case, backend),
                     "goal": None if bench is None else goal(name, bench, case, _sum(each), table),
                     "parts": [{**one, "milliseconds": round(one["milliseconds"], 5)} for one in each],
                 }  # fmt: skip
 
 
-def of_call(each: list[dict[str, Any]], op: str, case: Case, backend: str) -> dict[str, Any]:
-    """Of the parts of a call: milliseconds of the whole, the longer of what the device and what Python takes."""
+def call_time(each: list[dict[str, Any]], op: str, case: Case, backend: str) -> dict[str, Any]:
+    """Sum up a call's parts: milliseconds of the whole, the longer of what the device and what Python takes."""
     device = _sum(each)
     launches = sum(LAUNCH[backend if one["ours"] else "torch"] * one["launches"] for one in each)
     call = 1e3 * (LOSS_CALL.get(op, CALL[case.mode]) + launches)

@@ -127,7 +127,7 @@ def compiled(kernel: Kernel, backend: str, card: Card, table: Table) -> dict[str
 
 
 def waves(kernel: Kernel, entry: dict[str, Any], card: Card) -> int:
-    """How many times the multiprocessors are filled with its programs: registers, threads or shared memory limit it."""
+    """Count how often a kernel's programs fill the multiprocessors: registers, threads or shared memory limit it."""
     registers = -(-entry["registers"] // 8) * 8 * kernel.threads
     held = min(THREADS // kernel.threads, REGISTERS // registers, PROGRAMS)
     if entry["shared"]:
@@ -152,7 +152,7 @@ def bounds(part: Part, backend: str, card: Card, table: Table) -> dict[str, floa
 
 
 def timed(parts: list[Part], backend: str, card: Card, table: Table) -> Iterator[dict[str, Any]]:
-    """What each part takes, all its launches together, and what binds it."""
+    """Time each part on a card, all its launches together, and name what binds it."""
     for part in parts:
         seconds = bounds(part, backend, card, table)
         binds = max(seconds, key=lambda name: seconds[name])

@@ -1,4 +1,4 @@
-"""What one call of each op launches on a GPU: the sizes in its host code, in the order of the launches.
+"""List what one call of each op launches on a GPU: the sizes in its host code, in the order of the launches.
 
 Launches that take no time of their own (kernels over a few rows' numbers) are counted, for each waits for the last.
 """
@@ -49,7 +49,7 @@ def finish(op: str, name: str, rows: int, segments: int, state: int, backend: st
     )  # fmt: skip
 
 
-def of_logits(rows: int, columns: int, dtype: str, backend: str, count: int = 1) -> list[Part]:
+def logits_parts(rows: int, columns: int, dtype: str, backend: str, count: int = 1) -> list[Part]:
     segments = math.ceil(columns / SEGMENT)
     return [
         update(rows, columns, dtype, count),
@@ -66,7 +66,7 @@ def in_logits(rows: int, columns: int, dtype: str, count: int = 1) -> Kernel:
 
 def token_logprobs(case: Case, backend: str) -> list[Part]:
     rows, columns = case.shape
-    forward = of_logits(rows, columns, dtype_of(case), backend)
+    forward = logits_parts(rows, columns, dtype_of(case), backend)
     return [*forward, in_logits(rows, columns, dtype_of(case))] if case.mode == BOTH else forward
 
 
@@ -74,7 +74,7 @@ def cross_entropy(case: Case, backend: str) -> list[Part]:
     """token_logprobs and its gradient; label smoothing reads the logits once more, for their mean."""
     rows, columns = case.shape
     smoothed = "label smoothing" in case.profile
-    parts = [small("what counts", 1), *of_logits(rows, columns, dtype_of(case), backend)]
+    parts = [small("what counts", 1), *logits_parts(rows, columns, dtype_of(case), backend)]
     if smoothed:
         parts.append(Torch("mean of each row", rows * columns * case.dtype.itemsize))
     parts.append(small("the mean over rows", 16 if smoothed else 6))
@@ -129,7 +129,7 @@ def gae(case: Case, backend: str) -> list[Part]:
     return [kernel]
 
 
-def of_ppo(n: int, dtype: str, backend: str, values: bool, count: int = 1) -> list[Part]:
+def ppo_parts(n: int, dtype: str, backend: str, values: bool, count: int = 1) -> list[Part]:
     """Policy, and value if asked for: a range of tokens a program, then one program over the ranges' sums. The counted
     path has all terms in it, so its instructions are too many.
 
@@ -162,11 +162,11 @@ def ppo_loss(case: Case, backend: str) -> list[Part]:
     scale = Kernel(
         "ppo_loss", "scale", (), 2 * 8 * n, n, programs=math.ceil(n / 1024), threads=128 if backend == "triton" else 256
     )
-    return [*of_ppo(n, dtype_of(case), backend, values=True), scale]
+    return [*ppo_parts(n, dtype_of(case), backend, values=True), scale]
 
 
-def of_pairs(n: int, backend: str) -> list[Part]:
-    """One program over all pairs, in float64, whose exponentials and sums take a trip's time each."""
+def pair_parts(n: int, backend: str) -> list[Part]:
+    """Describe a loss of pairs: one program in float64, whose exponentials and sums take a trip's time each."""
     threads = 128 if backend == "triton" else 256
     rounds = math.ceil(n / 256)
     kernel = Kernel(
@@ -176,10 +176,10 @@ def of_pairs(n: int, backend: str) -> list[Part]:
 
 
 def pair_loss(case: Case, backend: str) -> list[Part]:
-    return of_pairs(case.shape[0], backend)
+    return pair_parts(case.shape[0], backend)
 
 
-def of_sequence_sums(rows: int, tokens: int, backend: str) -> Kernel:
+def sequence_sums(rows: int, tokens: int, backend: str) -> Kernel:
     threads = 128 if backend == "triton" else 256
     n = rows * tokens
     rounds = math.ceil(tokens / (1024 if backend == "triton" else 256))
@@ -192,13 +192,13 @@ def of_sequence_sums(rows: int, tokens: int, backend: str) -> Kernel:
 def sequence_sum(case: Case, backend: str) -> list[Part]:
     rows, tokens = case.shape
     return [
-        of_sequence_sums(rows, tokens, backend),
+        sequence_sums(rows, tokens, backend),
         Torch("the sequences' gradients, where unmasked", rows * tokens * 5),
     ]
 
 
 def group_advantages(case: Case, backend: str) -> list[Part]:
-    """Three ways through a group, with a sum after each of the first two."""
+    """Describe the op's three ways through a group, with a sum after each of the first two."""
     (groups, size), triton = case.shape, backend == "triton"
     programs, threads = (groups, 32) if triton else (math.ceil(groups / 8), 256)
     kernel = Kernel(
@@ -212,7 +212,7 @@ def group_advantages(case: Case, backend: str) -> list[Part]:
 
 
 def bare_products(case: Case) -> list[Part]:
-    """What no implementation can do without: logits, and their gradients by the weights and by the states."""
+    """List what no implementation can do without: logits, and their gradients by the weights and by the states."""
     n, width, vocabulary = case.shape
     n = n // 2 if "half masked" in case.profile else n
     states, weights, logits = 2 * n * width, 2 * vocabulary * width, 2 * n * vocabulary
@@ -232,7 +232,7 @@ def sweep(case: Case, backend: str, loss: Callable[[int, int], list[Part]]) -> l
     parts: list[Part] = [small("rows that count, zeros", 12)]
     parts += [
         Product("logits", rows, width, vocabulary, 2 * states + 2 * weights + 4 * logits, count),
-        *of_logits(rows, vocabulary, "float32", backend, count),
+        *logits_parts(rows, vocabulary, "float32", backend, count),
         *loss(rows, count),
         in_logits(rows, vocabulary, "float32", count),
         Torch("gradient in bfloat16", 6 * logits, count),
@@ -251,9 +251,9 @@ def linear_ppo_loss(case: Case, backend: str) -> list[Part]:
     n = case.shape[0] // 2 if "half masked" in case.profile else case.shape[0]
 
     def loss(rows: int, count: int) -> list[Part]:
-        return of_ppo(rows, "float32", backend, values=False, count=count)
+        return ppo_parts(rows, "float32", backend, values=False, count=count)
 
-    return [*sweep(case, backend, loss), *of_ppo(n, "float32", backend, values=False)]
+    return [*sweep(case, backend, loss), *ppo_parts(n, "float32", backend, values=False)]
 
 
 def linear_cross_entropy(case: Case, backend: str) -> list[Part]:
@@ -291,8 +291,8 @@ def linear_dpo_loss(case: Case, backend: str) -> list[Part]:
     n, tokens = case.shape[0], 1024
     pairs = max(n // tokens // 2, 1)
     gradient = Torch("the sequences' gradients, where unmasked", n * 5)
-    sums = of_sequence_sums(2 * pairs, tokens, backend)
-    return [*linear_token_logprobs(case, backend), sums, *of_pairs(pairs, backend), gradient]
+    sums = sequence_sums(2 * pairs, tokens, backend)
+    return [*linear_token_logprobs(case, backend), sums, *pair_parts(pairs, backend), gradient]
 
 
 # --- rollouts ---------------------------------------------------------------------------------------------------------
@@ -354,7 +354,7 @@ def paged_attention(case: Case, backend: str) -> list[Part]:
     words = (dtype_of(case), "a part" if split else "all parts")
 
     def launch(tokens: int, positions: float, read: float) -> Kernel:
-        """Of so many tiles of tokens, each over so many positions of each key head."""
+        """Describe a launch over so many tiles of tokens, each over so many positions of each key head."""
         each = min(positions, part) if split else positions
         programs, blocks = math.ceil(tokens * kv_heads * positions / each), each / block
         return Kernel(

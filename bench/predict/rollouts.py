@@ -1,4 +1,4 @@
-"""What `bench.gpu`'s rollouts should take: step by step, what a step reads and multiplies, and what it launches.
+"""Predict `bench.gpu`'s rollouts: step by step, what a step reads and multiplies, and what it launches.
 
 A step of new tokens reads all weights, and the keys and values of every sequence. Beside that stand its launches, 16
 or 18 a layer: small models are bound by those and not by memory. A step takes the longer of what the device does and
@@ -39,7 +39,7 @@ GOAL = 0.55  # of the roofline, where no prompt has several samples
 
 @dataclass(frozen=True)
 class Model:
-    """What a step needs to know of one."""
+    """Sizes of a model that a step's time depends on."""
 
     layers: int
     width: int
@@ -50,7 +50,7 @@ class Model:
 
     @property
     def launches(self) -> tuple[int, int]:
-        """Of a step: PyTorch's, and Triton's."""
+        """Count a step's launches: PyTorch's, and Triton's."""
         return REST + self.layers * LAYER[self.kind], 1 + self.layers * ATTENTION
 
     def call(self, in_graph: bool) -> float:
@@ -65,7 +65,7 @@ class Model:
 
 
 def predictions() -> Iterator[dict[str, Any]]:
-    """Of each card, model and case."""
+    """Predict each card, model and case."""
     context = Context(rehearse=False, short=False)
     for name, config in training.SHAPES.items():
         with torch.device("meta"):
@@ -101,13 +101,13 @@ class Step:
 
     @property
     def decodes(self) -> bool:
-        """Whether each sequence has one token, as in what is recorded."""
+        """Return whether each sequence has one token, as in what is recorded."""
         return self.tokens == self.sampled
 
 
 def steps_of(case: run.Case) -> Iterator[Step]:
-    """As the scheduler goes about it: running sequences have a token each, the rest of a step goes to prompts. The
-    samples of a prompt begin together and read it once."""
+    """List the steps as the scheduler takes them: running sequences have a token each, the rest of a step goes to
+    prompts. The samples of a prompt begin together and read it once."""
     waiting = [(len(p), count) for p, count in zip(case.prompts, case.new_tokens, strict=True)]
     running: list[list[int]] = []  # prompt, new tokens so far, new tokens in all
     begun, left = 0, waiting[0][0]  # the prompt at hand, and how much of it is to be computed
@@ -149,7 +149,7 @@ def predicted(
 
 
 def step_seconds(step: Step, model: Model, card: Card, in_graph: bool = False) -> tuple[str, float]:
-    """What binds a step, and its time.
+    """Name what binds a step, and give its seconds.
 
     The device goes from launch to launch: products that read the weights, attention that reads the keys, and small
     kernels in between; Python goes ahead of it or not.

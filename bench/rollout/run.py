@@ -69,7 +69,7 @@ def ours(case: Case, model: Any, **options: Any) -> Run:
 
 
 def generate(case: Case, model: Any) -> Run:
-    """One batch, padded on the left; it goes on until the longest response is done."""
+    """Generate one batch, padded on the left; it goes on until the longest response is done."""
     rows = [prompt for prompt in case.prompts for _ in range(case.n)]
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])

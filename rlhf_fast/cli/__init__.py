@@ -27,7 +27,7 @@ def _demo(command: DemoConfig) -> None:
     run_demo(command)
 
 
-VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
+VERBS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "demo": (DemoConfig, _demo),
     "sft": (training.SFTCommand, training.sft),
     "reward": (training.RewardCommand, training.reward),
@@ -85,12 +85,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _warning(message: Warning | str, *_: Any, **__: Any) -> str:
-    """Without the place in the source, which says nothing to who gave the command."""
+    """Format a warning without its place in the source, which says nothing to who gave the command."""
     return f"rlhf-fast: {' '.join(str(message).split())}\n"
 
 
 def _run(words: list[str]) -> int:
-    """Do what the words say; returns 0, or 2 when they do not say enough."""
+    """Do what the words say; returns 0, 2 when they do not say enough, or the code of a process that did it."""
     classes = {verb: cls for verb, (cls, _) in VERBS.items()}
     verb, rest = (words[0], words[1:]) if words else ("", [])
     if verb in ("-V", "--version", "version"):
@@ -109,10 +109,9 @@ def _run(words: list[str]) -> int:
     cls, action = VERBS[verb]
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our own progress says more
     if "-h" in rest or "--help" in rest or rest == ["help"]:
-        print(help.of_verb(verb, cls))
+        print(help.verb_help(verb, cls))
         return 0
-    action(_command(verb, cls, rest))
-    return 0
+    return action(_command(verb, cls, rest)) or 0
 
 
 def _meant(word: str) -> str:
@@ -133,7 +132,7 @@ def _command(verb: str, cls: type, words: list[str]) -> Any:
 
 
 def _take_device(words: list[str]) -> list[str]:
-    """Let `--device NAME` decide where models go, and leave it out."""
+    """Let `--device NAME` decide where models go, and leave it out of the words."""
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--device=") else [word])]
     if "--device" not in words:
         return words

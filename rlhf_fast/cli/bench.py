@@ -1,7 +1,8 @@
-"""The verb bench: times ops or rollouts, from a checkout."""
+"""The verb bench: times ops or rollouts in a process of its own, from a checkout."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,26 +21,14 @@ class BenchCommand:
     out: str = ""  # JSON Lines, one a result; empty: bench/results/SUITE-DEVICE.jsonl
 
 
-def run(command: BenchCommand) -> None:
+def run(command: BenchCommand) -> int:
+    """Run `python -m bench` in the checkout that this package is of, and return its exit code."""
     checkout = Path(__file__).resolve().parents[2]
-    if not (checkout / "bench" / "harness.py").is_file():
+    if not (checkout / "bench" / "__main__.py").is_file():
         raise RuntimeError(
-            "the benchmarks are no part of an installed package; run this from a checkout: pip install -e ."
+            "the benchmarks come with a checkout, not with an installed package: clone the repository, and in it run "
+            "pip install -e . and then rlhf-fast bench again"
         )
-    sys.path.insert(0, str(checkout))
-    from bench import harness
-
-    out = Path(command.out) if command.out else harness.default_out(command.suite)
-    if command.suite == "rollout":
-        from bench.rollout import run as rollouts
-
-        return rollouts.main(command.op, out)
-    if command.suite == "report":
-        from bench.gpu import report
-
-        page = checkout / "docs" / "performance.md"
-        found = report.merge(checkout / "bench" / "results", page)
-        report.put_predictions(page)
-        print(f"{len(found)} runs on GPUs put into {page}")
-        return None
-    harness.run_suite(command.suite, command.op, command.seconds, out)
+    words = [command.suite, f"--op={command.op}", f"--seconds={command.seconds}"]
+    words += [f"--out={Path(command.out).absolute()}"] if command.out else []
+    return subprocess.run([sys.executable, "-m", "bench", *words], cwd=checkout).returncode

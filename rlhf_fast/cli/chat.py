@@ -120,10 +120,10 @@ class Chat:
 
 
 def printable(text: str) -> str:
-    """Without what a terminal would obey."""
+    """Drop what a terminal would obey from a text."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def _note(text: str) -> None:
-    """What the program says, and not the model."""
+    """Print what the program says, and not the model."""
     print(f"[{text}]", file=sys.stderr)

@@ -57,20 +57,20 @@ def run(command: DataCommand) -> None:
     context, vocabulary = sizes_of(command.model)
     use_template(tokenizer, command.chat_template, command.template_kwargs, command.parse_special_tokens)
     with progress_bar(count_rows(command.data), "data", "row") as bar:
-        found = survey(
+        result = survey(
             command.data, tokenizer, max_length=command.max_length, max_new_tokens=command.max_new_tokens,
             overlong=command.overlong, context=context, vocabulary=vocabulary, turns=command.turns,
             examples=command.records, lines=command.lines, kept=command.problems, progress=bar_updater(bar),
         )  # fmt: skip
     if command.json:
-        print(json.dumps({"data": command.data, "model": command.model, **asdict(found)}, indent=2))
+        print(json.dumps({"data": command.data, "model": command.model, **asdict(result)}, indent=2))
     else:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
         colour = in_colour(sys.stdout)
-        print(as_text(found, command.data, command.model, colour, width, sys.stdout.encoding))
+        print(as_text(result, command.data, command.model, colour, width, sys.stdout.encoding))
     if command.out:
-        write_page(Path(command.out), found, command.data, command.model)
+        write_page(Path(command.out), result, command.data, command.model)
         print(f"Report: {command.out}", file=sys.stderr if command.json else sys.stdout)
-    if found.refused:
-        rows = f"{found.rows:,} row{'s' * (found.rows > 1)}"
-        raise RuntimeError(f"{command.data}: training would refuse {found.refused:,} of {rows}")
+    if result.refused:
+        rows = f"{result.rows:,} row{'s' * (result.rows > 1)}"
+        raise RuntimeError(f"{command.data}: training would refuse {result.refused:,} of {rows}")

@@ -57,20 +57,20 @@ def diagnose(command: DoctorCommand) -> None:
     device, memory = forecast.device_and_memory(command.device, command.memory)
     if sys.stderr.isatty():
         print(f"{command.config}: counting; billions of weights take some ten seconds", file=sys.stderr)
-    found = forecast.forecast(run, device, memory)
+    predicted = forecast.forecast(run, device, memory)
     hours: dict[str, float] = {}
     if command.price is not None:
         data = cost.Data(command.sequences, command.prompt_tokens, command.response_tokens)
         hours = forecast.hours(run, data, cost.Machine(command.tflops, command.bandwidth, command.utilisation))
     if command.json:
         price = {"hours": hours, "dollars": sum(hours.values()) * (command.price or 0.0)} if hours else {}
-        print(json.dumps({**forecast.as_dict(found), **price}, indent=2))
+        print(json.dumps({**forecast.as_dict(predicted), **price}, indent=2))
     else:
-        print(forecast.as_text(found))
+        print(forecast.as_text(predicted))
         if command.price is not None:
             print("\n" + forecast.cost_table(hours, command.price))
-    if not found.fits:
-        raise RuntimeError(f"{command.config}: {forecast.refusal(found)}")
+    if not predicted.fits:
+        raise RuntimeError(f"{command.config}: {forecast.refusal(predicted)}")
 
 
 def _require_nothing_else(command: DoctorCommand) -> None:

@@ -1,4 +1,4 @@
-"""What a person is told of an exception: one line that says what to do, and an exit code.
+"""Tell a person of an exception: one line that says what to do, and an exit code.
 
 An error with words of its own is shown in them; one of Python or of a library that nobody here foresaw is called a
 fault of this program, with its place, so that it can be reported.
@@ -20,6 +20,7 @@ from types import TracebackType
 import yaml
 
 from rlhf_fast.config.settings import ConfigError
+from rlhf_fast.runs.folder import PageError
 
 FAILED, USAGE, FAULT, BROKEN_PIPE = 1, 2, 70, 141  # exit codes
 _RAISE = dis.opmap["RAISE_VARARGS"]
@@ -30,13 +31,16 @@ _MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 def explained(error: Exception, verb: str) -> tuple[str, int]:
     """(what to say of `error`, exit code)."""
+    if isinstance(error, PageError) and isinstance(error.__cause__, Exception):
+        reason, code = explained(error.__cause__, verb)
+        return f"{error.kept}: {reason}; {error.remedy}", code
     kinds = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
     if isinstance(error, ConfigError):
         return f"{error}; see rlhf-fast {verb} --help", USAGE
-    if _is_of_memory(error):
-        return _of_memory(error), FAILED
+    if _is_out_of_memory(error):
+        return _out_of_memory_words(error), FAILED
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("rlhf_fast"):
-        return _of_module(error.name), FAILED
+        return _missing_module_words(error.name), FAILED
     if "jinja2" in kinds:
         line = getattr(error, "lineno", None)
         return f"the chat template cannot be rendered{f' (line {line})' if line else ''}: {error}", FAILED
@@ -45,28 +49,28 @@ def explained(error: Exception, verb: str) -> tuple[str, int]:
     if kinds & {"huggingface_hub", "httpx", "httpx2", "requests", "urllib3", "urllib"}:
         return f"the network: {_first_line(error)}", FAILED
     if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
-        return _of_text(error), FAILED
+        return _damaged_file_words(error), FAILED
     if isinstance(error, OSError):
-        return _of_system(error), FAILED
+        return _system_words(error), FAILED
     if _has_words(error):
         return str(error), FAILED
-    return _of_fault(error), FAULT
+    return _fault_words(error), FAULT
 
 
 def say(message: str) -> None:
-    """One line on stderr, whoever reads it."""
+    """Print one line on stderr, whoever reads it."""
     line = " ".join(part.strip() for part in message.splitlines())
     with contextlib.suppress(BrokenPipeError):
         print(f"rlhf-fast: {line}", file=sys.stderr)
 
 
 def show_traceback(error: BaseException) -> None:
-    """All that Python says of it."""
+    """Print all that Python says of an error."""
     traceback.print_exception(error)
 
 
 def reader_is_gone() -> bool:
-    """Whether nobody reads standard output any more, as behind `| head`; nothing is written there from then on."""
+    """Return whether nobody reads standard output any more, as behind `| head`; then nothing more is written to it."""
     try:
         out = sys.stdout.fileno()
     except (OSError, ValueError):  # no file, as in a notebook
@@ -80,7 +84,7 @@ def reader_is_gone() -> bool:
 
 
 def _has_words(error: Exception) -> bool:
-    """Whether somebody wrote the message for a person: raised by a `raise` as a kind that says what is wrong."""
+    """Return whether somebody wrote the message for a person: raised by a `raise` as a kind that says what is wrong."""
     if isinstance(error, UnicodeError | RecursionError) or not str(error).strip():
         return False
     foreseen = ValueError, TypeError, RuntimeError, FloatingPointError, ImportError, EOFError, yaml.YAMLError
@@ -88,7 +92,7 @@ def _has_words(error: Exception) -> bool:
 
 
 def _was_raised(trace: TracebackType | None) -> bool:
-    """Whether the innermost frame stands at a `raise`, and not in what Python or a compiled module found wrong."""
+    """Return whether the innermost frame is at a `raise`, and not in what Python or a compiled module found wrong."""
     if trace is None:
         return False
     while trace.tb_next is not None:
@@ -96,13 +100,13 @@ def _was_raised(trace: TracebackType | None) -> bool:
     return trace.tb_frame.f_code.co_code[trace.tb_lasti] == _RAISE
 
 
-def _is_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _MEMORY)
 
 
-def _of_memory(error: Exception) -> str:
+def _out_of_memory_words(error: Exception) -> str:
     said = _first_line(error)
     if _has_words(error) and type(error).__name__ != "OutOfMemoryError" and not isinstance(error, MemoryError):
         return str(error)  # of a trainer, which knows the part that did not fit
@@ -112,7 +116,7 @@ def _of_memory(error: Exception) -> str:
     )
 
 
-def _of_module(name: str) -> str:
+def _missing_module_words(name: str) -> str:
     top = name.partition(".")[0]
     extra = _EXTRAS.get(top)
     return (
@@ -120,8 +124,8 @@ def _of_module(name: str) -> str:
     )
 
 
-def _of_text(error: json.JSONDecodeError | UnicodeDecodeError) -> str:
-    """Of a file that is damaged, or another than it should be, and that nobody named on the way."""
+def _damaged_file_words(error: json.JSONDecodeError | UnicodeDecodeError) -> str:
+    """Word a file that is damaged, or another than it should be, and that nobody named on the way."""
     kind = "JSON" if isinstance(error, json.JSONDecodeError) else "UTF-8 text"
     file = _being_read(error.__traceback__)
     which = f"{file}, or a file in it," if file and file.is_dir() else str(file or "a file")
@@ -130,17 +134,17 @@ def _of_text(error: json.JSONDecodeError | UnicodeDecodeError) -> str:
 
 def _being_read(trace: TracebackType | None) -> Path | None:
     """The file or folder that the innermost function of this package with such a variable had at hand."""
-    found = None
+    named = None
     while trace is not None:
         inside = Path(trace.tb_frame.f_code.co_filename).is_relative_to(_PACKAGE)
         for name in ("path", "file") if inside else ():
             value = trace.tb_frame.f_locals.get(name)
-            found = value if isinstance(value, Path) else found
+            named = value if isinstance(value, Path) else named
         trace = trace.tb_next
-    return found
+    return named
 
 
-def _of_system(error: OSError) -> str:
+def _system_words(error: OSError) -> str:
     """The operating system's errors name the file first; those with words of their own are shown in them."""
     if error.errno is None or error.filename is None:
         return _in_words(error)
@@ -157,12 +161,12 @@ def _of_system(error: OSError) -> str:
 
 
 def _in_words(error: OSError) -> str:
-    """Without Python's "[Errno 28] ", where words of our own follow it."""
+    """Drop Python's "[Errno 28] ", where words of our own follow it."""
     text = error.strerror if error.errno is not None and error.strerror else str(error)
     return text or type(error).__name__
 
 
-def _of_fault(error: Exception) -> str:
+def _fault_words(error: Exception) -> str:
     said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return (
         f"a fault of rlhf-fast itself, not of your command: {said:.300} ({_place(error)}); the same command with "

@@ -31,7 +31,7 @@ def overview(verbs: Mapping[str, type]) -> str:
     return "\n".join(lines)
 
 
-def of_verb(verb: str, cls: type) -> str:
+def verb_help(verb: str, cls: type) -> str:
     first, _, rest = inspect.cleandoc(cls.__doc__ or "").partition("\n\n")
     lines = [f"rlhf-fast {verb}: {first}", "", f"usage: rlhf-fast {verb} [--config FILE.yaml] [--key value ...]", ""]
     lines += [rest, ""] if rest else []

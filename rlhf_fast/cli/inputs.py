@@ -1,4 +1,4 @@
-"""What a verb is given, looked at before anything heavy is imported or loaded."""
+"""Checks of what a verb is given, made before anything heavy is imported or loaded."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""What a verb says when it is done."""
+"""Words that a verb ends with."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from rlhf_fast.runs.metric_names import spoken
 
 
 def tell(result: dict[str, Any], out: str, then: str = "") -> None:
@@ -18,17 +20,17 @@ def tell(result: dict[str, Any], out: str, then: str = "") -> None:
         for name, value in summary.items()
         if name not in both and name != "notes" and not name.endswith("_before")
     }
-    width = max(map(len, map(_words, [*both, *rest])), default=0)
+    width = max(map(len, map(spoken, [*both, *rest])), default=0)
     if both:
         print(f"{'':<{width}}  {'before':>12}  {'after':>12}")
     for name, value in both.items():
-        print(f"{_words(name):<{width}}  {_shown(summary[f'{name}_before']):>12}  {_shown(value):>12}")
+        print(f"{spoken(name):<{width}}  {_shown(summary[f'{name}_before']):>12}  {_shown(value):>12}")
     for name, value in rest.items():
         if not isinstance(value, str):
-            print(f"{_words(name):<{width}}  {_shown(value):>12}")
+            print(f"{spoken(name):<{width}}  {_shown(value):>12}")
     for name, value in rest.items():
         if isinstance(value, str):
-            print(f"{_words(name)}: {value}")
+            print(f"{spoken(name)}: {value}")
     for note in notes:
         print(f"  {note}")
     if result["phase"] == "ppo" and "heldout_score" not in summary:
@@ -37,10 +39,6 @@ def tell(result: dict[str, Any], out: str, then: str = "") -> None:
     print(f"Report: {out}/report.html")
     if then:
         print(f"Next:   {then}")
-
-
-def _words(name: str) -> str:
-    return name.replace("heldout", "held-out").replace("_", " ")
 
 
 def _shown(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Every setting, as frozen dataclasses with their ranges. Knows nothing of models or training.
+"""Settings, all of them, as frozen dataclasses with their ranges. Knows nothing of models or training.
 
 A setting has one name everywhere: `ppo.kl_coef` is `--ppo.kl_coef 0.1` on the command line, `ppo: {kl_coef: 0.1}` in
 YAML and `PPOConfig(kl_coef=0.1)` in Python. settings.py turns the first two into the third; each other file holds the

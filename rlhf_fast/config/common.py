@@ -1,4 +1,4 @@
-"""What the settings of all phases share: their ranges, adapters, the optimiser, what a run keeps."""
+"""Settings that all phases share: their ranges, adapters, the optimiser, what a run keeps."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class OptimConfig(Settings):
 
 @dataclass(frozen=True)
 class RunConfig(Settings):
-    """What a run keeps, and where else it is shown."""
+    """Files that a run keeps, and where else it is shown."""
 
     save_every: int = 0  # steps from one evaluation and checkpoint to the next; 0: evaluate each epoch, save at the end
     keep_last: int = 2  # checkpoints that are kept beside the best

@@ -25,3 +25,8 @@ class EvaluationConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self, count="samples_per_prompt max_new_tokens", not_negative="temperature tie_margin seed")
+        if self.temperature == 0.0 and self.samples_per_prompt > 1:
+            raise ValueError(
+                f"samples_per_prompt: {self.samples_per_prompt} replies at temperature 0 would all be the same; "
+                "expected 1, or a temperature above 0"
+            )

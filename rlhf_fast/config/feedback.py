@@ -23,7 +23,7 @@ class AnnotatorConfig(Settings):
 
 @dataclass(frozen=True)
 class ComparisonsConfig(Settings):
-    """How many responses are sampled for comparison, and by which annotator they are compared."""
+    """Number of responses sampled for comparison, and the annotator that compares them."""
 
     prompts: int = 0  # 0: every training prompt
     samples_per_prompt: int = 4  # every pair among them is compared

@@ -119,6 +119,6 @@ class PPOConfig(Settings):
 
     @property
     def kl_estimator(self) -> str | None:
-        """Of the KL penalty as a term of the loss: that of the advantage's paper. None: it is in the reward."""
+        """Name the estimator of the loss's KL penalty, that of the advantage's paper; None: it is in the reward."""
         in_papers = {"grpo": "k3", "dr_grpo": "k3", "reinforce++": "k2"}
         return None if self.kl_in == "reward" else in_papers.get(self.advantage, "k3" if self.kl_in else None)

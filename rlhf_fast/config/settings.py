@@ -1,4 +1,4 @@
-"""How YAML and `--key value` become the dataclasses of this room, and how --help describes them.
+"""Turn YAML and `--key value` into the dataclasses of this room, and describe them for --help.
 
 Works on any dataclass whose fields are bool, int, float, str, a Literal, one of those or None, a tuple[int, ...] or
 tuple[str, ...], a dict[str, Any], whose keys are anybody's, or such a dataclass.
@@ -50,7 +50,9 @@ class Settings:
                 object.__setattr__(self, name, value)
             if _fits(value, kind):
                 continue
-            literal = next((one for one in (kind, *typing.get_args(kind)) if typing.get_origin(one) is Literal), None)
+            literal = next(
+                (each for each in (kind, *typing.get_args(kind)) if typing.get_origin(each) is Literal), None
+            )
             if literal and isinstance(value, str):
                 options = typing.get_args(literal)
                 near = f", of which {nearest(value, options)!r} is the nearest" if all(map(str, options)) else ""
@@ -88,14 +90,14 @@ def _in_python(value: Any, kind: Any) -> Any:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of a type; of types that no setting has, any."""
+    """Return whether a value is of a type; of types that no setting has, any."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, one) for one in inner)
+        return any(_fits(value, each) for each in inner)
     if origin is Literal:
-        return any(value == one and type(value) is type(one) for one in inner)
+        return any(value == each and type(value) is type(each) for each in inner)
     if origin is tuple:
-        return isinstance(value, tuple) and (inner[0] not in _MANY or all(_fits(one, inner[0]) for one in value))
+        return isinstance(value, tuple) and (inner[0] not in _MANY or all(_fits(each, inner[0]) for each in value))
     if origin is dict:
         return isinstance(value, dict) and all(isinstance(key, str) for key in value)
     if kind in (int, float):
@@ -105,10 +107,10 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def _words(kind: Any, value: Any = None) -> str:
-    """What is expected, for a person."""
+    """Say what is expected, for a person."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_words(one, value) for one in inner)
+        return " or ".join(_words(each, value) for each in inner)
     if origin is Literal:
         *most, last = map(repr, inner)
         return f"{', '.join(most)} or {last}" if most else last
@@ -117,7 +119,7 @@ def _words(kind: Any, value: Any = None) -> str:
     if origin is dict:
         return "a dict with texts as keys"
     if dataclasses.is_dataclass(kind):
-        words = ", ".join(f"{key}={one!r}" for key, one in value.items()) if isinstance(value, dict) else "..."
+        words = ", ".join(f"{key}={each!r}" for key, each in value.items()) if isinstance(value, dict) else "..."
         return f"{typing.cast(type, kind).__name__}({words})"
     return {type(None): "None", int: "a whole number", float: "a number", str: "text", bool: "True or False"}.get(
         kind, f"a {getattr(origin or kind, '__name__', kind)}".lower()
@@ -130,17 +132,17 @@ _MANY = {int: "whole numbers", str: "texts"}
 def _near(cls: type, name: str) -> str:
     """The setting whose name is most like that, as it is given in Python: optim=OptimConfig(lr=...)."""
     *outer, last = _nearest_key(name, keys(cls)).split(".")
-    found, around = (f"{last}=..." if outer else last), []
+    call, around = (f"{last}=..." if outer else last), []
     for part in outer:
         cls = _kinds(cls)[part]
         around.append((part, cls.__name__))
     for part, kind in reversed(around):
-        found = f"{part}={kind}({found})"
-    return found
+        call = f"{part}={kind}({call})"
+    return call
 
 
 def keys(cls: type) -> list[str]:
-    """All dotted keys of a configuration class, in order of declaration."""
+    """List all dotted keys of a configuration class, in order of declaration."""
     return [key for key, _ in _leaves(cls)]
 
 
@@ -158,20 +160,20 @@ def to_yaml(config: Any) -> str:
 
 
 def changes(before: str, now: str, but: Collection[str] = (), defaults: Mapping[str, Any] | None = None) -> str:
-    """What differs between two configurations in YAML, as "ppo.steps: 2 -> 3, ..."; empty if only `but` does.
+    """Say what differs between two configurations in YAML, as "ppo.steps: 2 -> 3, ..."; empty if only `but` does.
 
     Args:
         defaults: what a key is that is not in `before`, as it is of an earlier version that had no such setting.
     """
     old, new = (flatten(yaml.safe_load(text) or {}) for text in (before, now))
     old = {**{key: value for key, value in (defaults or {}).items() if key in new}, **old}
-    found = [
+    changed = [
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in {**old, **new}
         if old.get(key) != new.get(key) and key not in but
     ]
-    more = [f"and {len(found) - MOST_CHANGES} more"] if len(found) > MOST_CHANGES else []
-    return ", ".join(found[:MOST_CHANGES] + more)
+    more = [f"and {len(changed) - MOST_CHANGES} more"] if len(changed) > MOST_CHANGES else []
+    return ", ".join(changed[:MOST_CHANGES] + more)
 
 
 class _WithoutAddresses(reprlib.Repr):
@@ -223,18 +225,18 @@ def _mapping_of(key: str, leaves: dict[str, Any]) -> str:
 
 def _with_mappings(values: dict[str, Any], leaves: dict[str, Any]) -> dict[str, Any]:
     """The dotted keys below a mapping as one value."""
-    found: dict[str, Any] = {}
+    nested: dict[str, Any] = {}
     for key, value in values.items():
         name = _mapping_of(key, leaves)
         if not name:
-            found[key] = value
+            nested[key] = value
             continue
         *outer, last = key.removeprefix(f"{name}.").split(".")
-        inner = found.setdefault(name, {})
+        inner = nested.setdefault(name, {})
         for part in outer:
             inner = inner.setdefault(part, {})
         inner[last] = value
-    return found
+    return nested
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -347,7 +349,7 @@ def _unknown_key(key: str, known: list[str]) -> str:
 
 
 def _nearest_key(key: str, known: list[str]) -> str:
-    """One of that last name, or else the most alike."""
+    """Find a known key of the same last name, or else the most alike."""
     same_leaf = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
     return nearest(key, same_leaf or known)
 
@@ -454,6 +456,6 @@ def _source_comments(cls: type) -> dict[str, str]:
     """The comment behind each field, so that --help and the source cannot disagree; inherited ones, too."""
     comments: dict[str, str] = {}
     for each in reversed([each for each in cls.__mro__ if dataclasses.is_dataclass(each)]):
-        found = re.findall(r"^    (\w+): [^#\n]*(?:  # ([^\n]*))?$", inspect.getsource(each), re.MULTILINE)
-        comments.update({name: comment for name, comment in found if comment or name not in comments})
+        fields = re.findall(r"^    (\w+): [^#\n]*(?:  # ([^\n]*))?$", inspect.getsource(each), re.MULTILINE)
+        comments.update({name: comment for name, comment in fields if comment or name not in comments})
     return comments

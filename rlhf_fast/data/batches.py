@@ -36,7 +36,7 @@ class Example:
 
     @property
     def own_tokens(self) -> int:
-        """How many of the response's tokens are the assistant's own."""
+        """Count the response's tokens that are the assistant's own."""
         return sum(self.own) if self.own else len(self.response)
 
 
@@ -50,7 +50,9 @@ class Batch:
     """
 
     input_ids: torch.Tensor  # (rows, T) int64
-    before: torch.Tensor  # (R,) int64: the place, row * T + column, of the token that each response token comes after
+    predicted_at: (
+        torch.Tensor
+    )  # (R,) int64: the place, row * T + column, of the token that predicts each response token
     last: torch.Tensor  # (B,) int64: the place of each example's last token
     response_tokens: torch.Tensor  # (R,) int64
     cu_seqlens: torch.Tensor  # (B + 1,) int32: where each example's response starts among the R
@@ -59,24 +61,24 @@ class Batch:
     segments: tuple[int, ...] | None = None  # lengths of the sequences packed in the only row, none seeing another
 
 
-def pad(examples: Sequence[Example], device: torch.device | str = "cpu", shared: int = 0) -> Batch:
+def pad(examples: Sequence[Example], device: torch.device | str = "cpu", longest_shared: int = 0) -> Batch:
     """Examples as a batch, in their order. The padding is id 0; no real token ever sees it.
 
-    Neighbours of one prompt share a row if no example of the batch is longer than `shared` tokens: the mask that tells
-    them apart stands for the window of a model that has one, in every row.
+    Neighbours of one prompt share a row if no example of the batch is longer than `longest_shared` tokens: the mask
+    that tells them apart stands for the window of a model that has one, in every row.
 
     Raises:
         ValueError: an empty prompt, after which no first response token could be predicted.
     """
     if (empty := next((i for i, example in enumerate(examples) if not example.prompt), None)) is not None:
         raise ValueError(f"example {empty} has an empty prompt; expected at least one token, such as the start token")
-    rows = _rows(examples, shared)
+    rows = _rows(examples, longest_shared)
     width = max(_width(examples, row) for row in rows)
     ids, parts = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.int64)  # part 0: the prompt
     positions = np.zeros((len(rows), width), np.int64)  # those of padding are no longer than the sequences are
     responses = [np.array(example.response, np.int64) for example in examples]
     own = [np.array(example.own, bool) if example.own else slice(None) for example in examples]
-    before: list[np.ndarray] = []
+    predicted_at: list[np.ndarray] = []
     last: list[int] = []
     for r, row in enumerate(rows):
         prompt = examples[row[0]].prompt
@@ -88,14 +90,14 @@ def pad(examples: Sequence[Example], device: torch.device | str = "cpu", shared:
             positions[r, start:end] = np.arange(asked, asked + end - start)
             places = np.arange(start - 1, end - 1)
             places[:1] = asked - 1  # the first response token comes after the prompt, wherever it stands
-            before.append(r * width + places[own[i]])
+            predicted_at.append(r * width + places[own[i]])
             last.append(r * width + (end if end > start else asked) - 1)
             start = end
     learned = [response[which] for response, which in zip(responses, own, strict=True)]
     counts = np.cumsum([0, *map(len, learned)], dtype=np.int32)
     batch = Batch(
         input_ids=torch.from_numpy(ids).to(device),
-        before=torch.from_numpy(np.concatenate(before)).to(device),
+        predicted_at=torch.from_numpy(np.concatenate(predicted_at)).to(device),
         last=torch.tensor(last, device=device),
         response_tokens=torch.from_numpy(np.concatenate(learned)).to(device),
         cu_seqlens=torch.from_numpy(counts).to(device),
@@ -109,15 +111,15 @@ def pad(examples: Sequence[Example], device: torch.device | str = "cpu", shared:
 
 def by_prompt(examples: Sequence[Example]) -> list[list[int]]:
     """The numbers of the examples of each prompt, in the order in which prompts come first."""
-    found: dict[tuple[int, ...], list[int]] = {}
+    members: dict[tuple[int, ...], list[int]] = {}
     for i, example in enumerate(examples):
-        found.setdefault(example.prompt, []).append(i)
-    return list(found.values())
+        members.setdefault(example.prompt, []).append(i)
+    return list(members.values())
 
 
-def _rows(examples: Sequence[Example], shared: int) -> list[list[int]]:
-    """Which neighbours share a row."""
-    if max(map(len, examples)) > shared:
+def _rows(examples: Sequence[Example], longest_shared: int) -> list[list[int]]:
+    """Group neighbours that share a row."""
+    if max(map(len, examples)) > longest_shared:
         return [[i] for i in range(len(examples))]
     rows: list[list[int]] = []
     width = 0
@@ -136,9 +138,9 @@ def _width(examples: Sequence[Example], row: Sequence[int]) -> int:
     return len(examples[row[0]].prompt) + sum(len(examples[i].response) for i in row)
 
 
-def shape(examples: Sequence[Example], shared: int) -> tuple[int, int]:
+def shape(examples: Sequence[Example], longest_shared: int) -> tuple[int, int]:
     """(rows, T) of the batch that `pad` makes of these."""
-    rows = _rows(examples, shared)
+    rows = _rows(examples, longest_shared)
     return len(rows), max(_width(examples, row) for row in rows)
 
 
@@ -161,19 +163,20 @@ def microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return groups
 
 
-def microbatches_of_examples(examples: Sequence[Example], max_tokens: int, shared: int = 0) -> list[list[int]]:
+def microbatches_of_examples(examples: Sequence[Example], max_tokens: int, longest_shared: int = 0) -> list[list[int]]:
     """Group example numbers so that the batch of each group stays within `max_tokens` (a longer row goes alone).
 
-    Examples of one prompt become neighbours, for `pad` to let them share a row; those longer than `shared` go apart.
+    Examples of one prompt become neighbours, for `pad` to let them share a row; those longer than `longest_shared` go
+    apart.
     """
     short, long = (
-        [i for members in by_prompt(examples) for i in members if (len(examples[i]) > shared) == apart]
+        [i for members in by_prompt(examples) for i in members if (len(examples[i]) > longest_shared) == apart]
         for apart in (False, True)
     )
-    found = []
+    grouped = []
     for order in (short, long):
         part = [examples[i] for i in order]
-        rows = [[order[i] for i in row] for row in _rows(part, shared)] if part else []
+        rows = [[order[i] for i in row] for row in _rows(part, longest_shared)] if part else []
         groups = microbatches([_width(examples, row) for row in rows], max_tokens)
-        found += [[i for row in group for i in rows[row]] for group in groups]
-    return found
+        grouped += [[i for row in group for i in rows[row]] for group in groups]
+    return grouped

@@ -80,8 +80,8 @@ class Chat:
             self._check_rendered(before, text, ask=True)
             return text
         text, _ = self._render([*before, {**self.messages[count], "content": begun + self.mark}])
-        text, found, _ = text.partition(self.mark)
-        if not found or not _holds(text, begun):
+        text, mark, _ = text.partition(self.mark)
+        if not mark or not _holds(text, begun):
             raise ValueError(
                 f"{self.name}: the last message is an assistant's to be continued, which the chat template does not "
                 "render as it stands; leave it out, or end with a user's message"
@@ -165,9 +165,9 @@ class Chat:
 
     def _opened(self, asked: str) -> str:
         """The tag of a thought that the generation prompt begins, such as `think`; the template knows its end."""
-        found = _OPENED.search(asked)
+        opened = _OPENED.search(asked)
         assert self.template is not None
-        return found[1] if found and f"</{found[1]}>" in self.template.text else ""
+        return opened[1] if opened and f"</{opened[1]}>" in self.template.text else ""
 
     # Tokens -----------------------------------------------------------------------------------------------------------
 
@@ -189,14 +189,14 @@ class Chat:
             text, more = self._render(said)[0], self._render([*said, following])[0]
         except ValueError:  # the template has no such turn
             text = more = ""
-        found = pattern_of(self.added.special).match(more[len(text) :].lstrip())
-        if found is None or not more.startswith(text):
+        match = pattern_of(self.added.special).match(more[len(text) :].lstrip())
+        if match is None or not more.startswith(text):
             return int(self.tokenizer.eos_token_id)
-        return int(self.tokenizer.convert_tokens_to_ids(found[0]))  # type: ignore[arg-type]
+        return int(self.tokenizer.convert_tokens_to_ids(match[0]))  # type: ignore[arg-type]
 
     def last_special(self, text: str) -> int:
         """The place of the template's last special token in a text that tokenises apart from what stands before it."""
-        return max((found.start() for found in pattern_of(self.added.cutting).finditer(text)), default=0)
+        return max((match.start() for match in pattern_of(self.added.cutting).finditer(text)), default=0)
 
     def pieces(self, text: str) -> Iterator[tuple[int, str, bool]]:
         """(place, piece, whether somebody typed special tokens in it) of a text, cut at the template's own special
@@ -219,19 +219,19 @@ class Chat:
 
     def literal(self, text: str) -> tuple[str, list[int]]:
         """(what was typed, the place in `text` of each of its characters)."""
-        found: list[str] = []
+        parts: list[str] = []
         places: list[int] = []
         place = 0
         for i, part in enumerate(re.split(f"{self.edge}(\\d+){self.edge}", text)):
             said = self.typed[int(part)] if i % 2 else part
             size = len(part) + 2 if i % 2 else len(part)
-            found.append(said)
+            parts.append(said)
             places += [min(place + k, place + size - 1) for k in range(len(said))]
             place += size
-        return "".join(found), places
+        return "".join(parts), places
 
     def _marked(self, value: Any) -> Any:
-        """With each special token in its strings as edge number edge."""
+        """Replace each special token in a value's strings by edge number edge."""
         if not self.typed:
             return value
         if isinstance(value, str):
@@ -264,7 +264,7 @@ class Chat:
             )
 
     def _check_rendered(self, messages: list[Message], text: str, ask: bool) -> None:
-        """All that was said must be in what is asked; earlier thoughts need not."""
+        """Require all that was said in what is asked; earlier thoughts need not be in it."""
         squeezed = _squeezed(text)
         lost = self._dropped(messages, ask)
         for i, message in enumerate(messages):
@@ -293,7 +293,7 @@ class Chat:
         return (number, "reasoning_content") not in self._dropped(self.messages[: number + 1], ask=False)
 
     def _follows(self, messages: list[Message], number: int) -> bool:
-        """Whether the text follows the content of that message, whatever the template makes of it."""
+        """Return whether the text follows the content of a message, whatever the template makes of it."""
         other = {**messages[number], "content": (messages[number].get("content") or "") + self.mark}
         text, _ = self._render([*messages[:number], other, *messages[number + 1 :]])
         return self.mark in text
@@ -310,11 +310,11 @@ def _squeezed(text: str) -> str:
 
 
 def _holds(text: str, part: str, at_once: bool = False) -> bool:
-    """Whether a part is in a text, or at its beginning, white space aside."""
+    """Return whether a part is in a text, or at its beginning, white space aside."""
     text, part = _squeezed(text), _squeezed(part)
     return text.startswith(part) if at_once else part in text
 
 
 def _as_json(text: str) -> list[str]:
-    """How a text stands within JSON."""
+    """Write a text as it stands within JSON."""
     return [json.dumps(text, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True)]

@@ -15,9 +15,9 @@ from rlhf_fast.data.messages import (
     message_text,
     messages_of,
     messages_text,
-    of_template,
     present,
     prompt_of,
+    template_fields,
     text_of,
     unicode_of,
     with_system,
@@ -79,7 +79,7 @@ def comparison_of(row: Row, name: str) -> Comparison:
             "two of them, or the assistant's answers alone"
         )
     if prompt is None or all(whole):
-        prompt, answers = _of_conversations(given, prompt, name)
+        prompt, answers = _from_conversations(given, prompt, name)
     else:
         answers = [_answer(value, side, name) for side, value in given.items()]
     texts = [answer if isinstance(answer, str) else _spoken(answer) for answer in answers]
@@ -98,7 +98,7 @@ def comparison_of(row: Row, name: str) -> Comparison:
     annotator, category, split = (label_of(row, key, name) for key in ("annotator", "category", "split"))
     labels = (annotator, category, ratings, _confidence(row, name), split, name)
     prompt = with_system(prompt, row, name)
-    return Comparison(prompt, texts[0], texts[1], float(margin), *labels, messages, *of_template(row, name))
+    return Comparison(prompt, texts[0], texts[1], float(margin), *labels, messages, *template_fields(row, name))
 
 
 def _confidence(row: Row, name: str) -> float:
@@ -125,7 +125,7 @@ def _answer(value: Any, key: str, name: str) -> Answer:
 
 
 def _plain(messages: list[Message]) -> Answer:
-    """One message of nothing but text as that text."""
+    """Reduce one message of nothing but text to that text."""
     alone = len(messages) == 1 and not messages[0].keys() & {*MORE_THAN_TEXT, "weight"}
     return str(messages[0]["content"]) if alone else messages
 
@@ -138,16 +138,16 @@ def _spoken(messages: list[Message]) -> str:
 
 
 def _is_conversation(value: Any) -> bool:
-    """Whether these are messages that do not begin with the assistant's, or a transcript."""
+    """Return whether a value is messages that do not begin with the assistant's, or a transcript."""
     if isinstance(value, str):
         return _TURN.match(value) is not None
     first = value[0] if isinstance(value, list) and value else None
     return isinstance(first, dict) and str(first.get("role") or first.get("from")) not in ("assistant", "gpt")
 
 
-def _of_conversations(given: dict[str, Any], prompt: Prompt | None, name: str) -> tuple[Prompt, list[Answer]]:
-    """Two whole conversations: the turns they share are the prompt, and what follows is compared, an answer or several
-    turns of which the assistant's are its own.
+def _from_conversations(given: dict[str, Any], prompt: Prompt | None, name: str) -> tuple[Prompt, list[Answer]]:
+    """Compare two whole conversations: the turns they share are the prompt, and what follows is compared, an answer or
+    several turns of which the assistant's are its own.
 
     An answer may be empty here: such rows are in HH-RLHF, and people did compare them.
     """
@@ -177,14 +177,14 @@ def _turns(value: Any, key: str, name: str) -> list[Message]:
         raise RecordError(f'{name}: there is no "prompt", so {key} should be messages or begin "\\n\\nHuman:"')
     unicode_of(value, key, name)
     parts = _TURN.split(value)[1:]
-    found: list[Message] = []
+    turns: list[Message] = []
     for who, said in zip(parts[::2], parts[1::2], strict=True):
         role = "user" if who == "Human" else "assistant"
-        if found and found[-1]["role"] == role:  # who speaks twice goes on
-            found[-1]["content"] = f"{found[-1]['content']}\n\n{said.strip()}".strip()
+        if turns and turns[-1]["role"] == role:  # who speaks twice goes on
+            turns[-1]["content"] = f"{turns[-1]['content']}\n\n{said.strip()}".strip()
         else:
-            found.append({"role": role, "content": said.strip()})
-    return found
+            turns.append({"role": role, "content": said.strip()})
+    return turns
 
 
 def _check_begins(turns: list[Message], key: str, prompt: Prompt, name: str) -> None:

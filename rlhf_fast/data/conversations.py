@@ -52,7 +52,7 @@ def batch_of(conversations: Sequence[Tokenized], device: torch.device | str = "c
     positions = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])[None]) if packed else None
     return Batch(
         input_ids=torch.from_numpy(ids.reshape(-1, width)).to(device),
-        before=torch.from_numpy(places - 1).to(device),
+        predicted_at=torch.from_numpy(places - 1).to(device),
         last=torch.from_numpy(starts + np.array(lengths) - 1).to(device),
         response_tokens=torch.from_numpy(ids[places]).to(device),
         cu_seqlens=torch.from_numpy(np.cumsum([0, *map(len, learned)], dtype=np.int32)).to(device),

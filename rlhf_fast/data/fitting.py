@@ -22,7 +22,7 @@ Overlong = Literal["error", "truncate", "drop"]
 
 @dataclass
 class Fitting:
-    """How long rows may be, what becomes of longer ones, and how many there were.
+    """Limits of how long rows may be, what becomes of longer ones, and how many there were.
 
     Cut, a prompt loses its oldest turns, never the system's message; if its last turn is too long alone, the beginning
     of that. Answers keep half of the length, if they need it; what is still too long loses its tail, and with it the
@@ -47,17 +47,17 @@ class Fitting:
     def demonstration(self, row: Demonstration, turns: Literal["all", "last"] = "all") -> tuple[Tokenized, ...]:
         """The row's conversations; none of one that is left out."""
         self.rows += 1
-        found = tokenize_record(row, self.tokenizer, turns=turns)
-        self.check_tokens([conversation.input_ids for conversation in found], row.name)
-        tokens = max(map(len, found))
+        tokenized = tokenize_record(row, self.tokenizer, turns=turns)
+        self.check_tokens([conversation.input_ids for conversation in tokenized], row.name)
+        tokens = max(map(len, tokenized))
         if not self._cuts(tokens, f"{row.name or 'a demonstration'}: prompt and response have {tokens} tokens"):
-            return tuple(found) if tokens <= self.limit else ()
-        row = _of_last_answer(row) if turns == "last" else row
+            return tuple(tokenized) if tokens <= self.limit else ()
+        row = _last_answer_alone(row) if turns == "last" else row
         if (short := self._short_prompt(row, tokens)) is not row.prompt:
             if short is None:
                 return self._drop()
-            found = tokenize_record(replace(row, prompt=short), self.tokenizer, turns=turns)
-        cut = [Tokenized(each.input_ids[: self.limit], each.loss_mask[: self.limit]) for each in found]
+            tokenized = tokenize_record(replace(row, prompt=short), self.tokenizer, turns=turns)
+        cut = [Tokenized(each.input_ids[: self.limit], each.loss_mask[: self.limit]) for each in tokenized]
         return tuple(each for each in cut if each.learned) or self._drop()
 
     def comparison(self, row: Comparison, scored: bool = False) -> tuple[Comparison, list[Example]] | None:
@@ -117,7 +117,7 @@ class Fitting:
             print(f"{self.phase}: {said}", file=sys.stderr)
 
     def told(self) -> str:
-        """What became of rows, in words; empty where all are as they were."""
+        """Say what became of rows, in words; empty where all are as they were."""
         cut = f"{self.truncated} cut to {self.limit} tokens" if self.truncated else ""
         out = f"{self.dropped} left out, being longer than {self.limit} tokens" if self.dropped else ""
         same = f"{self.identical} left out, as chosen and rejected are the same" if self.identical else ""
@@ -125,14 +125,14 @@ class Fitting:
         return said and f"of {self.rows} rows {said}"
 
     def summary(self) -> dict[str, int]:
-        """What became of rows, for a run's result; empty where all are as they were."""
-        found = {"truncated": self.truncated, "dropped": self.dropped, "identical": self.identical}
-        return {f"rows_{name}": count for name, count in found.items() if count}
+        """Count what became of rows, for a run's result; empty where all are as they were."""
+        counts = {"truncated": self.truncated, "dropped": self.dropped, "identical": self.identical}
+        return {f"rows_{name}": count for name, count in counts.items() if count}
 
     # Checks and cuts --------------------------------------------------------------------------------------------------
 
     def _cuts(self, tokens: int, said: str) -> bool:
-        """Whether a row of so many tokens is to be cut; one that is left out is counted as that.
+        """Return whether a row of so many tokens is to be cut; one that is left out is counted as that.
 
         Raises:
             ValueError: it is too long, and that is an error; begins with what is `said`.
@@ -169,7 +169,7 @@ class Fitting:
             )
 
     def _counter(self, row: PromptRecord | Demonstration | Comparison) -> Callable[[Prompt], int]:
-        """Of how many tokens a prompt in place of the row's is."""
+        """Return a function that counts the tokens of a prompt in place of the row's."""
         return lambda prompt: len(
             tokenize_prompt(self.tokenizer, prompt, row.tools, row.template_kwargs, name=row.name)
         )
@@ -205,7 +205,7 @@ def shortened(prompt: Prompt, count: Callable[[Prompt], int], room: int) -> Prom
 
 
 def _words(count: Callable[[str], int], text: str, room: int) -> str | None:
-    """As much of the end of a text as comes to at most `room` tokens, in whole characters; None if nothing does."""
+    """Keep as much of a text's end as comes to at most `room` tokens, in whole characters; None if nothing does."""
     text = text.rstrip()
     if not text or count(text[-1:]) > room:
         return None
@@ -221,7 +221,7 @@ def _words(count: Callable[[str], int], text: str, room: int) -> str | None:
     return text[enough:].strip()
 
 
-def _of_last_answer(row: Demonstration) -> Demonstration:
+def _last_answer_alone(row: Demonstration) -> Demonstration:
     """A demonstration of several turns as one of its last answer alone."""
     answers, prompt = row.completion, row.prompt
     if isinstance(answers, str) or len(answers) == 1 or not is_learned(answers[-1]):

@@ -35,10 +35,10 @@ def messages_of(value: Any, key: str, name: str) -> list[Message]:
     """Messages; one of the system's that is null counts as absent."""
     if not isinstance(value, list) or not value:
         raise RecordError(f"{name}: {key} should be a list of messages, got {type(value).__name__}")
-    found = [_message(message, key, name) for message in value if not _is_null(message)]
-    if not found:
+    messages = [_message(message, key, name) for message in value if not _is_null(message)]
+    if not messages:
         raise RecordError(f"{name}: {key} should be a list of messages, got a null one alone")
-    return found
+    return messages
 
 
 def _is_null(message: Any) -> bool:
@@ -56,25 +56,25 @@ def _message(message: Any, key: str, name: str) -> Message:
             f"got {reprlib.repr(message)}"
         )
     where = f"the content of a message of {key}"
-    found = {k: v for k, v in message.items() if v is not None and k not in (*_THOUGHTS, "content", "tool_calls")}
+    kept = {k: v for k, v in message.items() if v is not None and k not in (*_THOUGHTS, "content", "tool_calls")}
     unicode_of(message["role"], f"the role of a message of {key}", name)
-    unicode_of(json.dumps(found, ensure_ascii=False, default=str), f"a message of {key}", name)
-    if found.get("weight", 1) not in (0, 1):
-        raise RecordError(f"{name}: the weight of a message should be 0 or 1, got {reprlib.repr(found['weight'])}")
+    unicode_of(json.dumps(kept, ensure_ascii=False, default=str), f"a message of {key}", name)
+    if kept.get("weight", 1) not in (0, 1):
+        raise RecordError(f"{name}: the weight of a message should be 0 or 1, got {reprlib.repr(kept['weight'])}")
     thought = next((message[k] for k in _THOUGHTS if message.get(k)), None)
     calls = message.get("tool_calls")
     content = message.get("content")
     if message["role"] == "assistant" and (thought or calls):
-        found["content"] = unicode_of(_joined(content, where, name), where, name) if content else None
+        kept["content"] = unicode_of(_joined(content, where, name), where, name) if content else None
     elif message["role"] == "tool":
-        found["content"] = unicode_of(_joined(content, where, name), where, name)  # of a tool that says nothing, empty
+        kept["content"] = unicode_of(_joined(content, where, name), where, name)  # of a tool that says nothing, empty
     else:
-        found["content"] = text_of(_joined(content, where, name), where, name)
+        kept["content"] = text_of(_joined(content, where, name), where, name)
     if thought:
-        found["reasoning_content"] = text_of(thought, f"the thought of a message of {key}", name)
+        kept["reasoning_content"] = text_of(thought, f"the thought of a message of {key}", name)
     if calls:
-        found["tool_calls"] = _calls(calls, key, name)
-    return found
+        kept["tool_calls"] = _calls(calls, key, name)
+    return kept
 
 
 def _from_sharegpt(message: Message, key: str, name: str) -> Message:
@@ -105,7 +105,7 @@ def _joined(content: Any, where: str, name: str) -> str:
 
 def _calls(calls: Any, key: str, name: str) -> list[dict[str, Any]]:
     """`[{"type": "function", "function": {"name", "arguments"}}]`, also from calls without that envelope."""
-    found = []
+    made = []
     for call in calls if isinstance(calls, list) else [calls]:
         function = call.get("function", call) if isinstance(call, dict) else None
         arguments = function.get("arguments", {}) if isinstance(function, dict) else None
@@ -122,9 +122,9 @@ def _calls(calls: Any, key: str, name: str) -> list[dict[str, Any]]:
             )
         outer = {k: v for k, v in call.items() if k not in ("function", "name", "arguments")}
         rest = {k: v for k, v in function.items() if k not in outer}
-        found.append({"type": "function", **outer, "function": {**rest, "arguments": arguments}})
-    unicode_of(json.dumps(found, ensure_ascii=False), f"a call of {key}", name)
-    return found
+        made.append({"type": "function", **outer, "function": {**rest, "arguments": arguments}})
+    unicode_of(json.dumps(made, ensure_ascii=False), f"a call of {key}", name)
+    return made
 
 
 def from_text(value: Any, key: str, name: str) -> Any:
@@ -185,7 +185,7 @@ def with_system(prompt: Prompt, row: Row, name: str) -> Prompt:
     return prompt
 
 
-def of_template(row: Row, name: str) -> tuple[Tools | None, dict[str, Any]]:
+def template_fields(row: Row, name: str) -> tuple[Tools | None, dict[str, Any]]:
     """(tools, chat_template_kwargs) of a row; both may be JSON in a text, as tables hold them."""
     tools, kwargs = (from_text(row.get(key), key, name) for key in OPTIONAL_COLUMNS)
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
@@ -196,12 +196,12 @@ def of_template(row: Row, name: str) -> tuple[Tools | None, dict[str, Any]]:
 
 
 def is_learned(message: Message) -> bool:
-    """Whether it is an answer to be learned, in a completion."""
+    """Return whether a message is an answer to be learned, in a completion."""
     return message["role"] == "assistant" and message.get("weight", 1) != 0
 
 
 def message_text(message: Message) -> str:
-    """All that a message says, for people to read."""
+    """Join all that a message says, for people to read."""
     thought = message.get("reasoning_content")
     calls = [call["function"] for call in message.get("tool_calls") or []]
     said = [f"({thought})" if thought else "", message.get("content") or ""]
@@ -210,7 +210,7 @@ def message_text(message: Message) -> str:
 
 
 def messages_text(messages: list[Message]) -> str:
-    """Several messages as one text, for people to read."""
+    """Join several messages to one text, for people to read."""
     return "\n\n".join(f"{message['role']}: {message_text(message)}" for message in messages)
 
 
@@ -234,7 +234,7 @@ _OTHERS = {  # columns of other people's, and what they should be called
 
 
 def kind_of(row: Row) -> str:
-    """What a row without nulls is, by its keys; empty if that cannot be told."""
+    """Tell what a row without nulls is, by its keys; empty if that cannot be told."""
     if row.keys() & {"chosen", "rejected"}:
         return "comparison"
     if row.keys() & {"messages", "conversations", "completion"}:
@@ -247,8 +247,8 @@ def get(row: Row, key: str, kind: str, name: str) -> Any:
     if key in row:
         return row[key]
     said = f"{name}: {key!r} is missing; the row has {', '.join(map(repr, row)) or 'nothing'}; expected {FORMS[kind]}"
-    found = kind_of(row)
-    hint = _VERBS.get(found, "") if found != kind else ""
-    if not found:
+    actual = kind_of(row)
+    hint = _VERBS.get(actual, "") if actual != kind else ""
+    if not actual:
         hint = next((way for keys, way in _OTHERS.items() if row.keys() >= set(keys)), "")
     raise RecordError(f"{said}; {hint}" if hint else said)

@@ -16,7 +16,7 @@ from rlhf_fast.data.splits import other_splits, split_as_labelled, split_heldout
 
 @dataclass
 class PairGroup:
-    """All comparisons of one prompt: its distinct responses, and which was chosen over which."""
+    """Comparisons of one prompt, all of them: its distinct responses, and which was chosen over which."""
 
     examples: list[Example] = field(default_factory=list)
     chosen: list[int] = field(default_factory=list)  # index into examples, one for each comparison
@@ -38,24 +38,24 @@ class PairGroup:
             yield self.examples[chosen].prompt, self.examples[chosen], self.examples[rejected]
 
     def part(self, which: Sequence[int]) -> PairGroup:
-        """Some of its comparisons, by their numbers."""
-        found = PairGroup()
+        """Select some of the group's comparisons, by their numbers."""
+        part = PairGroup()
         numbers: dict[int, int] = {}  # of the examples, there and here
         for i in which:
-            for side, of in ((found.chosen, self.chosen[i]), (found.rejected, self.rejected[i])):
+            for side, of in ((part.chosen, self.chosen[i]), (part.rejected, self.rejected[i])):
                 if of not in numbers:
-                    numbers[of] = len(found.examples)
-                    found.examples.append(self.examples[of])
+                    numbers[of] = len(part.examples)
+                    part.examples.append(self.examples[of])
                 side.append(numbers[of])
-            found.margins.append(self.margins[i])
-            found.confidences.append(self.confidences[i])
-            found.comparisons.append(self.comparisons[i])
-        return found
+            part.margins.append(self.margins[i])
+            part.confidences.append(self.confidences[i])
+            part.comparisons.append(self.comparisons[i])
+        return part
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Several groups side by side, their examples numbered through."""
+    """Groups side by side, their examples numbered through."""
 
     examples: list[Example]
     chosen: torch.Tensor  # (P,) int64 into examples
@@ -169,25 +169,30 @@ def epoch_batches_by_pairs(groups: Sequence[PairGroup], size: int, epochs: int, 
 
 
 def _cut(groups: Sequence[PairGroup], size: int, seed: int) -> list[PairGroup]:
-    found: list[PairGroup] = []
+    parts: list[PairGroup] = []
     for group in groups:
         if group.pairs <= size:
-            found.append(group)
+            parts.append(group)
         else:
             order = shuffled(range(group.pairs), seed)
-            found += [group.part(order[start : start + size]) for start in range(0, group.pairs, size)]
-    return found
+            parts += [group.part(order[start : start + size]) for start in range(0, group.pairs, size)]
+    return parts
 
 
-def microbatches_of_groups(groups: Sequence[PairGroup], max_tokens: int, shared: int = 0) -> list[list[PairGroup]]:
+def microbatches_of_groups(
+    groups: Sequence[PairGroup], max_tokens: int, longest_shared: int = 0
+) -> list[list[PairGroup]]:
     """Groups that fit into `max_tokens` padded tokens together; none is cut, since its pairs need both sides.
 
-    `shared` as in `pad`; groups with an example longer than that go apart.
+    `longest_shared` as in `pad`; groups with an example longer than that go apart.
     """
     result: list[list[PairGroup]] = []
     rows = longest = 0  # of the last
     before = False
-    shapes = [(max(map(len, group.examples)) > shared, *shape(group.examples, shared), group) for group in groups]
+    shapes = [
+        (max(map(len, group.examples)) > longest_shared, *shape(group.examples, longest_shared), group)
+        for group in groups
+    ]
     for long, more, width, group in sorted(shapes, key=lambda item: (item[0], item[2]), reverse=True):
         if result and long == before and (rows + more) * longest <= max_tokens:
             result[-1].append(group)

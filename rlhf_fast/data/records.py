@@ -28,9 +28,9 @@ from rlhf_fast.data.messages import (
     message_text,
     messages_of,
     messages_text,
-    of_template,
     present,
     prompt_of,
+    template_fields,
     text_of,
     with_system,
 )
@@ -101,7 +101,7 @@ def read_comparisons(source: Source | Sequence[Comparison]) -> list[Comparison]:
 
 
 def read_record(row: Row, name: str = "the record") -> PromptRecord | Demonstration | Comparison:
-    """One row of any kind, told by its keys."""
+    """Read one row of any kind, told by its keys."""
     kind = kind_of(present(row))
     if kind == "comparison":
         return comparison_of(row, name)
@@ -116,7 +116,7 @@ def read_record(row: Row, name: str = "the record") -> PromptRecord | Demonstrat
 
 
 def user_text(prompt: Prompt) -> str:
-    """What the user wrote: of a message list, the user's turns alone."""
+    """Extract what the user wrote: of a message list, the user's turns alone."""
     if isinstance(prompt, str):
         return prompt
     return "\n\n".join(message.get("content") or "" for message in prompt if message["role"] == "user")
@@ -142,11 +142,11 @@ def _prompt_record(row: Row, name: str) -> PromptRecord:
     given = present(row)
     get(given, "prompt", "prompt", name)
     prompt, category = with_system(prompt_of(given, name), given, name), label_of(row, "category", name)
-    return PromptRecord(prompt, category, name, _columns(row), *of_template(row, name))
+    return PromptRecord(prompt, category, name, _columns(row), *template_fields(row, name))
 
 
 def _columns(row: Row) -> Columns:
-    """All but the prompt, sorted: the order in which a row names its columns says nothing."""
+    """Sort all columns but the prompt: the order in which a row names its columns says nothing."""
     return Columns({key: row[key] for key in sorted(key for key in row if isinstance(key, str)) if key != "prompt"})
 
 
@@ -175,7 +175,7 @@ def _demonstration(row: Row, name: str) -> Demonstration:
     if isinstance(completion, list) and not any(is_learned(message) for message in completion):
         raise RecordError(f"{name}: every assistant's message has weight 0, so that nothing is learned")
     prompt, split = with_system(prompt, row, name), label_of(row, "split", name)
-    return Demonstration(prompt, completion, name, *of_template(row, name), split)
+    return Demonstration(prompt, completion, name, *template_fields(row, name), split)
 
 
 def _completion(value: Any, name: str) -> str | list[Message]:

@@ -35,12 +35,12 @@ class RecordError(ValueError):
 
 def rows_of(source: Any) -> list[tuple[str, Row]]:
     """(name, row) of every row; the name says where it stands."""
-    found = []
+    rows = []
     for _, name, row in scan_rows(source):
         if isinstance(row, RecordError):
             raise row
-        found.append((name, row))
-    return found
+        rows.append((name, row))
+    return rows
 
 
 def scan_rows(source: Any) -> Iterator[tuple[int, str, Row | RecordError]]:
@@ -63,7 +63,7 @@ def scan_rows(source: Any) -> Iterator[tuple[int, str, Row | RecordError]]:
 
 
 def count_rows(source: Any) -> int:
-    """How many rows there are, without reading what is in them; 0 if that cannot be said."""
+    """Count the rows, without reading what is in them; 0 if that cannot be said."""
     if isinstance(source, str | os.PathLike):
         try:
             with _open(Path(source)) as file:
@@ -76,7 +76,7 @@ def count_rows(source: Any) -> int:
 
 
 def _file_rows(path: Path) -> Iterator[tuple[int, str, Row | RecordError]]:
-    number, found = 0, 0
+    number, count = 0, 0
     try:
         with _open(path) as file:
             head = file.peek(HEAD)[:HEAD]  # type: ignore[attr-defined]
@@ -88,9 +88,9 @@ def _file_rows(path: Path) -> Iterator[tuple[int, str, Row | RecordError]]:
                 if not line.strip(_BLANK):
                     continue
                 row = _row(line, f"{path} line {number}")
-                if not found and isinstance(row, RecordError):
+                if not count and isinstance(row, RecordError):
                     _explain(path, row)
-                found += 1
+                count += 1
                 yield number, f"{path} line {number}", row
     except EOFError as error:
         name = f"{path} line {number + 1}"
@@ -165,7 +165,7 @@ def _is_array(head: bytes) -> bool:
 
 
 def _refuse_other_kinds(path: Path, head: bytes) -> None:
-    """What is told by the first bytes."""
+    """Refuse files of other kinds, told by their first bytes."""
     for magic, (kind, way) in _MAGIC.items():
         if head.startswith(magic):
             raise RecordError(f"{path}: this is {kind}; {_LINES}: {way}")
@@ -198,7 +198,7 @@ def _explain(path: Path, error: RecordError) -> None:
 
 
 def _is_header(line: str, separator: str) -> bool:
-    """Whether a line looks like the names of columns."""
+    """Return whether a line looks like the names of columns."""
     return separator in line and all(re.fullmatch(r'"?[\w .-]+"?', cell) for cell in line.split(separator))
 
 

@@ -1,4 +1,4 @@
-"""What is held out of the data to measure on: by the rows' own `split`, else by share."""
+"""Hold data out to measure on: by the rows' own `split`, else by share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Item = TypeVar("Item")
 
 
 def other_splits(splits: Sequence[str]) -> set[str]:
-    """Of the splits that rows name, those that are held out: all but train; a row without one is trained on."""
+    """Select the splits that are held out: all but train; a row without one is trained on."""
     return set(splits) - {"", "train"}
 
 

@@ -1,4 +1,4 @@
-"""What a data file holds, before anything is trained on it: counts, lengths, duplicates, and each row that is wrong.
+"""Survey a data file before anything is trained on it: counts, lengths, duplicates, and each row that is wrong.
 
 Rows are read and tokenised one after the other by what the trainers read and tokenise them with, but a row that cannot
 be used is noted and the next one read. Knows no page and no terminal: pages/data_report.py shows what is found.
@@ -40,7 +40,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Lengths:
-    """How many tokens one part of each row has."""
+    """Lengths in tokens of one part of each row."""
 
     p5: int
     p50: int
@@ -94,7 +94,7 @@ class Survey:
 
     @property
     def more_problems(self) -> int:
-        """How many are not in `problems`."""
+        """Count the problems that are not in `problems`."""
         return self.refused - len(self.problems)
 
 
@@ -155,7 +155,7 @@ def survey(
         raise RecordError(f"{source if isinstance(source, str) else 'the data'}: no rows; expected at least one")
     kind = max(tallies, key=lambda kind: tallies[kind].rows)
     main = tallies[kind]
-    others = [_of_another_kind(other, kind, tally) for other, tally in tallies.items() if other != kind]
+    others = [_problems_of_kind(other, kind, tally) for other, tally in tallies.items() if other != kind]
     parts = [unreadable, *others, *([main.longer] if overlong == "error" else [])]
     refused, dropped = sum(part.count for part in parts), main.longer.count
     return Survey(
@@ -175,7 +175,7 @@ def survey(
         longer=main.longer.count,
         beyond=main.beyond,
         lost=main.lost,
-        problems=sorted((one for part in parts for one in part.first), key=lambda one: one.line)[:kept],
+        problems=sorted((problem for part in parts for problem in part.first), key=lambda problem: problem.line)[:kept],
         examples=main.examples,
         not_shown=sorted(set(lines) - {example.line for example in main.examples}),
         seconds=time.monotonic() - started,
@@ -255,7 +255,7 @@ def _cut(
     max_new_tokens: int,
     turns: Literal["all", "last"],
 ) -> int:
-    """How many tokens training reads of a row that is too long."""
+    """Count the tokens that training reads of a row that is too long."""
     if isinstance(record, Demonstration):
         return sum(map(len, fitting.demonstration(record, turns)))
     if isinstance(record, Comparison):
@@ -269,7 +269,7 @@ def _first_learned(conversation: Tokenized) -> int:
 
 
 def _parts(record: Any, conversations: list[Tokenized], first: int) -> dict[str, int]:
-    """How many tokens each part of a row has. The prompt is what stands before the first token that is learned."""
+    """Count the tokens in each part of a row. The prompt is what stands before the first token that is learned."""
     if isinstance(record, PromptRecord):
         return {"prompt": first}
     if isinstance(record, Comparison):
@@ -283,22 +283,22 @@ def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def _of_another_kind(other: Kind, kind: Kind, tally: _Tally) -> _Problems:
-    found = _Problems(tally.lines.kept)
-    found.count = tally.rows
+def _problems_of_kind(other: Kind, kind: Kind, tally: _Tally) -> _Problems:
+    problems = _Problems(tally.lines.kept)
+    problems.count = tally.rows
     words = f"one of the {other}, where most rows are {kind}; put them into a file of their own"
-    found.first = [Problem(one.line, words) for one in tally.lines.first]
-    return found
+    problems.first = [Problem(problem.line, words) for problem in tally.lines.first]
+    return problems
 
 
 def _lengths(values: array[int]) -> Lengths:
-    found = np.frombuffer(values, np.int64)
-    low, middle, high, end = (int(x) for x in np.percentile(found, [5, 50, 95, 99], method="inverted_cdf"))
-    least = int(found.min())
+    lengths = np.frombuffer(values, np.int64)
+    low, middle, high, end = (int(x) for x in np.percentile(lengths, [5, 50, 95, 99], method="inverted_cdf"))
+    least = int(lengths.min())
     width = -(-(end - least + 1) // BINS)  # whole tokens, or neighbouring bins would hold more and fewer of them
     edges = np.arange(least, end + width + 1, width)
-    counts, _ = np.histogram(np.minimum(found, end), edges)
-    return Lengths(low, middle, high, int(found.max()), int(found.sum()), edges.tolist(), counts.tolist())
+    counts, _ = np.histogram(np.minimum(lengths, end), edges)
+    return Lengths(low, middle, high, int(lengths.max()), int(lengths.sum()), edges.tolist(), counts.tolist())
 
 
 # A few rows, token by token -------------------------------------------------------------------------------------------
@@ -315,7 +315,7 @@ def _example(line: int, record: Any, conversations: list[Tokenized], tokenizer: 
 def _pieces(conversation: Tokenized, tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
     special, ids, before, end = added_tokens(tokenizer).special_ids, conversation.input_ids, "", 0
     marked = zip(ids, conversation.loss_mask, strict=True)
-    for (learned, is_special), run in itertools.groupby(marked, lambda one: (one[1], one[0] in special)):
+    for (learned, is_special), run in itertools.groupby(marked, lambda token: (token[1], token[0] in special)):
         begin, end = end, end + len(list(run))
         # Behind what stands before it: alone, some tokenizers would leave out a space that it begins with.
         text = _decoded(tokenizer, ids[:end])

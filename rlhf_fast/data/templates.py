@@ -55,7 +55,7 @@ def use_template(
     parse_special_tokens: bool = False,
     date: datetime.date | None = None,
 ) -> None:
-    """From now on render conversations of `tokenizer` so; all but the date is saved with it.
+    """Render conversations of `tokenizer` so from now on; all but the date is saved with it.
 
     Args:
         template: "chatml", "plain", or the file of a Jinja template; None: the tokenizer's own.
@@ -80,9 +80,9 @@ def use_template(
 
 
 def kept(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What `use_template` has put into a tokenizer, now or before it was saved."""
-    found = tokenizer.init_kwargs.get(KEY)
-    return found if isinstance(found, dict) else {}
+    """Return what `use_template` has put into a tokenizer, now or before it was saved."""
+    kept = tokenizer.init_kwargs.get(KEY)
+    return kept if isinstance(kept, dict) else {}
 
 
 def _text_of(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -114,7 +114,7 @@ def _read(template: str) -> str:
 
 
 def reads_date(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether its chat template, or one of several, asks for the day."""
+    """Return whether a tokenizer's chat template, or one of several, asks for the day."""
     return "strftime_now" in json.dumps(tokenizer.chat_template)
 
 
@@ -133,17 +133,17 @@ _added: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, AddedToken
 
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> AddedTokens:
     """Kept for each tokenizer, as some have thousands, until it has another number of tokens."""
-    size, found = _added.get(tokenizer, (-1, None))
-    if found is None or size != len(tokenizer):
+    size, added = _added.get(tokenizer, (-1, None))
+    if added is None or size != len(tokenizer):
         tokens = tokenizer.added_tokens_decoder
-        found = AddedTokens(
+        added = AddedTokens(
             tuple(token.content for token in tokens.values()),
             tuple(token.content for token in tokens.values() if token.special),
             frozenset(i for i, token in tokens.items() if token.special),
             tuple(token.content for token in tokens.values() if token.special and not token.lstrip),
         )
-        _added[tokenizer] = len(tokenizer), found
-    return found
+        _added[tokenizer] = len(tokenizer), added
+    return added
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -167,7 +167,7 @@ class Template:
 
     @property
     def has_marks(self) -> bool:
-        """Whether it marks itself what is generated."""
+        """Return whether the template marks itself what is generated."""
         return re.search(r"\{%-?\s*generation\s*-?%\}", self.text) is not None
 
     def render(self, messages: list[Message], tools: Any = None, ask: bool = False) -> tuple[str, list[Span]]:
@@ -179,23 +179,23 @@ class Template:
             ValueError: it takes them in none; its own words.
         """
         failure: Exception | None = None
-        found: tuple[str, list[Span]] | None = None
+        rendered: tuple[str, list[Span]] | None = None
         for form in _forms(messages):
             try:
-                found = self._render(form, tools, ask)
+                rendered = self._render(form, tools, ask)
             except _FAILURES as error:
                 failure = failure or error
                 continue
-            if not lost_call(messages, found[0]):
-                return found
-        if found is None:
+            if not lost_call(messages, rendered[0]):
+                return rendered
+        if rendered is None:
             raise ValueError(f"the chat template refuses the messages: {failure}") from failure
-        return found
+        return rendered
 
     def _render(self, messages: list[Message], tools: Any, ask: bool) -> tuple[str, list[Span]]:
         if _takes_parts(self):
             messages = [{**message, "content": _parts(message.get("content"))} for message in messages]
-        found: Any = render_jinja_template(
+        rendered: Any = render_jinja_template(
             conversations=[messages],
             tools=tools,
             chat_template=self.text,
@@ -203,7 +203,7 @@ class Template:
             add_generation_prompt=ask,
             **json.loads(self.settings),
         )
-        texts, spans = found
+        texts, spans = rendered
         return str(texts[0]), list(spans[0]) if self.has_marks else []
 
 
@@ -223,7 +223,7 @@ def template_of(
         raise ValueError(f"template_kwargs: {reserved[0]!r} is given by the conversation itself; leave it out")
     date: datetime.date | None = getattr(tokenizer, DATE, None)
     if date is not None and "strftime_now" in text:
-        formats = [found[2] for found in _FORMATS.finditer(text)]
+        formats = [match[2] for match in _FORMATS.finditer(text)]
         if len(formats) != text.count("strftime_now("):
             raise ValueError("chat_template: it reads the date in a format that is not written out; write it out")
         text = _DATES + text
@@ -243,23 +243,23 @@ def _turn_end(template: Template, added: tuple[str, ...], eos: str) -> str | Non
     ends = pattern.findall(last[: alike(last, earlier)])
     if ends:
         return eos if eos in ends else str(ends[-1])
-    found = pattern.search(last) or pattern.match(earlier.lstrip())
-    return found[0] if found else None
+    match = pattern.search(last) or pattern.match(earlier.lstrip())
+    return match[0] if match else None
 
 
 @functools.lru_cache(maxsize=64)
 def _takes_parts(template: Template) -> bool:
-    """Whether the template renders a content only as a list of parts, as those of models that see do."""
+    """Return whether the template renders a content only as a list of parts, as those of models that see do."""
 
     def renders(content: Any) -> bool:
         said = [{"role": "user", "content": content}]
         try:
-            found: Any = render_jinja_template(
+            rendered: Any = render_jinja_template(
                 conversations=[said], chat_template=template.text, **json.loads(template.settings)
             )
         except _FAILURES:
             return False
-        return MARK in found[0][0]
+        return MARK in rendered[0][0]
 
     return not renders(MARK) and renders(_parts(MARK))
 
@@ -316,9 +316,10 @@ def lost_call(messages: list[Message], text: str) -> str:
     return next((name for name in names if name not in text), "")
 
 
-def alike(one: str, other: str) -> int:
-    """How many characters two texts begin with alike."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+def alike(first: str, second: str) -> int:
+    """Count the characters that two texts begin with alike."""
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
 @functools.lru_cache(maxsize=256)

@@ -31,5 +31,5 @@ def repetition(text: str, n: int = 3) -> float:
 def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
     if n < 1:
         raise ValueError(f"n: {n} came; an n-gram has at least 1 word")
-    found = words(text)
-    return [tuple(found[start : start + n]) for start in range(len(found) - n + 1)]
+    tokens = words(text)
+    return [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]

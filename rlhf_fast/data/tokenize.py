@@ -130,12 +130,12 @@ def tokenize_comparison(
         if isinstance(answer, str) or len(answer) == 1:
             side = tokenize_example(tokenizer, comparison.prompt, answer, tools, kwargs, special, max_length, name)
         else:
-            side = _of_turns(comparison, answer, tokenizer, kwargs, special, max_length, scored)
+            side = _tokenize_turns(comparison, answer, tokenizer, kwargs, special, max_length, scored)
         sides.append(side)
     return sides
 
 
-def _of_turns(
+def _tokenize_turns(
     comparison: Comparison,
     answer: list[Message],
     tokenizer: PreTrainedTokenizerBase,
@@ -171,21 +171,21 @@ def _conversations(
     chat = Chat(tokenizer, messages, record.tools, kwargs, parse_special_tokens, record.name)
     first = len(messages) - len(said)
     learned = [i for i in range(first, len(messages)) if is_learned(messages[i])]
-    found: list[Tokenized] = []
+    conversations: list[Tokenized] = []
     ids: tuple[int, ...] = ()
     loss_mask: tuple[bool, ...] = ()
     for number in learned[-1:] if turns == "last" else learned:
         asked, answer, mask = _turn(chat, number, begun if number == first else "", marks)
         if tuple(asked[: len(ids)]) != ids:
-            found.append(Tokenized(ids, loss_mask))
+            conversations.append(Tokenized(ids, loss_mask))
             ids, loss_mask = (), ()
         loss_mask += tuple(mask[len(ids) :])
         ids = (*asked, *answer)
         _check_length(len(ids), max_length, record.name)
-    found.append(Tokenized(ids, loss_mask))
-    if not any(conversation.learned for conversation in found):
+    conversations.append(Tokenized(ids, loss_mask))
+    if not any(conversation.learned for conversation in conversations):
         raise ValueError(f"{record.name}: the chat template's generation marks hold no token of the answers")
-    return [conversation for conversation in found if conversation.learned]
+    return [conversation for conversation in conversations if conversation.learned]
 
 
 def _asked(prompt: Prompt, name: str) -> tuple[list[Message], str]:
@@ -277,7 +277,7 @@ def _encoded(chat: Chat, text: str, start: bool = True) -> list[int]:
 
 
 def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before a text. What it puts behind, such as an end, is of no prompt and no answer."""
+    """Return what the tokenizer puts before a text. What it puts behind, such as an end, belongs to no message."""
     alone, framed = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
     at = next((i for i in range(len(framed)) if framed[i : i + len(alone)] == alone), 0)
     return framed[:at]
@@ -301,21 +301,21 @@ def _as_text(chat: Chat, piece: str, place: int) -> tuple[list[int], list[Span]]
 
 
 def _in_spans(chat: Chat, text: str, spans: Sequence[Span], count: int) -> list[bool]:
-    """Which of the `count` tokens of a text have a character in these places of it."""
+    """Say of each of the `count` tokens of a text whether it has a character in these places of the text."""
     if not chat.tokenizer.is_fast:
         raise ValueError(
             f"{chat.name}: the chat template marks what is generated, and this tokenizer "
             f"({type(chat.tokenizer).__name__}) does not say where its tokens stand; take the marks out"
         )
-    found: list[Span] = []
+    token_spans: list[Span] = []
     for place, piece, typed in chat.pieces(text):
         if typed:
             offsets = _as_text(chat, piece, place)[1]
         else:
             offsets = chat.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        found += [(place + a, place + b) for a, b in offsets]
-    assert len(found) == count
-    return [any(a < end and b > begin for begin, end in spans) for a, b in found]
+        token_spans += [(place + a, place + b) for a, b in offsets]
+    assert len(token_spans) == count
+    return [any(a < end and b > begin for begin, end in spans) for a, b in token_spans]
 
 
 def _check_length(tokens: int, max_length: int | None, name: str) -> None:

@@ -1,1 +1,1 @@
-"""What a trained model is worth: paired scores with intervals, texts that repeat themselves, and a page to read."""
+"""Measure what a trained model is worth: paired scores with intervals, texts that repeat themselves, a page to read."""

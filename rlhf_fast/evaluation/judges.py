@@ -1,4 +1,4 @@
-"""Who says how good a reply is when two policies are compared: the built-in annotator, or a reward of any form."""
+"""Judges of how good a reply is when two policies are compared: the built-in annotator, or a reward of any form."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BUILT_IN = "simulated"  # the judge's name in settings
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge says of one reply: the higher the score, the better."""
+    """Judgement of one reply: the higher the score, the better."""
 
     score: float
     parts: dict[str, float] = field(default_factory=dict)  # by criterion, if the judge has several
@@ -48,7 +48,7 @@ class BuiltInAnnotator:
     )
 
     def check(self, prompts: Sequence[PromptRecord]) -> None:
-        """Every prompt needs a category: the rule expects adversarial and off-topic requests to be declined."""
+        """Require a category of every prompt: the rule expects adversarial and off-topic requests to be declined."""
         without = [prompt for prompt in prompts if not prompt.category]
         if without:
             raise ValueError(
@@ -65,7 +65,7 @@ class BuiltInAnnotator:
 
 
 class RewardJudge:
-    """Any reward as PPO takes it. Policies that were trained on it are expected to please it, whatever it is worth."""
+    """Judge by any reward that PPO takes. A policy trained on it is expected to please it, whatever it is worth."""
 
     def __init__(self, reward: Reward, max_length: int = 4096) -> None:
         self.rewards = resolve_reward(reward, 0.0, max_length, timeout=300.0, retries=2)
@@ -84,10 +84,10 @@ class RewardJudge:
         self.rewards.check(prompts)
 
     def rate(self, prompts: Sequence[PromptRecord], replies: Sequence[str]) -> list[Verdict]:
-        found = self.rewards(prompts, replies)
-        rows = [{name: scores[i] for name, scores in found.parts.items()} for i in range(len(replies))]
+        scored = self.rewards(prompts, replies)
+        rows = [{name: scores[i] for name, scores in scored.parts.items()} for i in range(len(replies))]
         given = [{name: score for name, score in row.items() if score is not None} for row in rows]
-        return [Verdict(score, parts) for score, parts in zip(found.scores, given, strict=True)]
+        return [Verdict(score, parts) for score, parts in zip(scored.scores, given, strict=True)]
 
 
 def judge_of(judge: Judge | Reward | None) -> Judge:

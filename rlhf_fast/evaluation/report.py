@@ -10,6 +10,7 @@ from rlhf_fast.pages import plots
 from rlhf_fast.pages.page import SAMPLES_SHOWN, bar, duration, esc, figure, fmt, table_of, whisker, whole_page
 from rlhf_fast.pages.plots import Rows, number
 from rlhf_fast.runs.files import write_atomic
+from rlhf_fast.runs.folder import page_of
 from rlhf_fast.statistics.intervals import Interval
 
 PHASES = {
@@ -33,10 +34,17 @@ def write_report(run: Path) -> Path:
 
     Raises:
         FileNotFoundError: when `run` is not a folder.
+        PageError: the page could not be made or written; the run is whole.
     """
     run = Path(run)
     if not run.is_dir():
         raise FileNotFoundError(f"{run} is not a folder: a report is written into the folder of a run")
+    with page_of(run, write_report):
+        write_atomic(run / "report.html", _page(run))
+    return run / "report.html"
+
+
+def _page(run: Path) -> str:
     results = {path.parent.name: _read_json(path) for path in sorted(run.glob("*/result.json"))}
     results = {name: results[name] for name in [*PHASES, *results] if name in results}
     alone = (run / "evaluation.json").is_file()
@@ -71,8 +79,7 @@ def write_report(run: Path) -> Path:
         _cards(results, evaluation, curves["ppo"]),
         *(f'<section id="{anchors[title]}"><h2>{title}</h2>{body}</section>' for title, body in sections.items()),
     ]
-    write_atomic(run / "report.html", whole_page(esc(run.resolve().name), "\n".join(filter(None, parts))))
-    return run / "report.html"
+    return whole_page(esc(run.resolve().name), "\n".join(filter(None, parts)))
 
 
 # Reading: what is missing, cut off or of another kind is as if it were not there.
@@ -80,10 +87,10 @@ def write_report(run: Path) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text("utf-8", "replace"))
+        content = json.loads(path.read_text("utf-8", "replace"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _read_rows(path: Path) -> Rows:
@@ -178,9 +185,9 @@ def _cards(results: dict[str, dict[str, Any]], evaluation: dict[str, Any], ppo: 
         words = duration(sum(times)).split()
         figure = " ".join(word if word[0].isdigit() else f"<small>{word}</small>" for word in words)
         cards.append(("Total time", figure, f"<span>{len(times)} phases</span>"))
-    peaks = {name: peak for name, one in results.items() if (peak := number(one.get("peak_rss_gb"))) is not None}
+    peaks = {name: peak for name, result in results.items() if (peak := number(result.get("peak_rss_gb"))) is not None}
     if peaks:
-        name = max(peaks, key=lambda one: peaks[one])
+        name = max(peaks, key=lambda phase: peaks[phase])
         where = f"<span>in {esc(PHASES.get(name, name))}</span>"
         cards.append(("Peak memory", f"{fmt(peaks[name])} <small>GB</small>", where))
     body = "".join(f"<div><dt>{title}</dt><dd><b>{figure}</b>{rest}</dd></div>" for title, figure, rest in cards)
@@ -200,30 +207,31 @@ def _curves(rows: dict[str, Rows]) -> str:
 
 def _categories(evaluation: dict[str, Any], names: tuple[str, str]) -> str:
     a, b = map(esc, names)
-    found = {name: _dict(row) for name, row in _dict(evaluation.get("by_category")).items()}
-    intervals = [_interval(row.get("score_difference")) for row in found.values()]
-    reach = 1.1 * max([0.01, *(max(abs(one.low), abs(one.high)) for one in intervals if one)])
+    categories = {name: _dict(row) for name, row in _dict(evaluation.get("by_category")).items()}
+    intervals = [_interval(row.get("score_difference")) for row in categories.values()]
+    reach = 1.1 * max([0.01, *(max(abs(each.low), abs(each.high)) for each in intervals if each)])
 
     def gap(row: dict[str, Any]) -> float | None:
         scores = [number(row.get(f"{side}_score")) for side in "ab"]
         return None if scores[0] is None or scores[1] is None else scores[0] - scores[1]
 
     means = {name: gap(row) if (mean := number(row.get("score_difference"))) is None else mean
-             for name, row in found.items()}  # fmt: skip
+             for name, row in categories.items()}  # fmt: skip
     rows = []
-    for name in sorted(found, key=lambda name: (means[name] or 0.0, name)):
-        mean, one = means[name], _interval(found[name].get("score_difference"))
-        ends = f"[{fmt(one.low)}, {fmt(one.high)}]" if one else "too few prompts for an interval"
-        rows.append([esc(name), fmt(number(found[name].get("prompts")), 0), fmt(number(found[name].get("b_score"))),
-                     fmt(number(found[name].get("a_score"))), fmt(mean, sign=True),
-                     f'<span class="muted">{ends}</span>', whisker(one, 0, -reach, reach)])  # fmt: skip
+    for name in sorted(categories, key=lambda name: (means[name] or 0.0, name)):
+        row, mean = categories[name], means[name]
+        interval = _interval(row.get("score_difference"))
+        ends = f"[{fmt(interval.low)}, {fmt(interval.high)}]" if interval else "too few prompts for an interval"
+        rows.append([esc(name), fmt(number(row.get("prompts")), 0), fmt(number(row.get("b_score"))),
+                     fmt(number(row.get("a_score"))), fmt(mean, sign=True),
+                     f'<span class="muted">{ends}</span>', whisker(interval, 0, -reach, reach)])  # fmt: skip
     head = ["Category", "Prompts", b, a, "Difference", "95% interval", f"{b} better · {a} better"]
     table = table_of("Score by category, smallest difference first", head, rows) if rows else ""
 
     kinds = {"score": ("Score", 2, ""), "kl": ("KL, nats", 1, ""), "tokens": ("Tokens", 0, ""),
              "words": ("Words", 0, ""), "repetition": ("Repeated 3-grams", 1, "%"),
              "finished": ("Finished", 0, "%")}  # fmt: skip
-    values = {kind: [number(_dict(evaluation.get(f"{one}_metrics")).get(kind)) for one in "ba"] for kind in kinds}
+    values = {kind: [number(_dict(evaluation.get(f"{side}_metrics")).get(kind)) for side in "ba"] for kind in kinds}
     replies = [[title, *(fmt(value, digits, unit=unit) for value in values[kind])]
                for kind, (title, digits, unit) in kinds.items() if values[kind] != [None, None]]  # fmt: skip
     changed = table_of("How the replies changed", ["Mean", b, a], replies) if replies else ""
@@ -241,7 +249,8 @@ def _categories(evaluation: dict[str, Any], names: tuple[str, str]) -> str:
 def _text(value: Any) -> str:
     """A prompt or reply: a string, or the messages of a conversation."""
     if isinstance(value, list):
-        value = "\n\n".join(f"{_dict(one).get('role', '')}: {_dict(one).get('content', one)}" for one in value)
+        turns = [(_dict(message), message) for message in value]
+        value = "\n\n".join(f"{turn.get('role', '')}: {turn.get('content', message)}" for turn, message in turns)
     text = str(value if value is not None else "")
     more = f" … ({len(text) - TEXT_KEPT} more characters)" if len(text) > TEXT_KEPT else ""
     return esc(text[:TEXT_KEPT] + more)
@@ -322,9 +331,9 @@ def _settings(results: dict[str, dict[str, Any]], config: str) -> str:
     rows = []
     for name, result in results.items():
         for key, value in _dict(result.get("summary")).items():
-            one, mean = _interval(value), number(value)
+            interval, mean = _interval(value), number(value)
             shown = esc("–" if value is None else value) if mean is None else f"{mean:.5g}".replace("-", "−")
-            shown += f" [{one.low:.4g}, {one.high:.4g}]".replace("-", "−") if one else ""
+            shown += f" [{interval.low:.4g}, {interval.high:.4g}]".replace("-", "−") if interval else ""
             rows.append([esc(PHASES.get(name, name)), esc(key), shown])
     table = table_of("Summary figures of each phase", ["Phase", "Name", "Value"], rows)
     figures = f"<details><summary>All summary figures</summary>{table}</details>" if rows else ""

@@ -1,4 +1,4 @@
-"""One policy against another on held-out prompts: win rate and score difference, paired, with intervals."""
+"""Compare one policy with another on held-out prompts: win rate and score difference, paired, with intervals."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MAX_TOKENS = 2048  # padded tokens scored at once
 
 @dataclass(frozen=True)
 class Side:
-    """One policy's replies to the prompts and what the judge says of them, in the order of `Rollouts`."""
+    """Replies of one policy to the prompts and what the judge says of them, in the order of `Rollouts`."""
 
     rollouts: Rollouts
     verdicts: list[Verdict]
@@ -115,7 +115,7 @@ def require_several(prompts: Sequence[PromptRecord]) -> None:
 
 
 def _numbers(prompts: Sequence[PromptRecord]) -> list[int]:
-    """Of each prompt, the same for the same prompt."""
+    """Number the prompts, equal ones alike."""
     numbers: dict[str, int] = {}
     return [numbers.setdefault(json.dumps(prompt.prompt, sort_keys=True), len(numbers)) for prompt in prompts]
 
@@ -179,7 +179,7 @@ def _metrics(side: Side, kl: float) -> dict[str, float]:
 
 
 def _categories(prompts: Sequence[PromptRecord], of: Sequence[int]) -> list[str]:
-    """Of each reply. Where no prompt has one, they are "all"; where some have none, these are "none"."""
+    """Name each reply's category. Where no prompt has one, they are "all"; where some have none, these are "none"."""
     without = "none" if any(prompt.category for prompt in prompts) else "all"
     return [prompts[i].category or without for i in of]
 

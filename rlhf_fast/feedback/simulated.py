@@ -77,7 +77,7 @@ _COMMON = frozenset(
 
 @dataclass(frozen=True)
 class Rating:
-    """What the annotator says about one reply: each criterion between 0 and 1."""
+    """Scores that the annotator gives one reply: each criterion between 0 and 1."""
 
     helpfulness: float
     harmlessness: float
@@ -101,7 +101,7 @@ class SimulatedAnnotator:
 
     @property
     def name(self) -> str:
-        """How files and reports call it: always simulated, with what decides its answers."""
+        """Name the annotator for files and reports: always simulated, with what decides its answers."""
         config = self.config
         return f"{NAME} (seed {config.seed}, error rate {config.error_rate:g}, tie margin {config.tie_margin:g})"
 
@@ -134,7 +134,7 @@ class SimulatedAnnotator:
         )
 
     def compare_all(self, prompt: Prompt, category: str, replies: list[str]) -> list[Comparison]:
-        """Every pair among the distinct replies to a prompt that the annotator sees a difference in."""
+        """Compare every pair among the distinct replies to a prompt that the annotator sees a difference in."""
         distinct = [reply for reply in dict.fromkeys(replies) if reply.strip()]
         pairs = (self.compare(prompt, category, a, b) for a, b in itertools.combinations(distinct, 2))
         return [pair for pair in pairs if pair is not None]

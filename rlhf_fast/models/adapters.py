@@ -131,13 +131,13 @@ def with_adapter(model: Model, lora: LoRAConfig, seed: int, task: str) -> Model:
 
 
 def _target(name: str) -> str:
-    """What peft finds a layer by: the last part of its name, unless that is a number, which others have too."""
+    """Name what peft finds a layer by: the last part of its name, unless that is a number, which others have too."""
     last = name.rpartition(".")[2]
     return name if last.isdigit() else last
 
 
 def _is_product(layer: Any) -> bool:
-    """Whether a linear layer gives what linear layers give; families have kinds of their own."""
+    """Return whether a linear layer gives what linear layers give; families have kinds of their own."""
     if not type(layer).__module__.startswith("transformers.models."):
         return True
     try:
@@ -149,7 +149,7 @@ def _is_product(layer: Any) -> bool:
 
 
 def unfreeze_adapter(model: PeftModel) -> None:
-    """What an adapter of whatever kind has beside the model's own weights, copies of whole layers too."""
+    """Unfreeze what an adapter of whatever kind has beside the model's own weights, copies of whole layers too."""
     tuner: Any = model.base_model
     own = (tuner.prefix, "modules_to_save", "trainable_tokens_")
     for name, parameter in model.named_parameters():
@@ -168,14 +168,14 @@ def adapter_rank(folder: str) -> int | None:
 
 
 def rank_of(config: PeftConfig) -> int | None:
-    """Of an adapter, None for one of a kind that has none."""
+    """Return an adapter's rank, None for one of a kind that has none."""
     rank = getattr(config, "r", None)
     return rank if isinstance(rank, int) and rank > 0 else None
 
 
 def uses_of_adapters(model: nn.Module) -> tuple[Any, ...]:
-    """Of every layer that has adapters, of whatever kind: which are used, which are folded in, and how they are
-    scaled."""
+    """Describe the adapters of every layer that has any, of whatever kind: which are used, which are folded in, and
+    how they are scaled."""
     return tuple(
         (
             layer._disable_adapters,
@@ -207,8 +207,8 @@ def refuse_prompts(config: PeftConfig, of: str) -> None:
         )
 
 
-def require_same_targets(found: Any, lora: LoRAConfig, name: str) -> None:
-    layers = sorted(found) if isinstance(found, list | set | tuple) else [str(found)]
+def require_same_targets(targets: Any, lora: LoRAConfig, name: str) -> None:
+    layers = sorted(targets) if isinstance(targets, list | set | tuple) else [str(targets)]
     if lora.targets and lora.r and layers != sorted(lora.targets):
         raise ValueError(
             f"lora.targets: {', '.join(lora.targets)} does not fit the adapter of {name}, which is on "
@@ -216,9 +216,9 @@ def require_same_targets(found: Any, lora: LoRAConfig, name: str) -> None:
         )
 
 
-def require_same_rank(found: int | None, lora: LoRAConfig, name: str) -> None:
-    if found is not None and lora.r not in (0, found):
+def require_same_rank(rank: int | None, lora: LoRAConfig, name: str) -> None:
+    if rank is not None and lora.r not in (0, rank):
         raise ValueError(
-            f"lora.r: {lora.r} does not fit the adapter of {name}, which has rank {found}; "
-            f"set lora.r to {found}, or to 0 to merge it and train all weights"
+            f"lora.r: {lora.r} does not fit the adapter of {name}, which has rank {rank}; "
+            f"set lora.r to {rank}, or to 0 to merge it and train all weights"
         )

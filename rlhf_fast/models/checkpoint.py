@@ -31,8 +31,8 @@ def resolve(name: str | Path) -> str:
     Raises:
         FileNotFoundError: when it means nothing; the message says what was looked for.
     """
-    found = find(name)
-    return str(smollm2.folder()) if found == smollm2.NAME else found
+    resolved = find(name)
+    return str(smollm2.folder()) if resolved == smollm2.NAME else resolved
 
 
 def save(
@@ -105,7 +105,7 @@ def card(name: str | Path, is_reward: bool) -> str:
 
 
 def read_extra(folder: str | Path) -> dict[str, Any]:
-    """What `save` stored as `extra`; empty when there is none."""
+    """Read what `save` stored as `extra`; empty when there is none."""
     file = Path(folder) / "rlhf_fast.json"
     if not file.exists():
         return {}

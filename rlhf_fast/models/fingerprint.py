@@ -1,4 +1,4 @@
-"""Which weights a model has: numbers that change with any of them, by whatever hand."""
+"""Fingerprint a model's weights: numbers that change with any of them, by whatever hand."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def fingerprint(model: nn.Module) -> tuple[int, ...]:
 
 
 def _sum(x: torch.Tensor) -> torch.Tensor:
-    """Of the bits, as words of eight bytes that wrap around: int64, of shape ()."""
+    """Sum the bits, as words of eight bytes that wrap around: int64, of shape ()."""
     raw = x.detach().reshape(-1).view(torch.uint8)
     if raw.data_ptr() % 8:
         raw = raw.clone()
     words, rest = raw[: raw.numel() // 8 * 8].view(torch.int64), raw[raw.numel() // 8 * 8 :]
     whole = words.numel() // ROW * ROW
-    found = rest.to(torch.int64).sum() + _by_place(rest.to(torch.int64)) + _by_place(words[whole:])
-    return found + _by_place(words[:whole].view(-1, ROW).sum(1)) + _by_place(words[::STRIDE])
+    tail = rest.to(torch.int64).sum() + _by_place(rest.to(torch.int64)) + _by_place(words[whole:])
+    return tail + _by_place(words[:whole].view(-1, ROW).sum(1)) + _by_place(words[::STRIDE])
 
 
 def _by_place(numbers: torch.Tensor) -> torch.Tensor:

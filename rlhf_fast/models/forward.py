@@ -39,7 +39,7 @@ class Head:
     logit_scale: float
 
     def options(self) -> dict[str, Any]:
-        """What the linear ops take by keyword, besides the weight."""
+        """Return what the linear ops take by keyword, besides the weight."""
         return {"bias": self.bias, "lora": self.lora, "softcap": self.softcap, "logit_scale": self.logit_scale}
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -113,7 +113,7 @@ def require_reach(model: nn.Module, longest: int) -> None:
 
 def response_states(model: nn.Module, batch: Batch) -> torch.Tensor:
     """The state from which each response token is predicted, packed: (R, H)."""
-    return _states(model, batch)[batch.before]  # (R, H)
+    return _states(model, batch)[batch.predicted_at]  # (R, H)
 
 
 def _states(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -150,7 +150,7 @@ def lower_bound(scores: torch.Tensor, lcb: float) -> torch.Tensor:
 
 @torch.no_grad()
 def longest_shared(model: nn.Module) -> int:
-    """How long sequences may be that share their prompt in a row of a batch (see data/batches.py); 0: none may.
+    """Find how long sequences may be that share their prompt in a row of a batch (see data/batches.py); 0: none may.
 
     Found by trying: there are models that heed neither a mask nor positions. A window narrower than a sequence would
     be lost, since the mask stands for it.
@@ -160,7 +160,7 @@ def longest_shared(model: nn.Module) -> int:
     prompt, *responses = (tuple(i % vocabulary for i in ids) for ids in ((5, 6, 7), (8, 9, 10), (11, 12), (13, 14, 15)))
     examples = [Example(prompt, response) for response in responses]
     device = next(model.parameters()).device
-    batch = pad(examples, device, shared=8)
+    batch = pad(examples, device, longest_shared=8)
     if not _heeds(model, batch, pad(examples, device), replace(batch, positions=None), replace(batch, mask=None)):
         return 0
     return min(LONGEST_ROW, _window(model)) if longest_row(inner) >= LONGEST_ROW else 0
@@ -168,7 +168,7 @@ def longest_shared(model: nn.Module) -> int:
 
 @torch.no_grad()
 def longest_packed(model: nn.Module) -> int:
-    """How long sequences may be that are packed into a row (see data/conversations.py); 0: none may.
+    """Find how long sequences may be that are packed into a row (see data/conversations.py); 0: none may.
 
     Found by trying: there are models whose attention is not transformers' to choose, and others that carry a state from
     token to token. A window narrower than a sequence would be lost, since attention is asked for each without a mask.
@@ -185,7 +185,7 @@ def longest_packed(model: nn.Module) -> int:
 
 
 def _heeds(model: nn.Module, batch: Batch, apart: Batch, *others: Batch) -> bool:
-    """Whether a model gives a batch the states that its sequences have apart, and the other ones different states.
+    """Return whether a model gives a batch the states that its sequences have apart, and the others different states.
 
     However little what they lack may weigh, or rounding blur it: a model that does not heed it gives the same bits.
     """
@@ -197,19 +197,20 @@ def _heeds(model: nn.Module, batch: Batch, apart: Batch, *others: Batch) -> bool
             return False
     noise = (again - got).abs().max()  # 0, unless the sums of a device come in any order
     near = torch.finfo(unwrapped(model).dtype).eps ** 0.5 * want.norm()
-    return bool((got - want).norm() <= near) and all(bool((one - got).abs().max() > 2 * noise) for one in different)
+    heeds = (bool((states - got).abs().max() > 2 * noise) for states in different)
+    return bool((got - want).norm() <= near) and all(heeds)
 
 
 def _window(model: nn.Module) -> int:
-    """How long sequences may be that every layer sees the whole of, in tokens; 0 where that cannot be known."""
+    """Find how long sequences may be that every layer sees the whole of, in tokens; 0 where that cannot be known."""
     inner = unwrapped(model)
     try:
-        found = sights(inner)
+        by_layer = sights(inner)
     except ValueError:
         return 0
-    if not found:  # its attention is its own, and so are its masks
+    if not by_layer:  # its attention is its own, and so are its masks
         return 0
-    return min(reach_of(inner), *(min(one.window or sys.maxsize, one.longest) for one in found.values()))
+    return min(reach_of(inner), *(min(sight.window or sys.maxsize, sight.longest) for sight in by_layer.values()))
 
 
 @torch.no_grad()

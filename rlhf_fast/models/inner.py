@@ -1,4 +1,4 @@
-"""What is done with a model of transformers from outside, whatever its family."""
+"""Handle a model of transformers from outside, whatever its family."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Found = TypeVar("Found")
 
 
 def trunk(inner: Any) -> Any:
-    """What a model of transformers makes its states with; the model itself where it has no such part."""
+    """Return what a model of transformers makes its states with; the model itself where it has no such part."""
     if inner.base_model is not inner:
         return inner.base_model
-    return next((found for name in ("model", "transformer") if (found := getattr(inner, name, None))), inner)
+    return next((part for name in ("model", "transformer") if (part := getattr(inner, name, None))), inner)
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout; afterwards every module is in its own mode again."""
+    """Switch dropout off for a block; afterwards every module is in its own mode again."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -37,20 +37,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def is_near(got: torch.Tensor, want: torch.Tensor, half: float) -> bool:
-    """Whether tensors are the same up to rounding, which in dtypes of two bytes is `half` of all, in their norm."""
+    """Return whether tensors are the same up to rounding, which in dtypes of two bytes is `half` of their norm."""
     loose = 1e-4 if want.dtype == torch.float32 else half
     return bool((got.float() - want.float()).norm() <= loose * want.float().norm())
 
 
 def measured_once(inner: Any, name: str, measure: Callable[[Any], Found]) -> Found:
-    """What `measure` finds of a model; kept with it and with its copies, and with nothing that is saved of it."""
+    """Keep what `measure` finds of a model with it and with its copies, and with nothing that is saved of it."""
     kept = vars(inner).setdefault(_MEASURED, {})
     if name not in kept:
         kept[name] = measure(inner)
-    found: Found = kept[name]
-    return found
+    measured: Found = kept[name]
+    return measured
 
 
 def forget_measures(inner: Any) -> None:
-    """Of a model that may have been changed since."""
+    """Forget what was measured of a model that may have been changed since."""
     vars(inner).pop(_MEASURED, None)

@@ -175,8 +175,8 @@ def _whole(name: str | Path) -> str:
 
 
 def _placed(model: Model, device: str | torch.device | None) -> Model:
-    """On its device, in evaluation mode; on a CPU the weights move out of the mapped file, which can then go, into huge
-    pages, from which a step of generation reads them a fifth faster."""
+    """Move a model to its device, in evaluation mode; on a CPU the weights move out of the mapped file, which can then
+    go, into huge pages, from which a step of generation reads them a fifth faster."""
     model = model.to(device or default_device()).eval()
     for parameter in model.parameters():
         if parameter.device.type == "cpu":
@@ -186,7 +186,7 @@ def _placed(model: Model, device: str | torch.device | None) -> Model:
 
 
 def default_device() -> torch.device:
-    """What `RLHF_FAST_DEVICE` (on the command line `--device`) says, else the GPU, if there is one.
+    """Return the device that `RLHF_FAST_DEVICE` (on the command line `--device`) names, else the GPU, if there is one.
 
     Raises:
         ValueError: it says something else than a device that is here.

@@ -1,4 +1,4 @@
-"""What a model makes of its last product, found by running it on made-up values: logits = softcap(scale * product).
+"""Measure what a model makes of its last product, by running it on made-up values: logits = softcap(scale * product).
 
 Settings of the same name multiply in one family and divide in the next, and some families have layers between their
 trunk and the last product. So the model itself is run, with made-up states in place of its trunk's and made-up numbers
@@ -25,7 +25,7 @@ BETWEEN = "there are layers between its trunk and its output layer"
 
 @dataclass(frozen=True)
 class Logits:
-    """What becomes of the product of a state with the output layer's weight."""
+    """Scale and soft cap that turn the product of a state with the output layer's weight into a logit."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -36,7 +36,7 @@ class Logits:
 
 
 def logits_of(inner: Any) -> Logits:
-    """Of a model of transformers; measured once, and kept with it and its copies.
+    """Find scale and soft cap of a model of transformers; measured once, and kept with it and its copies.
 
     Raises:
         ValueError: its logits are made in another way; says which.
@@ -97,7 +97,7 @@ def _measured(inner: Any, layer: Any) -> Logits:
 
 
 def _run(inner: Any, layer: Any, states: torch.Tensor, products: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What enters the output layer, and the logits that come of its products, in float32."""
+    """Run a model: what enters the output layer, and the logits that come of its products, in float32."""
     entered: list[torch.Tensor] = []
 
     def of_trunk(_: nn.Module, __: Any, output: Any) -> Any:
@@ -114,7 +114,7 @@ def _run(inner: Any, layer: Any, states: torch.Tensor, products: torch.Tensor) -
 
     if trunk(inner) is inner:
         _refuse(inner, "it has no trunk of its own")
-    hooks = [one.register_forward_hook(of_trunk) for one in _trunks(inner)]
+    hooks = [module.register_forward_hook(of_trunk) for module in _trunks(inner)]
     layer.forward = of_layer
     try:
         logits = inner(input_ids=torch.tensor([IDS], device=layer.weight.device), use_cache=False).logits.float()
@@ -131,15 +131,15 @@ def _run(inner: Any, layer: Any, states: torch.Tensor, products: torch.Tensor) -
 
 
 def _trunks(inner: Any) -> set[nn.Module]:
-    """What may give the states to the output layer: some models call only a part of their trunk."""
+    """List what may give the states to the output layer: some models call only a part of their trunk."""
     return {trunk(inner), inner.get_decoder()} - {inner}
 
 
 @contextlib.contextmanager
 def _without_trunk(inner: Any) -> Iterator[None]:
-    """After a first run, the others take its trunk's output as it was: they replace the states in it anyway."""
+    """Run the trunk once within a block; later runs take its output as it was, whose states they replace anyway."""
     outputs: dict[nn.Module, Any] = {}
-    before = {one: vars(one).get("forward") for one in _trunks(inner)}
+    before = {part: vars(part).get("forward") for part in _trunks(inner)}
 
     def keep(module: nn.Module) -> Callable[..., Any]:
         forward = module.forward
@@ -152,14 +152,14 @@ def _without_trunk(inner: Any) -> Iterator[None]:
         return once
 
     try:
-        for one in before:
-            one.forward = keep(one)
+        for part in before:
+            part.forward = keep(part)
         yield
     finally:
-        for one, forward in before.items():
-            del one.forward
+        for part, forward in before.items():
+            del part.forward
             if forward is not None:
-                one.forward = forward
+                part.forward = forward
 
 
 def _refuse(inner: Any, why: str) -> NoReturn:

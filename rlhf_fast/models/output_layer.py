@@ -1,4 +1,4 @@
-"""What an output layer multiplies states by, whatever adapter of peft is on it."""
+"""Read what an output layer multiplies states by, whatever adapter of peft is on it."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def product_of(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None, LoRA | No
         return product_of(base)
     if type(layer) is lora.Linear and len(used) == 1 and used[0] not in layer.lora_variant:
         return _with_factors(layer, base, used[0])
-    return _of_unit_vectors(layer, base)
+    return _probed_by_unit_vectors(layer, base)
 
 
 def heard(module: nn.Module) -> bool:
-    """Whether somebody listens to a module's calls, or has put another forward in its place."""
+    """Return whether somebody listens to a module's calls, or has put another forward in its place."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
@@ -54,7 +54,7 @@ def _holds(layer: Any, adapter: str) -> bool:
 
 
 def _with_factors(layer: Any, base: Any, name: str) -> tuple[torch.Tensor, torch.Tensor | None, LoRA]:
-    """In the dtype of the weight, whatever that of the factors."""
+    """Return weight, bias and factors in the dtype of the weight, whatever that of the factors."""
     a, b, scaling = layer.lora_A[name], layer.lora_B[name], float(layer.scaling[name])
     weight, bias, _ = product_of(base)
     if b.bias is not None:
@@ -63,7 +63,7 @@ def _with_factors(layer: Any, base: Any, name: str) -> tuple[torch.Tensor, torch
     return weight, bias, (a.weight.to(weight.dtype), b.weight.to(weight.dtype), scaling)
 
 
-def _of_unit_vectors(layer: Any, base: Any) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+def _probed_by_unit_vectors(layer: Any, base: Any) -> tuple[torch.Tensor, torch.Tensor | None, None]:
     like = base.weight
     units = torch.eye(like.shape[1], dtype=like.dtype, device=like.device)  # (H, H)
     nothing = layer(torch.zeros_like(units[:1]))  # (1, V)

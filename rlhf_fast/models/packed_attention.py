@@ -41,14 +41,14 @@ AttentionInterface.register(NAME, attend)
 
 
 def segments_of_now() -> tuple[int, ...] | None:
-    """Those of the packed row that is being computed, if one is."""
+    """Return the segments of the packed row that is being computed, if one is."""
     current = _packed.get()
     return None if current is None else current[1]
 
 
 @contextlib.contextmanager
 def packed(model: nn.Module, segments: tuple[int, ...]) -> Iterator[None]:
-    """Let a model attend within segments of a single row.
+    """Attend within segments of a single row, for a block.
 
     Raises:
         ValueError: the model does not call its attention through transformers' interface.
@@ -67,7 +67,7 @@ def packed(model: nn.Module, segments: tuple[int, ...]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def attending_by(model: nn.Module, name: str) -> Iterator[None]:
-    """Let a model use the attention of that name; afterwards every config is as it was."""
+    """Attend by the function of that name, for a block; afterwards every config is as it was."""
     configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     before = [(c, c._attn_implementation_internal) for c in configs.values() if hasattr(c, "_attn_implementation")]
     try:

@@ -17,8 +17,8 @@ from rlhf_fast.models.packed_attention import packed, segments_of_now
 
 
 def recompute_activations(model: nn.Module) -> None:
-    """From now on every decoder layer keeps its input alone. Unlike transformers' own switch it needs no training mode,
-    in which dropout would act.
+    """Keep only each decoder layer's input from now on. Unlike transformers' own switch it needs no training mode, in
+    which dropout would act.
 
     Raises:
         ValueError: a model without layers that transformers marks as such.
@@ -38,7 +38,7 @@ def _kept_in_part(model: nn.Module, forward: Callable[..., Any], *args: Any, **k
     segments = segments_of_now()
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Of the first time and of the second, which comes when the row is no longer the one being computed."""
+        """Return contexts of the forward pass and of the second, when the row is no longer the one being computed."""
         return nullcontext(), packed(model, segments) if segments else nullcontext()
 
     # Nothing in a layer is random, so no state of a generator has to come back.

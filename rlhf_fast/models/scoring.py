@@ -16,9 +16,9 @@ def per_example(
     function: Callable[[Batch], Sequence[torch.Tensor]],
     max_tokens: int,
     device: torch.device | str,
-    shared: int = 0,
+    longest_shared: int = 0,
 ) -> list[list[torch.Tensor]]:
-    """Run `function` on micro-batches of `examples` without gradients; `shared` as in `pad`.
+    """Run `function` on micro-batches of `examples` without gradients; `longest_shared` as in `pad`.
 
     `function` returns tensors packed over response tokens (R,) or one value a sequence (B,). The result has for each
     of them a list with each example's part, in the order of `examples`.
@@ -27,8 +27,8 @@ def per_example(
 
     def score() -> list[list[torch.Tensor]]:
         parts: list[list[torch.Tensor]] = []
-        for group in microbatches_of_examples(examples, budget.tokens, shared):
-            batch = pad([examples[i] for i in group], device, shared)
+        for group in microbatches_of_examples(examples, budget.tokens, longest_shared):
+            batch = pad([examples[i] for i in group], device, longest_shared)
             outputs = function(batch)
             counts = batch.cu_seqlens.diff().tolist()
             if not parts:

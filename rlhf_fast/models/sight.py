@@ -1,4 +1,4 @@
-"""Which tokens each layer of a model sees, found by asking its masks; and up to which length its rows are their own.
+"""Find which tokens each layer of a model sees, by asking its masks; and up to which length its rows are their own.
 
 Windows and chunks of attention show only in sequences longer than they are, too long to be tried. But a model that
 attends through transformers' interface also takes its masks from there, as a function of two positions: asked here
@@ -29,7 +29,7 @@ TOKENS = 16  # of the sequence that the model is run on
 
 
 class Sight(NamedTuple):
-    """What the attention of a layer sees: all that stands before, or the last `window` tokens, its own included."""
+    """Sight of a layer's attention: all that stands before, or the last `window` tokens, its own included."""
 
     window: int = 0  # 0: all
     longest: int = UNLIMITED  # sequences for which that is so
@@ -39,14 +39,14 @@ Sees = Callable[..., Any]  # (row, head, query's position, key's position) -> bo
 
 
 class _Asking:
-    """What comes to light in a forward pass."""
+    """Masks of one forward pass, by the layer that was given them."""
 
     def __init__(self) -> None:
         self.made: list[tuple[torch.Tensor, Sees]] = []  # masks, and what they were made from
         self.given: dict[int, torch.Tensor | None] = {}  # the mask that each layer was given
 
     def sees(self, mask: torch.Tensor) -> Sees | None:
-        """What a mask was made from, as it stands or as a view of all of it."""
+        """Find what a mask was made from, as it stands or as a view of all of it."""
         for made, sees in self.made:
             if mask.data_ptr() == made.data_ptr() and mask.shape == made.shape:
                 return sees
@@ -89,7 +89,7 @@ AttentionMaskInterface.register(NAME, _mask)
 
 
 def sights(inner: Any) -> dict[int, Sight]:
-    """What each layer sees that attends through transformers' interface.
+    """Find what each layer sees that attends through transformers' interface.
 
     Raises:
         ValueError: a layer's mask is the model's own, or neither a window nor all that stands before.
@@ -108,12 +108,12 @@ def _sights(inner: Any) -> dict[int, Sight]:
         raise ValueError(f"model: {name} cannot be asked what its layers see: {error}") from error
     finally:
         _asking.reset(token)
-    found = {}
+    by_layer = {}
     for layer, mask in sorted(asking.given.items()):
-        found[layer] = Sight()  # without a mask the interface takes causal attention
+        by_layer[layer] = Sight()  # without a mask the interface takes causal attention
         if mask is not None:
-            found[layer] = _sight(name, layer, asking.sees(mask), mask.device)
-    return found
+            by_layer[layer] = _sight(name, layer, asking.sees(mask), mask.device)
+    return by_layer
 
 
 def _sight(name: str, layer: int, sees: Sees | None, device: torch.device) -> Sight:
@@ -128,7 +128,7 @@ def _sight(name: str, layer: int, sees: Sees | None, device: torch.device) -> Si
             raise ValueError(f"model: {name} has {what}") from error
 
     def is_right(window: int, longest: int) -> bool:
-        """Whether it sees that window in sequences of that length: at the edges of it, and at places drawn."""
+        """Return whether a layer sees that window in sequences of that length: at its edges, and at places drawn."""
         drawn = torch.randint(0, longest, (2, 512), generator=torch.Generator().manual_seed(0))
         queries = torch.cat([torch.arange(min(64, longest)), drawn[0]])
         edges = torch.arange(-3, 4)
@@ -150,7 +150,7 @@ def _sight(name: str, layer: int, sees: Sees | None, device: torch.device) -> Si
 
 
 def reach_of(inner: Any) -> int:
-    """How long sequences may be of which each has the states that it has alone; measured once, and kept with the model.
+    """Find how long sequences may be that have the states they have alone; measured once, kept with the model.
 
     Rotations that are chosen by the longest sequence of a batch (LongRoPE, dynamic NTK) change all its rows, and what
     was generated before: past that length there is no one right value.
@@ -163,7 +163,7 @@ def reach_of(inner: Any) -> int:
 
 @torch.no_grad()
 def _reach(inner: Any) -> int:
-    """Two rows of the same tokens, one of which is moved further and further away, until it changes the other."""
+    """Measure by two rows of the same tokens, one of which is moved further and further, until it changes the other."""
     table = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(table, int) or table <= TOKENS:
         return UNLIMITED
@@ -171,21 +171,21 @@ def _reach(inner: Any) -> int:
 
     def states(end: int) -> torch.Tensor:
         positions = torch.stack([at, at + end - TOKENS])
-        found: torch.Tensor = trunk(inner)(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-        return found[0]
+        hidden: torch.Tensor = trunk(inner)(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+        return hidden[0]
 
     far = table if _has_table(inner, table) else 2 * table  # where rotations that grow have grown
     try:
         with evaluating(inner):
-            found = _furthest(states, TOKENS, far)
+            furthest = _furthest(states, TOKENS, far)
             states(TOKENS)  # rotations that grow are set back by a short sequence
     except FAILURES:  # it takes no positions
         return UNLIMITED
-    return found
+    return furthest
 
 
 def _has_table(inner: Any, positions: int) -> bool:
-    """Whether a model looks positions up, in which case there may be no more of them."""
+    """Return whether a model looks positions up, in which case there may be no more of them."""
     words = inner.get_input_embeddings()
     tables = [m.weight for m in inner.modules() if isinstance(m, nn.Embedding) and m is not words]
     tables += [x for name, x in inner.named_parameters() if "pos" in name.rpartition(".")[2]]
@@ -194,7 +194,7 @@ def _has_table(inner: Any, positions: int) -> bool:
 
 
 def longest_row(inner: Any) -> int:
-    """How many tokens a row may have in which a token's place in the row is not its position in its sequence.
+    """Find how many tokens a row may have in which a token's place in the row is not its position in its sequence.
 
     There are models that count the tokens of a row by themselves, and from some place on scale their queries by it
     (Llama 4). Found by having them count from further and further away, while positions are as they were.
@@ -208,13 +208,13 @@ def _longest_row(inner: Any) -> int:
 
     def states(offset: int) -> torch.Tensor:
         with attending_by(inner, UNMASKED), _CountingFrom(offset):  # without masks, which are made by counting, too
-            found: torch.Tensor = trunk(inner)(input_ids=ids, position_ids=at, use_cache=False).last_hidden_state
-        return found
+            hidden: torch.Tensor = trunk(inner)(input_ids=ids, position_ids=at, use_cache=False).last_hidden_state
+        return hidden
 
     try:
         with evaluating(inner):
-            found = _furthest(states, 0, FAR)
-        return found if found == UNLIMITED else found + 5
+            furthest = _furthest(states, 0, FAR)
+        return furthest if furthest == UNLIMITED else furthest + 5
     except FAILURES:
         return 0
 

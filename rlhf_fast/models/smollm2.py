@@ -23,7 +23,7 @@ PAD_TOKEN = "<|endoftext|>"
 
 
 def cache_folder() -> Path:
-    """Where dequantised models are kept: $RLHF_FAST_CACHE, else ~/.cache/rlhf-fast."""
+    """Return where dequantised models are kept: $RLHF_FAST_CACHE, else ~/.cache/rlhf-fast."""
     return Path(os.environ.get("RLHF_FAST_CACHE") or Path.home() / ".cache" / "rlhf-fast")
 
 

@@ -1,4 +1,4 @@
-"""How many padded tokens are on the device at once: half as many where memory runs out."""
+"""Budget how many padded tokens are on the device at once: half as many where memory runs out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TokenBudget:
     tokens: int
 
     def spend(self, part: str, work: Callable[[], Result]) -> Result:
-        """What `work`, which goes by `tokens`, gives; from its beginning again with half as many where memory is short.
+        """Return what `work` gives, which goes by `tokens`; called again with half as many where memory is short.
 
         Raises:
             torch.OutOfMemoryError: not even a few tokens fit; names the part and what to do.
@@ -53,5 +53,5 @@ class TokenBudget:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """On a GPU, or on a CPU, where torch says it in words alone."""
+    """Return whether memory ran out: on a GPU, or on a CPU, where torch says it in words alone."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -24,7 +24,7 @@ LOW_TEMPERATURE = 1e-20  # below it a logit of a model, divided, may leave the r
 
 
 def values_are_checked(x: Tensor) -> bool:
-    """Whether the values of x may be looked at; never while something traces."""
+    """Return whether the values of x may be looked at; never while something traces."""
     if torch.compiler.is_compiling() or not is_plain([x]):
         return False
     return x.device.type == "cpu" or os.environ.get("RLHF_FAST_DEBUG") == "1"
@@ -40,14 +40,14 @@ def _dtype(name: str, x: object, allowed: Sequence[torch.dtype]) -> None:
 
 
 def floats(**tensors: Tensor | None) -> None:
-    """Each is a floating-point tensor (or None)."""
+    """Require floating-point tensors (or None)."""
     for name, x in tensors.items():
         if x is not None and not (type(x) is Tensor and x.dtype in FLOATS):
             _dtype(name, x, FLOATS)
 
 
 def are_alike(tensors: Sequence[Tensor | None], shape: Sequence[int]) -> bool:
-    """Whether all are floating-point tensors of this shape on one device. The checks by name say which one is not."""
+    """Return whether all are floating-point tensors of one shape and device. The checks by name say which is not."""
     given = [x for x in tensors if x is not None]
     device = given[0].device if isinstance(given[0], Tensor) else None
     return all([type(x) is Tensor and x.shape == shape and x.dtype in FLOATS and x.device == device for x in given])
@@ -60,7 +60,7 @@ def integers(**tensors: Tensor | None) -> None:
 
 
 def devices(**tensors: object) -> None:
-    """All tensors are on the device of the first."""
+    """Require all tensors on the device of the first."""
     first = None
     for name, x in tensors.items():
         if isinstance(x, Tensor):
@@ -71,7 +71,7 @@ def devices(**tensors: object) -> None:
 
 
 def shapes(expected: Sequence[int], like: str, **tensors: Tensor | None) -> None:
-    """Each tensor has exactly the expected shape; ``like`` says whose shape that is."""
+    """Require exactly the expected shape of each tensor; ``like`` says whose shape that is."""
     for name, x in tensors.items():
         if x is not None and x.shape != expected and tuple(x.shape) != tuple(expected):
             raise ValueError(f"{name}: shape {tuple(x.shape)}, expected {tuple(expected)} like {like}")
@@ -131,7 +131,7 @@ def _first(bad: Tensor) -> tuple[tuple[int, ...], str]:
 
 
 def vocabulary(tokens: Tensor, size: int, mask: Tensor | None = None) -> None:
-    """Every unmasked token is in [0, size)."""
+    """Require every unmasked token in [0, size)."""
     if not values_are_checked(tokens):
         return
     first = compiled.first_outside(tokens, size, mask)
@@ -167,7 +167,7 @@ def temperatures(temperature: float | Tensor, rows: Sequence[int], mask: Tensor 
 
 
 def is_low(temperature: float | Tensor, mask: Tensor | None) -> bool:
-    """Whether logits of unmasked rows are to be divided by it in float64; looked at where that is free."""
+    """Return whether a temperature divides logits of unmasked rows in float64; looked at where that is free."""
     if not isinstance(temperature, Tensor):
         return temperature < LOW_TEMPERATURE
     if not values_are_checked(temperature):
@@ -181,7 +181,7 @@ def is_low(temperature: float | Tensor, mask: Tensor | None) -> bool:
 def transforms(
     temperature: float | Tensor, rows: Sequence[int], mask: Tensor | None, softcap: float | None, logit_scale: float
 ) -> None:
-    """What is done to a logit: a temperature a row or for all, a soft cap, a scale; all > 0."""
+    """Check what is done to a logit: a temperature a row or for all, a soft cap, a scale; all > 0."""
     temperatures(temperature, rows, mask)
     if softcap is not None:
         number("softcap", softcap, above=0)
@@ -198,7 +198,7 @@ def scoring(
     softcap: float | None,
     logit_scale: float,
 ) -> None:
-    """What all ops that score tokens share: one token, mask and temperature per row of a vocabulary of ``size``."""
+    """Check what ops that score tokens share: one token, mask and temperature per row of a vocabulary of ``size``."""
     integers(tokens=tokens)
     shapes(rows, f"the rows of {rows_of}", tokens=tokens)
     masks(rows, f"the rows of {rows_of}", mask)
@@ -211,7 +211,7 @@ def scoring(
 def labels(
     rows: Sequence[int], rows_of: str, size: int, tokens: Tensor, mask: Tensor | None, ignore_index: int
 ) -> None:
-    """One token per row, in the vocabulary unless it is masked or ignore_index."""
+    """Require one token per row, in the vocabulary unless it is masked or ignore_index."""
     integers(tokens=tokens)
     shapes(rows, f"the rows of {rows_of}", tokens=tokens)
     masks(rows, f"the rows of {rows_of}", mask)
@@ -223,7 +223,7 @@ def labels(
 
 
 def pairs(chosen: Tensor, weights: Tensor | None = None, **tensors: Tensor | None) -> None:
-    """All are float tensors of shape (P,); no weight is negative."""
+    """Require float tensors of shape (P,), and no negative weight."""
     tensors = {**tensors, "weights": weights}
     if not isinstance(chosen, Tensor) or chosen.dim() != 1 or not are_alike([chosen, *tensors.values()], chosen.shape):
         floats(chosen=chosen, **tensors)

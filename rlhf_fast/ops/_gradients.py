@@ -14,7 +14,7 @@ from rlhf_fast.ops._rows import is_plain
 
 
 def needs_gradient(x: Tensor | None) -> bool:
-    """Whether autograd will ask for the gradient in x."""
+    """Return whether autograd will ask for the gradient in x."""
     return torch.is_grad_enabled() and x is not None and x.requires_grad
 
 
@@ -51,6 +51,6 @@ def in_x(upstream: Tensor, gradient: Tensor, x: Tensor, inplace: bool = False) -
 
 
 def _may_run_again() -> bool:
-    """Whether this backward pass keeps its graph."""
+    """Return whether this backward pass keeps its graph."""
     keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return keeps is None or bool(keeps())

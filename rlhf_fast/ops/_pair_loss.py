@@ -64,8 +64,8 @@ def pair_loss_forward(
     new = functools.partial(tensors.chosen.new_empty, dtype=torch.float32)
     gradients = [new(tensors.chosen.shape) if needed else None for needed in call.needs]
     results = PairResults(new(2 + len(STATS)), *gradients)
-    of_pairs = divisor if divisor.tensor is None else Denominator(tensor=plain(divisor.tensor, torch.float32))
-    kernels(call.backend).forward(x, PairNumbers.unpack(call.numbers), of_pairs, results)
+    denominator = divisor if divisor.tensor is None else Denominator(tensor=plain(divisor.tensor, torch.float32))
+    kernels(call.backend).forward(x, PairNumbers.unpack(call.numbers), denominator, results)
     in_chosen, in_rejected = (new(0) if g is None else g for g in gradients)
     loss, stats, inverse = results.stats[0], results.stats[1:-1], results.stats[-1]
     return loss.clone(), stats.clone(), inverse.clone(), in_chosen, in_rejected

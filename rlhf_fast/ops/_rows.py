@@ -11,7 +11,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_plain(tensors: list[Tensor]) -> bool:
-    """Whether only autograd would look at a call with these tensors, so that their memory may be read at once."""
+    """Return whether only autograd would look at a call with these tensors, so that their memory may be read."""
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
     return all([type(x) in _PLAIN and not x.is_meta for x in tensors])

@@ -266,11 +266,11 @@ class PairLoss:
         self,
         tensors: PairTensors,
         numbers: PairNumbers,
-        of_pairs: Denominator,
+        denominator: Denominator,
         results: PairResults,
     ) -> None:
         where = _run(results.stats.device)
-        self.kernels.pair_loss_forward(tensors.rewards, tensors.others, numbers, of_pairs, results, where)
+        self.kernels.pair_loss_forward(tensors.rewards, tensors.others, numbers, denominator, results, where)
 
 
 class SequenceSum:
@@ -403,7 +403,7 @@ class Linear:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-    """On the CPU; csrc/common/rms_norm.h says what is computed."""
+    """Normalise by the root mean square on the CPU; csrc/common/rms_norm.h says what is computed."""
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype)

@@ -98,7 +98,7 @@ def smoothed_losses(
     label_smoothing: float,
     z_loss: float,
 ) -> tuple[Tensor, Tensor]:
-    """Each row's loss, and its gradient in the log of the row's sum.
+    """Compute each row's loss, and its gradient in the log of the row's sum.
 
     ``results``: what the kernel found, log-probabilities, entropies, largest z and sums below it. The mean of z is one
     more read of the logits, for which few ask.
@@ -133,9 +133,9 @@ def cross_entropy_forward(
     results = torch.empty(5, *rows, dtype=torch.float32, device=logits.device)
     x = matrix(logits)
     if x.rows:
-        found = [one.view(-1) for one in results[:4]]
+        flat = [each.view(-1) for each in results[:4]]
         flags, t = mask.reshape(-1).contiguous(), transform(None, 1.0, softcap, logit_scale)
-        kernels(backend).forward(x, t, tokens.reshape(-1).contiguous(), flags, found)
+        kernels(backend).forward(x, t, tokens.reshape(-1).contiguous(), flags, flat)
     losses, results[4] = smoothed_losses(
         logits, tuple(results[:4]), mask, softcap, logit_scale, label_smoothing, z_loss
     )
@@ -159,7 +159,7 @@ def cross_entropy_backward(
         every = upstream.expand(mask.shape).reshape(-1)
         kernels(backend).gradient(
             x, transform(None, 1.0, softcap, logit_scale), tokens.reshape(-1).contiguous(),
-            mask.reshape(-1).contiguous(), 0, [one.view(-1) for one in results[:4]],
+            mask.reshape(-1).contiguous(), 0, [each.view(-1) for each in results[:4]],
             (every * (label_smoothing - 1)).contiguous(), None, out, (every * results[4].view(-1)).contiguous(),
             (every * (-label_smoothing / x.columns)).contiguous() if label_smoothing else None,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which backend an op runs on: what ``use_backend`` says, else ``RLHF_FAST_BACKEND``, else the device's best.
+"""Choose the backend of an op: what ``use_backend`` says, else ``RLHF_FAST_BACKEND``, else the device's best.
 
 A backend that was asked for and cannot serve is an error that says what to do, never a quiet detour to another one.
 """

@@ -27,7 +27,7 @@ def group_advantages(
     cu_groups: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """One advantage for each response, from the rewards of the same prompt's responses. With n of them:
+    """Advantage of each response, from the rewards of the same prompt's responses. With n of them:
 
         "grpo"      (r - mean) / (deviation + eps), the deviation Bessel's, as TRL and verl have it (Shao et al.,
                     arXiv:2402.03300)

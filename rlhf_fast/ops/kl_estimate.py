@@ -20,7 +20,7 @@ BACKENDS = ("cpu", "cuda", "triton", "reference")
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1", mask: Tensor | None = None) -> Tensor:
-    """Per-token estimate of KL(p || q), in nats, for tokens sampled from p (Schulman, "Approximating KL divergence").
+    """Estimate of KL(p || q) per token, in nats, for tokens sampled from p (Schulman, "Approximating KL divergence").
 
     With d = logprobs - ref_logprobs:
 

@@ -16,7 +16,7 @@ GATES = ("none", "silu", "gelu_tanh")
 
 
 class Weight(NamedTuple):
-    """What a linear layer multiplies by: x @ weight.T + bias + scaling * (x @ a.T) @ b.T."""
+    """Factors of a linear layer: x @ weight.T + bias + scaling * (x @ a.T) @ b.T."""
 
     weight: Tensor  # (n, K)
     bias: Tensor | None = None  # (n,)
@@ -43,8 +43,8 @@ def linear(x: Tensor, weights: Sequence[Weight], gate: str = "none") -> list[Ten
         raise ValueError(f"x: shape {tuple(x.shape)}, expected (M, K)")
     if not 1 <= len(weights) <= 3 or (gate != "none" and len(weights) != 2):
         raise ValueError(f"weights: {len(weights)}, expected {'2 with a gate' if gate != 'none' else '1 to 3'}")
-    for one in weights:
-        _check_weight(x, one)
+    for weight in weights:
+        _check_weight(x, weight)
     if gate != "none" and weights[0].weight.shape != weights[1].weight.shape:
         raise ValueError(
             f"weights: shapes {tuple(weights[0].weight.shape)} and {tuple(weights[1].weight.shape)}, "
@@ -53,22 +53,22 @@ def linear(x: Tensor, weights: Sequence[Weight], gate: str = "none") -> list[Ten
     backend = dispatch.choose("linear", BACKENDS, x)
     if backend == "reference":
         return reference.linear(x, weights, gate)
-    return compiled.Linear([_readable(one) for one in weights], GATES.index(gate))(_rows(x))
+    return compiled.Linear([_readable(weight) for weight in weights], GATES.index(gate))(_rows(x))
 
 
-def _check_weight(x: Tensor, one: Weight) -> None:
-    """Everything of a weight is in x's dtype, on x's device, and of a shape that fits."""
-    _checks.floats(weights=one.weight)
-    shape, dtype = tuple(one.weight.shape), one.weight.dtype
-    if one.weight.dim() != 2 or shape[1] != x.shape[1] or dtype != x.dtype:
+def _check_weight(x: Tensor, factors: Weight) -> None:
+    """Require everything of a weight in x's dtype, on x's device, and of a shape that fits."""
+    _checks.floats(weights=factors.weight)
+    shape, dtype = tuple(factors.weight.shape), factors.weight.dtype
+    if factors.weight.dim() != 2 or shape[1] != x.shape[1] or dtype != x.dtype:
         raise ValueError(f"weights: shape {shape} of {dtype}, expected (n, {x.shape[1]}) of {x.dtype} like x")
-    _checks.linear(x, one.weight, one.bias, one.lora)
-    a, b = (None, None) if one.lora is None else one.lora[:2]
-    tensors = {"bias": one.bias, "lora a": a, "lora b": b}
+    _checks.linear(x, factors.weight, factors.bias, factors.lora)
+    a, b = (None, None) if factors.lora is None else factors.lora[:2]
+    tensors = {"bias": factors.bias, "lora a": a, "lora b": b}
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype != x.dtype:
             raise TypeError(f"{name}: {tensor.dtype}, expected {x.dtype} like x")
-    _checks.devices(x=x, weights=one.weight, **tensors)
+    _checks.devices(x=x, weights=factors.weight, **tensors)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -76,9 +76,9 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _readable(one: Weight) -> Weight:
-    lora = None if one.lora is None else (_rows(one.lora[0]), one.lora[1].contiguous(), one.lora[2])
-    return Weight(_rows(one.weight), None if one.bias is None else one.bias.contiguous(), lora)
+def _readable(factors: Weight) -> Weight:
+    lora = None if factors.lora is None else (_rows(factors.lora[0]), factors.lora[1].contiguous(), factors.lora[2])
+    return Weight(_rows(factors.weight), None if factors.bias is None else factors.bias.contiguous(), lora)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
@@ -105,6 +105,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
 
 
 def usable(x: Tensor) -> bool:
-    """Whether tensors like x are to be multiplied by the compiled kernels, in the dtype that those are made for."""
+    """Return whether the compiled kernels are to multiply tensors like x, in the dtype that they are made for."""
     here = "cpu" not in dispatch.MISSING and x.device.type == "cpu" and x.dtype == torch.float32
     return here and dispatch.asked() in ("", "cpu")

@@ -104,7 +104,7 @@ class LinearInputs(NamedTuple):
 
 
 class Problem:
-    """One call's tensors as rows, without the masked ones.
+    """Tensors of one call as rows, without the masked ones.
 
     To leave them out on a GPU is to wait for it, microseconds against the milliseconds that their products would take;
     in a CUDA graph, where nobody can wait, they are kept as zeros.

@@ -43,7 +43,7 @@ class LoRA(NamedTuple):
 
 
 def blocks(rows: int, columns: int, granule: int, device: torch.device) -> Iterator[Block]:
-    """All blocks of a (rows, columns) matrix of logits in one workspace: for each block of columns, its blocks of rows.
+    """Cut (rows, columns) logits into blocks of one workspace: for each block of columns, its blocks of rows.
 
     Every block of columns but the last is a multiple of ``granule`` wide.
     """
@@ -65,7 +65,7 @@ def block_shape(rows: int, columns: int, granule: int, device: str) -> tuple[int
 
 
 def whole_rows_pay(rows: int, vocabulary: int, device: torch.device) -> bool:
-    """Whether gradients are faster taken from blocks of whole rows, which are computed once, than from small ones.
+    """Return whether gradients are faster taken from blocks of whole rows, computed once, than from small ones.
 
     Each block is one more sweep over the gradient of the weights; with few rows to a block that costs more than to
     compute the logits twice.
@@ -75,7 +75,7 @@ def whole_rows_pay(rows: int, vocabulary: int, device: torch.device) -> bool:
 
 
 def whole_rows(rows: int, columns: int, device: torch.device, frozen: bool) -> Iterator[Block]:
-    """All blocks of a (rows, columns) matrix of logits in one workspace, each as wide as the matrix and about equally
+    """Cut a (rows, columns) matrix of logits into blocks of one workspace, each as wide as the matrix and about equally
     high; twice as high where the memory for a gradient of the weights is free, for higher products run faster."""
     height = height_of_whole_rows(rows, columns, device.type, frozen)
     workspace = torch.empty(height * columns, device=device)
@@ -85,7 +85,7 @@ def whole_rows(rows: int, columns: int, device: torch.device, frozen: bool) -> I
 
 
 def height_of_whole_rows(rows: int, columns: int, device: str, frozen: bool) -> int:
-    """Of the largest of those blocks on a type of device."""
+    """Return the height of the largest of those blocks of whole rows on a type of device."""
     elements = _WHOLE_ROWS[device][0] * (2 if frozen else 1)
     count = -(-rows // max(elements // columns, 1))
     return -(-rows // max(count, 1))

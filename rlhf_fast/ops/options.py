@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlhf_fast.kernels.arguments import PPO_PER_TOKEN, PairNumbers, PPONumbers, PPOTensors
 from rlhf_fast.ops import _checks
+from rlhf_fast.ops._checks import LEAST_TEMPERATURE as LEAST_TEMPERATURE  # for the rooms above
 
 AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum_mean")
 ESTIMATES = ("k1", "k2", "k3")  # of the KL, as csrc/common/kl_estimate.h numbers them

@@ -41,7 +41,7 @@ class KVCache(NamedTuple):
 
 
 class Places(NamedTuple):
-    """What follows from a batch, for kernels that would find it anew in every layer; int32 and contiguous."""
+    """Places that follow from a batch, for kernels that would find them anew in every layer; int32 and contiguous."""
 
     positions: Tensor  # (N,): of each query
     shared: Tensor  # (B,): leading blocks that each sequence shares with its group
@@ -50,7 +50,7 @@ class Places(NamedTuple):
 
 
 class PagedBatch(NamedTuple):
-    """Where the packed queries of a step stand. All int32, contiguous, and on the device of the queries.
+    """Layout of the packed queries of a step. All int32, contiguous, and on the device of the queries.
 
     Sequence b has queries `cu_queries[b] : cu_queries[b + 1]`, which are the last ones of its `contexts[b]` positions.
     Consecutive sequences form groups, `groups[g] : groups[g + 1]`, whose first `shared[g]` blocks are the same and
@@ -74,12 +74,12 @@ class PagedBatch(NamedTuple):
         before = (self.contexts - self.cu_queries[1:]).repeat_interleave(counts, output_size=n)
         numbers = torch.arange(max(n, sequences), dtype=torch.int32, device=before.device)
         shared = self.shared.repeat_interleave(sizes, output_size=sequences)
-        found = Places(before + numbers[:n], shared, numbers[:sequences], self.cu_queries[self.groups.long()])
-        return self._replace(places=found)
+        places = Places(before + numbers[:n], shared, numbers[:sequences], self.cu_queries[self.groups.long()])
+        return self._replace(places=places)
 
     @staticmethod
     def of(tables: Tensor, cu_queries: Tensor, contexts: Tensor) -> PagedBatch:
-        """Every sequence a group of its own."""
+        """Lay out sequences of which each is a group of its own."""
         count = contexts.shape[0]
         groups = torch.arange(count + 1, dtype=torch.int32, device=contexts.device)
         return PagedBatch(tables, cu_queries, contexts, groups, torch.zeros_like(groups[:count]))
@@ -193,7 +193,7 @@ def write_kv(
 
 
 def _backends(cache: KVCache) -> tuple[str, ...]:
-    """Those that serve heads and blocks of these sizes."""
+    """List the backends that serve heads and blocks of these sizes."""
     return BACKENDS if cache.dim <= MOST_DIM and cache.block_size in BLOCK_SIZES else ("reference",)
 
 

@@ -79,7 +79,7 @@ def sequence_sum_forward(
 
 
 def sequence_sum_backward(upstream: Tensor, x: Tensor, mask: Optional[Tensor], cu_seqlens: Optional[Tensor]) -> Tensor:
-    """Each token's is that of its sequence. Knows x, so that autograd refuses to go on from it."""
+    """Give each token its sequence's gradient. Knows x, so that autograd refuses to go on from it."""
     gradient = spread(upstream, x, cu_seqlens).to(x.dtype)
     return gradient.clone() if mask is None else torch.where(mask, gradient, 0)
 

@@ -25,7 +25,7 @@ _PAGE = " · data · rlhf-fast</title>"  # by which a page of ours is known
 
 
 def in_colour(stream: Any) -> bool:
-    """Whether a terminal shows it, and nobody wants no colours."""
+    """Return whether a terminal shows colours, and nobody wants none."""
     return bool(stream.isatty()) and not os.environ.get("NO_COLOR")
 
 
@@ -37,7 +37,7 @@ def as_text(
     width: int | None = None,
     encoding: str | None = None,
 ) -> str:
-    """What there is to say, without what a terminal would obey but for colours.
+    """Write a survey as text, without what a terminal would obey but for colours.
 
     Args:
         colour: learned tokens are green; else they stand in ⟦brackets⟧.
@@ -70,16 +70,16 @@ def _counts(survey: Survey) -> list[tuple[str, str]]:
     if survey.kind is None:
         return []
     named = {name or "none named": count for name, count in survey.splits.items()}
-    found = [("splits", ", ".join(f"{name} {count:,}" for name, count in sorted(named.items())))]
+    facts = [("splits", ", ".join(f"{name} {count:,}" for name, count in sorted(named.items())))]
     said = f"{_rows(survey.duplicate_rows)}; the prompts of {_rows(survey.duplicate_prompts)} stand in rows before them"
-    found.append(("duplicates", said if survey.duplicate_rows or survey.duplicate_prompts else "none"))
+    facts.append(("duplicates", said if survey.duplicate_rows or survey.duplicate_prompts else "none"))
     if survey.kind == "comparisons":
         left_out = ", which training leaves out" if survey.identical_sides else ""
-        found.append(("same answers", f"chosen and rejected are the same in {_rows(survey.identical_sides)}{left_out}"))
+        facts.append(("same answers", f"chosen and rejected are the same in {_rows(survey.identical_sides)}{left_out}"))
     if survey.spelled_out:
-        found.append(("special tokens", f"spelled out in the texts of {_rows(survey.spelled_out)}"))
-    found.append(("max_length", _overlong(survey)))
-    return found
+        facts.append(("special tokens", f"spelled out in the texts of {_rows(survey.spelled_out)}"))
+    facts.append(("max_length", _overlong(survey)))
+    return facts
 
 
 def _rows(count: int) -> str:
@@ -87,7 +87,7 @@ def _rows(count: int) -> str:
 
 
 def _overlong(survey: Survey) -> str:
-    """What would be cut or dropped."""
+    """Say what would be cut or dropped."""
     fewer = " (the model has no more positions)" if survey.limit < survey.max_length else ""
     limit = f"{survey.limit:,} tokens{fewer}"
     if not survey.longer:
@@ -116,9 +116,9 @@ def _length_lines(survey: Survey, model: str) -> list[str]:
     if not survey.lengths:
         return []
     lines = [f"  {'tokens':<14} {'p5':>6} {'p50':>6} {'p95':>6} {'max':>7}   by the tokenizer of {_one_line(model)}"]
-    for name, found in survey.lengths.items():
-        numbers = f"{found.p5:>6,} {found.p50:>6,} {found.p95:>6,} {found.max:>7,}"
-        lines.append(f"  {name:<14} {numbers}   {found.edges[0]:,} {blocks(found.counts)} {_last(found)}")
+    for name, lengths in survey.lengths.items():
+        numbers = f"{lengths.p5:>6,} {lengths.p50:>6,} {lengths.p95:>6,} {lengths.max:>7,}"
+        lines.append(f"  {name:<14} {numbers}   {lengths.edges[0]:,} {blocks(lengths.counts)} {_last(lengths)}")
     return lines
 
 
@@ -128,17 +128,17 @@ def blocks(counts: list[int]) -> str:
     return "".join(" " if not count else BLOCKS[-(-count * len(BLOCKS) // most) - 1] for count in counts)
 
 
-def _last(found: Lengths) -> str:
+def _last(lengths: Lengths) -> str:
     """The longest of the last bin, with a plus where longer ones are in it too."""
-    last = min(found.edges[-1] - 1, found.max)
-    return f"{last:,}{'+' * (found.max > last)}"
+    last = min(lengths.edges[-1] - 1, lengths.max)
+    return f"{last:,}{'+' * (lengths.max > last)}"
 
 
 def _problem_lines(survey: Survey, width: int | None) -> list[str]:
     if not survey.refused:
         return []
     lines = [f"  problems: training would refuse {survey.refused:,} of {_rows(survey.rows)}"]
-    lines += _columns([(f"line {one.line}", _shortened(one.what)) for one in survey.problems], width)
+    lines += _columns([(f"line {problem.line}", _shortened(problem.what)) for problem in survey.problems], width)
     if survey.more_problems:
         lines.append(f"  and {survey.more_problems:,} more")
     return lines
@@ -157,21 +157,21 @@ def _example_lines(survey: Survey, colour: bool, width: int | None) -> list[str]
 
 
 def _folded(pieces: list[Piece], width: int | None) -> Iterator[Piece]:
-    """With lines that end between words where the terminal would end them anyway, so that each begins with a bar."""
+    """End lines between words where the terminal would end them anyway, so that each begins with a bar."""
     room, column = max(20, (width or 1 << 20) - 4), 0
     for piece in pieces:
-        found = []
+        parts = []
         text = printable(_ends_of(piece.text)).replace("\t", "    ")
         for word, spaces in re.findall(r"(\n|[^\s]*)([^\S\n]*)", text):
             if word != "\n" and column and column + len(word) > room:
-                found.append("\n")
+                parts.append("\n")
                 column = 0
             lines = [word[i : i + room] for i in range(0, len(word), room)] or [""]
-            found.append("\n".join(lines))
+            parts.append("\n".join(lines))
             column = 0 if word == "\n" else column * (len(lines) == 1) + len(lines[-1])
-            found.append(spaces[: room - column])
+            parts.append(spaces[: room - column])
             column = min(room, column + len(spaces))
-        yield Piece("".join(found), piece.learned, piece.special)
+        yield Piece("".join(parts), piece.learned, piece.special)
 
 
 def _marked(piece: Piece, colour: bool) -> str:
@@ -202,7 +202,7 @@ def _ends_of(text: str) -> str:
 
 
 def require_page(path: Path) -> None:
-    """That a page can be written there without anything else being lost.
+    """Require that a page can be written without anything else being lost.
 
     Raises:
         ValueError: there is something else; says what to do.
@@ -221,7 +221,7 @@ def require_page(path: Path) -> None:
 
 
 def write_page(path: Path, survey: Survey, source: str, model: str) -> None:
-    """One self-contained file. Plots need matplotlib; without it the page says so."""
+    """Write one self-contained file. Plots need matplotlib; without it the page says so."""
     sections = {
         "Problems": _problem_section(survey),
         "What there is": _count_table(survey),
@@ -267,8 +267,8 @@ def _length_section(survey: Survey) -> str:
     if not survey.lengths:
         return ""
     cells = [
-        [esc(name), *(f"{x:,}" for x in (found.p5, found.p50, found.p95, found.max, found.total))]
-        for name, found in survey.lengths.items()
+        [esc(name), *(f"{x:,}" for x in (lengths.p5, lengths.p50, lengths.p95, lengths.max, lengths.total))]
+        for name, lengths in survey.lengths.items()
     ]
     table = table_of("Tokens", ["Part", "p5", "Median", "p95", "Longest", "Together"], cells)
     if not plots.available():
@@ -278,11 +278,11 @@ def _length_section(survey: Survey) -> str:
         plots.histogram(
             f"{name}, rows by tokens",
             "Lengths",
-            found.edges,
-            found.counts,
-            f"tokens; the last bin goes up to {found.max:,}" if found.max >= found.edges[-1] else "tokens",
+            lengths.edges,
+            lengths.counts,
+            f"tokens; the last bin goes up to {lengths.max:,}" if lengths.max >= lengths.edges[-1] else "tokens",
         )
-        for name, found in survey.lengths.items()
+        for name, lengths in survey.lengths.items()
     )
     return f'{table}<div class="grid">{"".join(map(figure, drawn))}</div>'
 
@@ -291,8 +291,8 @@ def _problem_section(survey: Survey) -> str:
     if not survey.refused:
         return '<p class="note">None: training takes every row.</p>'
     rows = [
-        [str(one.line), f'<span class="words">{esc(_shortened(" ".join(one.what.split())))}</span>']
-        for one in survey.problems
+        [str(problem.line), f'<span class="words">{esc(_shortened(" ".join(problem.what.split())))}</span>']
+        for problem in survey.problems
     ]
     more = f'<p class="note">And {survey.more_problems:,} more.</p>' if survey.more_problems else ""
     head = ["Line", '<span class="words">What is wrong</span>']
@@ -300,33 +300,33 @@ def _problem_section(survey: Survey) -> str:
 
 
 def _example_section(survey: Survey) -> str:
-    found = []
+    rows = []
     for example in survey.examples:
         sides = "".join(
             f'<div class="reply"><p class="who"><b>{esc(name or "as it is learned")}</b></p>'
             f'<p class="said" dir="auto">{_html(pieces)}</p></div>'
             for name, pieces in example.conversations.items()
         )
-        found.append(
+        rows.append(
             f"<details open><summary>Line {example.line}</summary>"
             f'<div class="{"grid two" if len(example.conversations) > 1 else ""}">{sides}</div></details>'
         )
     missing = "".join(
         f'<p class="note">Line {line} is not shown: it is no row that can be used.</p>' for line in survey.not_shown
     )
-    if not found:
+    if not rows:
         return missing
     note = '<p class="note">What is learned is <mark>marked</mark>; special tokens are <code>set like this</code>.</p>'
-    return f"{missing}{note}{''.join(found)}"
+    return f"{missing}{note}{''.join(rows)}"
 
 
 def _html(pieces: Iterable[Piece]) -> str:
-    found = []
+    parts = []
     for piece in pieces:
         text = esc(_ends_of(piece.text))
         text = f"<code>{text}</code>" if piece.special else text
-        found.append(f"<mark>{text}</mark>" if piece.learned else text)
-    return "".join(found)
+        parts.append(f"<mark>{text}</mark>" if piece.learned else text)
+    return "".join(parts)
 
 
 def _guide(survey: Survey) -> str:

@@ -1,4 +1,4 @@
-"""What the report is built of: escaped text, numbers, intervals, tables, and a shell that fetches nothing."""
+"""Build pages: escaped text, numbers, intervals, tables, and a shell that fetches nothing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def whole_page(title: str, body: str) -> str:
 
 
 def esc(value: Any) -> str:
-    """Any value as text for an element or an attribute; half characters that UTF-8 cannot hold become '?'."""
+    """Escape any value for an element or an attribute; half characters that UTF-8 cannot hold become '?'."""
     return html.escape(str(value).encode("utf-8", "replace").decode())
 
 

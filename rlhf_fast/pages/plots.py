@@ -27,7 +27,7 @@ _POINTS = 400  # a longer series is averaged down to this many points: more are 
 
 @dataclass(frozen=True)
 class Plot:
-    """One drawing: `svg` is safe to put into a page as it is, `title` and `legend` are plain text."""
+    """Drawing: `svg` is safe to put into a page as it is, `title` and `legend` are plain text."""
 
     title: str
     phase: str
@@ -46,7 +46,7 @@ class _Series:
 
 
 def available() -> bool:
-    """Whether matplotlib is installed."""
+    """Return whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
@@ -106,12 +106,12 @@ def over_steps(rows: Rows, title: str, phase: str, name: str, heldout: str | Non
 
 
 def _band(rows: Rows, name: str) -> list[tuple[float, float, float]]:
-    found = []
+    intervals = []
     for row in rows:
         x, low, high = (number(row.get(key)) for key in ("step", f"{name}_low", f"{name}_high"))
         if x is not None and low is not None and high is not None:
-            found.append((x, low, high))
-    return found
+            intervals.append((x, low, high))
+    return intervals
 
 
 def criteria(values: dict[str, tuple[float, float]], names: tuple[str, str]) -> Plot | None:
@@ -139,8 +139,8 @@ def criteria(values: dict[str, tuple[float, float]], names: tuple[str, str]) -> 
 
 
 def reliability(bins: list[dict[str, float]]) -> Plot:
-    """How often predictions came true over what was predicted, in bins (see calibration.py), beside the diagonal."""
-    predicted, observed = ([one[key] for one in bins] for key in ("predicted", "observed"))
+    """Plot how often predictions came true over what was predicted, in bins (calibration.py), beside the diagonal."""
+    predicted, observed = ([bin[key] for bin in bins] for key in ("predicted", "observed"))
     low, high = min(0.5, *observed), 1.0
 
     def draw(axes: Any) -> None:
@@ -177,7 +177,7 @@ def distribution(histogram: dict[str, list[float]]) -> Plot:
 
 
 def histogram(title: str, phase: str, edges: Sequence[float], counts: Sequence[int], label: str) -> Plot:
-    """How many of something lie in each bin; the last bin may hold what is beyond it."""
+    """Plot how many of something lie in each bin; the last bin may hold what is beyond it."""
 
     def draw(axes: Any) -> None:
         axes.stairs(counts, edges, color=_COLOURS["a"], fill=True, alpha=0.35)
@@ -197,22 +197,22 @@ def _points(rows: Iterable[dict[str, Any]], name: str) -> list[tuple[float, floa
 
 def _lines(title: str, phase: str, series: Sequence[_Series], level: float | None = None) -> Plot | None:
     """Series over steps; `level` draws a dashed line that means chance."""
-    series = [one for one in series if one.points]
+    series = [line for line in series if line.points]
     if not series:
         return None
     told = []
-    for one in series:
-        smoothed = _smooth(_thin(one.points)[1]) if one.smooth else [y for _, y in one.points]
+    for line in series:
+        smoothed = _smooth(_thin(line.points)[1]) if line.smooth else [y for _, y in line.points]
         told.append(f"{_short(smoothed[0])} → {_short(smoothed[-1])}")
 
     def draw(axes: Any) -> None:
-        for one in series:
-            colour = _COLOURS[one.colour]
-            x, y = _thin(one.points)
+        for line in series:
+            colour = _COLOURS[line.colour]
+            x, y = _thin(line.points)
             smoothed = _smooth(y)
-            if one.band:
-                axes.fill_between(*zip(*one.band, strict=True), color=colour, alpha=0.18, linewidth=0)
-            if not one.smooth or len(x) == 1:
+            if line.band:
+                axes.fill_between(*zip(*line.band, strict=True), color=colour, alpha=0.18, linewidth=0)
+            if not line.smooth or len(x) == 1:
                 axes.plot(x, y, color=colour, linewidth=1.8, marker="o", markersize=3.5)
             else:
                 if not np.array_equal(smoothed, y):
@@ -223,9 +223,9 @@ def _lines(title: str, phase: str, series: Sequence[_Series], level: float | Non
         axes.set_xlabel("step")
 
     label = f"{phase}. {title} over steps. " + "; ".join(
-        f"{one.label} {change}" for one, change in zip(series, told, strict=True)
+        f"{line.label} {change}" for line, change in zip(series, told, strict=True)
     )
-    legend = tuple((one.label, one.colour) for one in series) if len(series) > 1 else ()
+    legend = tuple((line.label, line.colour) for line in series) if len(series) > 1 else ()
     return Plot(title, phase, _svg(draw, label, f"{phase} {title}"), legend, told[-1])
 
 
@@ -248,7 +248,7 @@ def _short(value: float) -> str:
 
 
 def _svg(draw: Callable[[Any], None], label: str, salt: str, height: float = _SIZE[1]) -> str:
-    """What `draw` does to a set of axes, as an <svg> element with `label` for those who cannot see it."""
+    """Draw what `draw` does to a set of axes as an <svg> element, with `label` for those who cannot see it."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

@@ -10,6 +10,7 @@ from rlhf_fast.data.records import prompt_text
 from rlhf_fast.pages import plots
 from rlhf_fast.pages.page import esc, figure, fmt, table_of, whisker, whole_page
 from rlhf_fast.runs.files import write_atomic
+from rlhf_fast.runs.folder import page_of
 from rlhf_fast.statistics.intervals import Interval
 
 SHOWN = 40  # comparisons, those that it disagrees with most
@@ -33,15 +34,20 @@ def write_reward_report(run: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: `run` holds no reward_report.json.
+        PageError: the page could not be made or written; the run is whole.
     """
     run = Path(run)
     file = run / "reward_report.json"
     if not file.is_file():
         raise FileNotFoundError(f"{run} has no reward_report.json: it is no finished run of a reward model")
-    report = json.loads(file.read_text("utf-8"))
+    with page_of(run, write_reward_report):
+        write_atomic(run / "report.html", _page(run, json.loads(file.read_text("utf-8"))))
+    return run / "report.html"
+
+
+def _page(run: Path, report: Figures) -> str:
     if "accuracy" not in report:  # nothing was held out
-        write_atomic(run / "report.html", whole_page(esc(run.resolve().name), _unmeasured(report, run.resolve().name)))
-        return run / "report.html"
+        return whole_page(esc(run.resolve().name), _unmeasured(report, run.resolve().name))
     curve = _rows(run / "metrics.jsonl")
     samples = _rows(run / "samples.jsonl")
     sections = {
@@ -55,8 +61,7 @@ def write_reward_report(run: str | Path) -> Path:
     }
     title = esc(run.resolve().name)
     body = "\n".join(f"<section><h2>{name}</h2>{text}</section>" for name, text in sections.items() if text)
-    write_atomic(run / "report.html", whole_page(title, f"{_header(report, title)}{_cards(report)}\n{body}"))
-    return run / "report.html"
+    return whole_page(title, f"{_header(report, title)}{_cards(report)}\n{body}")
 
 
 def _rows(path: Path) -> list[Figures]:
@@ -97,8 +102,8 @@ def _cards(report: Figures) -> str:
     def share(title: str, value: Figures | None, note: str, unknown: str = "") -> str:
         if value is None:
             return _card(title, "–", f"<span>{unknown}</span>")
-        one = _interval(value)
-        rest = f"{whisker(one, 0.5, 0, 1)}<span>{_ends(one)}</span><span>{note}</span>"
+        interval = _interval(value)
+        rest = f"{whisker(interval, 0.5, 0, 1)}<span>{_ends(interval)}</span><span>{note}</span>"
         return _card(title, fmt(value["mean"], 0, unit="%"), rest)
 
     calibration, length = report["calibration"], report["length"]
@@ -130,15 +135,15 @@ def _table(caption: str, first: str, rows: list[Figures]) -> str:
     cells = []
     for row in rows:
         if row["accuracy"] is not None:
-            one = _interval(row["accuracy"])
+            interval = _interval(row["accuracy"])
             cells.append(
                 [
                     esc(row["name"]),
                     str(row["prompts"]),
                     str(row["comparisons"]),
                     fmt(row["accuracy"]["mean"], 0, unit="%"),
-                    f'<span class="muted">{_ends(one)}</span>',
-                    whisker(one, 0.5, 0, 1),
+                    f'<span class="muted">{_ends(interval)}</span>',
+                    whisker(interval, 0.5, 0, 1),
                 ]
             )
     head = [first, "Prompts", "Comparisons", "Agreement", "95% interval", "0 to 100%, with a tick at one half"]
@@ -146,8 +151,8 @@ def _table(caption: str, first: str, rows: list[Figures]) -> str:
 
 
 def _agreement(report: Figures) -> str:
-    found = "".join(_table(f"By {TITLES[key].lower()}", TITLES[key], rows) for key, rows in report["by"].items())
-    return found or '<p class="note">The comparisons have no labels that tell some of them from others.</p>'
+    tables = "".join(_table(f"By {TITLES[key].lower()}", TITLES[key], rows) for key, rows in report["by"].items())
+    return tables or '<p class="note">The comparisons have no labels that tell some of them from others.</p>'
 
 
 def _plots(report: Figures, curve: list[Figures]) -> str:
@@ -204,14 +209,14 @@ def _people(people: Figures) -> str:
 def _heads(heads: Figures | None) -> str:
     if heads is None:
         return ""
-    each = ", ".join(fmt(one, 0, unit="%") for one in heads["accuracies"])
+    each = ", ".join(fmt(accuracy, 0, unit="%") for accuracy in heads["accuracies"])
     said = f"Agreement of each head: {each}. Their deviation is on average {fmt(heads['disagreement'])} of the score's."
     rows = [heads["at_one"], heads["divided"]]
     return f'<p class="note">{said}</p>{_table("By whether the heads name the same winner", "The heads are", rows)}'
 
 
 def _disagreements(samples: list[Figures]) -> str:
-    """Of the rows, which come worst first, those where the rejected response scores higher."""
+    """Show those of the rows, which come worst first, where the rejected response scores higher."""
     wrong = [row for row in samples if row["chosen_score"] < row["rejected_score"]]
     if not wrong:
         return ""

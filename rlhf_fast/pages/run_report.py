@@ -10,6 +10,8 @@ from rlhf_fast.pages import plots
 from rlhf_fast.pages.page import duration, esc, figure, table_of, whole_page
 from rlhf_fast.pages.plots import Rows, number
 from rlhf_fast.runs.files import write_atomic
+from rlhf_fast.runs.folder import page_of
+from rlhf_fast.runs.metric_names import spoken
 
 TITLES = {
     "sft": "Supervised fine-tuning",
@@ -48,10 +50,17 @@ def write_run_report(run: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: `run` holds no result.json.
+        PageError: the page could not be made or written; the run is whole.
     """
     run = Path(run)
     if not (run / "result.json").is_file():
         raise FileNotFoundError(f"{run} has no result.json: it is no finished run")
+    with page_of(run, write_run_report):
+        write_atomic(run / "report.html", _page(run))
+    return run / "report.html"
+
+
+def _page(run: Path) -> str:
     result = json.loads((run / "result.json").read_text("utf-8"))
     rows = _rows(run / "metrics.jsonl")
     config = run / "config.yaml"
@@ -63,8 +72,7 @@ def write_run_report(run: str | Path) -> Path:
     }
     body = "\n".join(f"<section><h2>{name}</h2>{text}</section>" for name, text in sections.items() if text)
     title = esc(run.resolve().name)
-    write_atomic(run / "report.html", whole_page(title, f"{_header(run, result, rows)}\n{body}"))
-    return run / "report.html"
+    return whole_page(title, f"{_header(run, result, rows)}\n{body}")
 
 
 def _rows(path: Path) -> Rows:
@@ -92,16 +100,16 @@ def _headline(summary: dict[str, Any]) -> str:
         before = number(summary.get(f"{name}_before"))
         after = number(summary[name])
         if before is not None and after is not None:
-            return f"{esc(_words(name))} <em>{_short(before)} → {_short(after)}</em>"
+            return f"{esc(spoken(name))} <em>{_short(before)} → {_short(after)}</em>"
     return "finished"
 
 
 def _figures(summary: dict[str, Any], rows: Rows) -> str:
     both = [name for name in summary if f"{name}_before" in summary]
-    pairs = [[esc(_words(name)), _value(summary[f"{name}_before"]), _value(summary[name])] for name in both]
+    pairs = [[esc(spoken(name)), _value(summary[f"{name}_before"]), _value(summary[name])] for name in both]
     table = table_of("What was measured before the first step and after the last", ["", "Before", "After"], pairs)
     rest = [name for name in summary if name not in both and not name.endswith("_before") and name != "notes"]
-    others = table_of("Besides", ["", ""], [[esc(_words(name)), _value(summary[name])] for name in rest])
+    others = table_of("Besides", ["", ""], [[esc(spoken(name)), _value(summary[name])] for name in rest])
     notes = "".join(f'<p class="note">{esc(note)}</p>' for note in summary.get("notes") or [])
     if both and not any(name.startswith("heldout_") for name in both) and rows:
         notes += '<p class="note">Before and after are the first and the last step, each of its own prompts.</p>'
@@ -112,8 +120,8 @@ def _figures(summary: dict[str, Any], rows: Rows) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, dict) and {"mean", "low", "high"} <= value.keys():
         return f"{_short(value['mean'])} [{_short(value['low'])}, {_short(value['high'])}]"
-    found = number(value)
-    return esc(value) if found is None or isinstance(value, str) else _short(found)
+    figure = number(value)
+    return esc(value) if figure is None or isinstance(value, str) else _short(figure)
 
 
 def _curves(rows: Rows, phase: str) -> str:
@@ -127,13 +135,13 @@ def _curves(rows: Rows, phase: str) -> str:
             continue  # with its training metric
         if name.endswith(("_low", "_high")):
             continue
-        plot = plots.over_steps(rows, UNITS.get(name, _words(name).capitalize()), phase, name, TOGETHER.get(name))
+        plot = plots.over_steps(rows, UNITS.get(name, spoken(name).capitalize()), phase, name, TOGETHER.get(name))
         drawn += [figure(plot)] if plot else []
     return f'<div class="grid">{"".join(drawn)}</div>' if drawn else ""
 
 
 def _samples(rows: Rows) -> str:
-    """What was said after the last step, and to the same prompt after the first."""
+    """Show what was said after the last step, and to the same prompt after the first."""
     steps = sorted({row["step"] for row in rows if "step" in row})
     if not steps:
         return ""
@@ -165,10 +173,6 @@ def _text(value: Any) -> str:
     text = str(value if value is not None else "")
     more = f" … ({len(text) - TEXT_KEPT} more characters)" if len(text) > TEXT_KEPT else ""
     return esc(text[:TEXT_KEPT] + more)
-
-
-def _words(name: str) -> str:
-    return name.replace("heldout", "held-out").replace("_", " ")
 
 
 def _short(value: float | None) -> str:

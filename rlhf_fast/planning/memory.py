@@ -281,7 +281,7 @@ def _batch(tokens: int, longest: int, together: int) -> Batch:
         return pad([Example((0,), (0,) * (width - 1))] * rows)
     half = (width - 1) // 2  # two to a row: more of them would give the same shapes
     sizes = (half, width - 1 - half)
-    return pad([Example((row,), (0,) * size) for row in range(rows) for size in sizes], shared=LONGEST_ROW)
+    return pad([Example((row,), (0,) * size) for row in range(rows) for size in sizes], longest_shared=LONGEST_ROW)
 
 
 # Without memory -----------------------------------------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""What a policy is paid by."""
+"""Rewards of a policy."""

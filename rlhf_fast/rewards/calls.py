@@ -63,7 +63,7 @@ class Wants:
 
 
 def wants(function: Callable[..., Any], who: str) -> Wants:
-    """What the parameters of `function` after (prompts, responses) ask for.
+    """Find what the parameters of `function` after (prompts, responses) ask for.
 
     Raises:
         TypeError: it does not take prompts and responses first.
@@ -120,8 +120,8 @@ def with_retries(
     on: type[Exception] = Exception,
     where: Callable[[BaseException], str] = lambda error: "",
 ) -> Result:
-    """What `once` returns; called again after a pause while it raises `on`, up to `retries` times; `where`
-    says where an error came up.
+    """Return what `once` returns; call it again after a pause while it raises `on`, up to `retries` times; `where` says
+    where an error came up.
 
     A RewardError is final. An error with a `pause` (seconds) is waited for at least so long.
 
@@ -178,8 +178,8 @@ def _time_limit(seconds: float | None) -> Iterator[None]:
 
 @functools.cache
 def _event_loop() -> asyncio.AbstractEventLoop:
-    """One loop for all calls, in a thread of its own: the caller may have one running, as notebooks do, and a client
-    that a function keeps between calls belongs to the loop of its first."""
+    """Return the loop of all calls, in a thread of its own: the caller may have one running, as notebooks do, and a
+    client that a function keeps between calls belongs to the loop of its first."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="rlhf-fast rewards", daemon=True).start()
     return loop
@@ -216,22 +216,22 @@ def _awaited(awaitable: Awaitable[Any], seconds: float | None, who: str) -> Any:
 
 
 def is_async(function: Any) -> bool:
-    """Whether a call of `function` gives something to wait for, as far as that can be seen before it is made."""
+    """Return whether a call of `function` gives something to wait for, as far as that can be seen before it is made."""
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 # Scores --------------------------------------------------------------------------------------------------------------
 
 
-def checked(found: Any, who: str, records: Sequence[PromptRecord], responses: Sequence[str]) -> list[float | None]:
+def checked(returned: Any, who: str, records: Sequence[PromptRecord], responses: Sequence[str]) -> list[float | None]:
     """Scores as floats, None where there is none.
 
     Raises:
         ValueError: not as many as there are responses, or one that is no finite number.
     """
-    values = found.tolist() if hasattr(found, "tolist") else found  # tensors and arrays, in one transfer
+    values = returned.tolist() if hasattr(returned, "tolist") else returned  # tensors and arrays, in one transfer
     if isinstance(values, str | bytes | dict) or not hasattr(values, "__iter__"):
-        raise ValueError(f"reward {who}: returned {type(found).__name__}; expected a list of one score a response")
+        raise ValueError(f"reward {who}: returned {type(returned).__name__}; expected a list of one score a response")
     values = list(values)
     if len(values) != len(responses):
         raise ValueError(

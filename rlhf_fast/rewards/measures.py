@@ -1,4 +1,4 @@
-"""What a reward model is worth, in numbers: from its scores of held-out responses and what people said of them."""
+"""Measure a reward model: from its scores of held-out responses and what people said of them."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def agrees(difference: Any) -> Any:
 
 
 def measure(heldout: Heldout, everything: Sequence[Comparison]) -> dict[str, Any]:
-    """All figures of the report but those that need the model itself; `everything` is the data, training included."""
+    """Compute all figures of the report that need no model; `everything` is the data, training included."""
     right = agrees(heldout.difference)
     accuracy = clustered_share(right, heldout.prompts)
-    length = of_length(heldout)
-    people = of_people(everything)
+    length = length_figures(heldout)
+    people = people_figures(everything)
     verdict, notes = judge(accuracy, length, len(np.unique(heldout.prompts)))
     return {
         "verdict": verdict,
@@ -69,9 +69,9 @@ def measure(heldout: Heldout, everything: Sequence[Comparison]) -> dict[str, Any
         "accuracy": accuracy.as_dict(),
         "people": people,
         "by": tables(heldout),
-        "calibration": of_calibration(heldout.difference),
+        "calibration": calibration_figures(heldout.difference),
         "length": length,
-        "heads": of_heads(heldout),
+        "heads": head_figures(heldout),
     }
 
 
@@ -82,7 +82,7 @@ def not_measured(everything: Sequence[Comparison]) -> dict[str, Any]:
         "notes": ["nothing was held out (reward.heldout is 0), so that nothing is known of its agreement"],
         "aim": AIM,
         "gate": GATE,
-        "people": of_people(everything),
+        "people": people_figures(everything),
     }
 
 
@@ -153,8 +153,8 @@ def _interval(values: np.ndarray, clusters: Sequence[Any] | np.ndarray) -> dict[
     return {**clustered_share(values, clusters).as_dict()}
 
 
-def of_calibration(difference: np.ndarray) -> dict[str, Any]:
-    """How often the response that scores higher was the chosen one, beside the probability that the scores give it.
+def calibration_figures(difference: np.ndarray) -> dict[str, Any]:
+    """Measure how often the response that scores higher was the chosen one, beside what the scores predict.
 
     A pair has no first side, so the probability is that of the higher-scoring response, from one half to 1.
     """
@@ -162,7 +162,7 @@ def of_calibration(difference: np.ndarray) -> dict[str, Any]:
     count = min(10, max(1, len(difference) // 10))
     bins = calibration.reliability(sure, right, count)
     return {
-        "bins": [one.as_dict() for one in bins],
+        "bins": [bin.as_dict() for bin in bins],
         "ece": calibration.calibration_error(bins),
         "ece_if_calibrated": calibration.error_of_the_calibrated(sure, count),
         "brier": calibration.brier(sigmoid(difference), np.ones(len(difference))),
@@ -170,8 +170,8 @@ def of_calibration(difference: np.ndarray) -> dict[str, Any]:
     }
 
 
-def of_length(heldout: Heldout) -> dict[str, Any]:
-    """What the model makes of length, and what a rule that knows nothing but length would reach."""
+def length_figures(heldout: Heldout) -> dict[str, Any]:
+    """Measure what the model makes of length, and what a rule that knows nothing but length would reach."""
     right, by_length = agrees(heldout.difference), agrees(heldout.longer)
     parts = {"longer": heldout.longer > 0, "shorter": heldout.longer < 0, "same": heldout.longer == 0}
     return {
@@ -185,8 +185,8 @@ def of_length(heldout: Heldout) -> dict[str, Any]:
 
 def _beyond(differences: np.ndarray, prompts: np.ndarray) -> dict[str, float]:
     """The mean of differences between two shares, with an interval, as of a share of what they might be."""
-    found = clustered_share((differences + 1) / 2, prompts)
-    return Interval(2 * found.mean - 1, 2 * found.low - 1, 2 * found.high - 1).as_dict()
+    share = clustered_share((differences + 1) / 2, prompts)
+    return Interval(2 * share.mean - 1, 2 * share.low - 1, 2 * share.high - 1).as_dict()
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
@@ -196,8 +196,8 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
     return float(np.corrcoef(a, b)[0, 1])
 
 
-def of_heads(heldout: Heldout) -> dict[str, Any] | None:
-    """How far the heads of an ensemble are apart; None for one head."""
+def head_figures(heldout: Heldout) -> dict[str, Any] | None:
+    """Measure how far the heads of an ensemble are apart; None for one head."""
     heads = heldout.by_head.shape[1]
     if heads == 1:
         return None
@@ -217,9 +217,9 @@ def of_heads(heldout: Heldout) -> dict[str, Any] | None:
 # What people said ------------------------------------------------------------------------------------------------
 
 
-def of_people(comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    """How far annotators agree with each other and with themselves, what that lets a model reach, and the judgements
-    that no score can satisfy. Only annotators with a name are told apart.
+def people_figures(comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    """Measure how far annotators agree with each other and with themselves, what that lets a model reach, and the
+    judgements that no score can satisfy. Only annotators with a name are told apart.
 
     For single votes with agreement a, a model that always knew the majority would be right on between a (where pairs
     are either clear or a toss-up) and (1 + sqrt(2a - 1)) / 2 (where all pairs are alike).
@@ -232,11 +232,11 @@ def of_people(comparisons: Sequence[Comparison]) -> dict[str, Any]:
     between: list[tuple[str, bool]] = []  # (prompt, whether they agree)
     within: list[tuple[str, bool]] = []
     for (prompt, _), given in votes.items():
-        for (one, first), (other, second) in itertools.combinations(given, 2):
-            (within if one == other else between).append((prompt, first == second))
+        for (judge, first), (other, second) in itertools.combinations(given, 2):
+            (within if judge == other else between).append((prompt, first == second))
     twice = sum(len({annotator for annotator, _ in given}) > 1 for given in votes.values())
-    agreement, itself = (_interval(np.array([float(same) for _, same in found]), [prompt for prompt, _ in found])
-                         for found in (between, within))  # fmt: skip
+    agreement, itself = (_interval(np.array([float(same) for _, same in answers]), [prompt for prompt, _ in answers])
+                         for answers in (between, within))  # fmt: skip
     reach = None
     if agreement is not None and agreement["mean"] is not None:
         a = agreement["mean"]
@@ -251,7 +251,7 @@ def of_people(comparisons: Sequence[Comparison]) -> dict[str, Any]:
 
 
 def contradictory(comparisons: Sequence[Comparison]) -> int:
-    """How many comparisons lie on a cycle of their prompt (a over b, b over c, c over a; or a over b and b over a).
+    """Count the comparisons on a cycle of their prompt (a over b, b over c, c over a; or a over b and b over a).
 
     Scores are of single texts, so they are always in an order: of a cycle's comparisons one at least must be missed.
     """

@@ -1,4 +1,4 @@
-"""What PPO is rewarded by: a reward model, a Python function or one in a file, a rule, a URL, or a weighted list."""
+"""Rewards of PPO: a reward model, a Python function or one in a file, a rule, a URL, or a weighted list."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Rewards:
         return Scoring(self.parts, records, self._background)
 
     def forget(self) -> None:
-        """No scores are wanted any more: calls that have not begun are not made."""
+        """Cancel scores that are no longer wanted: calls that have not begun are not made."""
         self._background.forget()
 
     def __call__(self, records: Sequence[PromptRecord], responses: Sequence[str]) -> Scores:
@@ -108,7 +108,7 @@ class RewardModel:
         training."""
         none: list[Any] = [None] * len(prompts)
         rows = zip(prompts, responses, tools or none, chat_template_kwargs or none, strict=True)
-        found = []
+        examples = []
         for i, (prompt, response, *others) in enumerate(rows):
             record = read_record({"prompt": prompt, **dict(zip(OPTIONAL_COLUMNS, others, strict=True))})
             assert isinstance(record, PromptRecord)
@@ -116,8 +116,8 @@ class RewardModel:
             example = tokenize_example(
                 self.tokenizer, prompt, response, *own, max_length=self.max_length, name=name, strict=False
             )
-            found.append(example)
-        return found
+            examples.append(example)
+        return examples
 
     def measure(
         self,
@@ -151,7 +151,7 @@ def resolve_reward(
     dtype: torch.dtype = torch.float32,
     batch: int | None = None,
 ) -> Rewards:
-    """What `reward` means: docs/rewards.md has the forms.
+    """Resolve what `reward` means: docs/rewards.md has the forms.
 
     Args:
         min_agreement: held-out agreement that a reward model must have.

@@ -1,4 +1,4 @@
-"""What a reward is when it is written, on the command line or in YAML: its parts, and functions in files of one's own.
+"""Read a reward as it is written on the command line or in YAML: its parts, and functions in files of one's own.
 
 Imports no torch, so that what is wrong in it is said before anything is loaded.
 """
@@ -36,7 +36,7 @@ def is_list(text: str) -> bool:
 
 
 def is_function(text: str) -> bool:
-    """Whether it is a Python file, with or without the name of a function in it."""
+    """Return whether a text names a Python file, with or without the name of a function in it."""
     return _FUNCTION.fullmatch(text) is not None and not text.startswith(URLS) and not Path(text).is_dir()
 
 
@@ -70,9 +70,9 @@ def load_function(source: str, setting: str = "reward") -> Callable[..., Any]:
         FileNotFoundError: there is no such file.
         ValueError: no function is named, the file does not have it, or an error in the file, with its line.
     """
-    found = _FUNCTION.fullmatch(source)
-    assert found is not None, source
-    file, name = Path(found[1]).expanduser(), found[2] or ""
+    match = _FUNCTION.fullmatch(source)
+    assert match is not None, source
+    file, name = Path(match[1]).expanduser(), match[2] or ""
     if not file.is_file():
         raise FileNotFoundError(f"{setting}: there is no file {file}; expected FILE.py:function")
     names = _functions(file, setting)
@@ -101,7 +101,7 @@ def line_of(function: Callable[..., Any], source: str) -> str:
 
 
 def place_in(error: BaseException, function: Any) -> str:
-    """Where an error came up, as far inside as the file of `function` goes: " (my.py line 7)"."""
+    """Say where an error came up, as far inside as the file of `function` goes: " (my.py line 7)"."""
     file = getattr(getattr(function, "__code__", None), "co_filename", None)
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     return f" ({Path(file).name} line {lines[-1]})" if file and lines else ""

@@ -51,9 +51,9 @@ def math_answer(response: str, answer: Any) -> float:
     given = _marked(response)
     if given is None:
         return float(wanted is not None and _last_number(response) == wanted)
-    found = _value(given)
-    if wanted is not None and found is not None:
-        return float(found == wanted)
+    value = _value(given)
+    if wanted is not None and value is not None:
+        return float(value == wanted)
     return float(_plain_latex(given) == _plain_latex(expected))
 
 
@@ -86,12 +86,12 @@ def json_object(response: str, keys: Sequence[str] = ()) -> float:
     if text.startswith("```") and text.endswith("```") and len(text) > 6:
         text = text[3:-3].removeprefix("json")
     try:
-        found = json.loads(text, parse_constant=_refuse)
+        value = json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError):  # the latter for thousands of brackets
         return 0.0
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         return 0.0
-    return sum(key in found for key in keys) / len(keys) if keys else 1.0
+    return sum(key in value for key in keys) / len(keys) if keys else 1.0
 
 
 def length(response: str, target: int) -> float:
@@ -154,7 +154,7 @@ def _normal(text: str) -> str:
 
 
 def _marked(text: str) -> str | None:
-    r"""What is in the last `\\boxed{...}`, or else behind the last `####`, or None."""
+    r"""Extract what is in the last `\\boxed{...}`, or else behind the last `####`, or None."""
     start = text.rfind("\\boxed{")
     depth, i = 0, start + len("\\boxed")
     while start >= 0 and i < len(text):
@@ -177,12 +177,12 @@ def _value(text: str) -> Fraction | None:
 
 
 def _last_number(text: str) -> Fraction | None:
-    found = list(_NUMBER.finditer(_without_symbols(text)))
-    return _number(found[-1]) if found else None
+    numbers = list(_NUMBER.finditer(_without_symbols(text)))
+    return _number(numbers[-1]) if numbers else None
 
 
 def _without_symbols(text: str) -> str:
-    r"""With plain signs for typographic ones, `a/b` for `\\frac{a}{b}`, and no currency, degrees or thin spaces."""
+    r"""Write plain signs for typographic ones, `a/b` for `\\frac{a}{b}`, and no currency, degrees or thin spaces."""
     for old, new in (("−", "-"), ("{,}", ","), ("\\,", ""), ("\\!", ""), ("\\%", "%"), ("\\$", "$")):
         text = text.replace(old, new)
     text = text.replace("^{\\circ}", "").replace("^\\circ", "")

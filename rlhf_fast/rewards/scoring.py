@@ -23,7 +23,7 @@ IN_FLIGHT, THREAD = 8, "rlhf-fast reward"  # calls in the background at a time, 
 
 @dataclass(frozen=True)
 class Part:
-    """One summand of a reward.
+    """Summand of a reward.
 
     Without `waits` it may need the main thread (its time limit is an alarm there) or the device that samples, and is
     called with all responses.
@@ -39,19 +39,19 @@ class Part:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of responses: `scores` one each, and by the name of each part of a weighted list what it gave to each."""
+    """Scores of responses, `scores` one each, and by the name of each part of a weighted list what it gave to each."""
 
     scores: list[float]
     parts: dict[str, list[float | None]]  # unweighted; empty for a reward of one part
 
     @property
     def means(self) -> dict[str, float]:
-        """Of what each part gave; a part that gave nothing is left out."""
+        """Average what each part gave; a part that gave nothing is left out."""
         given = {name: [score for score in scores if score is not None] for name, scores in self.parts.items()}
         return {name: math.fsum(scores) / len(scores) for name, scores in given.items() if scores}
 
     def result(self) -> Scores:
-        """These, as a `Scoring` gives them that has ended."""
+        """Return these scores, as a `Scoring` gives them that has ended."""
         return self
 
 
@@ -64,7 +64,7 @@ class Background:
         self._threads, self._lock = 0, threading.Lock()
 
     def submit(self, call: Callable[[], Result]) -> Future[Result]:
-        """What `call` is to return."""
+        """Schedule `call`, and give what it is to return."""
         future: Future[Result] = Future()
         with self._lock:
             self._waiting.append((future, call))
@@ -95,7 +95,7 @@ class Background:
 
 
 class Scoring:
-    """Of the responses to `records[i]`, which may end in any order.
+    """Scoring of the responses to `records[i]`, which may end in any order.
 
     A call holds consecutive responses and is made once all of them have ended, so that what is asked does not depend on
     which ended first.
@@ -131,9 +131,9 @@ class Scoring:
             ValueError: a part gave a wrong number of scores, or one that is not finite, or none gave one to a response.
         """
         here = {n: self._call(n, slice(None)) for n, part in enumerate(self.parts) if not part.waits}
-        found = [here[n] if n in here else self._answers(n) for n in range(len(self.parts))]
-        parts = {part.name: scores for part, scores in zip(self.parts, found, strict=True)} if len(found) > 1 else {}
-        return Scores(self._totals(found), parts)
+        by_part = [here[n] if n in here else self._answers(n) for n in range(len(self.parts))]
+        names = [part.name for part in self.parts]
+        return Scores(self._totals(by_part), dict(zip(names, by_part, strict=True)) if len(names) > 1 else {})
 
     def _answers(self, number: int) -> list[float | None]:
         calls = sorted((first, future) for (part, first), future in self._asked.items() if part == number)
@@ -147,9 +147,9 @@ class Scoring:
         scores = part.function([record.prompt for record in records], texts, **columns)
         return checked(scores, part.name, records, texts)
 
-    def _totals(self, found: list[list[float | None]]) -> list[float]:
+    def _totals(self, by_part: list[list[float | None]]) -> list[float]:
         totals = []
-        for i, row in enumerate(zip(*found, strict=True)):
+        for i, row in enumerate(zip(*by_part, strict=True)):
             paid = [part.weight * score for part, score in zip(self.parts, row, strict=True) if score is not None]
             if not paid:
                 raise ValueError(

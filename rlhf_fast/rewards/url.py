@@ -98,24 +98,24 @@ class RewardURL:
             raise NoAnswer(said) from error
 
     def _read(self, response: http.client.HTTPResponse, deadline: float | None) -> bytes:
-        found = b""
+        body = b""
         while piece := response.read1(1 << 16):
-            found += piece
-            if len(found) > MAX_BYTES:
+            body += piece
+            if len(body) > MAX_BYTES:
                 raise RewardError(f"reward {self.shown}: its answer has more than {MAX_BYTES} bytes; expected scores")
             if deadline is not None and time.monotonic() > deadline:
                 raise TimeoutError
         if response.length:  # of what it had promised is left; read1 does not say so
-            raise http.client.IncompleteRead(found, response.length)
-        return found
+            raise http.client.IncompleteRead(body, response.length)
+        return body
 
     def _scores(self, answer: bytes, count: int) -> list[Any]:
         expected = f'expected {{"scores": [...]}} with {count} numbers'
         try:
-            found = json.loads(answer)
+            content = json.loads(answer)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"reward {self.shown}: its answer {answer[:80]!r} is not JSON; {expected}") from error
-        scores = found.get("scores") if isinstance(found, dict) else None
+        scores = content.get("scores") if isinstance(content, dict) else None
         if not isinstance(scores, list):
             raise ValueError(f"reward {self.shown}: its answer {answer[:80]!r} has no list of scores; {expected}")
         if len(scores) != count:

@@ -16,7 +16,7 @@ ALIGNED = 16  # bytes where each array begins: Triton compiles its kernels for i
 
 
 class Placed(NamedTuple):
-    """What a forward pass is given, on the model's device."""
+    """Input of a forward pass, on the model's device."""
 
     ids: torch.Tensor  # (N,) int64
     positions: torch.Tensor  # (N,) int64
@@ -38,16 +38,16 @@ class StepBatch:
 
     @property
     def decodes(self) -> bool:
-        """Whether each sequence has one token."""
+        """Return whether each sequence has one token."""
         return len(self.ids) == len(self.tables)
 
     def flat(self, pinned: bool) -> list[torch.Tensor]:
-        """All of it, as a tensor of int64 and one of int32."""
+        """Flatten all of it, to a tensor of int64 and one of int32."""
         made = [_flat(arrays, dtype) for arrays, dtype in self._arrays()]
         return [x.pin_memory() for x in made] if pinned else made
 
     def cut(self, flat: list[torch.Tensor]) -> Placed:
-        """What `flat` made, wherever it has been copied to."""
+        """Cut what `flat` made into parts again, wherever it has been copied to."""
         wide, narrow = (_cut(x, arrays, dtype) for x, (arrays, dtype) in zip(flat, self._arrays(), strict=True))
         ids, positions, slots = wide
         tables, cu_queries, contexts, groups, shared, *places = narrow
@@ -122,7 +122,7 @@ def _padded(rows: list[list[int]]) -> np.ndarray:
 
 
 def _leading_equal(tables: np.ndarray, most: int) -> int:
-    """How many leading blocks, at most so many, are the same in all rows."""
+    """Count the leading blocks, at most so many, that are the same in all rows."""
     same = (tables[:, :most] == tables[:1, :most]).all(0)
     return most if same.all() else int(same.argmin())
 
@@ -143,8 +143,8 @@ def _flat(arrays: list[np.ndarray], dtype: type) -> torch.Tensor:
 
 
 def _cut(whole: torch.Tensor, arrays: list[np.ndarray], dtype: type) -> list[torch.Tensor]:
-    found, at = [], 0
+    parts, at = [], 0
     for x in arrays:
-        found.append(whole[at : at + x.size].view(x.shape))
+        parts.append(whole[at : at + x.size].view(x.shape))
         at += _room(x, dtype)
-    return found
+    return parts

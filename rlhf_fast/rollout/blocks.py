@@ -1,4 +1,4 @@
-"""Which block of keys and values belongs to whom, and which blocks hold a prefix that was computed before."""
+"""Allocate blocks of keys and values to sequences, and find those that hold a prefix that was computed before."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class BlockPool:
         return block
 
     def share(self, block: int) -> int:
-        """One more user of a block."""
+        """Add one more user of a block."""
         if self._users[block] == 0:
             del self._free[block]
         self._users[block] += 1

@@ -20,7 +20,7 @@ from rlhf_fast.rollout.sequence import Sequence
 
 @dataclass
 class Statistics:
-    """What has been done since these were made."""
+    """Counts of what has been done since these were made."""
 
     steps: int = 0
     computed_tokens: int = 0  # that went through the model
@@ -74,7 +74,7 @@ class Engine:
         return [sequence for _, sequence in asking]
 
     def steps(self) -> Iterator[list[Sequence]]:
-        """Until nothing waits or runs."""
+        """Step until nothing waits or runs."""
         while not self.scheduler.is_empty():
             yield self.step()
 
@@ -83,12 +83,12 @@ class Engine:
         asking: list[tuple[int, Sequence]] = []
         moves: list[tuple[int, int]] = []
         row = 0
-        for one in work:
-            one.sequence.computed += one.count
-            if one.samples:
-                asking.append((row, one.sequence))
-                if not one.sequence.response:  # the prompt is computed
-                    for sibling, move in self.scheduler.fork(one.sequence):
+        for each in work:
+            each.sequence.computed += each.count
+            if each.samples:
+                asking.append((row, each.sequence))
+                if not each.sequence.response:  # the prompt is computed
+                    for sibling, move in self.scheduler.fork(each.sequence):
                         asking.append((row, sibling))
                         moves += [] if move is None else [move]
                 row += 1
@@ -103,39 +103,39 @@ class Engine:
             logits = logits.clone()  # siblings may share a row's memory, and the raw ones are needed
             for row in changed:
                 process(logits[row], sequences[row])
-        found = self._draw(logits, sequences)
-        logprobs = found.logprobs
+        samples = self._draw(logits, sequences)
+        logprobs = samples.logprobs
         if changed:  # as training computes them: nothing penalised
             whose = torch.tensor(changed, device=logits.device)
             ours, _ = ops.token_logprobs(
-                raw, found.tokens[whose].clamp(min=0), temperature=self._column(sequences, changed)
+                raw, samples.tokens[whose].clamp(min=0), temperature=self._temperatures(sequences, changed)
             )
             logprobs = logprobs.index_copy(0, whose, ours.float())
-        sampled = found.logprobs - found.kept.log()
-        columns = (found.tokens, logprobs, sampled, found.entropy, *(() if values is None else (values,)))
-        for sequence, *drawn in zip(sequences, *(column.tolist() for column in columns), strict=True):  # one wait
+        sampled = samples.logprobs - samples.kept.log()
+        results = (samples.tokens, logprobs, sampled, samples.entropy, *(() if values is None else (values,)))
+        for sequence, *drawn in zip(sequences, *(result.tolist() for result in results), strict=True):  # one wait
             self._take(sequence, *drawn)
 
     def _draw(self, logits: torch.Tensor, sequences: abc.Sequence[Sequence]) -> Samples:
         params, device = [s.params for s in sequences], logits.device
-        alike = all(one is params[0] for one in params)
+        alike = all(each is params[0] for each in params)
 
-        def column(name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        def setting(name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             if alike:  # nothing to send
                 return torch.full((len(params),), getattr(params[0], name), dtype=dtype, device=device)
-            return torch.tensor([getattr(one, name) for one in params], dtype=dtype, device=device)
+            return torch.tensor([getattr(each, name) for each in params], dtype=dtype, device=device)
 
         uniforms = [s.uniforms[len(s.response)] for s in sequences]
         return ops.sample(
             logits,
             torch.tensor(uniforms, dtype=torch.float64, device=device),
-            column("temperature"),
-            column("top_k", torch.int32),
-            column("top_p"),
-            column("min_p"),
+            setting("temperature"),
+            setting("top_k", torch.int32),
+            setting("top_p"),
+            setting("min_p"),
         )
 
-    def _column(self, sequences: abc.Sequence[Sequence], rows: list[int]) -> torch.Tensor:
+    def _temperatures(self, sequences: abc.Sequence[Sequence], rows: list[int]) -> torch.Tensor:
         temperatures = [sequences[row].params.temperature or 1.0 for row in rows]
         return torch.tensor(temperatures, device=self.runner.device)
 

@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Until(Settings):
-    """When to stop before all is finished, whichever comes first; what is not finished can be resumed."""
+    """Limit at which to stop before all is finished, whichever comes first; what is not finished can be resumed."""
 
     tokens: int | None = None  # sampled, over all sequences
     seconds: float | None = None
@@ -46,7 +46,7 @@ class Until(Settings):
 
 @dataclass(frozen=True)
 class Piece:
-    """One token of a stream."""
+    """Token of a stream."""
 
     prompt_index: int
     sample: int
@@ -244,7 +244,7 @@ class Generator:
             _warn_of_errors(going)
 
     def _stop_text(self, sequence: Sequence) -> int | None:
-        """Where the first stop text of a response begins, if it is there and does not end too early."""
+        """Find where the first stop text of a response begins, if it has one that does not end too early."""
         assert self.tokenizer is not None
         least = sequence.params.min_new_tokens
         if len(sequence.response) <= least:

@@ -1,4 +1,4 @@
-"""How much memory keys and values get."""
+"""Decide how much memory keys and values get."""
 
 from __future__ import annotations
 
@@ -74,9 +74,9 @@ def free_memory(device: torch.device) -> int:
     """Bytes; on a CPU what can be had without swapping, files that are cached included."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", _read(Path("/proc/meminfo")), re.MULTILINE)
-    if found is not None:
-        return 1024 * int(found[1])
+    match = re.search(r"^MemAvailable:\s+(\d+) kB", _read(Path("/proc/meminfo")), re.MULTILINE)
+    if match is not None:
+        return 1024 * int(match[1])
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # not Linux: half of all there is
 
 

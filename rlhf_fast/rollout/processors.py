@@ -1,4 +1,4 @@
-"""What a request changes of its logits before they are sampled from."""
+"""Process logits before they are sampled from, as a request asks."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def process(logits: torch.Tensor, sequence: Sequence) -> None:
     params, device = sequence.params, logits.device
     if params.repetition_penalty != 1.0:
         seen = torch.tensor(sorted({*sequence.prompt, *sequence.response}), device=device)
-        there = logits[seen]
-        logits[seen] = torch.where(there > 0, there / params.repetition_penalty, there * params.repetition_penalty)
+        raw, penalty = logits[seen], params.repetition_penalty
+        logits[seen] = torch.where(raw > 0, raw / penalty, raw * penalty)
     if (params.presence_penalty or params.frequency_penalty) and sequence.response:
         said, times = torch.tensor(sequence.response, device=device).unique(return_counts=True)
         logits[said] -= (params.presence_penalty + params.frequency_penalty * times).to(logits.dtype)

@@ -43,37 +43,37 @@ def sequences_for(
     if not prompts:
         raise ValueError("prompts: the list is empty")
     several = isinstance(params, abc.Sequence)
-    each = [_params(one) for one in params] if several else [_params(params)] * len(prompts)  # type: ignore[union-attr]
-    if len(each) != len(prompts):
-        raise ValueError(f"params: {len(each)} for {len(prompts)} prompts; expected one, or one for each")
+    all_params = [_params(given) for given in params] if several else [_params(params)] * len(prompts)  # type: ignore[union-attr]
+    if len(all_params) != len(prompts):
+        raise ValueError(f"params: {len(all_params)} for {len(prompts)} prompts; expected one, or one for each")
     limit = min(context_length(unwrapped(model).config.get_text_config()) or sys.maxsize, longest)
     vocabulary = unwrapped(model).get_input_embeddings().weight.shape[0]
     ends = frozenset() if tokenizer is None else end_tokens(model, tokenizer)
     sequences = []
-    for index, (prompt, one) in enumerate(zip(prompts, each, strict=True)):
-        _check_params(one, tokenizer, vocabulary)
+    for index, (prompt, wanted) in enumerate(zip(prompts, all_params, strict=True)):
+        _check_params(wanted, tokenizer, vocabulary)
         ids = _encode(tokenizer, prompt, index)
         if not 0 <= min(ids) <= max(ids) < vocabulary:
             raise ValueError(f"prompts: prompt {index} has token ids outside the vocabulary of {vocabulary}")
-        if len(ids) + one.max_new_tokens > limit:
+        if len(ids) + wanted.max_new_tokens > limit:
             who = prompt.name if isinstance(prompt, PromptRecord) and prompt.name else f"prompt {index}"
             raise ValueError(
                 f"prompts: {who} has {len(ids)} tokens, which with max_new_tokens = "
-                f"{one.max_new_tokens} exceeds the model's context of {limit}"
+                f"{wanted.max_new_tokens} exceeds the model's context of {limit}"
                 f"{' here (see docs/models.md)' if limit == longest else ''}; shorten one of them"
             )
-        texts, tokens = _stops(tokenizer, one)
-        stops = frozenset({*one.stop_token_ids, *tokens, *(() if one.ignore_eos else ends)})
-        words = _bad_words(tokenizer, one, vocabulary)
-        for sample in range(one.n):
-            numbers = Uniforms(one.seed, index, sample)
-            sequences.append(Sequence(index, sample, ids, one, stops, numbers, words, stop_texts=texts))
+        texts, tokens = _stops(tokenizer, wanted)
+        stops = frozenset({*wanted.stop_token_ids, *tokens, *(() if wanted.ignore_eos else ends)})
+        words = _bad_words(tokenizer, wanted, vocabulary)
+        for sample in range(wanted.n):
+            numbers = Uniforms(wanted.seed, index, sample)
+            sequences.append(Sequence(index, sample, ids, wanted, stops, numbers, words, stop_texts=texts))
     return sequences
 
 
 def context_length(config: Any) -> int | None:
-    """How many positions a model is made for, None where its config does not say: those of its table, or, with YaRN
-    (arXiv 2309.00071), of the stretched one, which many configs leave to the factor."""
+    """Count the positions that a model is made for, None where its config does not say: those of its table, or, with
+    YaRN (arXiv 2309.00071), of the stretched one, which many configs leave to the factor."""
     limit: int | None = getattr(config, "max_position_embeddings", None)
     ropes = getattr(config, "rope_parameters", None) or {}
     for rope in (ropes, *(inner for inner in ropes.values() if isinstance(inner, dict))):  # one, or one a kind of layer
@@ -131,7 +131,7 @@ def _stops(tokenizer: PreTrainedTokenizerBase | None, params: SamplingParams) ->
 def _bad_words(
     tokenizer: PreTrainedTokenizerBase | None, params: SamplingParams, vocabulary: int
 ) -> tuple[tuple[int, ...], ...]:
-    """Each text both as it stands within a text and after a space, as token ids."""
+    """Encode each text both as it stands within a text and after a space, as token ids."""
     words: list[tuple[int, ...]] = []
     for word in params.bad_words:
         if not isinstance(word, str):
@@ -173,7 +173,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase | None, prompt: Any, index: int) 
 
 
 def _is_messages(prompt: Any) -> bool:
-    return isinstance(prompt, list | tuple) and any(isinstance(one, dict) for one in prompt)
+    return isinstance(prompt, list | tuple) and any(isinstance(message, dict) for message in prompt)
 
 
 def _token_ids(prompt: Any, index: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""What a generator returns: packed tokens with their log-probabilities, and the texts."""
+"""Results of a generator: packed tokens with their log-probabilities, and the texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a response is sampled: the settings of a request, and its random numbers."""
+"""Sampling of a response: the settings of a request, and its random numbers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from rlhf_fast.config.settings import Settings
-
-LEAST_TEMPERATURE = 2.0**-149
+from rlhf_fast.ops.options import LEAST_TEMPERATURE
 
 
 @dataclass(frozen=True)
 class SamplingParams(Settings):
-    """What to sample. Same seed, same prompt at the same place, same samples: whatever else is in the batch.
+    """Settings of sampling. Same seed, same prompt at the same place, same samples: whatever else is in the batch.
 
     Logits are changed by penalties, `logit_bias`, `bad_words` and `min_new_tokens` first, then divided by the
     temperature, then cut by top_k, by top_p of what that leaves, and by min_p.
@@ -95,14 +94,14 @@ class SamplingParams(Settings):
         if any(math.isnan(x) or x == math.inf for x in self.logit_bias.values()):
             raise ValueError("logit_bias: expected finite numbers, or -inf to ban a token")
         for name in ("stop", "bad_words"):
-            if not all(len(one) for one in getattr(self, name)):
+            if not all(len(each) for each in getattr(self, name)):
                 raise ValueError(f"{name}: an empty text is among them")
         if self.temperature == 0.0 and self.n > 1:
             raise ValueError(f"n: {self.n} responses at temperature 0.0 would all be the same; expected 1")
 
     @property
     def changes_logits(self) -> bool:
-        """Whether the logits of some step are changed before they are sampled from."""
+        """Return whether the logits of some step are changed before they are sampled from."""
         return bool(
             self.repetition_penalty != 1.0
             or self.presence_penalty

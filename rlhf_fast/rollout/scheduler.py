@@ -1,4 +1,4 @@
-"""What the next step computes: from one budget of tokens, whoever has tokens that are not computed yet.
+"""Schedule what the next step computes: from one budget of tokens, whoever has tokens that are not computed yet.
 
 There is no prefill and no decode. A sequence that is decoding has one token to compute, a new one its prompt, in
 chunks if the budget ends; one that was preempted for want of memory has prompt and response to compute again.
@@ -99,7 +99,7 @@ class Scheduler:
         self.waiting.appendleft(sequence)
 
     def fork(self, leader: Sequence) -> list[tuple[Sequence, tuple[int, int] | None]]:
-        """Let the siblings of a sequence whose prompt has just been computed run, on the prompt's blocks.
+        """Run the siblings of a sequence whose prompt has just been computed, on the prompt's blocks.
 
         Returns those that do, each with the (from, to) of a block that must be copied first: its last, half-filled
         one. The others queue, and will find the full blocks.

@@ -1,4 +1,4 @@
-"""One response being sampled."""
+"""State of one response being sampled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may be shown of a response while it comes: whole characters, none of which is taken back."""
+"""Show a response while it comes: whole characters, none of which is taken back."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Shown:
         self._certain = 0  # characters that have been shown
 
     def grown(self) -> str:
-        """What is certain of the text as it is now."""
+        """Return what is certain of the text as it is now."""
         sequence = self.sequence
         if sequence.is_finished:
             text = decode_response(self.tokenizer, sequence.response)[: sequence.text_end]

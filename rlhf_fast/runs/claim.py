@@ -1,4 +1,4 @@
-"""Whose a run's folder is: a mark from the first instant, locked while a process writes there.
+"""Claim a run's folder: a mark from the first instant, locked while a process writes in it.
 
 The mark is `run.json`. A folder that has something in it but no mark is somebody else's, and nothing is written there.
 """
@@ -56,7 +56,7 @@ class Claim:
             raise
 
     def close(self) -> None:
-        """Let go."""
+        """Release the claim."""
         self._file.close()
 
     def __enter__(self) -> Claim:
@@ -69,11 +69,11 @@ class Claim:
 def check_claim(path: Path, verb: str) -> None:
     """Raise what `Claim` would raise, and change nothing: before work that takes long."""
     refuse_foreign(path)
-    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    if not there.is_dir():
-        raise NotADirectoryError(f"{there} is a file, where a folder was expected; choose another --out")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, f"{there} cannot be written to; choose another --out")
+    nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"{nearest} is a file, where a folder was expected; choose another --out")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, f"{nearest} cannot be written to; choose another --out")
     if (path / MARK).exists():
         with contextlib.suppress(FileNotFoundError), open(path / MARK, "r+b") as file:
             _lock(file, path)
@@ -106,10 +106,10 @@ def _refuse_other_verb(path: Path, mark: dict[str, Any], verb: str) -> None:
 def _mark(path: Path) -> dict[str, Any]:
     """The mark of a folder; empty if it has none that is ours."""
     try:
-        found = json.loads((path / MARK).read_text(encoding="utf-8"))
+        content = json.loads((path / MARK).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) and {"rlhf_fast", "verb"} <= found.keys() else {}
+    return content if isinstance(content, dict) and {"rlhf_fast", "verb"} <= content.keys() else {}
 
 
 def _lock(file: Any, path: Path) -> None:

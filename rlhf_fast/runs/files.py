@@ -41,7 +41,7 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def write_folder_atomic(path: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write into a folder aside, then rename it to `path`; nothing is left of it when `fill` fails.
+    """Write a folder aside by `fill`, then rename it to `path`; nothing is left of it when `fill` fails.
 
     A kill leaves the old folder, the new one, or (between two renames) none, never a part of one; `restore_folder`
     then brings the old one back.
@@ -66,7 +66,7 @@ def write_folder_atomic(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 def restore_folder(path: Path) -> None:
-    """After a kill inside `write_folder_atomic`: `path` is the old folder or the new one, with nothing beside it."""
+    """Restore a folder after a kill inside `write_folder_atomic`: it is the old or the new one, with nothing beside it."""
     aside, old = _beside(path)
     if not path.exists() and old.exists():  # it came between the two renames
         os.replace(old, path)
@@ -75,7 +75,7 @@ def restore_folder(path: Path) -> None:
 
 
 def _beside(path: Path) -> tuple[Path, Path]:
-    """Where a folder is written, and where the one that it replaces waits."""
+    """Name where a folder is written, and where the one that it replaces waits."""
     return path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
 
 

@@ -9,15 +9,17 @@ written over or removed.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
 import os
 import resource
+import shlex
 import shutil
 import sys
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,7 @@ class RunFolder:
         self.shown: tuple[int, list[dict[str, Any]]] = (0, [])  # the last step of which there were samples, and these
 
     def close(self) -> None:
-        """Let go of the folder, for another process to go on there."""
+        """Release the folder, for another process to go on with."""
         self._claim.close()
 
     def __enter__(self) -> RunFolder:
@@ -73,11 +75,11 @@ class RunFolder:
         self.close()
 
     def seconds(self) -> float:
-        """Since the run began, without the time in which it was interrupted."""
+        """Return the seconds since the run began, without the time in which it was interrupted."""
         return time.monotonic() - self.started
 
     def sizes(self) -> dict[str, int]:
-        """How long the growing files are."""
+        """Return how long the growing files are."""
         files = [self.path / name for name in GROWING]
         return {file.name: file.stat().st_size for file in files if file.exists()}
 
@@ -92,18 +94,18 @@ class RunFolder:
         self.started = time.monotonic() - seconds
 
     def log(self, row: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, with the seconds since the start."""
+        """Append one line to metrics.jsonl, with the seconds since the start."""
         elapsed = round(self.seconds(), 3)
         append_line(self.path / "metrics.jsonl", {**_finite(row), "seconds": elapsed})
         for tracker in self.trackers:
             tracker.log(row["step"], {key: value for key, value in row.items() if key != "step"})
 
     def sample(self, row: dict[str, Any]) -> None:
-        """One line of samples.jsonl."""
+        """Append one line to samples.jsonl."""
         append_line(self.path / "samples.jsonl", _finite(row))
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """What the model said at a step."""
+        """Append what the model said at a step."""
         self.shown = (step, rows)
         for row in rows:
             self.sample({"step": step, **row})
@@ -115,18 +117,18 @@ class RunFolder:
         append_line(self.path / "skipped.jsonl", _finite(row))
 
     def answer(self, row: dict[str, Any]) -> None:
-        """What a monitor said of a step: one line of monitors.jsonl."""
+        """Append what a monitor said of a step: one line of monitors.jsonl."""
         append_line(self.path / "monitors.jsonl", _finite(row))
 
     def before(self, names: Iterable[str]) -> dict[str, float]:
         """The first value of each of these metrics, as NAME_before."""
-        found: dict[str, float] = {}
+        first: dict[str, float] = {}
         for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            found = {**{name: row[name] for name in names if row.get(name) is not None}, **found}
-            if all(name in found for name in names):
+            first = {**{name: row[name] for name in names if row.get(name) is not None}, **first}
+            if all(name in first for name in names):
                 break
-        return {f"{name}_before": value for name, value in found.items()}
+        return {f"{name}_before": value for name, value in first.items()}
 
     def checkpoint(self, step: int) -> Path:
         """The folder that a checkpoint of `step` goes to (`models.save` writes it aside and renames it)."""
@@ -222,7 +224,7 @@ def _refuse_other(path: Path, config_yaml: str, but: Collection[str] = ()) -> No
 
 @functools.cache
 def _defaults() -> dict[str, Any]:
-    """Of every trainer's settings, by dotted keys."""
+    """Return every trainer's default settings, by dotted keys."""
     phases = {"sft": SFTConfig(), "reward": RewardConfig(), "dpo": DPOConfig(), "ppo": PPOConfig()}
     return settings.flatten({phase: settings.to_dict(config) for phase, config in phases.items()})
 
@@ -240,7 +242,7 @@ def _written(path: Path) -> dict[int, list[str] | None]:
 
 
 def _foreign(path: Path, step: int) -> list[str]:
-    """What is in the folder of a checkpoint, but was not written by the run in `path`."""
+    """List what is in the folder of a checkpoint, but was not written by the run in `path`."""
     written, names = _written(path), sorted(_names(path / "checkpoints" / f"step-{step}"))
     if step not in written:
         return names or ["."]
@@ -251,18 +253,37 @@ def _foreign(path: Path, step: int) -> list[str]:
 def interrupted_settings(path: Path) -> dict[str, Any]:
     """The settings, by dotted keys, of a run in this folder that is not finished; empty if there is none."""
     try:
-        found = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        content = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return {}
-    return {} if is_finished(path) or not isinstance(found, dict) else settings.flatten(found)
+    return {} if is_finished(path) or not isinstance(content, dict) else settings.flatten(content)
 
 
 def is_finished(path: Path) -> bool:
     return (path / "result.json").exists()
 
 
+class PageError(RuntimeError):
+    """Failure to write the page of a finished run, of which nothing else is lost; its cause is what went wrong."""
+
+    def __init__(self, run: Path, write: Callable[..., Any], cause: Exception) -> None:
+        code = f"from {write.__module__} import {write.__name__} as write; write({str(run)!r})"
+        self.kept = f"{run}: the run is done and its results are kept, but its page, report.html, could not be written"
+        self.remedy = f"python -c {shlex.quote(code)} writes it"
+        super().__init__(f"{self.kept} ({type(cause).__name__}: {cause}); {self.remedy}")
+
+
+@contextlib.contextmanager
+def page_of(run: Path, write: Callable[..., Any]) -> Iterator[None]:
+    """Let an error of `write`, which makes the page of a finished run, say that the run is whole, and what to do."""
+    try:
+        yield
+    except Exception as error:
+        raise PageError(run, write, error) from error
+
+
 def read_result(path: Path) -> dict[str, Any]:
-    """What a finished run wrote as its result."""
+    """Read what a finished run wrote as its result."""
     result: dict[str, Any] = json.loads((path / "result.json").read_text(encoding="utf-8"))
     return result
 

@@ -1,4 +1,4 @@
-"""What the name of a model means, and whether all of it is there: seen from the files alone.
+"""Tell what the name of a model means, and whether all of it is there: seen from the files alone.
 
 Reads no weights and imports no torch, so that a wrong name is an error at once. `models.load` asks here too.
 """
@@ -36,16 +36,16 @@ def check(name: str | Path, setting: str = "model", kind: Kind = "policy") -> No
         FileNotFoundError: there is no such folder, it holds no model, or the hub does not have it now.
         ValueError: the model is not all there, or of another kind.
     """
-    found = find(name, setting)
-    if found == DEMO:
+    resolved = find(name, setting)
+    if resolved == DEMO:
         if kind == "reward":
             raise ValueError(f"{setting}: {DEMO} is a language model, not a reward model; {_reward_advice(name)}")
         return
-    if not Path(found).is_dir():
-        require_reachable(found, setting)
+    if not Path(resolved).is_dir():
+        require_reachable(resolved, setting)
         return
-    require_whole(Path(found), setting)
-    said = _kind(Path(found))
+    require_whole(Path(resolved), setting)
+    said = _kind(Path(resolved))
     if kind == "reward" and said == "policy":
         raise ValueError(f"{setting}: {name} is a language model, not a reward model; {_reward_advice(name)}")
     if kind == "policy" and said == "reward":
@@ -169,12 +169,12 @@ def _outcome(path: Path) -> Path | None:
         name = json.loads((path / "result.json").read_text(encoding="utf-8"))["checkpoint"]
     except (OSError, ValueError, KeyError, TypeError):  # no run, one that is not finished, or of an older version
         return None
-    found = path / "checkpoints" / str(name)
-    return found if _STEP.fullmatch(found.name) and is_checkpoint(found) else None
+    checkpoint = path / "checkpoints" / str(name)
+    return checkpoint if _STEP.fullmatch(checkpoint.name) and is_checkpoint(checkpoint) else None
 
 
 def _no_model(path: Path) -> str:
-    """What is wrong with a folder that is there."""
+    """Say what is wrong with a folder that exists."""
     if not any(path.iterdir()):
         return f"the folder {path} is empty; {EXPECTED}"
     if (path / "config.yaml").exists() and not (path / "result.json").exists() and not _models_in(path):
@@ -194,7 +194,7 @@ def _models_in(path: Path) -> list[str]:
 
 
 def _is_path(name: str | Path) -> bool:
-    """Whether a name that is no folder was meant as one, and not as a hub name."""
+    """Return whether a name that is no folder was meant as one, and not as a hub name."""
     text = str(name)
     if isinstance(name, Path) or text.startswith((".", "/", "~", "runs/")) or "\\" in text or text.endswith("/"):
         return True
@@ -202,7 +202,7 @@ def _is_path(name: str | Path) -> bool:
 
 
 def _nearest(path: Path) -> str:
-    """What is there in place of a folder that is not."""
+    """Say what exists in place of a missing folder."""
     parent = next(parent for parent in path.absolute().parents if parent.is_dir())
     if parent != path.absolute().parent:
         return f" (nor {path.absolute().parent})"
@@ -222,7 +222,7 @@ def _listed(names: Iterable[str], most: int = 5) -> str:
 
 
 def _kind(folder: Path) -> Kind | None:
-    """What a checkpoint says that it is; None when it does not say."""
+    """Read what a checkpoint says that it is; None when it does not say."""
     if (folder / "adapter_config.json").exists():
         return {"SEQ_CLS": "reward", "CAUSAL_LM": "policy"}.get(  # type: ignore[return-value]
             str(_json(folder / "adapter_config.json", "model").get("task_type"))
@@ -235,7 +235,7 @@ def _kind(folder: Path) -> Kind | None:
 
 
 def _reward_advice(name: str | Path) -> str:
-    """What to give in place of a language model that was named as a reward."""
+    """Say what to give in place of a language model that was named as a reward."""
     parent = Path(name).expanduser().parent
     others = [parent / other for other in _models_in(parent)]
     if rewards := [other for other in others if is_reward(other)]:
@@ -247,7 +247,7 @@ def _reward_advice(name: str | Path) -> str:
 
 
 def is_reward(name: str | Path) -> bool:
-    """Whether a name is that of a reward model, as far as its files say."""
+    """Return whether a name is that of a reward model, as far as its files say."""
     try:
         return _kind(Path(find(name))) == "reward"
     except (OSError, ValueError):  # damaged, and not what was asked about
@@ -256,12 +256,12 @@ def is_reward(name: str | Path) -> bool:
 
 def _json(file: Path, setting: str) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(_unreadable(file.parent, setting, f"{file.name}: {error}")) from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ValueError(_unreadable(file.parent, setting, f"{file.name} holds no object {{...}}"))
-    return found
+    return content
 
 
 def _unreadable(folder: Path, setting: str, reason: str) -> str:
@@ -269,7 +269,7 @@ def _unreadable(folder: Path, setting: str, reason: str) -> str:
 
 
 def _fault(file: Path) -> str:
-    """What is wrong with a safetensors file by its length and its header, empty for nothing."""
+    """Say what is wrong with a safetensors file by its length and its header, empty for nothing."""
     size = file.stat().st_size
     with open(file, "rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
@@ -300,31 +300,31 @@ def _endpoint() -> str:
 
 
 def _uses_proxy() -> bool:
-    """Then a connection of one's own says nothing."""
+    """Return whether a proxy is used, in which case a connection of one's own says nothing."""
     return any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
 
 
 @functools.cache
 def _unreachable(endpoint: str) -> str | None:
-    """Why the hub takes no connection, None if it does. In a thread, for looking up its address has no time limit."""
-    parts, found = urlsplit(endpoint), ["no answer"]
+    """Say why the hub takes no connection, None if it does. In a thread: looking up an address has no time limit."""
+    parts, reasons = urlsplit(endpoint), ["no answer"]
     address = parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)
 
     def connect() -> None:
         try:
             socket.create_connection(address, HUB_SECONDS).close()
-            found.clear()
+            reasons.clear()
         except OSError as error:
-            found[:] = [error.strerror or str(error)]
+            reasons[:] = [error.strerror or str(error)]
 
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(HUB_SECONDS)
-    return found[0] if found else None
+    return reasons[0] if reasons else None
 
 
 def _is_cached(name: str) -> bool:
-    """Whether a snapshot of a hub's model with a config is in the cache."""
+    """Return whether a snapshot of a hub's model with a config is in the cache."""
     home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
     cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
     snapshots = cache / f"models--{name.replace('/', '--')}" / "snapshots"

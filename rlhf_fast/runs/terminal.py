@@ -1,4 +1,4 @@
-"""What a person sees of a run while it goes on: a progress line, and on a terminal a table that grows by a row."""
+"""Show a run while it goes on: a progress line, and on a terminal a table that grows by a row."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from rlhf_fast.runs.metric_names import words_of
+
 # Columns of the table, of which a run shows those that it has, and their format.
 COLUMNS = {
     "loss": ".4f", "heldout_loss": ".4f", "heldout_perplexity": ".2f", "heldout_accuracy": ".3f", "score": ".3f",
@@ -16,7 +18,6 @@ COLUMNS = {
     "grad_norm": ".2f", "lr": ".1e", "seconds_rollout": ".1f", "seconds_scoring": ".1f", "seconds_training": ".1f",
     "decode_roofline": ".0%", "training_utilisation": ".0%", "busy": ".0%",
 }  # fmt: skip
-WORDS = {"heldout": "held-out", "grad": "gradient"}  # of a name, where they are others in a heading
 OF_STEP, NARROWEST = 6, 9  # characters of the first column, and of the others at least: -123.4560 has as many
 
 
@@ -39,7 +40,7 @@ def bar_updater(bar: tqdm[Any]) -> Callable[[int, int], None]:
 
 
 def printable(text: str) -> str:
-    """Without what a terminal would obey."""
+    """Drop what a terminal would obey from a text."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
@@ -87,7 +88,7 @@ def columns_that_fit(names: list[str], width: int) -> list[str]:
 
 def heading(columns: list[str]) -> list[str]:
     """The lines above a table, one word of each column's name in each; the last words stand in the last line."""
-    words = [["step"], *map(_words, columns)]
+    words = [["step"], *map(words_of, columns)]
     lines = max(map(len, words))
     padded = [[""] * (lines - len(each)) + each for each in words]
     return [table_line(list(cells), columns) for cells in zip(*padded, strict=True)]
@@ -95,10 +96,6 @@ def heading(columns: list[str]) -> list[str]:
 
 def table_line(cells: list[str], columns: list[str]) -> str:
     """Cells on the right of their columns, of which the first is the step's; one that is too long is not cut."""
-    widths = [OF_STEP, *(max(NARROWEST, *map(len, _words(name))) for name in columns)]
+    widths = [OF_STEP, *(max(NARROWEST, *map(len, words_of(name))) for name in columns)]
     cells = cells + [""] * (len(widths) - len(cells))
     return " ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
-
-
-def _words(name: str) -> list[str]:
-    return [WORDS.get(word, word) for word in name.split("_")]

@@ -21,7 +21,7 @@ class Tracker(Protocol):
 
 
 def open_trackers(names: tuple[str, ...], path: Path, config_yaml: str) -> list[Tracker]:
-    """Those of the names tensorboard, wandb and trackio, for the run in `path`; an interrupted run goes on there.
+    """Open the trackers named, of tensorboard, wandb and trackio, for the run in `path`; an interrupted run goes on.
 
     Raises:
         ModuleNotFoundError: one that is not installed; says how to install it.
@@ -98,5 +98,5 @@ def _missing(package: str) -> ModuleNotFoundError:
 
 
 def _code(text: str) -> str:
-    """As Markdown that shows the text as it is, whatever is in it."""
+    """Quote a text as Markdown that shows it as it is, whatever is in it."""
     return "\n".join(f"    {line}" for line in text.splitlines())

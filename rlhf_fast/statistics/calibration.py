@@ -1,4 +1,4 @@
-"""How far probabilities can be taken at their word, with numpy alone."""
+"""Measure how far probabilities can be taken at their word, with numpy alone."""
 
 from __future__ import annotations
 

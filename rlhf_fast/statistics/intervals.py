@@ -112,8 +112,8 @@ def wilson(right: float, of: int, level: float = 0.95) -> Interval:
 
 
 def t_quantile(p: float, degrees: int) -> float:
-    """Of Student's distribution, for p above one half; to 1 % from 3 degrees on (Abramowitz and Stegun 26.7.5), and
-    exact for 1 and 2."""
+    """Return a quantile of Student's distribution, for p above one half; to 1 % from 3 degrees on (Abramowitz and
+    Stegun 26.7.5), and exact for 1 and 2."""
     if degrees == 1:
         return math.tan(math.pi * (p - 0.5))
     if degrees == 2:

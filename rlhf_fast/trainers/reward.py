@@ -272,7 +272,7 @@ class RewardTrainer:
         return report
 
     def _alone(self, examples: list[Example]) -> dict[str, float]:
-        """How far the score of a text by itself is from that in a batch, in deviations of the scores."""
+        """Measure how far the score of a text by itself is from that in a batch, in deviations of the scores."""
         by_length = sorted(range(len(examples)), key=lambda i: len(examples[i]))
         some = sorted({by_length[i] for i in np.linspace(0, len(examples) - 1, TEXTS_ALONE).round().astype(int)})
         alone = torch.cat([self._scores([examples[i]]) for i in some])
@@ -337,7 +337,7 @@ class RewardTrainer:
 
 
 def poisson_weight(seed: int, head: int, prompt: tuple[int, ...], pair: tuple[tuple[int, ...], ...] = ()) -> int:
-    """How often a prompt, or a pair of its responses, is in a head's resample: Poisson of mean 1, which is the
+    """Draw how often a prompt, or a pair of its responses, is in a head's resample: Poisson of mean 1, which is the
     bootstrap in the limit, by a hash of what it depends on alone. So it is the same in every epoch, order and
     micro-batch."""
     key = repr((seed, head, prompt, *pair)).encode()

@@ -165,7 +165,7 @@ class SFTTrainer:
 
 
 def _warn_of_many(demonstrations: list[Encoded]) -> None:
-    """Of conversations that are read once for each answer: right, but slower than they might be."""
+    """Warn of conversations that are read once for each answer: right, but slower than they might be."""
     several = sum(len(conversations) > 1 for conversations in demonstrations)
     if several:
         warnings.warn(

@@ -25,7 +25,7 @@ def test_rows_hold_prompt_then_response_then_zeros(rows: list[Example]) -> None:
     assert batch.input_ids.shape == (len(rows), width)
     assert batch.last.tolist() == [i * width + len(row) - 1 for i, row in enumerate(rows)]
     before = [[i * width + at - 1 for at in range(len(row.prompt), len(row))] for i, row in enumerate(rows)]
-    assert batch.before.tolist() == list(itertools.chain(*before))
+    assert batch.predicted_at.tolist() == list(itertools.chain(*before))
     assert batch.positions is batch.mask is None
     for ids, row in zip(batch.input_ids.tolist(), rows, strict=True):
         assert ids == [*row.prompt, *row.response, *[0] * (width - len(row))]
@@ -39,20 +39,20 @@ def test_response_tokens_are_packed_in_order_between_cu_seqlens(rows: list[Examp
     assert len(edges) == len(rows) + 1 and edges[0] == 0 and edges[-1] == len(batch.response_tokens)
     packed = batch.response_tokens.tolist()
     assert [tuple(packed[a:b]) for a, b in itertools.pairwise(edges)] == [row.response for row in rows]
-    assert torch.equal(batch.input_ids.flatten()[batch.before + 1], batch.response_tokens)
+    assert torch.equal(batch.input_ids.flatten()[batch.predicted_at + 1], batch.response_tokens)
 
 
 @settings(max_examples=80, deadline=None)
 @given(families, st.sampled_from([0, 6, 100]))
 def test_what_each_token_sees_is_its_own_sequence(rows: list[Example], shared: int) -> None:
     """Whatever shares a row: from each response token back, the tokens in sight are its prompt and what it has said."""
-    batch = pad(rows, shared=shared)
+    batch = pad(rows, longest_shared=shared)
     number, width = batch.input_ids.shape
     assert (number, width) == shape(rows, shared)
     positions = torch.arange(width).expand(number, width) if batch.positions is None else batch.positions
     mask = torch.ones(number, 1, width, width, dtype=torch.bool).tril() if batch.mask is None else batch.mask
     assert mask.diagonal(dim1=2, dim2=3).all()  # the padding sees itself: no row of scores is empty
-    ids, places, at = batch.input_ids, batch.before.tolist(), 0
+    ids, places, at = batch.input_ids, batch.predicted_at.tolist(), 0
     for example, last in zip(rows, batch.last.tolist(), strict=True):
         whole = [*example.prompt, *example.response]
         for said in range(len(example.response)):
@@ -97,7 +97,7 @@ def test_an_empty_prompt_is_refused() -> None:
 @given(examples)
 def test_dtypes_are_those_that_the_ops_expect(rows: list[Example]) -> None:
     batch = pad(rows)
-    found = (batch.input_ids, batch.before, batch.last, batch.response_tokens, batch.cu_seqlens)
+    found = (batch.input_ids, batch.predicted_at, batch.last, batch.response_tokens, batch.cu_seqlens)
     assert [tensor.dtype for tensor in found] == [*[torch.int64] * 4, torch.int32]
 
 

@@ -87,8 +87,8 @@ def test_of_conversations_that_part_before_their_last_turn_only_the_assistants_w
         batch = pad([rejected, chosen, rejected])
         ends = batch.cu_seqlens.tolist()
         assert TOKENIZER.decode(batch.response_tokens[ends[1] : ends[2]]) == "answer<eos>last<eos>"
-        before = batch.input_ids.flatten()[batch.before]
-        for place, token in zip(batch.before.tolist(), batch.response_tokens.tolist(), strict=True):
+        before = batch.input_ids.flatten()[batch.predicted_at]
+        for place, token in zip(batch.predicted_at.tolist(), batch.response_tokens.tolist(), strict=True):
             assert batch.input_ids.flatten()[place + 1] == token
         assert len(before) == ends[-1] and batch.input_ids.flatten()[batch.last[1]] == chosen.response[-1]
 
@@ -101,7 +101,7 @@ def test_a_row_of_several_turns_comes_back_from_its_row() -> None:
 
 def test_responses_of_several_turns_share_a_row_with_their_prompt() -> None:
     chosen, rejected = tokenize_comparison(read(**PARTED), TOKENIZER)
-    together, apart = pad([chosen, rejected], shared=100), pad([chosen, rejected])
+    together, apart = pad([chosen, rejected], longest_shared=100), pad([chosen, rejected])
     assert together.input_ids.shape[0] == 1
     assert together.response_tokens.equal(apart.response_tokens) and together.cu_seqlens.equal(apart.cu_seqlens)
 

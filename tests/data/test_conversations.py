@@ -33,10 +33,10 @@ def test_a_batch_holds_each_conversation_once_and_knows_what_is_learned(rows: li
         start = end + 1 - len(row)
         assert tuple(ids[start : end + 1]) == row.input_ids
         learned = [i for i, yes in enumerate(row.loss_mask) if yes]
-        assert batch.before[a:b].tolist() == [start + i - 1 for i in learned]
+        assert batch.predicted_at[a:b].tolist() == [start + i - 1 for i in learned]
         assert batch.response_tokens[a:b].tolist() == [row.input_ids[i] for i in learned]
         assert not packed or batch.positions[0, start : end + 1].tolist() == list(range(len(row)))  # type: ignore[index]
-    assert edges[-1] == len(batch.before) == sum(row.learned for row in rows)
+    assert edges[-1] == len(batch.predicted_at) == sum(row.learned for row in rows)
     assert packed or batch.positions is None
     assert sum(map(bool, ids)) == sum(map(bool, itertools.chain(*(row.input_ids for row in rows))))  # the rest pads
 

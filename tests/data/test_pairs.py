@@ -135,7 +135,7 @@ def test_microbatches_hold_every_group_once_and_whole_within_the_budget(
     batches = microbatches_of_groups(groups, budget, shared)
     assert sorted(id(group) for batch in batches for group in batch) == sorted(id(group) for group in groups)
     for batch in batches:
-        padded = pad(join(batch, "cpu").examples, shared=shared)
+        padded = pad(join(batch, "cpu").examples, longest_shared=shared)
         assert len(batch) == 1 or padded.input_ids.numel() <= budget
 
 

@@ -126,7 +126,7 @@ def test_a_prompt_that_is_read_once_gives_the_same_as_one_for_each_response(fami
     assert longest == (family.sliding_window if family.model_type == "gemma2" else LONGEST_ROW)
 
     def outputs(shared: int) -> tuple[torch.Tensor, ...]:
-        batch = pad(examples, shared=shared)
+        batch = pad(examples, longest_shared=shared)
         assert len(batch.input_ids) == (2 if shared else 4)
         logprobs, entropy = models.response_logprobs(model, batch)
         model.zero_grad()
@@ -171,7 +171,7 @@ def test_a_sequence_longer_than_the_window_keeps_it_beside_others_that_share_a_p
     examples = [ONE_PROMPT[0], ONE_PROMPT[1], Example(tuple(range(20, 40)), (30, 31))]
     with torch.no_grad():
         alone = torch.cat([models.response_states(model, pad([example])) for example in examples])
-        together = models.response_states(model, pad(examples, shared=models.longest_shared(model)))
+        together = models.response_states(model, pad(examples, longest_shared=models.longest_shared(model)))
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
@@ -184,7 +184,7 @@ def test_scores_of_responses_that_share_a_prompt_are_their_own(tiny_folder: Any)
     reward, _ = models.reward_from(tiny_folder, LoRAConfig(r=0))
     with torch.no_grad():
         alone = torch.cat([models.score_last(reward, pad([example])) for example in ONE_PROMPT])
-        together = models.score_last(reward, pad(ONE_PROMPT, shared=models.longest_shared(reward)))
+        together = models.score_last(reward, pad(ONE_PROMPT, longest_shared=models.longest_shared(reward)))
     assert alone.std() > 1e-3
     torch.testing.assert_close(alone, together, rtol=0, atol=1e-5)
 
@@ -200,7 +200,7 @@ def test_the_first_response_token_is_predicted_from_the_last_prompt_token(tiny: 
 
 def test_the_end_token_is_a_response_token_and_padding_is_not() -> None:
     batch = pad([Example((5, 6), (7, 1)), Example((5,), (1,))])
-    assert batch.before.tolist() == [1, 2, 4] and batch.last.tolist() == [3, 5]
+    assert batch.predicted_at.tolist() == [1, 2, 4] and batch.last.tolist() == [3, 5]
     assert batch.response_tokens.tolist() == [7, 1, 1]
     assert batch.cu_seqlens.tolist() == [0, 2, 3]
 
@@ -217,7 +217,7 @@ def test_an_adapter_on_the_output_layer_is_part_of_it(family_config: Callable[..
     check_head(adapted)
     batch = pad(EXAMPLES)
     logprobs, _ = models.response_logprobs(adapted, batch)
-    logits = adapted(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.before]
+    logits = adapted(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.predicted_at]
     exact = torch.log_softmax(logits.double(), -1).gather(-1, batch.response_tokens[:, None])[:, 0]
     torch.testing.assert_close(logprobs, exact.float(), rtol=0, atol=1e-4)
     logprobs.sum().backward()

@@ -100,7 +100,7 @@ def test_ppo_says_at_once_how_long_responses_may_be(tmp_path: Any) -> None:
 def test_padding_takes_no_positions_that_no_sequence_has() -> None:
     """Else a wide row would be one long sequence to a rotation that goes by the longest."""
     examples = [Example((5, 6, 7), response) for response in ((8, 9, 10), (11,), (12, 13))]
-    batch = pad([*examples, Example((5, 6), (7,))], shared=8)
+    batch = pad([*examples, Example((5, 6), (7,))], longest_shared=8)
     assert batch.positions is not None and int(batch.positions.max()) == 5
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rlhf_fast.pages import plots
+from rlhf_fast.cli import errors
+from rlhf_fast.data.comparisons import Comparison
+from rlhf_fast.evaluation import report
+from rlhf_fast.pages import plots, reward_report, run_report
 from rlhf_fast.pages.run_report import write_run_report
-from rlhf_fast.runs.folder import RunFolder
+from rlhf_fast.rewards.measures import people_figures
+from rlhf_fast.runs.folder import PageError, RunFolder
 from tests.evaluation.test_report import HOSTILE, with_plots
 
 
@@ -72,3 +78,47 @@ def test_a_figure_stands_in_one_table(tmp_path: Path) -> None:
     besides = besides.partition("</table>")[0]
     assert "held-out loss" in before_and_after and "held-out" not in besides.lower()
     assert "<td>3</td>" in besides and besides.count("<tr>") == 2  # dropped, and its head
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(run_report, "write_run_report"), (reward_report, "write_reward_report"), (report, "write_report")],
+)
+@pytest.mark.parametrize(
+    ("error", "code", "why"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "report.html"), 1, "no space is left on the disk"),
+        (KeyError("loss"), 70, "a fault of rlhf-fast itself"),
+    ],
+)
+def test_a_run_whose_page_cannot_be_written_is_said_to_be_done(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    module: Any,
+    name: str,
+    error: Exception,
+    code: int,
+    why: str,
+) -> None:
+    """Its results are kept, and the command that is told writes the page once that is possible."""
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(plots, "available", lambda: False)
+    run = finished(tmp_path / "it's a run")
+    unmeasured = {"verdict": "not measured", "notes": [], "people": people_figures([Comparison("q", "a", "b")])}
+    (run / "reward_report.json").write_text(json.dumps(unmeasured))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_atomic", fail)
+        with pytest.raises(PageError) as raised:
+            getattr(module, name)(run)
+    message, exit_code = errors.explained(raised.value, "sft")
+    start = f"{run}: the run is done and its results are kept, but its page, report.html, could not be written"
+    assert message.startswith(f"{start}: ") and why in message and exit_code == code
+    assert str(raised.value).startswith(f"{start} ({type(error).__name__}: ")
+    assert not (run / "report.html").exists() and (run / "result.json").exists()
+    python, flag, program = shlex.split(message[message.index("python -c ") :].removesuffix(" writes it"))
+    assert (python, flag) == ("python", "-c")
+    exec(program)
+    assert "<h1>" in (run / "report.html").read_text()

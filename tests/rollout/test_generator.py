@@ -110,8 +110,8 @@ def test_packed_rollouts_are_consistent(lively: tuple[Any, Any]) -> None:
     assert [list(example.prompt) for example in rollouts.examples()] == PROMPTS
     padded, batch = rollouts.to_padded(), pad(rollouts.examples())
     assert torch.equal(padded["input_ids"], batch.input_ids)
-    assert torch.equal(padded["response_mask"].flatten().nonzero()[:, 0], batch.before + 1)
-    assert torch.equal(padded["logprobs"].flatten()[batch.before + 1], rollouts.logprobs[rollouts.response_mask])
+    assert torch.equal(padded["response_mask"].flatten().nonzero()[:, 0], batch.predicted_at + 1)
+    assert torch.equal(padded["logprobs"].flatten()[batch.predicted_at + 1], rollouts.logprobs[rollouts.response_mask])
 
 
 def test_values_are_those_of_the_states_that_tokens_were_drawn_from(lively: tuple[Any, Any]) -> None:

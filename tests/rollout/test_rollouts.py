@@ -45,7 +45,7 @@ def test_padded_rollouts_are_the_batch_that_training_makes_of_their_examples() -
     rollouts = packed(EXAMPLES)
     padded, batch = rollouts.to_padded(), pad(rollouts.examples())
     assert torch.equal(padded["input_ids"], batch.input_ids)
-    assert torch.equal(padded["response_mask"].flatten().nonzero()[:, 0], batch.before + 1)
+    assert torch.equal(padded["response_mask"].flatten().nonzero()[:, 0], batch.predicted_at + 1)
     attended = padded["attention_mask"]
     assert torch.equal(attended.flatten().nonzero()[attended.sum(-1).cumsum(0) - 1, 0], batch.last)
     assert torch.equal(rollouts.input_ids[rollouts.response_mask], batch.response_tokens)

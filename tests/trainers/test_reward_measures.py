@@ -20,7 +20,7 @@ from rlhf_fast.rewards.measures import (
     histogram,
     judge,
     measure,
-    of_people,
+    people_figures,
     ranges,
 )
 from rlhf_fast.statistics.intervals import Interval, clustered_share
@@ -150,7 +150,7 @@ def test_agreement_is_of_different_named_annotators_on_the_same_pair() -> None:
         vote("q", "a", "c", "eva"), vote("q", "a", "c", "eva"), vote("q", "c", "a", "eva"),  # herself: 1 of 3
         vote("r", "a", "b", ""), vote("r", "b", "a", ""), vote("r", "a", "b", "eva"),  # nobody knows who
     ]  # fmt: skip
-    found = of_people(votes)
+    found = people_figures(votes)
     assert found["pairs_judged_by_several"] == 2
     assert found["agreement"]["mean"] == 0.5 and found["agreement"]["low"] is not None
     assert found["with_themselves"] == {"mean": pytest.approx(1 / 3), "low": None, "high": None}
@@ -161,13 +161,13 @@ def test_the_reach_is_what_a_model_of_the_majority_gets_of_single_votes() -> Non
     """All pairs alike: two of three people would say the same; the ends of the interval then follow by arithmetic."""
     votes = [vote(f"p{i}", "a", "b", "eva") for i in range(20)]
     votes += [vote(f"p{i}", *(("a", "b") if i < 15 else ("b", "a")), "tom") for i in range(20)]
-    low, high = of_people(votes)["reach"]
+    low, high = people_figures(votes)["reach"]
     assert low == 0.75 and high == pytest.approx((1 + math.sqrt(0.5)) / 2)
     assert high**2 + (1 - high) ** 2 == pytest.approx(0.75)  # two votes for the likelier side, or two against
 
 
 def test_nothing_is_known_of_people_when_no_pair_was_judged_twice() -> None:
-    found = of_people([vote("p", "a", "b", "eva"), vote("p", "a", "c", "tom")])
+    found = people_figures([vote("p", "a", "b", "eva"), vote("p", "a", "c", "tom")])
     assert (found["agreement"], found["with_themselves"], found["reach"]) == (None, None, None)
     assert found["pairs_judged_by_several"] == 0 and found["contradictory"] == 0.0
 

@@ -34,7 +34,7 @@ def test_dpo_sums_what_the_assistant_says(loss: Any, tiny_folder: Path, tmp_path
     assert any(example.own for example in examples)
     with torch.no_grad():
         for shared in (0, 1000):
-            together = dpo._logprobs(pad(examples, shared=shared))
+            together = dpo._logprobs(pad(examples, longest_shared=shared))
             for example, found in zip(examples, together, strict=True):
                 ids = torch.tensor([[*example.prompt, *example.response]])
                 table = torch.log_softmax(dpo.model(input_ids=ids).logits[0].double(), -1)

@@ -1,4 +1,4 @@
-"""Every op in plain PyTorch: the definition that all other backends are held against.
+"""Definitions of every op in plain PyTorch, which all other backends are held against.
 
 One file a family of ops. Written to be read beside the papers, not to be fast. Three rules hold throughout:
 

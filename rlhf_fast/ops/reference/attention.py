@@ -20,7 +20,7 @@ def paged_attention(
     window: int = 0,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """One sequence at a time: its blocks side by side, then softmax over all that each query may see."""
+    """Attend one sequence at a time: its blocks side by side, then softmax over all that each query may see."""
     scale = query.shape[2] ** -0.5 if scale is None else scale
     out = torch.empty_like(query, memory_format=torch.contiguous_format)  # (N, heads, dim)
     block_size, dim = cache.block_size, cache.dim

@@ -1,4 +1,4 @@
-"""What the definitions share: masks, means, sequences."""
+"""Parts that the definitions share: masks, means, sequences."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from rlhf_fast.ops.reference.kl import kl_estimate
 def aggregate(
     x: Tensor, mask: Tensor, cu_seqlens: Tensor | None, aggregation: str, denominator: float | Tensor | None
 ) -> Tensor:
-    """One number from per-token x: over all tokens, or over sequences (those with an unmasked token) of mean or sum."""
+    """Reduce per-token x to one number: over all tokens, or over sequences (with an unmasked token) of mean or sum."""
     if aggregation == "token_mean":
         return divide(keep(x, mask).sum(), mask.sum(), denominator)
     per_sequence = sequence_sum(x, mask, cu_seqlens)  # (B,)
@@ -27,7 +27,7 @@ def aggregate(
 
 
 def sequence_log_ratio(log_ratio: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Each token's value is the mean over its sequence's unmasked tokens, its gradient its own (GSPO-token)."""
+    """Give each token the mean over its sequence's unmasked tokens as value, and its own gradient (GSPO-token)."""
     lengths = sequence_sum(mask.to(log_ratio.dtype), None, cu_seqlens)  # (B,)
     means = sequence_sum(log_ratio.detach(), mask, cu_seqlens) / lengths.clamp(min=1)
     if cu_seqlens is None:

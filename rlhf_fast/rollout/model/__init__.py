@@ -1,1 +1,1 @@
-"""How a transformers model computes a step of generation."""
+"""Compute a step of generation by a model of transformers."""

@@ -22,7 +22,7 @@ NAME = "rlhf_fast_paged"
 
 @dataclass(frozen=True)
 class Options:
-    """What the attention of a layer is called with, besides its tensors."""
+    """Arguments that the attention of a layer is called with, besides its tensors."""
 
     scale: float | None
     softcap: float
@@ -32,7 +32,7 @@ class Options:
 
 @dataclass
 class Step:
-    """What the attention of every layer needs to know of one forward pass."""
+    """State that the attention of every layer needs to know of one forward pass."""
 
     caches: dict[int, KVCache]  # by layer
     batch: PagedBatch
@@ -103,6 +103,6 @@ AttentionInterface.register(NAME, attend)
 
 @contextlib.contextmanager
 def paged(model: nn.Module) -> Iterator[None]:
-    """Let a model use this attention, without dropout; afterwards every config and module is as it was."""
+    """Attend from blocks within this context, without dropout; afterwards every config and module is as it was."""
     with attending_by(model, NAME), evaluating(model):
         yield

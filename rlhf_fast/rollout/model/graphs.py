@@ -24,7 +24,7 @@ SIZES = sorted({size << shift for size in (1, 3) for shift in range(14)})
 
 
 class Size(NamedTuple):
-    """What a recording is for."""
+    """Size of the steps that a recording is for."""
 
     sequences: int
     blocks: int

@@ -31,7 +31,7 @@ Options = dict[int, attention.Options]  # those that the attention of each layer
 
 
 def compiled_for(states: torch.Tensor) -> bool:
-    """Whether the kernels of these layers serve states such as these."""
+    """Return whether the kernels of these layers serve states such as these."""
     return compiled.cpu is not None and states.device.type == "cpu" and states.dtype == torch.float32
 
 
@@ -45,11 +45,11 @@ def replaced(model: nn.Module, kinds: tuple[str, ...], options: Options) -> Iter
         for module in model.modules():  # a layer comes before what is in it
             if module in inside or module in listened:
                 continue
-            found = next((f for kind in kinds if (f := _FASTER[kind](module, options)) is not None), None)
-            if found is not None:
-                module.forward = found
+            forward = next((f for kind in kinds if (f := _FASTER[kind](module, options)) is not None), None)
+            if forward is not None:
+                module.forward = forward
                 done.append(module)
-                inside |= {one for one in module.modules() if not _is_norm(one)}
+                inside |= {inner for inner in module.modules() if not _is_norm(inner)}
         yield
     finally:
         for module in done:
@@ -59,12 +59,12 @@ def replaced(model: nn.Module, kinds: tuple[str, ...], options: Options) -> Iter
 def _listened(model: nn.Module) -> set[nn.Module]:
     """Modules that cannot be replaced, since hooks of what is in them would not fire, or somebody else has replaced
     them."""
-    found: set[nn.Module] = set()
+    modules: set[nn.Module] = set()
     for module in model.modules():
-        inside = [one for one in module.modules() if one is not module and heard(one)]
+        inside = [inner for inner in module.modules() if inner is not module and heard(inner)]
         if inside or "forward" in vars(module):
-            found.add(module)
-    return found
+            modules.add(module)
+    return modules
 
 
 def head(model: Model) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -76,10 +76,10 @@ def head(model: Model) -> Callable[[torch.Tensor], torch.Tensor]:
     product = Linear([Weight(of.weight, of.bias, of.lora)])
 
     def logits(hidden: torch.Tensor) -> torch.Tensor:
-        found = product(hidden.to(of.weight.dtype))[0]  # of a trunk that may be narrower
+        logits = product(hidden.to(of.weight.dtype))[0]  # of a trunk that may be narrower
         if of.logit_scale != 1.0:
-            found *= of.logit_scale
-        return of.softcap * torch.tanh(found / of.softcap) if of.softcap else found
+            logits *= of.logit_scale
+        return of.softcap * torch.tanh(logits / of.softcap) if of.softcap else logits
 
     return logits
 
@@ -93,9 +93,9 @@ def _is_plain(x: torch.Tensor | None = None) -> bool:
 
 
 def _weights(module: Any, *names: str) -> list[Weight] | None:
-    """What the linear layers of these names multiply by, or None if one is no plain linear layer."""
-    found = [_weight(getattr(module, name, None)) for name in names]
-    return None if None in found else found  # type: ignore[return-value]
+    """Return what the linear layers of these names multiply by, or None if one is no plain linear layer."""
+    weights = [_weight(getattr(module, name, None)) for name in names]
+    return None if None in weights else weights  # type: ignore[return-value]
 
 
 def _weight(layer: Any) -> Weight | None:

@@ -1,4 +1,4 @@
-"""Whether a model can be served from blocks of keys and values, and by which of the faster layers: by trying."""
+"""Probe whether a model can be served from blocks of keys and values, and by which of the faster layers: by trying."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FAR = 4096  # where the second one stands in a model that does not say how many 
 
 @dataclass(frozen=True)
 class Served:
-    """How a model is served."""
+    """Ways in which a model is served."""
 
     caches: dict[int, tuple[int, int, torch.Tensor]]  # each layer's kv heads, dim, and a tensor of its dtype
     options: dict[int, attention.Options]  # each layer's attention
@@ -33,7 +33,7 @@ class Served:
 
     @property
     def bytes_per_token(self) -> int:
-        """Of keys and values, in all layers."""
+        """Count the bytes of a token's keys and values, in all layers."""
         return sum(2 * heads * -(-dim // 16) * 16 * like.itemsize for heads, dim, like in self.caches.values())
 
 
@@ -95,7 +95,7 @@ class _Rows:
 def _faster(
     inner: Any, rows: _Rows, want: torch.Tensor, options: dict[int, Any], calls: torch_layers.Calls
 ) -> tuple[str, ...]:
-    """As many kinds of faster layers as give the same states; the most particular is the first to go."""
+    """Find as many kinds of faster layers as give the same states; the most particular is the first to go."""
     with attention.paged(inner):
         kinds = layers.KINDS if layers.compiled_for(want) else torch_layers.that_serve(calls, options)
     for count in range(len(kinds), 0, -1):

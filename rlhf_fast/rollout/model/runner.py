@@ -95,7 +95,7 @@ class ModelRunner:
         return (*fingerprint(self.model), *self._operations())
 
     def _operations(self) -> tuple[Any, ...]:
-        """Where weights are, and which adapters are used: what does not change when they are trained."""
+        """Describe where weights are, and which adapters are used: what does not change when they are trained."""
         return (*(p.data_ptr() for p in self.model.parameters()), *uses_of_adapters(self.inner))
 
     def _forward(self, step: Placed) -> torch.Tensor:

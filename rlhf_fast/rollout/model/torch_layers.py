@@ -92,15 +92,15 @@ def _serves(
     own = copy.deepcopy(module).float()
     ours = KINDS[kind](own, options)
     assert ours is not None
-    found = []
+    outputs = []
     with contextlib.suppress(ValueError, TypeError, AttributeError, RuntimeError, IndexError):  # not that layer
         for forward in (own, ours):
             with attention.using(attention.Step({}, step.batch, step.slots, step.new_cache, step.windows)):
                 out = forward(*_float(args), **_float(kwargs))
-            found.append(out[0] if isinstance(out, tuple) else out)
-    if len(found) < 2 or found[0].shape != found[1].shape:
+            outputs.append(out[0] if isinstance(out, tuple) else out)
+    if len(outputs) < 2 or outputs[0].shape != outputs[1].shape:
         return False
-    return torch.allclose(found[1], found[0], rtol=0, atol=1e-4 * float(found[0].abs().max()))
+    return torch.allclose(outputs[1], outputs[0], rtol=0, atol=1e-4 * float(outputs[0].abs().max()))
 
 
 def _float(x: Any) -> Any:
@@ -108,5 +108,5 @@ def _float(x: Any) -> Any:
     if isinstance(x, torch.Tensor):
         return x.float() if x.is_floating_point() else x
     if isinstance(x, tuple | list):
-        return tuple(_float(one) for one in x)
-    return {key: _float(one) for key, one in x.items()} if isinstance(x, dict) else x
+        return tuple(_float(each) for each in x)
+    return {key: _float(each) for key, each in x.items()} if isinstance(x, dict) else x

@@ -1,1 +1,1 @@
-"""What all trainers share."""
+"""Loop that all trainers share."""

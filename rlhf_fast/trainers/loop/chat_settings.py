@@ -16,7 +16,7 @@ Config = TypeVar("Config", SFTConfig, RewardConfig, DPOConfig, PPOConfig)
 
 
 def use_settings(config: Config, phase: str, out: str | Path, tokenizer: Any, others: Iterable[Any] = ()) -> Config:
-    """Let a tokenizer render conversations as `config` says; returns it with the day that the run's templates are told.
+    """Set a tokenizer to render as `config` says; return the config with the day that the run's templates are told.
 
     That is the day on which the run in `out` began, so that it goes on after midnight with the same tokens.
 

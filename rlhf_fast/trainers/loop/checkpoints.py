@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are kept: the last few and the best."""
+"""Keep the last few checkpoints of a run and the best."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long a trainer's rows may be: as its settings and its model say."""
+"""Limit how long a trainer's rows may be: as its settings and its model say."""
 
 from __future__ import annotations
 

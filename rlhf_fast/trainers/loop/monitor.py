@@ -20,7 +20,7 @@ from rlhf_fast.trainers.loop.state import Stateful
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a run, as a monitor sees it: a copy, through which nothing can be changed."""
+    """Record of one step of a run, as a monitor sees it: a copy, through which nothing can be changed."""
 
     phase: str  # sft, reward, dpo or ppo
     step: int  # that was done, from 1
@@ -59,7 +59,7 @@ class Monitor(Protocol):
 
 
 class Answers(NamedTuple):
-    """What all monitors said of one step."""
+    """Answers of all monitors to one step."""
 
     told: list[str]  # lines for the terminal
     save: bool
@@ -88,7 +88,7 @@ class Monitors:
 
     @property
     def stateful(self) -> dict[str, Stateful]:
-        """What must come back when a run goes on, by name."""
+        """Return what must come back when a run goes on, by name."""
         return {f"monitor {name}": _State(name, m) for name, m in self.named.items() if hasattr(m, "state_dict")}
 
     def after(self, run: RunFolder, n: int, steps: int, row: dict[str, float], checkpoints: Sequence[int]) -> Answers:

@@ -30,7 +30,7 @@ class Optimizer:
 
     @property
     def lr(self) -> float:
-        """Of the next step."""
+        """Return the learning rate of the next step."""
         return self.config.lr * self.factor(self.steps)
 
     def step(self, loss: float = 0.0) -> float:

@@ -1,4 +1,4 @@
-"""How every trainer begins: with all that can be refused before a model is loaded, which takes longest."""
+"""Refuse, before a model is loaded, which takes longest, all that can be refused before."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def begin(
         OSError, TypeError, ValueError: one of them cannot be used; says which, and what to do.
     """
     Monitors(monitors)
-    found, out = settings.given(cls, config), Path(inputs["out"])
+    read, out = settings.given(cls, config), Path(inputs["out"])
     inputs = {name: value for name, value in inputs.items() if value is not None}
-    described = settings.run_yaml(phase, found, **inputs)
+    described = settings.run_yaml(phase, read, **inputs)
     # Which day templates are told is known once a tokenizer is there.
-    check_folder(out, phase, described, found.run.trackers, but=(f"{phase}.date",))
-    require_template(found.chat_template)
-    return found, inputs
+    check_folder(out, phase, described, read.run.trackers, but=(f"{phase}.date",))
+    require_template(read.chat_template)
+    return read, inputs

@@ -1,4 +1,4 @@
-"""What an interrupted run goes on from: weights, optimiser, schedule and step, kept now and then, whole or not at all.
+"""State that an interrupted run goes on from: weights, optimiser, schedule, step; kept now and then, whole or not.
 
 All that is random in a trainer is drawn anew from (seed, step), and no response depends on what was sampled before it.
 So these alone decide how a run goes on: to the bit as if it had not been interrupted.
@@ -36,7 +36,7 @@ FIELDS = "fields:"  # begins a digest of records by their fields
 
 
 class Stateful(Protocol):
-    """What can be kept as JSON."""
+    """Something that can be kept as JSON."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -141,12 +141,12 @@ class TrainState:
         self.step = step
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        found: dict[str, torch.Tensor] = {}
+        tensors: dict[str, torch.Tensor] = {}
         for i, parameter in enumerate(self.optimizer.masters):
-            found[f"{i}.weight"] = parameter.detach().contiguous()
+            tensors[f"{i}.weight"] = parameter.detach().contiguous()
             for name, value in self.optimizer.adam.state.get(parameter, {}).items():
-                found[f"{i}.{name}"] = value.contiguous()
-        return found
+                tensors[f"{i}.{name}"] = value.contiguous()
+        return tensors
 
     @torch.no_grad()
     def _set(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -200,12 +200,12 @@ class Data:
         return FIELDS + _hashed(map(_told, self.items))
 
     def kept_as(self, kept: str) -> bool:
-        """Whether these records are those of a digest, which earlier versions made of their reprs."""
+        """Return whether these records are those of a digest, which earlier versions made of their reprs."""
         return kept == (self.digest if kept.startswith(FIELDS) else _hashed(map(repr, self.items)))
 
 
 def _told(item: Any) -> str:
-    """All that a record holds, the same in every process."""
+    """Write all that a record holds, the same in every process."""
     try:
         return json.dumps(item, default=_fields)
     except (TypeError, ValueError):  # keys that JSON has not, or something within itself
@@ -217,7 +217,7 @@ def _without_address(item: Any) -> str:
 
 
 def _fields(item: Any) -> Any:
-    """What JSON does not know, in what it knows."""
+    """Turn what JSON does not know into what it knows."""
     if not dataclasses.is_dataclass(item) or isinstance(item, type):
         return _without_address(item)
     telling = [field for field in dataclasses.fields(item) if field.repr]
@@ -237,6 +237,6 @@ def _hashed(texts: Iterable[str]) -> str:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Of a model's weights, with their names, shapes and dtypes."""
+    """Digest a model's weights, with their names, shapes and dtypes."""
     described = [*((name, x.shape, x.dtype) for name, x in model.named_parameters()), fingerprint(model)]
     return _hashed(map(repr, described))

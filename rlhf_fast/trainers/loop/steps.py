@@ -43,7 +43,7 @@ def run_steps(
     monitors: Sequence[Monitor] = (),
     stateful: dict[str, Stateful] | None = None,
 ) -> Outcome:
-    """Every trainer's loop: from where the run was interrupted (state.py) to its last step.
+    """Run every trainer's loop: from where the run was interrupted (state.py) to its last step.
 
     Args:
         step: does step n and returns its metrics.
@@ -162,7 +162,7 @@ def learn(
     optimizer: Optimizer,
     budget: TokenBudget,
 ) -> Row:
-    """One optimiser step on `batch`; returns its loss and statistics.
+    """Take one optimiser step on `batch`; return its loss and statistics.
 
     `losses()` yields (loss, stats) of each micro-batch, divided by the whole batch's denominator, so that their sums
     are the batch's and micro-batching changes nothing. Where loss or gradient is not finite, the step is skipped and
@@ -186,7 +186,7 @@ def learn(
 
 
 def as_tokens(item: Any) -> list[dict[str, Any]]:
-    """What was trained on, as JSON: an example, all of a group of comparisons, or of a demonstration."""
+    """Write what was trained on as JSON: an example, all of a group of comparisons, or of a demonstration."""
     parts = item if isinstance(item, tuple) else getattr(item, "examples", [item])
     return [dataclasses.asdict(part) for part in parts]
 

@@ -1,4 +1,4 @@
-"""How good each sampled token was: what PPO's loss weighs its log-probabilities by.
+"""Advantages: how good each sampled token was, by which PPO's loss weighs its log-probabilities.
 
 An advantage is given a step's scores and returns a number for every token. The methods are classes of their own names;
 PPOTrainer takes any function with their arguments and results in place of them.
@@ -45,7 +45,7 @@ class AdvantageFunction(Protocol):
 
 
 class Advantage:
-    """What a method needs beside the scores of sampled responses; each method is a class of its own, named for it."""
+    """Needs of a method beside the scores of sampled responses; each method is a class of its own, named for it."""
 
     needs_critic = False  # `Scored.values`
     needs_greedy = False  # `Scored.baselines`
@@ -92,7 +92,7 @@ class DrGRPO(Advantage):
         if kl_coef:
             kl = ops.sequence_sum(scored.kl, cu_seqlens=scored.cu_seqlens).view_as(advantages)  # (G, n)
             advantages = advantages - kl_coef * ops.group_advantages(kl, self.baseline)
-        return Advantages(_of_tokens(advantages.flatten(), scored), None, None)
+        return Advantages(_per_token(advantages.flatten(), scored), None, None)
 
     def _scaled(self, scores: torch.Tensor, scale: str) -> torch.Tensor:
         """Scores (G, n) less their baseline, over a deviation of the group, of the batch or none."""
@@ -125,7 +125,7 @@ class ReinforcePlusPlus(Advantage):
 
     def __call__(self, scored: Scored, kl_coef: float, config: PPOConfig) -> Advantages:
         scores = scored.scores.view(-1, config.samples_per_prompt)  # (G, n)
-        advantages = _of_tokens(ops.group_advantages(scores, "dr_grpo").flatten(), scored)  # (R,)
+        advantages = _per_token(ops.group_advantages(scores, "dr_grpo").flatten(), scored)  # (R,)
         if not kl_coef:
             exact = advantages.double()
             number = torch.full_like(exact.sum(), exact.numel())
@@ -148,7 +148,7 @@ class ReMax(Advantage):
     def __call__(self, scored: Scored, kl_coef: float, config: PPOConfig) -> Advantages:
         assert scored.baselines is not None
         kl = ops.sequence_sum(scored.kl, cu_seqlens=scored.cu_seqlens)  # (B,)
-        return Advantages(_of_tokens(scored.scores - kl_coef * kl - scored.baselines, scored), None, None)
+        return Advantages(_per_token(scored.scores - kl_coef * kl - scored.baselines, scored), None, None)
 
 
 def equal_groups(scores: Sequence[float], size: int) -> list[int]:
@@ -157,7 +157,7 @@ def equal_groups(scores: Sequence[float], size: int) -> list[int]:
     return [g for g, group in enumerate(groups) if len(set(group)) == 1]
 
 
-def _of_tokens(of_responses: torch.Tensor, scored: Scored) -> torch.Tensor:
+def _per_token(of_responses: torch.Tensor, scored: Scored) -> torch.Tensor:
     """(B,) -> (R,)."""
     lengths = scored.cu_seqlens.diff().long()
     return of_responses.repeat_interleave(lengths, output_size=scored.kl.numel())
@@ -174,7 +174,7 @@ ADVANTAGES: dict[str, Advantage] = {  # by the names of `ppo.advantage`
 
 
 class Traits(NamedTuple):
-    """What :class:`Advantage` says of a method."""
+    """Traits of a method, as :class:`Advantage` says them."""
 
     needs_critic: bool
     needs_greedy: bool
@@ -182,6 +182,6 @@ class Traits(NamedTuple):
 
 
 def traits_of(advantage: AdvantageFunction, config: PPOConfig) -> Traits:
-    """What an advantage says of itself; where it says nothing, what the method that `ppo.advantage` names does."""
+    """Ask an advantage for its traits; where it has none, they are those of the method that `ppo.advantage` names."""
     named = ADVANTAGES[config.advantage]
     return Traits(*(getattr(advantage, name, getattr(named, name)) for name in Traits._fields))

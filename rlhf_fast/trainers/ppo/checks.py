@@ -1,4 +1,4 @@
-"""What must hold for a run of PPO to go on: in its first step, whatever the model and the data, and after each."""
+"""Checks that a run of PPO must pass to go on: in its first step, whatever the model and the data, and after each."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
 def check_start(kl: torch.Tensor, dtype: torch.dtype) -> None:
-    """Before the first update the policy is its reference."""
+    """Require that the policy is its reference before the first update."""
     distance = kl.abs().max() if dtype == torch.float32 else kl.abs().mean()
     if not float(distance) <= TOLERANCE[dtype]:
         _raise_if([f"KL to the reference {float(distance):.2e} instead of 0"])
 
 
 def check_first_update(stats: dict[str, float], dtype: torch.dtype) -> None:
-    """In the first update every ratio is 1: a difference means that sampling and training disagree on the model."""
+    """Require that every ratio is 1 in the first update: else sampling and training disagree on the model."""
     wrong = []
     exact = dtype == torch.float32
     for name, expected in (("ratio_mean", 1.0), ("approx_kl", 0.0), *([("ratio_max", 1.0)] if exact else [])):

@@ -28,18 +28,18 @@ class Critic:
 
     @property
     def modules(self) -> list[nn.Module]:
-        """What is trained."""
+        """List what is trained."""
         return [self.head] if self.model is None else [self.head, self.model]
 
     def values(self, batch: Batch, states: torch.Tensor) -> torch.Tensor:
         """(R,), from the policy's states (R, H) if it has none of its own."""
         if self.model is not None:
             states = models.response_states(self.model, batch)
-        found: torch.Tensor = self.head(states.float()).squeeze(-1)
-        return found
+        values: torch.Tensor = self.head(states.float()).squeeze(-1)
+        return values
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What was trained, by name: `weight` and `bias` of the head, and of an own model `model.*`."""
+        """Return what was trained, by name: `weight` and `bias` of the head, and of an own model `model.*`."""
         return {**self.head.state_dict(), **dict(self._own())}
 
     def _own(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -61,8 +61,8 @@ def fresh_head(like: torch.Tensor) -> nn.Linear:
 
 
 def make_critic(kind: str, policy: Model, reward: Any, tokenizer: Any, **options: Any) -> Critic:
-    """As `ppo.critic` says: "shared", "separate" (a copy of the policy, its frozen weights shared), or "reward" (the
-    reward model of the checkpoint `reward`, its normalised score as the first value).
+    """Make the critic of a kind: "shared", "separate" (a copy of the policy, its frozen weights shared), or "reward"
+    (the reward model of the checkpoint `reward`, its normalised score as the first value).
 
     `options` are those of `models.critic_from`.
 

@@ -1,4 +1,4 @@
-"""What a step of PPO learns from: responses with their log-probabilities, values, rewards and advantages."""
+"""Experience that a step of PPO learns from: responses with their log-probabilities, values, rewards and advantages."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Outputs(NamedTuple):
 
 
 class ResponseRewards(NamedTuple):
-    """What each response is rewarded with."""
+    """Rewards of each response."""
 
     raw: Scores  # as the reward gave them
     paid: list[float]  # those within `ppo.reward_clip`, less the penalty for responses that were cut
@@ -99,8 +99,8 @@ class Scorer:
 
     def _outputs(self, batch: Batch) -> list[torch.Tensor]:
         states = models.response_states(self.policy, batch)  # (R, H)
-        found = list(models.response_logprobs(self.policy, batch, self.config.temperature, states))
-        return found if self.critic is None else [*found, self.critic.values(batch, states)]
+        outputs = list(models.response_logprobs(self.policy, batch, self.config.temperature, states))
+        return outputs if self.critic is None else [*outputs, self.critic.values(batch, states)]
 
     def _values(self, batch: Batch) -> torch.Tensor:
         assert self.critic is not None
@@ -114,7 +114,7 @@ class Scorer:
 
 
 def scored_tokens(samples: Sampled, policy: Outputs, reference: Parts, rewards: ResponseRewards) -> Scored:
-    """What an advantage is made of: rewards, values, and the KL of each token to the reference."""
+    """Collect what an advantage is made of: rewards, values, and the KL of each token to the reference."""
     logprobs = torch.cat(policy.logprobs)  # (R,)
     device = logprobs.device
     return Scored(
@@ -128,7 +128,7 @@ def scored_tokens(samples: Sampled, policy: Outputs, reference: Parts, rewards: 
 
 @dataclass(frozen=True)
 class Experience:
-    """One step's samples with all that PPO's loss needs. Lists hold one tensor (response length,) a response."""
+    """Samples of one step with all that PPO's loss needs. Lists hold one tensor (response length,) a response."""
 
     examples: list[Example]
     old_logprobs: Parts  # of the policy that the update starts from
@@ -143,7 +143,7 @@ class Experience:
     def of(
         samples: Sampled, policy: Outputs, reference: Parts, advantages: Advantages, config: PPOConfig
     ) -> Experience:
-        """What the loss needs by these settings.
+        """Collect what the loss needs by these settings.
 
         Raises:
             ValueError: there is a critic, and the advantage says nothing of what its values are to become.

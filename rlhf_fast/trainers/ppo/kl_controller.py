@@ -14,7 +14,7 @@ class KLController:
     horizon: float = 10_000.0  # sequences
 
     def update(self, kl: float, sequences: int) -> None:
-        """After a step over `sequences` sequences whose mean KL was `kl` nats."""
+        """Update after a step over `sequences` sequences whose mean KL was `kl` nats."""
         if self.target is not None:
             error = min(max(kl / self.target - 1.0, -0.2), 0.2)
             self.coef *= 1.0 + error * sequences / self.horizon

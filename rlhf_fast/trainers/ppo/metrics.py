@@ -1,4 +1,4 @@
-"""What a step of PPO tells: of its samples, of its updates, and of the time that it took."""
+"""Metrics of a step of PPO: of its samples, of its updates, and of the time that it took."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class StepMeter:
         self.seconds[f"seconds_{part}"] = self._at - before
 
     def row(self, samples: Sampled, of_samples: Row, of_updates: Row, operations: float) -> Row:
-        """All metrics of the step. `operations`: what all its updates take, in products with weights."""
+        """Join all metrics of the step. `operations`: what all its updates take, in products with weights."""
         row = {**of_samples}
         if samples.statistics is not None:
             row["decode_roofline"] = samples.statistics.roofline(self.limits.read, self.limits.product)
@@ -107,16 +107,16 @@ class StepMeter:
 def mean(updates: Sequence[Row], experience: Experience) -> Row:
     """Statistics averaged over a step's updates, and their number."""
     row = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
-    return {**row, **of_critic(experience), "updates": float(len(updates))}
+    return {**row, **critic_metrics(experience), "updates": float(len(updates))}
 
 
-def of_critic(experience: Experience) -> Row:
-    """Of the values at sampling time: the same for all updates of a step."""
+def critic_metrics(experience: Experience) -> Row:
+    """Measure the values at sampling time: the same for all updates of a step."""
     return {"explained_variance": explained_variance(experience)} if experience.old_values else {}
 
 
 def explained_variance(experience: Experience) -> float:
-    """How much of the returns' variance the values at sampling time explain; 0 when the returns do not vary."""
+    """Measure how much of the returns' variance the values at sampling time explain; 0 when the returns do not vary."""
     returns, values = torch.cat(experience.returns), torch.cat(experience.old_values)
     variance = float(returns.var(correction=0))
     return 1.0 - float((returns - values).var(correction=0)) / variance if variance > 0 else 0.0
@@ -124,8 +124,8 @@ def explained_variance(experience: Experience) -> float:
 
 @torch.no_grad()
 def operations(model: Model, examples: Sequence[Example], shared: bool) -> float:
-    """Of an epoch's training, in products with weights: forward, and backward for states and trained weights. Each
-    token counts once; a prompt that is read once for all its samples (`shared`) too."""
+    """Count the products with weights that an epoch's training takes: forward, and backward for states and trained
+    weights. Each token counts once; a prompt that is read once for all its samples (`shared`) too."""
     prompts = {e.prompt for e in examples} if shared else [e.prompt for e in examples]
     tokens = sum(map(len, prompts)) + sum(len(e.response) for e in examples)
     table = model.get_input_embeddings().weight  # only looked up, unless it is the head, too

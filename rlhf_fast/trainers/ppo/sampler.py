@@ -119,8 +119,8 @@ class Sampler:
         }
 
     def _varied(self, sampled: Sampled, again: int) -> Sampled:
-        """With other prompts in place of those whose responses are all paid alike (dynamic sampling: DAPO,
-        arXiv 2503.14476), as far as there are any that are not in the step."""
+        """Replace the prompts whose responses are all paid alike (dynamic sampling: DAPO, arXiv 2503.14476), as far as
+        any are left that are not in the step."""
         old, n = sampled.scoring.result(), self.config.samples_per_prompt
         drawn = set(map(id, sampled.records))
         others = [p for p in shuffled(self.prompts, (self.config.seed, sampled.step, again)) if id(p) not in drawn]
@@ -171,7 +171,7 @@ class Sampler:
         return self.generator.generate(records, params, on_finish=finished), scoring
 
     def state_dict(self) -> dict[str, Any]:
-        """Of the next step's samples what cannot be computed again, since the weights that drew them are gone."""
+        """Return what cannot be computed again of the next step's samples: the weights that drew them are gone."""
         if self.ahead is None:
             return {}
         groups = [self.ahead.rollouts] + ([self.ahead.greedy[0]] if self.ahead.greedy else [])
@@ -205,12 +205,12 @@ class Sampler:
 
 
 def paid(scores: Sequence[float], finish_reasons: Sequence[str], config: PPOConfig) -> list[float]:
-    """What responses get for their scores: within `ppo.reward_clip`, and less where they did not end by themselves."""
-    found = [min(max(score, -config.reward_clip), config.reward_clip) for score in scores]
+    """Pay responses for their scores: within `ppo.reward_clip`, and less where they did not end by themselves."""
+    rewards = [min(max(score, -config.reward_clip), config.reward_clip) for score in scores]
     for i, reason in enumerate(finish_reasons):
         if reason != "stop":
-            found[i] = (found[i] if config.missing_eos == "subtract" else 0.0) - config.missing_eos_penalty
-    return found
+            rewards[i] = (rewards[i] if config.missing_eos == "subtract" else 0.0) - config.missing_eos_penalty
+    return rewards
 
 
 def _greedy(params: SamplingParams) -> SamplingParams:

@@ -45,7 +45,7 @@ from rlhf_fast.trainers.ppo.checks import KLLimit, check_first_update, check_sta
 from rlhf_fast.trainers.ppo.experience import Experience, Scorer, minibatches, scored_tokens
 from rlhf_fast.trainers.ppo.kl_controller import KLController
 from rlhf_fast.trainers.ppo.loss import Divisor, variant
-from rlhf_fast.trainers.ppo.metrics import SampleMetrics, StepMeter, mean, of_critic, operations
+from rlhf_fast.trainers.ppo.metrics import SampleMetrics, StepMeter, critic_metrics, mean, operations
 from rlhf_fast.trainers.ppo.sampler import Sampler
 
 Loss = Callable[..., tuple[torch.Tensor, Stats]]
@@ -108,8 +108,8 @@ class PPOTrainer:
         self.reward.check([*self.prompts, *self.heldout])
         self.advantage, self.loss = advantage or ADVANTAGES[config.advantage], loss
         self.traits = traits_of(self.advantage, config)
-        found = make_models(loaded, self.tokenizer, reward, config, self.traits.needs_critic)
-        self.model, self.reference, self.critic, self.shared = found
+        made = make_models(loaded, self.tokenizer, reward, config, self.traits.needs_critic)
+        self.model, self.reference, self.critic, self.shared = made
         self.budget = TokenBudget(config.optim.max_tokens_per_microbatch)
         # Values as a by-product of sampling, where they are a head's on the policy's states.
         value_head = self.critic.head if self.critic is not None and self.critic.model is None else None
@@ -149,7 +149,7 @@ class PPOTrainer:
             self.reward.forget()
 
     def step(self, run: RunFolder, step: int) -> Row:
-        """One iteration of PPO (arXiv 1707.06347, algorithm 1); returns its metrics."""
+        """Take one step of PPO (arXiv 1707.06347, algorithm 1); return its metrics."""
         config, kl_coef = self.config, self.kl_controller.coef
         updates: list[Row] = []
         with StepMeter(self.model.device, self.dtype) as meter:
@@ -178,13 +178,13 @@ class PPOTrainer:
         return {**meter.row(samples, row, mean(updates, experience), done), "kl_coef": kl_coef, **meter.busy}
 
     def update(self, run: RunFolder, experience: Experience, rows: list[int], step: int) -> Row:
-        """One optimiser step on the clipped loss of a minibatch, these rows of a step's experience; returns its
+        """Take one optimiser step on the clipped loss of a minibatch, these rows of a step's experience; return its
         statistics."""
         batch = [experience.examples[row] for row in rows]
         warming = step <= self.config.critic_warmup
         row = learn(run, step, batch, lambda: self._losses(experience, rows, warming), self.optimizer, self.budget)
         if self.optimizer.steps == 1:
-            check_first_update({**row, **of_critic(experience)}, self.dtype)
+            check_first_update({**row, **critic_metrics(experience)}, self.dtype)
         return row
 
     def evaluate(self, step: int) -> Row:
@@ -192,7 +192,7 @@ class PPOTrainer:
         return self.sampler.measure(self.heldout)
 
     def _moved_enough(self, updates: list[Row]) -> bool:
-        """Whether a step's updates have moved the policy as far as they may, by the estimator that is never
+        """Return whether a step's updates have moved the policy as far as they may, by the estimator that is never
         negative."""
         limit = self.config.max_update_kl
         return limit is not None and bool(updates) and updates[-1]["approx_kl_k3"] > limit
