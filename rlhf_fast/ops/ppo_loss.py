@@ -116,8 +116,8 @@ def ppo_loss(
             - ratio_mean; clip_fraction and value_clip_fraction (tokens where the clipped side was the larger, in
               "cispo" where the ratio was clipped, in "sapo" none); dual_clip_fraction (where that bound held);
               approx_kl, mean of old - new; approx_kl_k3, mean of r - 1 - log r, both of single tokens;
-              rollout_weight and rollout_clip_fraction (tokens at rollout_cap): means over unmasked tokens, divided by ``denominator``
-              if that is given and aggregation is "token_mean", so that they add up as well;
+              rollout_weight and rollout_clip_fraction (tokens at rollout_cap): means over unmasked tokens, divided by
+              ``denominator`` if that is given and aggregation is "token_mean", so that they add up as well;
             - ratio_max, ratio_min, and ratio_p05 and ratio_p95, the range of all but one in twenty on either side
               (from counts between log-ratios 0, 1/128, 1/64, ... 1/2, interpolated); explained_variance =
               1 - var(R - V) / var(R), 0 when var(R) is 0: of this call.
