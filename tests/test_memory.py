@@ -22,7 +22,6 @@ from rlhf_fast.planning import memory
 from rlhf_fast.planning.memory import LiveBytes, TrainerConfig, predict
 from rlhf_fast.rollout.model.probe import probe
 from rlhf_fast.trainers.loop.optimizer import Optimizer
-from rlhf_fast.trainers.ppo.critic import Critic
 
 LLAMA = LlamaConfig(
     hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -81,18 +80,15 @@ def test_a_pass_without_memory_takes_what_the_same_pass_takes_with_it(
     optim = dataclasses.replace(config.optim, checkpointing=checkpointing, max_tokens_per_microbatch=256)
     config = dataclasses.replace(config, optim=optim, max_length=64)
     predicted = predict(config, shape).phases["training"]
-    torch.manual_seed(0)
-    model = with_memory(config, shape)
-    if checkpointing:
-        models.recompute_activations(model)
-    critic = Critic(torch.nn.Linear(64, 1)) if isinstance(config, PPOConfig) else None
-    parameters = [*model.parameters(), *([] if critic is None else critic.head.parameters())]
+    made = memory.build(config, shape)
+    critic = made.critic
+    parameters = [*made.policy.parameters(), *([] if critic is None else critic.head.parameters())]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     held = [x for p in parameters for x in (p, p.grad) if x is not None]
     batch = memory.full_batch(config)
     with LiveBytes(held, "cpu") as live:
-        memory.loss(config, model, critic, batch).backward()
+        memory.loss(config, made, batch).backward()
     assert live.peak > 100_000
     assert predicted["activations"] + predicted["block of logits"] == pytest.approx(live.peak, rel=0.02)
 
@@ -109,22 +105,11 @@ def test_a_block_of_a_large_vocabulary_is_as_high_as_the_loss_makes_it(r: int) -
     assert predicted == max(block.logits.nbytes for block in blocks) + kept
 
 
-def with_memory(config: TrainerConfig, shape: PreTrainedConfig) -> Any:
-    """The model that a run of these settings trains, of which any values do."""
-    model = memory.policy(config, shape).to_empty(device="cpu")
-    for x in (*model.parameters(), *model.buffers()):
-        x.data.normal_(std=0.02)
-    for part in model.modules():
-        if hasattr(part, "config"):
-            part.config._attn_implementation_internal = "sdpa"
-    return model
-
-
 @pytest.mark.parametrize("shape", [LLAMA, GPT2], ids=lambda shape: shape.model_type)
 def test_scoring_takes_what_log_probabilities_take_without_gradients(shape: PreTrainedConfig) -> None:
     config = PPOConfig(max_length=64, optim=OptimConfig(max_tokens_per_microbatch=512))
     predicted = predict(config, shape).phases["scoring"]
-    model, batch = with_memory(config, shape), memory.full_batch(config)
+    model, batch = memory.build(config, shape).policy, memory.full_batch(config)
     with torch.no_grad(), LiveBytes(model.parameters(), "cpu") as live:
         models.response_logprobs(model, batch)
     assert live.peak > 100_000

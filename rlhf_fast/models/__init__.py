@@ -1,6 +1,6 @@
 """Language models: loading, adapters, scalar heads, the forward passes that training needs, and checkpoints."""
 
-from rlhf_fast.models.adapters import copy_weights, frozen_copy, trainable, trainable_copy
+from rlhf_fast.models.adapters import copy_weights, frozen_copy, trainable, trainable_copy, trainable_scorer
 from rlhf_fast.models.checkpoint import resolve, save
 from rlhf_fast.models.ends import end_tokens, pad_apart
 from rlhf_fast.models.forward import (
@@ -15,7 +15,15 @@ from rlhf_fast.models.forward import (
     response_states,
     score_last,
 )
-from rlhf_fast.models.load import critic_from, load, load_reward, load_tokenizer, reward_from
+from rlhf_fast.models.load import (
+    critic_from,
+    from_shape,
+    load,
+    load_reward,
+    load_tokenizer,
+    reward_from,
+    reward_from_shape,
+)
 from rlhf_fast.models.recompute import recompute_activations
 
 __all__ = [
@@ -23,6 +31,7 @@ __all__ = [
     "copy_weights",
     "critic_from",
     "end_tokens",
+    "from_shape",
     "frozen_copy",
     "hidden_states",
     "load",
@@ -39,8 +48,10 @@ __all__ = [
     "response_logprobs",
     "response_states",
     "reward_from",
+    "reward_from_shape",
     "save",
     "score_last",
     "trainable",
     "trainable_copy",
+    "trainable_scorer",
 ]

@@ -45,6 +45,21 @@ def trainable(model: Model, lora: LoRAConfig, seed: int = 0) -> Model:
     return with_adapter(model, lora, seed, task="CAUSAL_LM").eval()
 
 
+def trainable_scorer(model: Model, lora: LoRAConfig, seed: int = 0, head: bool = True) -> Model:
+    """The same of a sequence classifier, whose own scalar head is trained with it unless `head` says no."""
+    if isinstance(model, PeftModel) and lora.r == 0:
+        model = model.merge_and_unload()
+    if lora.r > 0 and not isinstance(model, PeftModel):
+        model = with_adapter(model, lora, seed, task="SEQ_CLS").eval()
+    model.requires_grad_(lora.r == 0)
+    if isinstance(model, PeftModel):
+        unfreeze_adapter(model)
+    for name, parameter in model.named_parameters():
+        if not head and "score" in name.split("."):
+            parameter.requires_grad_(False)
+    return model
+
+
 def trainable_copy(model: ModelT) -> ModelT:
     """A copy that is trained apart. Weights that nobody trains are shared, not copied."""
     shared: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}

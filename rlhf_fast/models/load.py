@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -27,8 +26,7 @@ from rlhf_fast.models.adapters import (
     is_adapter,
     require_same_rank,
     require_same_targets,
-    unfreeze_adapter,
-    with_adapter,
+    trainable_scorer,
     with_policy_adapter,
     with_saved_adapter,
 )
@@ -124,14 +122,7 @@ def reward_from(
         require_same_rank(adapter_rank(folder), lora, str(name))
         require_same_targets(adapter_config(folder).get("target_modules"), lora, str(name))
         model = with_policy_adapter(model, folder)
-        if lora.r == 0:
-            model = model.merge_and_unload()
-    if lora.r > 0 and not isinstance(model, PeftModel):
-        model = with_adapter(model, lora, seed, task="SEQ_CLS")
-    model.requires_grad_(lora.r == 0)
-    if isinstance(model, PeftModel):
-        unfreeze_adapter(model)
-    return _placed(model, None), tokenizer
+    return _placed(trainable_scorer(model, lora, seed), None), tokenizer
 
 
 @torch.inference_mode(False)
@@ -151,17 +142,20 @@ def critic_from(
     with torch.no_grad():
         head.weight.copy_(score.weight.mean(dim=0, keepdim=True) / std)  # of all heads
         head.bias.fill_(-mean / std)
-    if isinstance(model, PeftModel) and lora.r == 0:
-        model = model.merge_and_unload()
-    elif not isinstance(model, PeftModel) and lora.r > 0:
-        model = with_adapter(model, lora, seed, task="SEQ_CLS").eval()
-    model.requires_grad_(lora.r == 0)
-    if isinstance(model, PeftModel):
-        unfreeze_adapter(model)
-    for parameter_name, parameter in model.named_parameters():
-        if "score" in parameter_name.split("."):  # the head in its place is `head`
-            parameter.requires_grad_(False)
-    return model, head, tokenizer
+    return trainable_scorer(model, lora, seed, head=False), head, tokenizer  # `head` is in the place of its own
+
+
+def from_shape(shape: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> Model:
+    """A causal language model of a config alone, as `load` gives one: its weights are random, or, within
+    `torch.device("meta")`, shapes without memory."""
+    return AutoModelForCausalLM.from_config(copy.deepcopy(shape), dtype=dtype, trust_remote_code=False).eval()
+
+
+def reward_from_shape(shape: PreTrainedConfig, dtype: torch.dtype = torch.float32, heads: int = 1) -> Model:
+    """The same of a reward model, as `load_reward` gives one."""
+    shape = copy.deepcopy(shape)
+    shape.num_labels = heads
+    return AutoModelForSequenceClassification.from_config(shape, dtype=dtype, trust_remote_code=False).eval()
 
 
 def _whole(name: str | Path) -> str:
@@ -256,4 +250,4 @@ def _random(
     with torch.random.fork_rng(), torch.device(device or default_device()):  # billions are drawn faster on a GPU
         torch.manual_seed(seed)
         # .to(dtype) would round the rotary frequencies too, which stay in float32 when a checkpoint is loaded.
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False), tokenizer
+        return from_shape(config, dtype), tokenizer

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedConfig
 
 from rlhf_fast.config import DPOConfig, PPOConfig, RewardConfig
 from rlhf_fast.planning import memory
 from rlhf_fast.planning.memory import TrainerConfig
+from rlhf_fast.rollout.generator import MAX_SEQUENCES
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Counts:
 
 def count(config: TrainerConfig, shape: PreTrainedConfig) -> Counts:
     """Of the model that `config` trains."""
-    model = memory.policy(config, shape)
+    with torch.device("meta"):
+        model = memory.build(config, shape).policy
     text = shape.get_text_config()
     embedding = model.get_input_embeddings().weight
     head = None if isinstance(config, RewardConfig) else model.get_output_embeddings().weight
@@ -62,7 +65,7 @@ def count(config: TrainerConfig, shape: PreTrainedConfig) -> Counts:
         attention=text.num_hidden_layers * text.num_attention_heads * dim,
         weight_bytes=(trunk + of_head) * dtype.itemsize,
         kv_bytes=memory.kv_bytes_per_token(shape, dtype),
-        at_once=memory.sequences_at_once(),
+        at_once=MAX_SEQUENCES,
     )
 
 

@@ -1,15 +1,14 @@
-"""How much memory a run takes, told from its settings and a model's config before anything is loaded.
+"""The memory that a run takes, told from its settings and a model's config before anything is loaded.
 
-What weights, gradients and optimiser take is counted. What a pass takes is tried: the very forward and backward pass of
-training run on tensors that have shapes but no memory, and the bytes that would be alive are added up. So adapters,
-dtypes, checkpointing and architectures need no formulas of their own.
+What weights, gradients and optimiser take is counted. What a pass takes is tried: the trainers' own models (`build`)
+run their own forward and backward pass (`batch_loss`, and of PPO what scores samples) on tensors that have shapes but
+no memory, and the bytes that would be alive are added up. So adapters, dtypes, checkpointing, losses and architectures
+need no formulas here.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
-import inspect
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -20,25 +19,24 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import (
-    AttentionInterface,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-)
+from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from rlhf_fast import models, ops
+from rlhf_fast import models
 from rlhf_fast.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf_fast.data.batches import LONGEST_ROW, Batch, Example, pad
 from rlhf_fast.data.conversations import Tokenized, batch_of
-from rlhf_fast.models.adapters import Model, unfreeze_adapter, with_adapter
+from rlhf_fast.data.pairs import Pairs
+from rlhf_fast.models.adapters import Model
+from rlhf_fast.models.token_budget import TokenBudget
 from rlhf_fast.ops import lm_head
-from rlhf_fast.rewards.model import RewardModel
-from rlhf_fast.rollout.generator import Generator
-from rlhf_fast.trainers.ppo.advantages import ADVANTAGES
-from rlhf_fast.trainers.ppo.critic import Critic, fresh_head
-from rlhf_fast.trainers.ppo.loss import variant
+from rlhf_fast.rewards.model import MAX_TOKENS
+from rlhf_fast.rollout.generator import BLOCK_SIZE, MAX_BATCH_TOKENS, MAX_SEQUENCES
+from rlhf_fast.trainers import dpo, reward, sft
+from rlhf_fast.trainers.ppo import build as ppo
+from rlhf_fast.trainers.ppo import loss as ppo_loss
+from rlhf_fast.trainers.ppo.build import Models
+from rlhf_fast.trainers.ppo.experience import Scorer, inputs
 
 TrainerConfig = SFTConfig | RewardConfig | DPOConfig | PPOConfig
 Device = Literal["cpu", "cuda"]
@@ -104,29 +102,27 @@ class _Run:
         self, config: TrainerConfig, shape: PreTrainedConfig, device: Device, rewards: Sequence[PreTrainedConfig]
     ) -> None:
         self.config, self.device, self.shape = config, device, shape
-        self.fake = fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.model = policy(config, shape)
-        self.critic = None
-        if isinstance(config, PPOConfig) and ADVANTAGES[config.advantage].needs_critic:
-            self.critic = critic_of(config, self.model, rewards)
-        trained = [self.model, *([] if self.critic is None else self.critic.modules)]
-        _as_fake(trained, fake)
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        dtype = getattr(torch, config.dtype)
+        with torch.device("meta"):
+            self.models = build(config, shape, rewards)
+            self.scorers = [models.reward_from_shape(each, dtype).requires_grad_(False) for each in rewards]
+        policy, reference, critic = self.models
+        trained = [policy, *([] if critic is None else critic.modules)]
+        _without_values([*trained, reference, *self.scorers], self.fake)
         self.parameters = _parameters(*trained)
         self.trained = [p for p in self.parameters if p.requires_grad]
-        dtype = getattr(torch, config.dtype)
-        self.scorers = [_scorer(each, dtype).requires_grad_(False) for each in rewards]
-        _as_fake(self.scorers, fake)
 
     def predict(self, available: int | None) -> Prediction:
         config, standing = self.config, self._standing()
         phases: dict[str, Parts] = {}
         if isinstance(config, PPOConfig):
-            sequences = min(config.prompts_per_step * config.samples_per_prompt, sequences_at_once())
-            phases["rollouts"] = {**standing, **self._generation(self.model, sequences, config.max_length)}
+            sequences = min(config.prompts_per_step * config.samples_per_prompt, MAX_SEQUENCES)
+            phases["rollouts"] = {**standing, **self._generation(self.models.policy, sequences, config.max_length)}
             phases["scoring"] = {**standing, **self._scoring(config)}
         elif isinstance(config, SFTConfig) and config.samples:
             positions = config.max_length + config.sample_tokens
-            phases["samples"] = {**standing, **self._generation(self.model, config.samples, positions)}
+            phases["samples"] = {**standing, **self._generation(self.models.policy, config.samples, positions)}
         elif isinstance(config, RewardConfig) and config.normalize_samples:
             phases["policy's samples"] = {**standing, **self._policy_samples(config)}
         if available is not None:
@@ -155,7 +151,8 @@ class _Run:
             "Adam's moments": sum(2 * 4 * p.numel() for p in self.trained),
         }
         if isinstance(self.config, PPOConfig):
-            parts["reference"] = _bytes(p for p in self.model.parameters() if p.requires_grad)  # the rest is shared
+            shared = set(map(id, self.parameters))
+            parts["reference"] = _bytes(p for p in self.models.reference.parameters() if id(p) not in shared)
             parts["reward models"] = _loaded(_parameters(*self.scorers), self.device)
         return parts
 
@@ -163,23 +160,21 @@ class _Run:
 
     def _training(self) -> Parts:
         """Of a micro-batch, gradients being there already, as they are from the second one on."""
-        batch = _without_values(full_batch(self.config), self.fake)
-        if self.config.optim.checkpointing:
-            models.recompute_activations(self.model)
-            if self.critic is not None and self.critic.model is not None:
-                models.recompute_activations(self.critic.model)
+        batch = _fake_batch(full_batch(self.config), self.fake)
         with self.fake:
             for parameter in self.parameters:
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         held = [x for p in self.parameters for x in (p, p.grad) if x is not None]
-        return self._taken(lambda: loss(self.config, self.model, self.critic, batch).backward(), held)
+        return self._taken(lambda: loss(self.config, self.models, batch).backward(), held)
 
     def _scoring(self, config: PPOConfig) -> Parts:
-        """Of the reference's log-probabilities or of a reward model's scores, whichever are more."""
-        batch = _without_values(full_batch(config), self.fake)
-        found = [self._taken(torch.no_grad()(lambda: models.response_logprobs(self.model, batch)), self.parameters)]
-        tokens = max(_default(RewardModel.__init__, "max_tokens"), config.max_length)
-        longer = _without_values(_batch(tokens, config.max_length, 2), self.fake)
+        """Of one pass over the samples, by the policy, the reference, a critic or a reward model: whichever takes
+        most."""
+        batch, budget = _fake_batch(full_batch(config), self.fake), TokenBudget(config.optim.max_tokens_per_microbatch)
+        held = [*self.parameters, *self.models.reference.parameters()]
+        passes = Scorer(*self.models, config, budget, shared=0).passes(config.lag)
+        found = [self._taken(torch.no_grad()(functools.partial(each, batch)), held) for each in passes]
+        longer = _fake_batch(_batch(max(MAX_TOKENS, config.max_length), config.max_length, 2), self.fake)
         for scorer in self.scorers:
             score = functools.partial(models.score_last, scorer, longer)
             found.append(self._taken(torch.no_grad()(score), scorer.parameters()))
@@ -187,24 +182,24 @@ class _Run:
 
     def _generation(self, model: Model, sequences: int, positions: int) -> Parts:
         """Of the fullest step of a generator: all its keys and values, a chunk of prompts, and everybody's logits."""
-        size, tokens = (_default(Generator.__init__, name) for name in ("block_size", "max_batch_tokens"))
         with self.fake:
-            ids = torch.zeros(1, tokens, dtype=torch.int64)
+            ids = torch.zeros(1, MAX_BATCH_TOKENS, dtype=torch.int64)
 
         @torch.no_grad()
         def step() -> None:
             models.output_head(model).logits(models.hidden_states(model, ids)[0, :sequences])
 
         per_token = kv_bytes_per_token(self.shape, next(model.parameters()).dtype)
-        kv = sequences * -(-positions // size) * size * per_token
+        kv = sequences * -(-positions // BLOCK_SIZE) * BLOCK_SIZE * per_token
         return {"keys and values": kv, **self._taken(step, model.parameters())}
 
     def _policy_samples(self, config: RewardConfig) -> Parts:
         """Of the policy that a reward model starts from, loaded once more to set the scale of scores."""
-        sampled = _language_model(self.shape, getattr(torch, config.dtype))
-        _as_fake([sampled], self.fake)
+        with torch.device("meta"):
+            sampled = models.from_shape(self.shape, getattr(torch, config.dtype))
+        _without_values([sampled], self.fake)
         weights = _loaded(sampled.parameters(), self.device)
-        return {"the policy": weights, **self._generation(sampled, sequences_at_once(), config.max_length)}
+        return {"the policy": weights, **self._generation(sampled, MAX_SEQUENCES, config.max_length)}
 
     def _taken(self, run: Callable[[], object], held: Iterable[torch.Tensor]) -> Parts:
         """At the fullest moment of `run`, beside the tensors that it holds."""
@@ -213,29 +208,35 @@ class _Run:
         return {"activations": live.peak - live.block, "block of logits": live.block}
 
 
-def loss(config: TrainerConfig, model: Model, critic: Critic | None, batch: Batch) -> torch.Tensor:
-    """As the trainers have it, up to what takes no memory."""
+def build(config: TrainerConfig, shape: PreTrainedConfig, rewards: Sequence[PreTrainedConfig] = ()) -> Models:
+    """The models that a run's trainer is made of; without PPO there is no critic, and no reference beside the model."""
+    if isinstance(config, PPOConfig):
+        return ppo.build(config, shape, rewards)
     if isinstance(config, RewardConfig):
-        return models.score_last(model, batch).sum()
-    if isinstance(config, DPOConfig):
-        return models.response_logprobs(model, batch)[0].sum()
-    states, head = models.response_states(model, batch), models.output_head(model)
+        model = reward.build(config, shape)
+    elif isinstance(config, DPOConfig):
+        model = dpo.build(config, shape)
+    else:
+        model = sft.build(config, shape)
+    return Models(policy=model, reference=model, critic=None)
+
+
+def loss(config: TrainerConfig, of: Models, batch: Batch) -> torch.Tensor:
+    """The trainer's loss of a micro-batch, for which any numbers do in place of what comes with it."""
+    sequences, tokens = len(batch.last), len(batch.response_tokens)
     if isinstance(config, SFTConfig):
-        return ops.linear_cross_entropy(states, head.weight, batch.response_tokens, **head.options())
-    each = torch.zeros(len(batch.response_tokens))  # (R,)
-    of_critic: dict[str, Any] = {}
-    if critic is not None:
-        of_critic = {"values": critic.values(batch, states), "old_values": each, "returns": each}
-    result, _ = ops.linear_ppo_loss(
-        states, head.weight, batch.response_tokens, each, each, **head.options(), **of_critic,
-        cu_seqlens=batch.cu_seqlens, **variant(config),
-    )  # fmt: skip
-    return result
-
-
-def sequences_at_once() -> int:
-    """That a trainer's generator computes in a step at most."""
-    return _default(Generator.__init__, "max_sequences")
+        return sft.batch_loss(of.policy, batch, denominator=tokens)
+    if isinstance(config, PPOConfig):
+        given = {name: torch.zeros(tokens) for name in inputs(config, of.critic is not None)}
+        return ppo_loss.batch_loss(config, of.policy, of.critic, batch, given, denominator=tokens, kl_coef=1.0)[0]
+    chosen = torch.arange(0, sequences - 1, 2)  # (P,), each beside the one that it was chosen over
+    margins, confidences = torch.zeros(len(chosen)), torch.ones(len(chosen))
+    pairs = Pairs([], chosen, chosen + 1, margins, confidences)
+    if isinstance(config, DPOConfig):
+        reference = torch.zeros(sequences)
+        return dpo.batch_loss(config, of.policy, batch, pairs, reference, len(chosen), labelled=False)[0]
+    weights = torch.ones(config.heads * len(chosen)) if config.heads > 1 else None
+    return reward.batch_loss(config, of.policy, batch, pairs, len(chosen), weights=weights, unsure=False)[0]
 
 
 def kv_bytes_per_token(shape: PreTrainedConfig, dtype: torch.dtype) -> int:
@@ -287,69 +288,18 @@ def _batch(tokens: int, longest: int, together: int) -> Batch:
 # Without memory -----------------------------------------------------------------------------------------------------
 
 
-def policy(config: TrainerConfig, shape: PreTrainedConfig) -> Model:
-    """The model that a trainer trains, adapter and all, on the meta device."""
-    dtype = getattr(torch, config.dtype)
-    if isinstance(config, RewardConfig):
-        return _with_trained_adapter(_scorer(shape, dtype, config.heads), config, head=True)
-    with torch.device("meta"):
-        return models.trainable(_language_model(shape, dtype), config.lora)
-
-
-def critic_of(config: PPOConfig, model: Model, rewards: Sequence[PreTrainedConfig]) -> Critic:
-    """As `ppo.critic` says, on the meta device."""
-    like = models.output_head(model).weight
-    if config.critic == "shared":
-        return Critic(fresh_head(like))
-    if config.critic == "separate":
-        return Critic(fresh_head(like), models.trainable_copy(model))
-    if not rewards:
-        raise ValueError("ppo.critic: 'reward' starts from a reward model's checkpoint, and there is none")
-    own = _with_trained_adapter(_scorer(rewards[0], getattr(torch, config.dtype)), config, head=False)
-    return Critic(nn.Linear(own.config.hidden_size, 1, device="meta"), own)
-
-
-def _with_trained_adapter(model: Model, config: TrainerConfig, head: bool) -> Model:
-    """A classifier of which the adapter is trained, or all of it, and its scalar head only if that is used."""
-    with torch.device("meta"):
-        if config.lora.r:
-            model = with_adapter(model, config.lora, 0, task="SEQ_CLS").requires_grad_(False)
-            unfreeze_adapter(model)
-    for name, parameter in model.named_parameters():
-        if not head and "score" in name.split("."):
-            parameter.requires_grad_(False)
-    return model.eval()
-
-
-def _language_model(shape: PreTrainedConfig, dtype: torch.dtype) -> Model:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(shape), dtype=dtype, trust_remote_code=False)
-    return _without_looking(model.eval())
-
-
-def _scorer(shape: PreTrainedConfig, dtype: torch.dtype, heads: int = 1) -> Model:
-    shape = copy.deepcopy(shape)
-    shape.num_labels = heads
-    with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(shape, dtype=dtype, trust_remote_code=False)
-    return _without_looking(model.eval())
-
-
-def _without_looking(model: Model) -> Model:
-    """transformers looks at values to see that a batch needs no mask; where there are none it would make one. Under
-    another name the same attention gets the mask that it is given."""
-    configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
-    for config in configs.values():
-        if getattr(config, "_attn_implementation", None) == "sdpa":
-            config._attn_implementation_internal = ATTENTION
-    return model
-
-
-def _as_fake(modules: Sequence[nn.Module], fake: FakeTensorMode) -> None:
+def _without_values(modules: Sequence[nn.Module], fake: FakeTensorMode) -> None:
     """Give modules on the meta device tensors that seem to be on a CPU, where models choose the paths that they take
-    with values. What they share stays shared."""
+    with values. What they share stays shared.
+
+    transformers looks at values to see that a batch needs no mask; where there are none it would make one. Under
+    another name the same attention gets the mask that it is given.
+    """
     known: dict[int, torch.Tensor] = {}
     for part in (part for module in modules for part in module.modules()):
+        config: Any = getattr(part, "config", None)
+        if getattr(config, "_attn_implementation", None) == "sdpa":
+            config._attn_implementation_internal = ATTENTION
         for tensors in (part._parameters, part._buffers):
             for name, x in list(tensors.items()):
                 if x is None or isinstance(x, FakeTensor):
@@ -361,7 +311,7 @@ def _as_fake(modules: Sequence[nn.Module], fake: FakeTensorMode) -> None:
                 tensors[name] = known[id(x)]  # type: ignore[assignment]
 
 
-def _without_values(batch: Batch, fake: FakeTensorMode) -> Batch:
+def _fake_batch(batch: Batch, fake: FakeTensorMode) -> Batch:
     given: dict[str, Any] = {item.name: getattr(batch, item.name) for item in fields(batch)}
     made: dict[str, Any] = {name: fake.from_tensor(x) for name, x in given.items() if isinstance(x, torch.Tensor)}
     return replace(batch, **made)
@@ -380,11 +330,6 @@ def _loaded(weights: Iterable[torch.Tensor], device: Device) -> int:
     """Bytes of weights as models.load places them: on a CPU, from 1 MiB on, in whole huge pages of 2 MiB."""
     page = 2 << 20
     return sum(-(-x.nbytes // page) * page if device == "cpu" and x.nbytes >= 1 << 20 else x.nbytes for x in weights)
-
-
-def _default(function: Callable[..., Any], argument: str) -> int:
-    """What a trainer leaves as it is."""
-    return int(inspect.signature(function).parameters[argument].default)
 
 
 # Counting -----------------------------------------------------------------------------------------------------------

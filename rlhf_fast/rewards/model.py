@@ -25,6 +25,7 @@ from rlhf_fast.rewards.url import RewardURL
 from rlhf_fast.runs import model_names
 
 Reward = str | Path | RewardFunction | Sequence[tuple[float, Any]]
+MAX_TOKENS = 4096  # that a reward model reads at a time
 
 
 class Rewards:
@@ -73,7 +74,7 @@ class RewardModel:
     def __init__(
         self,
         name: str | Path,
-        max_tokens: int = 4096,
+        max_tokens: int = MAX_TOKENS,
         max_length: int = 1024,
         dtype: torch.dtype = torch.float32,
     ) -> None:

@@ -26,6 +26,8 @@ from rlhf_fast.rollout.sequence import Sequence
 from rlhf_fast.rollout.shown import Shown
 
 Progress = Callable[[int, int], None]
+# What trainers sample with.
+MAX_BATCH_TOKENS, MAX_SEQUENCES, BLOCK_SIZE = 2048, 256, 32
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,9 @@ class Generator:
         self,
         model: Model,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        max_batch_tokens: int = 2048,
-        max_sequences: int = 256,
-        block_size: int = 32,
+        max_batch_tokens: int = MAX_BATCH_TOKENS,
+        max_sequences: int = MAX_SEQUENCES,
+        block_size: int = BLOCK_SIZE,
         kv_bytes: int | None = None,
         share_prefixes: bool = True,
         fast: bool = True,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from rlhf_fast import models, ops
 from rlhf_fast.config import DPOConfig, settings
@@ -22,6 +23,7 @@ from rlhf_fast.data.pairs import (
 )
 from rlhf_fast.data.records import Comparison, Source, read_comparisons
 from rlhf_fast.data.splits import labelled, require_heldout
+from rlhf_fast.models.adapters import Model
 from rlhf_fast.models.scoring import per_example
 from rlhf_fast.models.token_budget import TokenBudget
 from rlhf_fast.pages.run_report import write_run_report
@@ -30,10 +32,54 @@ from rlhf_fast.trainers.loop.chat_settings import use_settings
 from rlhf_fast.trainers.loop.checkpoints import Goal
 from rlhf_fast.trainers.loop.lengths import fitting_for
 from rlhf_fast.trainers.loop.monitor import Monitor
-from rlhf_fast.trainers.loop.preflight import begin
+from rlhf_fast.trainers.loop.preflight import begin, made_ready
 from rlhf_fast.trainers.loop.steps import Stats, add_stats, fit
 
-Sides = tuple[torch.Tensor, torch.Tensor]  # of the chosen and of the rejected responses
+
+def build(config: DPOConfig, shape: PreTrainedConfig) -> Model:
+    """The model that a run of these settings trains, of random weights: on the meta device of none."""
+    model = models.from_shape(shape, getattr(torch, config.dtype))
+    return made_ready(models.trainable(model, config.lora, config.seed), config)
+
+
+def batch_logprobs(config: DPOConfig, model: Model, batch: Batch) -> torch.Tensor:
+    """Log-probability of each whole response, for IPO of its mean token (arXiv 2310.12036, section 5): (B,)."""
+    logprobs, _ = models.response_logprobs(model, batch)
+    sums = ops.sequence_sum(logprobs, cu_seqlens=batch.cu_seqlens)
+    return sums / batch.cu_seqlens.diff() if config.loss == "ipo" else sums
+
+
+def batch_loss(
+    config: DPOConfig, model: Model, batch: Batch, pairs: Pairs, reference: torch.Tensor, total: int, labelled: bool
+) -> tuple[torch.Tensor, Stats]:
+    """Loss and statistics of one micro-batch's pairs, for a batch of `total` pairs.
+
+    A margin m is how far the rewards should be apart beyond what the loss asks for, which is so if the reference
+    holds the chosen response for exp(m / beta) times as likely (DPO with an offset, arXiv 2402.10571). A comparison
+    of confidence c counts c times as it stands and 1 - c times the other way round, as in a reward model. The
+    statistics are of the pairs as they stand.
+
+    Args:
+        reference: (B,), the reference's log-probabilities.
+        labelled: some comparison of the run has a margin or a confidence.
+    """
+    options: dict[str, Any] = {
+        "beta": config.beta, "label_smoothing": config.label_smoothing, "loss": config.loss, "denominator": total,
+    }  # fmt: skip
+    logprobs = batch_logprobs(config, model, batch)  # (B,)
+    sides = logprobs[pairs.chosen], logprobs[pairs.rejected]  # (P,) each
+    of_reference = reference[pairs.chosen], reference[pairs.rejected]
+    if not labelled:
+        return ops.dpo_loss(*sides, *of_reference, **options)
+    with torch.no_grad():
+        _, stats = ops.dpo_loss(*sides, *of_reference, **options)
+    apart = (of_reference[0] + pairs.margins / config.beta, of_reference[1])
+    chosen, rejected, ref_chosen, ref_rejected = (
+        torch.cat([one, other]) for one, other in (sides, sides[::-1], apart, apart[::-1])
+    )  # (2 P,) each
+    weights = torch.cat([pairs.confidences, 1 - pairs.confidences])
+    loss, _ = ops.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, **options, weights=weights)
+    return loss, stats
 
 
 class DPOTrainer:
@@ -65,10 +111,7 @@ class DPOTrainer:
             comparisons = labelled(comparisons, read_comparisons(heldout_data), apart=True)
         loaded, self.tokenizer = models.load(model, getattr(torch, config.dtype))
         self.config = config = use_settings(config, "dpo", out, self.tokenizer)
-        self.model = models.trainable(loaded, config.lora, config.seed)
-        models.require_reach(self.model, config.max_length)
-        if config.optim.checkpointing:
-            models.recompute_activations(self.model)
+        self.model = made_ready(models.trainable(loaded, config.lora, config.seed), config)
         self.device = models.output_head(self.model).weight.device
         self.shared = models.longest_shared(self.model)
         self.fitting = fitting_for(self.model, self.tokenizer, config, "dpo")
@@ -106,48 +149,21 @@ class DPOTrainer:
         """The reference is the policy before its first step, so its log-probabilities are computed once, here."""
         examples = [example for group in self.training + self.heldout for example in group.examples]
         (parts,) = per_example(
-            examples, lambda batch: [self._logprobs(batch)], self.budget.tokens, self.device, self.shared
+            examples,
+            lambda batch: [batch_logprobs(self.config, self.model, batch)],
+            self.budget.tokens,
+            self.device,
+            self.shared,
         )
         self.reference = {example: float(part) for example, part in zip(examples, parts, strict=True)}
-
-    def _logprobs(self, batch: Batch) -> torch.Tensor:
-        """Log-probability of each whole response, for IPO of its mean token (arXiv 2310.12036, section 5): (B,)."""
-        logprobs, _ = models.response_logprobs(self.model, batch)
-        sums = ops.sequence_sum(logprobs, cu_seqlens=batch.cu_seqlens)
-        return sums / batch.cu_seqlens.diff() if self.config.loss == "ipo" else sums
 
     def _losses(self, groups: list[PairGroup]) -> Iterator[tuple[torch.Tensor, Stats]]:
         total = sum(group.pairs for group in groups)
         for part in microbatches_of_groups(groups, self.budget.tokens, self.shared):
             pairs = join(part, self.device)
-            logprobs = self._logprobs(pad(pairs.examples, self.device, self.shared))  # (B,)
+            batch = pad(pairs.examples, self.device, self.shared)
             reference = torch.tensor([self.reference[example] for example in pairs.examples], device=self.device)
-            sides = (logprobs[pairs.chosen], logprobs[pairs.rejected])  # (P,) each
-            yield self._loss(pairs, sides, (reference[pairs.chosen], reference[pairs.rejected]), total)
-
-    def _loss(self, pairs: Pairs, sides: Sides, reference: Sides, total: int) -> tuple[torch.Tensor, Stats]:
-        """Of one micro-batch's pairs, for a batch of `total` pairs.
-
-        A margin m is how far the rewards should be apart beyond what the loss asks for, which is so if the reference
-        holds the chosen response for exp(m / beta) times as likely (DPO with an offset, arXiv 2402.10571). A
-        comparison of confidence c counts c times as it stands and 1 - c times the other way round, as in a reward
-        model. The statistics are of the pairs as they stand.
-        """
-        config = self.config
-        options: dict[str, Any] = {
-            "beta": config.beta, "label_smoothing": config.label_smoothing, "loss": config.loss, "denominator": total,
-        }  # fmt: skip
-        if not self.labelled:
-            return ops.dpo_loss(*sides, *reference, **options)
-        with torch.no_grad():
-            _, stats = ops.dpo_loss(*sides, *reference, **options)
-        apart = (reference[0] + pairs.margins / config.beta, reference[1])
-        chosen, rejected, ref_chosen, ref_rejected = (
-            torch.cat([one, other]) for one, other in (sides, sides[::-1], apart, apart[::-1])
-        )  # (2 P,) each
-        weights = torch.cat([pairs.confidences, 1 - pairs.confidences])
-        loss, _ = ops.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, **options, weights=weights)
-        return loss, stats
+            yield batch_loss(self.config, self.model, batch, pairs, reference, total, labelled=self.labelled)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

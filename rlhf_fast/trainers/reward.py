@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig
 
 from rlhf_fast import models, ops
 from rlhf_fast.config import RewardConfig, settings
-from rlhf_fast.data.batches import Example, pad
+from rlhf_fast.data.batches import Batch, Example, pad
 from rlhf_fast.data.pairs import (
     PairGroup,
     Pairs,
@@ -28,6 +29,7 @@ from rlhf_fast.data.pairs import (
 from rlhf_fast.data.records import Comparison, PromptRecord, Source, read_comparisons
 from rlhf_fast.data.splits import labelled, require_heldout
 from rlhf_fast.data.tokenize import tokenize_example, tokenize_record
+from rlhf_fast.models.adapters import Model
 from rlhf_fast.models.scoring import per_example
 from rlhf_fast.models.token_budget import TokenBudget
 from rlhf_fast.pages.reward_report import write_reward_report
@@ -42,13 +44,61 @@ from rlhf_fast.trainers.loop.chat_settings import use_settings
 from rlhf_fast.trainers.loop.checkpoints import Goal
 from rlhf_fast.trainers.loop.lengths import fitting_for
 from rlhf_fast.trainers.loop.monitor import Monitor
-from rlhf_fast.trainers.loop.preflight import begin
+from rlhf_fast.trainers.loop.preflight import begin, made_ready
 from rlhf_fast.trainers.loop.steps import Stats, fit
 
 POISSON = np.cumsum([math.exp(-1) / math.factorial(n) for n in range(12)])  # of mean 1: P(X <= n)
 SCALED = 256  # training responses that set the scale where none is held out
 ASKED = 64  # prompts that the policy is asked there, if it sets the scale
 TEXTS_ALONE = 4  # responses that are scored once more by themselves, to see that company does not matter
+
+
+def build(config: RewardConfig, shape: PreTrainedConfig) -> Model:
+    """The model that a run of these settings trains, of random weights: on the meta device of none."""
+    model = models.reward_from_shape(shape, getattr(torch, config.dtype), config.heads)
+    return made_ready(models.trainable_scorer(model, config.lora, config.seed), config)
+
+
+def batch_loss(
+    config: RewardConfig,
+    model: Model,
+    batch: Batch,
+    pairs: Pairs,
+    total: int,
+    weights: torch.Tensor | None,
+    unsure: bool,
+) -> tuple[torch.Tensor, Stats]:
+    """Loss of all K heads' scores and statistics of one micro-batch's pairs, for a batch of `total` pairs.
+
+    A comparison of confidence c counts c times as it stands and 1 - c times the other way round: the expected loss
+    of a judgement that is right with probability c, whose best difference is that probability's log-odds.
+
+    Args:
+        weights: (K * P,), how often each pair is in each head's resample; None: each head learns from all.
+        unsure: some comparison of the run has a confidence below 1.
+    """
+    scores = models.score_last(model, batch)  # (B, K)
+    heads = scores.shape[1]
+    with torch.no_grad():
+        score = models.lower_bound(scores, config.lcb)  # (B,)
+        stats = {"accuracy": agrees(score[pairs.chosen] - score[pairs.rejected]).sum() / total}
+    chosen, rejected = (scores[side].T.flatten() for side in (pairs.chosen, pairs.rejected))  # (K * P,)
+    margins = pairs.margins.repeat(heads)
+    if unsure:
+        sure = pairs.confidences.repeat(heads)
+        both = torch.cat([sure, 1 - sure])
+        weights = both if weights is None else both * weights.repeat(2)
+        chosen, rejected = torch.cat([chosen, rejected]), torch.cat([rejected, chosen])
+        margins = torch.cat([margins, -margins])
+    loss, _ = ops.reward_loss(
+        chosen,
+        rejected,
+        margin=margins,
+        center_coef=config.center_coef,
+        denominator=heads * total,
+        weights=weights,
+    )
+    return loss, stats
 
 
 class RewardTrainer:
@@ -82,12 +132,10 @@ class RewardTrainer:
         if heldout_data is not None:
             self.comparisons = labelled(self.comparisons, read_comparisons(heldout_data), apart=True)
         dtype = getattr(torch, config.dtype)
-        self.model, self.tokenizer = models.reward_from(model, config.lora, config.seed, dtype, config.heads)
+        started, self.tokenizer = models.reward_from(model, config.lora, config.seed, dtype, config.heads)
         self.config = config = use_settings(config, "reward", out, self.tokenizer)
-        models.pad_apart(self.model, self.tokenizer)
-        models.require_reach(self.model, config.max_length)
-        if config.optim.checkpointing:
-            models.recompute_activations(self.model)
+        models.pad_apart(started, self.tokenizer)
+        self.model = made_ready(started, config)
         # Groups hold all comparisons of a prompt, so no prompt is in both parts; an interval needs two of them.
         self.fitting = fitting_for(self.model, self.tokenizer, config, "reward")
         groups = group_pairs(self.comparisons, self.fitting, scored=True)
@@ -158,45 +206,17 @@ class RewardTrainer:
         total = sum(group.pairs for group in groups)
         for part in microbatches_of_groups(groups, self.budget.tokens, self.shared):
             pairs = join(part, self.device)
-            scores = models.score_last(self.model, pad(pairs.examples, self.device, self.shared))  # (B, K)
-            with torch.no_grad():
-                score = models.lower_bound(scores, self.config.lcb)  # (B,)
-                difference = score[pairs.chosen] - score[pairs.rejected]
-            yield self._loss(scores, pairs, part, total), {"accuracy": agrees(difference).sum() / total}
+            batch = pad(pairs.examples, self.device, self.shared)
+            weights = self._resampled(part) if self.config.heads > 1 else None
+            yield batch_loss(self.config, self.model, batch, pairs, total, weights=weights, unsure=self.unsure)
 
-    def _loss(self, scores: torch.Tensor, pairs: Pairs, groups: list[PairGroup], total: int) -> torch.Tensor:
-        """Of all heads' scores (B, K) of one micro-batch's pairs, for a batch of `total` pairs.
-
-        A comparison of confidence c counts c times as it stands and 1 - c times the other way round: the expected loss
-        of a judgement that is right with probability c, whose best difference is that probability's log-odds.
-        """
-        heads = scores.shape[1]
-        chosen, rejected = (scores[side].T.flatten() for side in (pairs.chosen, pairs.rejected))  # (K * P,)
-        margins = pairs.margins.repeat(heads)
-        weights = None if heads == 1 else self._resampled(groups, heads)  # (K * P,)
-        if self.unsure:
-            sure = pairs.confidences.repeat(heads)
-            both = torch.cat([sure, 1 - sure])
-            weights = both if weights is None else both * weights.repeat(2)
-            chosen, rejected = torch.cat([chosen, rejected]), torch.cat([rejected, chosen])
-            margins = torch.cat([margins, -margins])
-        loss, _ = ops.reward_loss(
-            chosen,
-            rejected,
-            margin=margins,
-            center_coef=self.config.center_coef,
-            denominator=heads * total,
-            weights=weights,
-        )
-        return loss
-
-    def _resampled(self, groups: list[PairGroup], heads: int) -> torch.Tensor:
+    def _resampled(self, groups: list[PairGroup]) -> torch.Tensor:
         """(K * P,): how often each comparison is in each head's resample, the same for all of a prompt; but where there
         are too few prompts to hold some out, each comparison for itself."""
         seed, alone = self.config.seed, self.split.by_pairs
         times = [
             float(poisson_weight(seed, head, prompt, (chosen.response, rejected.response) if alone else ()))
-            for head in range(heads)
+            for head in range(self.config.heads)
             for group in groups
             for prompt, chosen, rejected in group.sides()
         ]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from rlhf_fast import models, ops
 from rlhf_fast.config import SFTConfig, settings
@@ -18,6 +19,7 @@ from rlhf_fast.data.conversations import Tokenized, batch_of, microbatches_of_co
 from rlhf_fast.data.records import Demonstration, PromptRecord, Source, prompt_text, read_demonstrations
 from rlhf_fast.data.splits import labelled, other_splits, require_heldout, split_as_labelled, split_heldout
 from rlhf_fast.data.tokenize import tokenize_record
+from rlhf_fast.models.adapters import Model
 from rlhf_fast.models.forward import unwrapped
 from rlhf_fast.models.token_budget import TokenBudget
 from rlhf_fast.pages.run_report import write_run_report
@@ -28,10 +30,24 @@ from rlhf_fast.trainers.loop.chat_settings import use_settings
 from rlhf_fast.trainers.loop.checkpoints import Goal
 from rlhf_fast.trainers.loop.lengths import fitting_for
 from rlhf_fast.trainers.loop.monitor import Monitor
-from rlhf_fast.trainers.loop.preflight import begin
+from rlhf_fast.trainers.loop.preflight import begin, made_ready
 from rlhf_fast.trainers.loop.steps import Stats, epoch_batches, fit
 
 Encoded = tuple[Tokenized, ...]  # one demonstration: a conversation, or one for each answer that needs its own
+
+
+def build(config: SFTConfig, shape: PreTrainedConfig) -> Model:
+    """The model that a run of these settings trains, of random weights: on the meta device of none."""
+    model = models.from_shape(shape, getattr(torch, config.dtype))
+    return made_ready(models.trainable(model, config.lora, config.seed), config)
+
+
+def batch_loss(model: Model, batch: Batch, denominator: int) -> torch.Tensor:
+    """Cross-entropy of one micro-batch's learned tokens, summed and divided by those of the whole batch."""
+    states, head = models.response_states(model, batch), models.output_head(model)
+    return ops.linear_cross_entropy(
+        states, head.weight, batch.response_tokens, denominator=denominator, **head.options()
+    )
 
 
 class SFTTrainer:
@@ -66,10 +82,7 @@ class SFTTrainer:
             demonstrations = labelled(demonstrations, read_demonstrations(heldout_data))
         loaded, self.tokenizer = models.load(model, getattr(torch, config.dtype))
         self.config = config = use_settings(config, "sft", out, self.tokenizer)
-        self.model = models.trainable(loaded, config.lora, config.seed)
-        models.require_reach(self.model, config.max_length)
-        if config.optim.checkpointing:
-            models.recompute_activations(self.model)
+        self.model = made_ready(models.trainable(loaded, config.lora, config.seed), config)
         self.budget = TokenBudget(config.optim.max_tokens_per_microbatch)
         self.longest_packed = models.longest_packed(self.model) if config.packing else 0
         self.fitting = fitting_for(self.model, self.tokenizer, config, "sft")
@@ -119,13 +132,7 @@ class SFTTrainer:
         lengths, learned = map(len, conversations), sum(conversation.learned for conversation in conversations)
         for group, packed in microbatches_of_conversations(list(lengths), self.budget.tokens, self.longest_packed):
             batch = batch_of([conversations[i] for i in group], self.model.device, packed)
-            yield self._loss(batch, learned), {}
-
-    def _loss(self, batch: Batch, denominator: int) -> torch.Tensor:
-        states, head = models.response_states(self.model, batch), models.output_head(self.model)
-        return ops.linear_cross_entropy(
-            states, head.weight, batch.response_tokens, denominator=denominator, **head.options()
-        )
+            yield batch_loss(self.model, batch, learned), {}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

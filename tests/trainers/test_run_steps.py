@@ -26,7 +26,7 @@ from rlhf_fast.trainers.loop.optimizer import Optimizer
 from rlhf_fast.trainers.loop.steps import run_steps
 from rlhf_fast.trainers.ppo.trainer import PPOTrainer
 from rlhf_fast.trainers.reward import RewardTrainer
-from rlhf_fast.trainers.sft import SFTTrainer
+from rlhf_fast.trainers.sft import SFTTrainer, batch_loss
 
 DEMONSTRATIONS = [{"prompt": f"q{i}", "completion": f"answer {i % 3}"} for i in range(16)]
 COMPARISONS = [{"prompt": f"q{i}", "chosen": f"yes {i}", "rejected": "no"} for i in range(8)]
@@ -177,14 +177,13 @@ def test_with_too_little_memory_a_step_is_done_again_in_smaller_parts(
     outcomes = []
     for name, room in (("a", 10**9), ("b", 40)):
         trainer = sft(tiny_folder, tmp_path / name, epochs=1)
-        original = trainer._loss
 
-        def loss(batch: Any, denominator: int, original: Any = original, room: int = room) -> torch.Tensor:
+        def loss(model: Any, batch: Any, denominator: int, room: int = room) -> torch.Tensor:
             if batch.input_ids.numel() > room:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB\nand more")
-            return original(batch, denominator)
+            return batch_loss(model, batch, denominator)
 
-        monkeypatch.setattr(trainer, "_loss", loss)
+        monkeypatch.setattr("rlhf_fast.trainers.sft.batch_loss", loss)
         trainer.train()
         outcomes.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
     torch.testing.assert_close(*outcomes, rtol=0, atol=1e-4)

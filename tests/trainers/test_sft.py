@@ -18,7 +18,7 @@ from rlhf_fast.cli import main
 from rlhf_fast.config import LoRAConfig, OptimConfig, SFTConfig
 from rlhf_fast.data.batches import shuffled
 from rlhf_fast.data.conversations import batch_of
-from rlhf_fast.trainers.sft import SFTTrainer
+from rlhf_fast.trainers.sft import SFTTrainer, batch_loss
 
 CHAT = [
     {"role": "user", "content": "question"},
@@ -54,7 +54,7 @@ def test_the_loss_is_on_every_answer_and_its_end_only(tiny_folder: Path, tmp_pat
         (start,) = [i for i in range(len(ids)) if list(ids[i : i + len(tokens)]) == tokens]
         learned -= sum(float(logprobs[start + i - 1, token]) for i, token in enumerate(tokens))
     assert conversation.learned == sum(map(len, answers)) + len(answers)
-    assert float(sft._loss(batch_of([conversation]), 1).detach()) == pytest.approx(learned, rel=1e-5)
+    assert float(batch_loss(sft.model, batch_of([conversation]), 1).detach()) == pytest.approx(learned, rel=1e-5)
 
 
 @pytest.mark.parametrize("r", [0, 4])

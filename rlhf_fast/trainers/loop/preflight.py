@@ -1,4 +1,5 @@
-"""Refuse, before a model is loaded, which takes longest, all that can be refused before."""
+"""Refuse all that can be refused before a model is loaded, which takes longest, and make a model ready that is trained
+alone."""
 
 from __future__ import annotations
 
@@ -6,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rlhf_fast import models
 from rlhf_fast.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig, settings
 from rlhf_fast.data.templates import require_template
+from rlhf_fast.models.adapters import Model
 from rlhf_fast.runs.folder import check_folder
 from rlhf_fast.trainers.loop.monitor import Monitor, Monitors
 
@@ -33,3 +36,15 @@ def begin(
     check_folder(out, phase, described, read.run.trackers, but=(f"{phase}.date",))
     require_template(read.chat_template)
     return read, inputs
+
+
+def made_ready(model: Model, config: SFTConfig | RewardConfig | DPOConfig) -> Model:
+    """Return the model itself, once it reaches as far as its sequences and recomputes what the settings say.
+
+    Raises:
+        ValueError: it cannot be trained on sequences so long, or has no layers to compute again.
+    """
+    models.require_reach(model, config.max_length)
+    if config.optim.checkpointing:
+        models.recompute_activations(model)
+    return model

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedConfig
 
 from rlhf_fast import models
 from rlhf_fast.config import PPOConfig
@@ -13,7 +14,8 @@ from rlhf_fast.data.records import PromptRecord, Source, read_prompts
 from rlhf_fast.data.splits import split_prompts, warn_of_shared
 from rlhf_fast.models.adapters import Model
 from rlhf_fast.rewards.model import Reward, RewardModel, Rewards, resolve_reward
-from rlhf_fast.trainers.ppo.critic import Critic, make_critic
+from rlhf_fast.trainers.ppo.advantages import ADVANTAGES
+from rlhf_fast.trainers.ppo.critic import Critic, critic_of_shape, make_critic
 
 Prompts = Source | Sequence[PromptRecord]
 
@@ -54,21 +56,35 @@ class Models(NamedTuple):
     policy: Model
     reference: Model  # the policy as it is at the start, frozen
     critic: Critic | None
-    shared: int  # as in `pad`: how long samples may be that share a row with their prompt
 
 
-def make_models(loaded: Model, tokenizer: Any, reward: Reward, config: PPOConfig, needs_critic: bool) -> Models:
+def build(config: PPOConfig, shape: PreTrainedConfig, rewards: Sequence[PreTrainedConfig] = ()) -> Models:
+    """The networks of a run of these settings, of random weights: on the meta device of none.
+
+    Args:
+        rewards: of the reward models, from the first of which a critic may start.
+
+    Raises:
+        ValueError: a critic is to start from a reward model, and there is none.
+    """
+
+    def from_reward() -> Critic:
+        if not rewards:
+            raise ValueError("ppo.critic: 'reward' starts from a reward model's checkpoint, and there is none")
+        return critic_of_shape(rewards[0], config)
+
+    needs_critic = ADVANTAGES[config.advantage].needs_critic
+    return make_models(models.from_shape(shape, getattr(torch, config.dtype)), config, needs_critic, from_reward)
+
+
+def make_models(loaded: Model, config: PPOConfig, needs_critic: bool, from_reward: Callable[[], Critic]) -> Models:
     """Policy, reference and, if the advantage needs one, critic, from the loaded checkpoint of the policy."""
     policy = models.trainable(loaded, config.lora, config.seed)
     models.require_reach(policy, config.max_length)
     reference = models.frozen_copy(policy)
-    shared = models.longest_shared(policy)
-    critic = None
-    if needs_critic:
-        options = {"lora": config.lora, "seed": config.seed, "dtype": getattr(torch, config.dtype)}
-        critic = make_critic(config.critic, policy, reward, tokenizer, **options)
+    critic = make_critic(config.critic, policy, from_reward) if needs_critic else None
     if config.optim.checkpointing:  # after all copies were made
         models.recompute_activations(policy)
         if critic is not None and critic.model is not None:
             models.recompute_activations(critic.model)
-    return Models(policy, reference, critic, shared)
+    return Models(policy, reference, critic)

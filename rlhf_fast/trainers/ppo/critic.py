@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from rlhf_fast import models
+from rlhf_fast.config import PPOConfig
 from rlhf_fast.data.batches import Batch
 from rlhf_fast.models.adapters import Model
 from rlhf_fast.rewards.names import reward_models
@@ -60,28 +62,36 @@ def fresh_head(like: torch.Tensor) -> nn.Linear:
     return head
 
 
-def make_critic(kind: str, policy: Model, reward: Any, tokenizer: Any, **options: Any) -> Critic:
-    """Make the critic of a kind: "shared", "separate" (a copy of the policy, its frozen weights shared), or "reward"
-    (the reward model of the checkpoint `reward`, its normalised score as the first value).
+def make_critic(kind: str, policy: Model, from_reward: Callable[[], Critic]) -> Critic:
+    """Make the critic of a kind: "shared", "separate" (a copy of the policy, its frozen weights shared), or "reward",
+    what `from_reward` makes of a reward model."""
+    if kind == "reward":
+        return from_reward()
+    model = models.trainable_copy(policy) if kind == "separate" else None
+    return Critic(fresh_head(models.output_head(policy).weight), model)
 
-    `options` are those of `models.critic_from`.
+
+def critic_of_checkpoint(reward: Any, tokenizer: Any, config: PPOConfig) -> Critic:
+    """A critic whose first value is the normalised score of the reward model in the checkpoint `reward`.
 
     Raises:
-        ValueError: "reward" without a reward model's checkpoint, or one that reads other tokens than the policy.
+        ValueError: `reward` is no reward model's checkpoint, or one that reads other tokens than the policy.
     """
-    weight = models.output_head(policy).weight
-    if kind == "shared":
-        return Critic(fresh_head(weight))
-    if kind == "separate":
-        return Critic(fresh_head(weight), models.trainable_copy(policy))
     if not isinstance(reward, str | Path) or reward_models(str(reward)) != [str(reward)]:
         raise ValueError(
             f"ppo.critic: 'reward' starts from a reward model's checkpoint, but the reward is {reward!r}; "
             "choose 'shared' or 'separate'"
         )
-    model, head, own = models.critic_from(reward, **options)
+    model, head, own = models.critic_from(reward, config.lora, config.seed, getattr(torch, config.dtype))
     if own.get_vocab() != tokenizer.get_vocab():
         raise ValueError(
             f"ppo.critic: the reward model {reward} reads other tokens than the policy; choose 'shared' or 'separate'"
         )
     return Critic(head, model)
+
+
+def critic_of_shape(shape: PreTrainedConfig, config: PPOConfig) -> Critic:
+    """The same of a reward model's config alone, of random weights: on the meta device of none."""
+    model = models.reward_from_shape(shape, getattr(torch, config.dtype))
+    model = models.trainable_scorer(model, config.lora, config.seed, head=False)
+    return Critic(nn.Linear(model.config.hidden_size, 1), model)

@@ -22,6 +22,7 @@ from rlhf_fast.trainers.ppo.critic import Critic
 from rlhf_fast.trainers.ppo.sampler import Sampled, paid
 
 Parts = list[torch.Tensor]  # one tensor (response length,) for each response
+Pass = Callable[[Batch], Sequence[torch.Tensor]]  # over a batch of responses
 
 
 class Outputs(NamedTuple):
@@ -68,15 +69,14 @@ class Scorer:
         In float32 the sampler's are the same to rounding, if the weights are still those that it had; in narrower
         dtypes it rounds elsewhere than training does. Then they are computed again.
         """
-        own_critic = self.critic is not None and self.critic.model is not None
         rollouts = samples.rollouts
-        if self.policy.dtype == torch.float32 and not lag:
+        if not computed_again(self.policy.dtype, lag):
             sampled = (rollouts.logprobs, rollouts.entropy, rollouts.values)
             logprobs, entropies, values = (
                 [] if x is None else list(x[rollouts.response_mask].split(samples.lengths)) for x in sampled
             )
-            if own_critic:
-                (values,) = self._each(samples, lambda batch: [self._values(batch)])
+            if self._has_own_critic:
+                (values,) = self._each(samples, self._values)
             return Outputs(logprobs, entropies, values)
         logprobs, entropies, *rest = self._each(samples, self._outputs)
         return Outputs(logprobs, entropies, rest[0] if rest else [])
@@ -85,6 +85,12 @@ class Scorer:
         """Log-probabilities by the reference."""
         (logprobs,) = self._each(samples, self._reference_logprobs)
         return logprobs
+
+    def passes(self, lag: int) -> list[Pass]:
+        """What is computed of each batch of a step's samples, after `lag` updates, before it is trained on."""
+        of_policy = [self._outputs] if computed_again(self.policy.dtype, lag) else []
+        of_critic = [self._values] if self._has_own_critic and not of_policy else []
+        return [self._reference_logprobs, *of_policy, *of_critic]
 
     def rewards(self, samples: Sampled) -> ResponseRewards:
         """Rewards of the responses; waits for scores that are on their way."""
@@ -97,20 +103,29 @@ class Scorer:
         of_each = [reward for reward in greedy for _ in range(self.config.samples_per_prompt)]
         return ResponseRewards(raw, rewards, of_each)
 
+    @property
+    def _has_own_critic(self) -> bool:
+        return self.critic is not None and self.critic.model is not None
+
     def _outputs(self, batch: Batch) -> list[torch.Tensor]:
         states = models.response_states(self.policy, batch)  # (R, H)
         outputs = list(models.response_logprobs(self.policy, batch, self.config.temperature, states))
         return outputs if self.critic is None else [*outputs, self.critic.values(batch, states)]
 
-    def _values(self, batch: Batch) -> torch.Tensor:
+    def _values(self, batch: Batch) -> list[torch.Tensor]:
         assert self.critic is not None
-        return self.critic.values(batch, batch.input_ids)  # its own model reads the batch
+        return [self.critic.values(batch, batch.input_ids)]  # its own model reads the batch
 
     def _reference_logprobs(self, batch: Batch) -> list[torch.Tensor]:
         return [models.response_logprobs(self.reference, batch, self.config.temperature)[0]]
 
-    def _each(self, samples: Sampled, function: Callable[[Batch], Sequence[torch.Tensor]]) -> list[Parts]:
+    def _each(self, samples: Sampled, function: Pass) -> list[Parts]:
         return per_example(samples.examples, function, self.budget.tokens, self.policy.device, self.shared)
+
+
+def computed_again(dtype: torch.dtype, lag: int) -> bool:
+    """Whether the policy's numbers are computed beside those that the sampler gave, `lag` updates ago."""
+    return dtype != torch.float32 or lag > 0
 
 
 def scored_tokens(samples: Sampled, policy: Outputs, reference: Parts, rewards: ResponseRewards) -> Scored:
@@ -154,11 +169,13 @@ class Experience:
                 "or choose a ppo.advantage without a critic"
             )
         lengths, rollouts = samples.lengths, samples.rollouts
+        given = inputs(config, bool(policy.values))
+        sampled = rollouts.logprobs[rollouts.response_mask].split(lengths) if "rollout_logprobs" in given else ()
         return Experience(
             examples=samples.examples,
             old_logprobs=policy.logprobs,
-            ref_logprobs=reference if config.kl_estimator else [],
-            rollout_logprobs=list(rollouts.logprobs[rollouts.response_mask].split(lengths)) if config.lag else [],
+            ref_logprobs=reference if "ref_logprobs" in given else [],
+            rollout_logprobs=list(sampled),
             old_values=policy.values,
             advantages=list(advantages.advantages.split(lengths)),
             advantage_sums=advantages.sums,
@@ -169,6 +186,14 @@ class Experience:
         """The tensors of some responses, packed, by the names that `ops.linear_ppo_loss` has for them."""
         names = ("old_logprobs", "advantages", "old_values", "returns", "ref_logprobs", "rollout_logprobs")
         return {name: concatenated(getattr(self, name), rows) for name in names if getattr(self, name)}
+
+
+def inputs(config: PPOConfig, has_critic: bool) -> list[str]:
+    """What the loss is given of each response token, by the names that `ops.linear_ppo_loss` has."""
+    of_critic = ["old_values", "returns"] if has_critic else []
+    of_reference = ["ref_logprobs"] if config.kl_estimator else []
+    of_sampler = ["rollout_logprobs"] if config.lag else []
+    return ["old_logprobs", "advantages", *of_critic, *of_reference, *of_sampler]
 
 
 def minibatches(examples: Sequence[Example], count: int, rng: np.random.Generator) -> list[list[int]]:

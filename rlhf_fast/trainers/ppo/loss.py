@@ -1,18 +1,88 @@
-"""PPO's loss by the settings: what `ops.linear_ppo_loss` is told, and what divides its sums."""
+"""PPO's loss of a micro-batch: what `ops.linear_ppo_loss` is told by the settings, and what divides its sums."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
+
+from rlhf_fast import models, ops
 from rlhf_fast.config import PPOConfig
+from rlhf_fast.data.batches import Batch
+from rlhf_fast.models.adapters import Model
 from rlhf_fast.trainers.loop.steps import Stats
+from rlhf_fast.trainers.ppo.critic import Critic
+
+Loss = Callable[..., tuple[torch.Tensor, Stats]]
 
 # Statistics that the op takes over the tokens of its call, however the loss is aggregated.
 TOKEN_MEANS = set(
     "ratio_mean clip_fraction dual_clip_fraction value_clip_fraction approx_kl approx_kl_k3 rollout_weight "
     "rollout_clip_fraction".split()
 )
+
+
+def batch_loss(
+    config: PPOConfig,
+    policy: Model,
+    critic: Critic | None,
+    batch: Batch,
+    given: dict[str, torch.Tensor],
+    *,
+    denominator: int,
+    kl_coef: float,
+    advantage_sums: torch.Tensor | None = None,
+    warming: bool = False,
+    function: Loss = ops.linear_ppo_loss,
+) -> tuple[torch.Tensor, Stats]:
+    """Loss and statistics of one micro-batch.
+
+    Args:
+        given: (R,) each, of the names that `inputs` lists (experience.py).
+        denominator: of the whole minibatch's loss.
+        kl_coef: what the KL penalty weighs, where it is in the loss.
+        advantage_sums: (3,), by which the advantages are whitened; None: as they are.
+        warming: the critic's part alone has a gradient, in the critic alone.
+        function: instead of `ops.linear_ppo_loss`, with its arguments and results.
+    """
+    with torch.set_grad_enabled(not warming):
+        head = models.output_head(policy)  # of this micro-batch's own graph, where it is computed
+        states = models.response_states(policy, batch)  # (R, H)
+    rest = dict(given)
+    old_logprobs, advantages = rest.pop("old_logprobs"), rest.pop("advantages")
+    if critic is not None:
+        rest["values"] = critic.values(batch, states)
+    return function(
+        states,
+        head.weight.detach() if warming else head.weight,
+        batch.response_tokens,
+        old_logprobs,
+        advantages,
+        **rest,
+        **head.options(),
+        **_options(config, given, kl_coef, critic is not None),
+        cu_seqlens=batch.cu_seqlens,
+        denominator=denominator,
+        advantage_sums=advantage_sums,
+    )
+
+
+def _options(config: PPOConfig, given: dict[str, torch.Tensor], kl_coef: float, has_critic: bool) -> dict[str, Any]:
+    """The settings of the loss, as `ops.linear_ppo_loss` names them; of terms that it has in this run alone."""
+    options: dict[str, Any] = {
+        "temperature": config.temperature,
+        "clip_low": config.clip_low,
+        "clip_high": config.clip_high,
+        **variant(config),
+    }
+    if has_critic:
+        options |= {"value_clip": config.value_clip, "value_coef": config.value_coef}
+    if "rollout_logprobs" in given:
+        options |= {"rollout_cap": config.rollout_cap}
+    if "ref_logprobs" in given:
+        options |= {"kl_coef": kl_coef, "kl": config.kl_estimator}
+    return options
 
 
 def variant(config: PPOConfig) -> dict[str, Any]:

@@ -8,7 +8,7 @@ the clipped loss. Policy, reference and critic share the weights that nobody tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,13 @@ from rlhf_fast.trainers.ppo.build import (
     reward_tokenizers,
 )
 from rlhf_fast.trainers.ppo.checks import KLLimit, check_first_update, check_start
+from rlhf_fast.trainers.ppo.critic import critic_of_checkpoint
 from rlhf_fast.trainers.ppo.experience import Experience, Scorer, minibatches, scored_tokens
 from rlhf_fast.trainers.ppo.kl_controller import KLController
-from rlhf_fast.trainers.ppo.loss import Divisor, variant
+from rlhf_fast.trainers.ppo.loss import Divisor, Loss, batch_loss
 from rlhf_fast.trainers.ppo.metrics import SampleMetrics, StepMeter, critic_metrics, mean, operations
 from rlhf_fast.trainers.ppo.sampler import Sampler
 
-Loss = Callable[..., tuple[torch.Tensor, Stats]]
 # Of the loss's statistics those that are logged; a loss of the user's own may have any others.
 LOGGED = {"policy_loss", "value_loss", "clip_fraction", "approx_kl", "approx_kl_k3", "ratio_mean", "ratio_max"}
 # What a run ends with, first as it was before: held-out prompts if there are any, and the last step's own.
@@ -108,8 +108,11 @@ class PPOTrainer:
         self.reward.check([*self.prompts, *self.heldout])
         self.advantage, self.loss = advantage or ADVANTAGES[config.advantage], loss
         self.traits = traits_of(self.advantage, config)
-        made = make_models(loaded, self.tokenizer, reward, config, self.traits.needs_critic)
-        self.model, self.reference, self.critic, self.shared = made
+        made = make_models(
+            loaded, config, self.traits.needs_critic, lambda: critic_of_checkpoint(reward, self.tokenizer, config)
+        )
+        self.model, self.reference, self.critic = made
+        self.shared = models.longest_shared(self.model)  # as in `pad`: samples that share a row with their prompt
         self.budget = TokenBudget(config.optim.max_tokens_per_microbatch)
         # Values as a by-product of sampling, where they are a head's on the policy's states.
         value_head = self.critic.head if self.critic is not None and self.critic.model is None else None
@@ -204,7 +207,7 @@ class PPOTrainer:
 
         While `warming`, the critic's part alone has a gradient, in the critic alone.
         """
-        examples, options = experience.examples, self._loss_options(experience)
+        examples = experience.examples
         divisor = Divisor.of(self.config, [len(examples[row].response) for row in rows])
         logged = LOGGED | (OF_LAG if experience.rollout_logprobs else set())
         logged = logged | ({"dual_clip_fraction"} if self.config.dual_clip else set())
@@ -212,44 +215,20 @@ class PPOTrainer:
         for group in microbatches_of_examples([examples[row] for row in rows], self.budget.tokens, self.shared):
             part = [rows[i] for i in group]
             batch = pad([examples[row] for row in part], self.model.device, self.shared)
-            with torch.set_grad_enabled(not warming):
-                head = models.output_head(self.model)  # of this micro-batch's own graph, where it is computed
-                states = models.response_states(self.model, batch)  # (R, H)
-            given = experience.of_rows(part)  # (R,) each
-            if self.critic is not None:
-                given["values"] = self.critic.values(batch, states)
-            loss, stats = self.loss(
-                states,
-                head.weight.detach() if warming else head.weight,
-                batch.response_tokens,
-                given.pop("old_logprobs"),
-                given.pop("advantages"),
-                **given,
-                **head.options(),
-                **options,
-                cu_seqlens=batch.cu_seqlens,
+            loss, stats = batch_loss(
+                self.config,
+                self.model,
+                self.critic,
+                batch,
+                experience.of_rows(part),
                 denominator=divisor.denominator,
+                kl_coef=self.kl_controller.coef,
                 advantage_sums=experience.advantage_sums,
+                warming=warming,
+                function=self.loss,
             )
             stats = divisor.of_minibatch(stats, self.config, len(batch.response_tokens))
             yield loss, {name: x for name, x in stats.items() if name in logged or name not in STATS}
-
-    def _loss_options(self, experience: Experience) -> dict[str, Any]:
-        """The settings of the loss, as `ops.linear_ppo_loss` names them; of terms that it has in this run alone."""
-        config = self.config
-        options: dict[str, Any] = {
-            "temperature": config.temperature,
-            "clip_low": config.clip_low,
-            "clip_high": config.clip_high,
-            **variant(config),
-        }
-        if self.critic is not None:
-            options |= {"value_clip": config.value_clip, "value_coef": config.value_coef}
-        if experience.rollout_logprobs:
-            options |= {"rollout_cap": config.rollout_cap}
-        if experience.ref_logprobs:
-            options |= {"kl_coef": self.kl_controller.coef, "kl": config.kl_estimator}
-        return options
 
     def _save(self, folder: Path) -> None:
         extra = {"kl_controller": self.kl_controller.state_dict()}
