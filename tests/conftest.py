@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait busily slow all others down
+
 import torch
 from torch import nn
 
