@@ -55,11 +55,17 @@ def test_the_micro_batch_changes_neither_gradient_nor_statistics(
     variant: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
     """One sequence at a time, a few, or all at once: of five responses, as a minibatch has them."""
-    gradients, totals = [], []
+    trainer = make(tiny_folder, tmp_path, **VARIANTS[variant])
+    experiences = {}
     for tokens in (1, 60, 100_000):
-        trainer = make(tiny_folder, tmp_path, tokens, **VARIANTS[variant])
-        experience = collect(trainer, 1, 0.05)
-        moved(trainer)
+        trainer.budget.tokens = tokens
+        experiences[tokens] = collect(trainer, 1, 0.05)
+    moved(trainer)
+    gradients, totals = [], []
+    for tokens, experience in experiences.items():
+        trainer.budget.tokens = tokens
+        for parameter in trainer.optimizer.parameters:
+            parameter.grad = None
         minibatch = [0, 2, 3, 5, 7]
         assert len({len(experience.examples[row].response) for row in minibatch}) > 2
         parts = [(loss, stats) for loss, stats in trainer._losses(experience, minibatch)]
