@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import difflib
+import functools
 import io
 import random
 import re
@@ -82,6 +83,7 @@ def of_python(file: str, text: str, dice: random.Random) -> Mutant | None:
     return _mutant(file, text, code, operator.removeprefix("core/"))
 
 
+@functools.lru_cache(maxsize=64)
 def _places(text: str) -> dict[tuple[str, int], list[str]]:
     """The operators of cosmic-ray that can change each place: what stands there, and which of its kind it is."""
     import parso
@@ -90,18 +92,34 @@ def _places(text: str) -> dict[tuple[str, int], list[str]]:
 
     nodes = list(ast_nodes(parso.parse(text)))
     found: dict[tuple[str, int], list[str]] = {}
+    counts: dict[str, int] = {}
     for name in sorted(operator_names()):
         cls = get_operator(name)
         if cls.arguments() or any(part in name for part in USELESS):  # some would have to be told what to put there
             continue
         stands = name.rpartition("_")[0] or name  # ReplaceBinaryOperator_Add of ..._Add_Sub
-        for place in range(sum(1 for node in nodes for _ in cls().mutation_positions(node))):
+        source = name if "_Delete_" in name else stands  # what one finds, all do that change the same
+        if source not in counts:
+            counts[source] = sum(1 for node in nodes for _ in cls().mutation_positions(node))
+        for place in range(counts[source]):
             found.setdefault((stands, place), []).append(name)
     return found
 
 
 def of_cplusplus(file: str, text: str, dice: random.Random) -> Mutant | None:
     """Draw one of the changes of universalmutator's rules: each line is as likely. It may not compile."""
+    changes, lines = _changes(text), text.splitlines(keepends=True)
+    if not changes:
+        return None
+    number = dice.choice(sorted({line for line, *_ in changes}))
+    new, rule = dice.choice([(changed, rule) for line, changed, rule, _ in changes if line == number])
+    code = "".join([*lines[: number - 1], new, *lines[number:]])
+    return _mutant(file, text, code, rule[0].strip())
+
+
+@functools.lru_cache(maxsize=64)
+def _changes(text: str) -> list[tuple[int, str, tuple[str, ...], object]]:
+    """List what the rules of universalmutator make of each line: its number, the line changed, the rule."""
     from universalmutator.mutator import mutants_regexp
 
     rules = ["universal.rules", "c_like.rules", "cpp.rules"]
@@ -109,13 +127,7 @@ def of_cplusplus(file: str, text: str, dice: random.Random) -> Mutant | None:
     with contextlib.redirect_stdout(io.StringIO()):  # it tells what it does
         found = mutants_regexp(lines, rules, ignorePatterns=[r"^\s*//", r"^#"], ignoreStringOnly=True)
     # A digit of a name (int64_t) is none of its own.
-    found = [one for one in found if "\\d" not in one[2][0] or _names(one[1]) <= _names(lines[one[0] - 1])]
-    if not found:
-        return None
-    number = dice.choice(sorted({line for line, *_ in found}))
-    new, rule = dice.choice([(changed, rule) for line, changed, rule, _ in found if line == number])
-    code = "".join([*lines[: number - 1], new, *lines[number:]])
-    return _mutant(file, text, code, rule[0].strip())
+    return [one for one in found if "\\d" not in one[2][0] or _names(one[1]) <= _names(lines[one[0] - 1])]
 
 
 def _names(line: str) -> set[str]:

@@ -7,6 +7,7 @@ models, whose __init__ imports its files.
 from __future__ import annotations
 
 import ast
+import functools
 import os
 from collections import deque
 from pathlib import Path
@@ -78,10 +79,10 @@ def imports_of(file: Path, name: str, known: object) -> set[str]:
     """The modules of the project that a file imports, in functions too."""
     found: set[str] = set()
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in _import_statements(file, file.stat().st_mtime_ns):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
+        else:
             base = node.module or ""
             if node.level:
                 above = package.rsplit(".", node.level - 1)[0] if node.level > 1 else package
@@ -90,3 +91,10 @@ def imports_of(file: Path, name: str, known: object) -> set[str]:
             modules = {each for each in names if each in known}  # type: ignore[operator]
             found |= modules if modules == names else {*modules, base}  # the rest is what `base` itself has
     return {each for each in found if each in known and each != name}  # type: ignore[operator]
+
+
+@functools.cache
+def _import_statements(file: Path, changed: int) -> tuple[ast.Import | ast.ImportFrom, ...]:
+    """Those of a file as it was `changed`: the whole tree is asked for each file that is looked for."""
+    nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+    return tuple(node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait busily slow all others down
+
 import torch
 from torch import nn
 
@@ -27,6 +31,18 @@ if sanitized := os.environ.get("RLHF_FAST_TEST_MODULE"):  # `make asan`: in plac
     spec.loader.exec_module(sys.modules["rlhf_fast._C"])
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, which no test module has done yet
+
+
+def pytest_collection_finish() -> None:
+    """Takes all that is imported out of sight of the garbage collector, for which it is much to look through: trainers
+    collect after each error for too little memory."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries look at exit whether all of theirs is gone
+
 
 SMALL = {
     "vocab_size": 260,

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -20,10 +21,31 @@ def verb(words: Sequence[str], said: str) -> Any:
     return PROCESSES.Process(target=_verb, args=(list(words), said))
 
 
-def _verb(words: list[str], said: str) -> None:
+def code(text: str, folder: Path) -> str:
+    """What a program says that is run in a folder; its last words are the error, if it fails."""
+    said = folder / "said.txt"
+    process = PROCESSES.Process(target=_code, args=(text, str(folder), str(said)))
+    process.start()
+    process.join()
+    words = said.read_text()
+    assert process.exitcode == 0, words[-2000:]
+    return words
+
+
+def _code(text: str, folder: str, said: str) -> None:
+    _say_into(said)
+    os.chdir(folder)
+    exec(compile(text, "<program>", "exec"), {"__name__": "__main__"})
+
+
+def _say_into(said: str) -> None:
     file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
+
+
+def _verb(words: list[str], said: str) -> None:
+    _say_into(said)
     import torch
 
     from rlhf_fast.cli import main

@@ -21,6 +21,7 @@ SHAPE = LlamaConfig(
     hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
     vocab_size=2048,
 )  # fmt: skip
+PREDICTED: dict[str, Any] = {}
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,20 @@ def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shallow")
     LlamaConfig(**{**SHAPE.to_dict(), "num_hidden_layers": 1}).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def predicted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was predicted of a run is not predicted again: the command is called several times for it."""
+    predict = forecast.Run.predict
+
+    def once(run: forecast.Run, config: Any, device: Any, available: int) -> Any:
+        key = f"{config} {run.shape} {run.rewards} {device} {available}"
+        if key not in PREDICTED:
+            PREDICTED[key] = predict(run, config, device, available)
+        return PREDICTED[key]
+
+    monkeypatch.setattr(forecast.Run, "predict", once)
 
 
 def write(folder: Path, tree: dict[str, Any]) -> Path:

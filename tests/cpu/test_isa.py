@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,9 @@ from rlhf_fast.ops import compiled
 from tests.cpu import calls
 
 ROOT = Path(__file__).resolve().parents[2]
+HERE = ROOT / "tests" / "cpu"
 SOURCES = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
-FLAGS = ["-std=c++17", "-ffp-contract=off", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'cpu'}"]
+FLAGS = ["-std=c++17", "-ffp-contract=off", f"-I{ROOT / 'csrc'}", f"-I{HERE}"]
 
 pytestmark = pytest.mark.skipif(compiled.cpu is None, reason="rlhf_fast._C was not built")
 
@@ -80,12 +83,20 @@ def test_the_baseline_is_as_right_if_not_the_same() -> None:
             torch.testing.assert_close(its.float(), mine.float(), rtol=2e-5, atol=2e-5 * max(size, 1.0), equal_nan=True)
 
 
-def build(tmp_path: Path, compiler: str, *flags: str) -> Path:
+def build(compiler: str, *flags: str, source: str = "calls.cpp", others: Sequence[Path] = SOURCES) -> Path:
+    """A program of tests/cpu, kept in build/isa as long as what it is made of stays."""
     if shutil.which(compiler) is None:
         pytest.skip(f"needs {compiler}")
-    program = tmp_path / "calls"
-    command = [compiler, *FLAGS, *flags, str(ROOT / "tests/cpu/calls.cpp"), *map(str, SOURCES), "-o", str(program)]
-    subprocess.run(command, check=True)
+    command = [compiler, *FLAGS, *flags, str(HERE / source), *map(str, others)]
+    state = hashlib.sha256(f"{command} {subprocess.check_output([compiler, '--version'], text=True)}".encode())
+    for file in sorted([*(ROOT / "csrc" / "cpu").iterdir(), *(ROOT / "csrc" / "common").iterdir(), HERE / source]):
+        state.update(file.read_bytes())
+    program = ROOT / "build" / "isa" / f"{compiler}-{Path(source).stem}-{state.hexdigest()[:16]}"
+    if not program.exists():
+        program.parent.mkdir(parents=True, exist_ok=True)
+        aside = program.with_suffix(f".{os.getpid()}")
+        subprocess.run([*command, "-o", str(aside)], check=True)
+        aside.replace(program)
     return program
 
 
@@ -102,28 +113,24 @@ def outputs_of(command: list[str]) -> list[str]:
 
 
 @pytest.mark.slow
-def test_same_bits_on_neon(own: list[str], tmp_path: Path) -> None:
+def test_same_bits_on_neon(own: list[str]) -> None:
     """Cross-compiled, and run in an emulator."""
     if shutil.which("qemu-aarch64") is None:
         pytest.skip("needs qemu-user")
     if isas()[0] == "baseline":
         pytest.skip("nothing here to compare with: the baseline's bits differ")
-    program = build(tmp_path, "aarch64-linux-gnu-g++", "-O1", "-static", "-w")
+    program = build("aarch64-linux-gnu-g++", "-O1", "-static", "-w")
     assert outputs_of(["qemu-aarch64", str(program)]) == own
 
 
 @pytest.mark.slow
-def test_same_bits_from_clang(own: list[str], tmp_path: Path) -> None:
-    assert outputs_of([str(build(tmp_path, "clang++", "-O1", "-pthread", "-w"))]) == own
+def test_same_bits_from_clang(own: list[str]) -> None:
+    assert outputs_of([str(build("clang++", "-O1", "-pthread", "-w"))]) == own
 
 
 @pytest.mark.slow
-def test_exp_expm1_and_tanh_are_as_exact_as_they_say(tmp_path: Path) -> None:
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++")
-    program = tmp_path / "math"
-    sources = [str(ROOT / "tests/cpu/math.cpp"), str(ROOT / "csrc/cpu/isa.cpp")]
-    subprocess.run(["g++", *FLAGS, "-O2", "-w", *sources, "-o", str(program)], check=True)
+def test_exp_expm1_and_tanh_are_as_exact_as_they_say() -> None:
+    program = build("g++", "-O2", "-w", source="math.cpp", others=[ROOT / "csrc" / "cpu" / "isa.cpp"])
     for isa in isas():
         environment = {**os.environ, "RLHF_FAST_ISA": isa}
         text = subprocess.run([str(program)], env=environment, capture_output=True, text=True, check=True).stdout

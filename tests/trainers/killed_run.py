@@ -1,6 +1,6 @@
 """A run that keeps its state after every step, at a pace at which it can be hit: a process of test_resume.
 
-python -m tests.trainers.killed_run NAME FOLDER OUT PAUSE
+python -m tests.trainers.killed_run FOLDER OUT NAME... does the runs of these names without a pause, each in OUT/NAME.
 """
 
 from __future__ import annotations
@@ -64,4 +64,5 @@ def trainer(name: str, folder: str, out: str) -> Any:
 
 
 if __name__ == "__main__":
-    train(*sys.argv[1:4], pause=float(sys.argv[4]))
+    for each in sys.argv[3:]:
+        train(each, sys.argv[1], f"{sys.argv[2]}/{each}", pause=0.0)

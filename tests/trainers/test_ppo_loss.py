@@ -56,8 +56,15 @@ def test_the_micro_batch_changes_neither_gradient_nor_statistics(
 ) -> None:
     """One sequence at a time, a few, or all at once: of five responses, as a minibatch has them."""
     gradients, totals = [], []
+    trainer: PPOTrainer | None = None
     for tokens in (1, 60, 100_000):
-        trainer = make(tiny_folder, tmp_path, tokens, **VARIANTS[variant])
+        if trainer is None or trainer.config.lag:  # which has sampled a step ahead
+            trainer = make(tiny_folder, tmp_path, **VARIANTS[variant])
+            start = [parameter.detach().clone() for parameter in trainer.optimizer.parameters]
+        for parameter, value in zip(trainer.optimizer.parameters, start, strict=True):
+            parameter.data.copy_(value)
+            parameter.grad = None
+        trainer.budget.tokens = tokens
         experience = collect(trainer, 1, 0.05)
         moved(trainer)
         minibatch = [0, 2, 3, 5, 7]

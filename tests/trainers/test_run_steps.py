@@ -34,7 +34,7 @@ OPTIM = OptimConfig(lr=1e-3)
 
 
 def sft(folder: Path, out: Path, monitors: Any = (), **options: Any) -> SFTTrainer:
-    config = SFTConfig(**{"batch_size": 4, "optim": OPTIM, **options})
+    config = SFTConfig(**{"batch_size": 4, "sample_tokens": 4, "optim": OPTIM, **options})
     return SFTTrainer(folder, DEMONSTRATIONS, out, config, monitors=monitors)
 
 

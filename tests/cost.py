@@ -1,0 +1,64 @@
+"""The limit on what a test may cost, in seconds of a processor, so that a busy machine makes none fail.
+
+A test of tests/unit takes a second; what takes over `SPARE` times that fails, unless it is marked with what it takes:
+`@pytest.mark.seconds(3)`. Counted are this process and the children that it has waited for, without fixtures and
+without imports, which the first test to need a library does for all. Nothing is counted under coverage, a debugger or
+a sanitizer, nor where RLHF_FAST_TEST_UNTIMED is set.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+
+SECONDS, SPARE = 1.0, 2.0
+
+
+def used() -> float:
+    """Processor seconds of this process and of its ended children."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+class Imports:
+    """The processor seconds that imports have taken."""
+
+    def __init__(self) -> None:
+        self.seconds, self.importing = 0.0, False
+        bootstrap: Any = importlib._bootstrap  # type: ignore[attr-defined]  # what a statement calls for a new module
+        self.find = bootstrap._find_and_load
+        bootstrap._find_and_load = self
+
+    def __call__(self, name: str, import_: Any) -> Any:
+        if self.importing:
+            return self.find(name, import_)
+        self.importing, start = True, used()
+        try:
+            return self.find(name, import_)
+        finally:
+            self.importing, self.seconds = False, self.seconds + used() - start
+
+
+IMPORTS = Imports()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    start = used() - IMPORTS.seconds
+    result = yield
+    taken = used() - IMPORTS.seconds - start
+    watched = sys.gettrace() is not None or {"RLHF_FAST_TEST_MODULE", "RLHF_FAST_TEST_UNTIMED"} & os.environ.keys()
+    mark = item.get_closest_marker("seconds")
+    said = float(mark.args[0]) if mark else SECONDS
+    if taken > SPARE * said and not watched:
+        pytest.fail(
+            f"took {taken:.1f} s of processor time, over {SPARE:g} times the {said:g} s that it is to take: make it "
+            f"cheaper, mark it @pytest.mark.seconds({taken:.0f}), or move it out of tests/unit",
+            pytrace=False,
+        )
+    return result
