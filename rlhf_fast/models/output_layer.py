@@ -10,6 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
+from rlhf_fast.models.inner import measured_once
+
 LoRA = tuple[torch.Tensor, torch.Tensor, float]  # (r, H), (V, r), scaling
 
 
@@ -41,7 +43,7 @@ def product_of(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None, LoRA | No
         return product_of(base)
     if type(layer) is lora.Linear and len(used) == 1 and used[0] not in layer.lora_variant:
         return _with_factors(layer, base, used[0])
-    return _probed_by_unit_vectors(layer, base)
+    return _probed_by_unit_vectors(layer, base, used)
 
 
 def heard(module: nn.Module) -> bool:
@@ -63,10 +65,16 @@ def _with_factors(layer: Any, base: Any, name: str) -> tuple[torch.Tensor, torch
     return weight, bias, (a.weight.to(weight.dtype), b.weight.to(weight.dtype), scaling)
 
 
-def _probed_by_unit_vectors(layer: Any, base: Any) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+def _probed_by_unit_vectors(layer: Any, base: Any, used: list[str]) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+    """Return weight and bias as what the layer makes of unit vectors and of zeros."""
     like = base.weight
     units = torch.eye(like.shape[1], dtype=like.dtype, device=like.device)  # (H, H)
     nothing = layer(torch.zeros_like(units[:1]))  # (1, V)
-    has_bias = bool(torch.count_nonzero(nothing.detach())) or getattr(base, "bias", None) is not None
+    # A bias that is trained may be 0 now, so it is told by its name. Any other offset shows in the values, which are
+    # looked at once: on a GPU each look waits for all that the device has to do.
+    names = [name for name, _ in layer.named_parameters()]
+    has_bias = any(name.endswith("bias") for name in names) or measured_once(
+        layer, f"offset of {used} in {names}", lambda _: bool(torch.count_nonzero(nothing.detach()))
+    )
     products = layer(units)  # (H, V)
     return ((products - nothing) if has_bias else products).T, nothing[0] if has_bias else None, None
