@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from rlhf_fast.pages import plots
 from rlhf_fast.pages.page import esc, figure, fmt, table_of, whisker, whole_page
 from rlhf_fast.runs.files import write_atomic
 from rlhf_fast.runs.folder import page_of
+from rlhf_fast.statistics.agreement import ceiling
 from rlhf_fast.statistics.intervals import Interval
 
 SHOWN = 40  # comparisons, those that it disagrees with most
@@ -27,27 +29,38 @@ COLOURS = {"aim reached": "a", "too few to tell": "even", "below the aim": "even
 Figures = dict[str, Any]
 
 
-def write_reward_report(run: str | Path) -> Path:
+def write_reward_report(run: str | Path, agreement: Mapping[str, Any] | None = None) -> Path:
     """Write `run`/report.html from what a reward model's training has left there, and return its path.
 
     One self-contained file: the same files give the same bytes. Plots need matplotlib; without it the page says so.
 
+    Args:
+        run: the folder of a finished run.
+        agreement: how far the annotators agreed when the comparisons were collected, as their provenance has it:
+            `mean` and, if known, `low` and `high`, shares of votes between two sides, and `source`, a few words. What
+            it lets a model reach is printed beside its accuracy. None: what the comparisons themselves say, if any.
+
     Raises:
         FileNotFoundError: `run` holds no reward_report.json.
+        ValueError: an agreement that is no share.
         PageError: the page could not be made or written; the run is whole.
     """
     run = Path(run)
+    given = None if agreement is None else _agreed(agreement)
+    source = "" if agreement is None else str(agreement.get("source", ""))
     file = run / "reward_report.json"
     if not file.is_file():
         raise FileNotFoundError(f"{run} has no reward_report.json: it is no finished run of a reward model")
     with page_of(run, write_reward_report):
-        write_atomic(run / "report.html", _page(run, json.loads(file.read_text("utf-8"))))
+        write_atomic(run / "report.html", _page(run, json.loads(file.read_text("utf-8")), given, source))
     return run / "report.html"
 
 
-def _page(run: Path, report: Figures) -> str:
+def _page(run: Path, report: Figures, given: Interval | None, source: str) -> str:
     if "accuracy" not in report:  # nothing was held out
         return whole_page(esc(run.resolve().name), _unmeasured(report, run.resolve().name))
+    known = given or _interval(report["people"]["agreement"])
+    reach = _reach(known, source) if known else ""
     curve = _rows(run / "metrics.jsonl")
     samples = _rows(run / "samples.jsonl")
     sections = {
@@ -61,7 +74,7 @@ def _page(run: Path, report: Figures) -> str:
     }
     title = esc(run.resolve().name)
     body = "\n".join(f"<section><h2>{name}</h2>{text}</section>" for name, text in sections.items() if text)
-    return whole_page(title, f"{_header(report, title)}{_cards(report)}\n{body}")
+    return whole_page(title, f"{_header(report, title)}{_cards(report, reach)}\n{body}")
 
 
 def _rows(path: Path) -> list[Figures]:
@@ -70,6 +83,32 @@ def _rows(path: Path) -> list[Figures]:
 
 def _interval(value: Figures | None) -> Interval | None:
     return None if not value or value["low"] is None else Interval(value["mean"], value["low"], value["high"])
+
+
+def _agreed(value: Mapping[str, Any]) -> Interval:
+    """People's agreement as it was given, checked."""
+    mean = value.get("mean")
+    ends = [mean if value.get(key) is None else value[key] for key in ("low", "high")]
+    if not all(isinstance(end, int | float) and not isinstance(end, bool) for end in (mean, *ends)):
+        raise ValueError(f"agreement: {dict(value)} came; expected a mean, and perhaps low and high, from 0 to 1")
+    interval = Interval(float(mean or 0), *map(float, ends))
+    ceiling(interval)  # refuses what is no share
+    if not interval.low <= interval.mean <= interval.high:
+        raise ValueError(f"agreement: {interval} came; expected the mean between low and high")
+    return interval
+
+
+def _reach(agreement: Interval, source: str) -> str:
+    """What agreement lets any model reach, as the last line of the accuracy's card."""
+    found = ceiling(agreement)
+    by = f" ({esc(source)})" if source else ""
+    ends = ""
+    if agreement.low < agreement.high:
+        ends = f", or {fmt(found.least, 0, unit='%')} to {fmt(found.most, 0, unit='%')} by its interval"
+    return (
+        f"<span>People agree on {fmt(agreement.mean, 0, unit='%')}{by}: a model of the majority reaches "
+        f"{fmt(found.low, 0, unit='%')} to {fmt(found.high, 0, unit='%')}{ends}</span>"
+    )
 
 
 def _ends(interval: Interval | None) -> str:
@@ -98,12 +137,12 @@ def _unmeasured(report: Figures, name: str) -> str:
     )
 
 
-def _cards(report: Figures) -> str:
-    def share(title: str, value: Figures | None, note: str, unknown: str = "") -> str:
+def _cards(report: Figures, reach: str = "") -> str:
+    def share(title: str, value: Figures | None, note: str, unknown: str = "", more: str = "") -> str:
         if value is None:
             return _card(title, "–", f"<span>{unknown}</span>")
         interval = _interval(value)
-        rest = f"{whisker(interval, 0.5, 0, 1)}<span>{_ends(interval)}</span><span>{note}</span>"
+        rest = f"{whisker(interval, 0.5, 0, 1)}<span>{_ends(interval)}</span><span>{note}</span>{more}"
         return _card(title, fmt(value["mean"], 0, unit="%"), rest)
 
     calibration, length = report["calibration"], report["length"]
@@ -111,7 +150,7 @@ def _cards(report: Figures) -> str:
     return '<dl class="cards">{}</dl>'.format(
         "".join(
             [
-                share("Agreement", report["accuracy"], f"{report['prompts']} held-out prompts"),
+                share("Agreement", report["accuracy"], f"{report['prompts']} held-out prompts", more=reach),
                 share("People with each other", report["people"]["agreement"], "on the same pair", "not known"),
                 share("Always the longer", length["always_longer"], "a rule that reads nothing"),
                 _card(

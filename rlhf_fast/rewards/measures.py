@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.data.records import Comparison
 from rlhf_fast.statistics import calibration
+from rlhf_fast.statistics.agreement import ceiling
 from rlhf_fast.statistics.calibration import sigmoid
 from rlhf_fast.statistics.intervals import Interval, clustered_share
 
@@ -239,8 +239,8 @@ def people_figures(comparisons: Sequence[Comparison]) -> dict[str, Any]:
                          for answers in (between, within))  # fmt: skip
     reach = None
     if agreement is not None and agreement["mean"] is not None:
-        a = agreement["mean"]
-        reach = [a, (1 + math.sqrt(max(0.0, 2 * a - 1))) / 2]
+        reached = ceiling(agreement["mean"])
+        reach = [reached.low, reached.high]
     return {
         "pairs_judged_by_several": twice,
         "agreement": agreement,

@@ -1,10 +1,10 @@
 """Soft labels from the votes of people who differ in skill and lean to a side: a model with priors, on autograd.
 
 A vote of person j on pair i goes to the first response with log-odds s_j * x_i + b_j * (1 if it was shown on the left,
-else -1). x_i says how much better the first one is, s_j how well the person tells, and b_j is a lean to the left.
-Skills have a prior of mean 1 and biases of mean 0. The x_i are summed over their own prior, not fitted beside the
-skills: a fitted x_i follows the few votes on it, so that everybody who cast them would seem more skilled, however many
-pairs there are. The prior's width is fitted, too: it is how clear the pairs are.
+else -1). x_i says how much better the first one is, in deviations of such differences; s_j is the person's skill, and
+b_j a lean to the left. Skills have a prior around a typical one, which is fitted too, and biases one around 0. The x_i
+are summed over their own prior, not fitted beside the skills: a fitted x_i follows the few votes on it, so that
+everybody who cast them would seem more skilled, however many pairs there are.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from rlhf_fast.statistics.intervals import Interval
 
 NODES = 60  # of the sum over a pair's preference; an even number, so that none is at 0
 REACH = 5.0  # deviations of the prior that they cover
-SKILL, BIAS = (1.0, 0.5), (0.0, 0.5)  # mean and deviation of the priors
-WIDTH = (math.log(1.5), 0.75)  # the same of the logarithm of the pairs' width
+# Means and deviations of the priors. Those of skills are of their inverse hyperbolic sine: it is like a logarithm for
+# skilled people, and yet a skill may be negative, of one who mistakes the buttons.
+TYPICAL, SKILL, BIAS = (math.asinh(1.5), 0.6), 0.6, 0.5
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,12 @@ class VoteModel:
     pairs: np.ndarray  # (I,) int
     people: np.ndarray  # (J,) int
     better: np.ndarray  # (I,): probability that the first response is the better, the soft label
-    chosen: np.ndarray  # (I,): how often a person of skill 1 and no lean would choose it
-    skill: list[Interval]  # (J,)
+    chosen: np.ndarray  # (I,): how often a person of typical skill and no lean would choose it
+    skill: list[Interval]  # (J,): log-odds for pairs whose responses are one deviation apart
     bias: list[Interval]  # (J,): log-odds of the left side where neither response is better
     accuracy: list[Interval]  # (J,): how often a vote of the person names the better response of a pair
-    width: float  # of the pairs' preferences
-    log_evidence: float  # of the votes, at the fitted skills, biases and width
+    typical: float  # skill
+    log_evidence: float  # of the votes, at the fitted skills and biases
 
     def changed(self, votes: PairVotes) -> list[Change]:
         """The pairs whose likelier side is not that of the majority, the surest first. Split pairs come with them: who
@@ -105,7 +106,7 @@ class VoteModel:
 
 
 def fit_votes(votes: PairVotes, pairs: str = "normal", level: float = 0.95) -> VoteModel:
-    """Fit skills, biases and the pairs' width to votes, maximum a posteriori in float64, from one start.
+    """Fit skills and biases to votes, maximum a posteriori in float64, from one start.
 
     With one or two votes a pair the votes hardly tell skilled people on toss-ups from unskilled ones on clear pairs;
     what is assumed of pairs decides. The intervals hold under that assumption.
@@ -114,7 +115,7 @@ def fit_votes(votes: PairVotes, pairs: str = "normal", level: float = 0.95) -> V
         votes: of any number of people on any number of pairs.
         pairs: `normal`, preferences from toss-ups to clear ones; or `alike`, all equally clear one way or the other,
             so that each person errs equally often on all (Dawid and Skene 1979, for two classes).
-        level: coverage of the people's intervals (Laplace: from the curvature at the maximum).
+        level: coverage of the people's intervals, from the posterior around its maximum.
     """
     if not 0 < level < 1:
         raise ValueError(f"level: {level} is outside 0..1 (0.95 is usual)")
@@ -132,34 +133,47 @@ def fit_votes(votes: PairVotes, pairs: str = "normal", level: float = 0.95) -> V
     curvature = torch.autograd.functional.hessian(posterior.loss, x.detach())
     assert isinstance(curvature, torch.Tensor)
     covariance = torch.linalg.inv(curvature)  # (2J + 1, 2J + 1)
+    best, people = x.detach(), len(votes.people_names)
     z = NormalDist().inv_cdf((1 + level) / 2)
-    best = x.detach()
-    half = z * covariance.diagonal().clamp_min(0).sqrt()
-    people = len(votes.people_names)
-    ends = [
-        Interval(mean, mean - reach, mean + reach) for mean, reach in zip(best.tolist(), half.tolist(), strict=True)
-    ]
-    slopes = torch.autograd.functional.jacobian(posterior.accuracy_logits, best)  # (J, 2J + 1)
-    assert isinstance(slopes, torch.Tensor)
-    spread = z * ((slopes @ covariance) * slopes).sum(1).clamp_min(0).sqrt()  # (J,)
-    logits = posterior.accuracy_logits(best)
-    accuracy = torch.stack([logits, logits - spread, logits + spread]).sigmoid().T.tolist()
+    low, high = (_ends(posterior, best, covariance, side * z) for side in (-1, 1))  # (2J + 1, 2J + 1), a row for each
+    skill, bias = (
+        [Interval(float(best[i]), float(low[i, i]), float(high[i, i])) for i in range(start, start + people)]
+        for start in (0, people)
+    )
+    accuracy = [Interval(*(float(posterior.accuracy(at)[i]) for at in (best, low[i], high[i]))) for i in range(people)]
     better, chosen = posterior.of_pairs(best)
     return VoteModel(
         pairs=votes.pair_names,
         people=votes.people_names,
         better=better.numpy(),
         chosen=chosen.numpy(),
-        skill=ends[:people],
-        bias=ends[people : 2 * people],
-        accuracy=[Interval(*three) for three in accuracy],
-        width=math.exp(best[-1]),
+        skill=[Interval(*map(math.sinh, (i.mean, i.low, i.high))) for i in skill],
+        bias=bias,
+        accuracy=accuracy,
+        typical=math.sinh(best[-1]),
         log_evidence=float(posterior.log_likelihood(best).logsumexp(1).sum()),
     )
 
 
+def _ends(posterior: Posterior, best: torch.Tensor, covariance: torch.Tensor, z: float) -> torch.Tensor:
+    """(2J + 1, 2J + 1): for each number the point at which an interval of it ends.
+
+    From the maximum on, the others follow as the covariance has it, to where the loss has risen by z^2 / 2. That is z
+    deviations off if the posterior is Gaussian, and farther on the side where it is flatter.
+    """
+    ends = []
+    for column in covariance:
+        deviation = column / column[len(ends)].sqrt()
+        away = z
+        for _ in range(6):
+            rise = float(posterior.loss(best + away * deviation) - posterior.loss(best))
+            away *= min(2.0, max(0.5, abs(z) / math.sqrt(max(2 * rise, 1e-12))))
+        ends.append(best + away * deviation)
+    return torch.stack(ends)
+
+
 class Posterior:
-    """The posterior of x (2J + 1,): the people's skills, their biases, and the logarithm of the pairs' width."""
+    """The posterior of x (2J + 1,): asinh of the people's skills, their biases, and asinh of the typical skill."""
 
     def __init__(self, votes: PairVotes, pairs: str = "normal") -> None:
         if pairs not in ("normal", "alike"):
@@ -178,15 +192,14 @@ class Posterior:
 
     def start(self) -> torch.Tensor:
         """The mean of the prior."""
-        people = torch.ones(self.people, dtype=torch.float64)
-        width = torch.tensor([WIDTH[0]], dtype=torch.float64)
-        return torch.cat([SKILL[0] * people, BIAS[0] * people, width])
+        skill = torch.full((self.people + 1,), TYPICAL[0], dtype=torch.float64)
+        return torch.cat([skill[1:], torch.zeros(self.people, dtype=torch.float64), skill[:1]])
 
     def log_likelihood(self, x: torch.Tensor) -> torch.Tensor:
         """(I, K): log-probability of a pair's votes and of each of its possible preferences."""
-        skill, bias, width = x[: self.people], x[self.people : -1], x[-1].exp()
+        skill, bias = x[: self.people].sinh(), x[self.people : -1]
         lean = (bias[self.person] * self.side)[:, None]
-        odds = skill[self.person][:, None] * (width * self.nodes) + lean  # (N, K)
+        odds = skill[self.person][:, None] * self.nodes + lean  # (N, K)
         each = -torch.nn.functional.softplus(-odds) - (1 - self.first)[:, None] * odds
         empty = torch.zeros(self.pairs, len(self.nodes), dtype=torch.float64)
         return empty.index_add(0, self.row, each) + self.weights
@@ -194,17 +207,18 @@ class Posterior:
     def loss(self, x: torch.Tensor) -> torch.Tensor:
         """Minus the log-posterior, up to a constant."""
         likelihood = self.log_likelihood(x).logsumexp(1).sum()
-        parts = ((x[: self.people], SKILL), (x[self.people : -1], BIAS), (x[-1:], WIDTH))
-        return sum((((part - mean) / deviation) ** 2).sum() / 2 for part, (mean, deviation) in parts) - likelihood
+        skill, bias, typical = x[: self.people], x[self.people : -1], x[-1]
+        prior = ((skill - typical) / SKILL).square().sum() + (bias / BIAS).square().sum()
+        return (prior + ((typical - TYPICAL[0]) / TYPICAL[1]) ** 2) / 2 - likelihood
 
     def of_pairs(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(I,), (I,): the probability that the first response is better, and that an average person chooses it."""
         probability = self.log_likelihood(x).softmax(1)  # (I, K)
-        return probability[:, self.nodes > 0].sum(1), probability @ (x[-1].exp() * self.nodes).sigmoid()
+        return probability[:, self.nodes > 0].sum(1), probability @ (x[-1].sinh() * self.nodes).sigmoid()
 
-    def accuracy_logits(self, x: torch.Tensor) -> torch.Tensor:
-        """(J,): log-odds that a person's vote names the better response, over pairs and both sides."""
-        skill, bias, width = x[: self.people], x[self.people : -1], x[-1].exp()
-        clear = skill[:, None] * (width * self.nodes.abs())  # (J, K)
+    def accuracy(self, x: torch.Tensor) -> torch.Tensor:
+        """(J,): how often a person's vote names the better response, over pairs and both sides."""
+        skill, bias = x[: self.people].sinh(), x[self.people : -1]
+        clear = skill[:, None] * self.nodes.abs()  # (J, K)
         right = ((clear + bias[:, None]).sigmoid() + (clear - bias[:, None]).sigmoid()) / 2
-        return (right @ self.weights.exp()).logit()
+        return right @ self.weights.exp()

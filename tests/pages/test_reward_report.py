@@ -98,6 +98,40 @@ def test_what_is_not_known_of_people_is_said_with_what_to_do(tmp_path: Path) -> 
     assert "agree on 75% [60%, 90%] of the 7 pairs" in text and "right on 75% (if" in text and "to 85% (if all" in text
 
 
+@pytest.mark.usefixtures("without_plots")
+def test_what_agreement_lets_a_model_reach_stands_beside_its_accuracy(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run", [{}] * 10)
+    assert "a model of the majority reaches" not in plain(run)
+    given = {"mean": 0.73, "low": 0.7, "high": 0.76, "source": HOSTILE}
+    text = write_reward_report(run, given).read_text("utf-8")
+    shown = re.sub(r"<[^>]+>", "", text)
+    assert "People agree on 73%" in shown and "reaches 73% to 84%, or 70% to 86% by its interval" in shown
+    assert "<script>alert" not in text and Page(text).count("script") == 1
+    assert "reaches 80% to 89%<" in write_reward_report(run, {"mean": 0.8}).read_text("utf-8")
+    report = json.loads((run / "reward_report.json").read_text())
+    report["people"].update(
+        pairs_judged_by_several=7, agreement={"mean": 0.75, "low": 0.6, "high": 0.9}, reach=[0.75, 0.8536]
+    )
+    write_rows(run / "reward_report.json", [report])
+    assert "People agree on 75%: a model of the majority reaches 75% to 85%, or 60% to 95%" in plain(run)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"mean": 73}, r"agreement: 73.0 came; expected a share from 0 to 1"),
+        ({"mean": "0.7"}, r"agreement: .* came; expected a mean, and perhaps low and high, from 0 to 1"),
+        ({}, r"agreement: {} came; expected a mean"),
+        ({"mean": 0.7, "low": 0.8}, r"expected the mean between low and high"),
+    ],
+)
+def test_an_agreement_that_is_none_is_refused(given: dict[str, Any], words: str, tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run", [{}] * 10)
+    with pytest.raises(ValueError, match=words):
+        write_reward_report(run, given)
+    assert not (run / "report.html").exists()
+
+
 @pytest.mark.parametrize("plotted", [True, False])
 def test_scores_that_never_differ_make_a_page_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plotted: bool

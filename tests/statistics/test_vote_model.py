@@ -12,6 +12,7 @@ from rlhf_fast.statistics.vote_model import (
     BIAS,
     NODES,
     SKILL,
+    TYPICAL,
     Change,
     PairVotes,
     Posterior,
@@ -25,11 +26,11 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-x))
 
 
-def drawn(seed: int, pairs: int, people: int, each: int, width: float = 1.5) -> tuple[PairVotes, dict[str, np.ndarray]]:
+def drawn(seed: int, pairs: int, people: int, each: int) -> tuple[PairVotes, dict[str, np.ndarray]]:
     """Votes from the model itself, skills and biases from its priors, `each` votes a pair."""
     rng = np.random.default_rng(seed)
-    skill, bias = rng.normal(*SKILL, people), rng.normal(*BIAS, people)
-    preference = width * rng.normal(size=pairs)
+    skill = np.sinh(rng.normal(*TYPICAL) + rng.normal(0, SKILL, people))
+    bias, preference = rng.normal(0, BIAS, people), rng.normal(size=pairs)
     row = np.repeat(np.arange(pairs), each)
     person = np.concatenate([rng.permutation(people)[:each] for _ in range(pairs)])
     left = rng.random(len(row)) < 0.5
@@ -67,7 +68,8 @@ def test_the_gradient_is_that_of_finite_differences(pairs: str) -> None:
 
 def test_the_posterior_is_the_formula_summed_finely() -> None:
     votes, _ = drawn(1, 5, 3, 3)
-    x = np.array([1.3, 0.6, -0.2, 0.4, -0.3, 0.1, math.log(1.2)])
+    x = np.array([1.3, 0.6, -0.2, 0.4, -0.3, 0.1, 1.1])  # asinh of skills, biases, asinh of the typical one
+    skill = np.sinh(x[:3])
     grid = (np.arange(200_000) + 0.5) / 20_000 - 5
     weights = np.exp(-(grid**2) / 2) / np.exp(-(grid**2) / 2).sum()
     total, better = 0.0, []
@@ -75,12 +77,12 @@ def test_the_posterior_is_the_formula_summed_finely() -> None:
         probability = weights.copy()
         for n in np.flatnonzero(votes.pairs == pair):
             j = votes.people[n]
-            p = sigmoid(x[j] * 1.2 * grid + x[3 + j] * (1 if votes.left[n] else -1))
+            p = sigmoid(skill[j] * grid + x[3 + j] * (1 if votes.left[n] else -1))
             probability *= p if votes.first[n] else 1 - p
         total += math.log(probability.sum())
         better.append(probability[grid > 0].sum() / probability.sum())
-    prior = (((x[:3] - 1) / 0.5) ** 2).sum() / 2 + ((x[3:6] / 0.5) ** 2).sum() / 2
-    prior += ((x[6] - math.log(1.5)) / 0.75) ** 2 / 2
+    prior = (((x[:3] - 1.1) / 0.6) ** 2).sum() / 2 + ((x[3:6] / 0.5) ** 2).sum() / 2
+    prior += ((1.1 - math.asinh(1.5)) / 0.6) ** 2 / 2
     posterior = Posterior(votes)
     at = torch.from_numpy(x)
     assert float(posterior.loss(at)) == pytest.approx(prior - total, abs=1e-5)
@@ -91,7 +93,7 @@ def test_what_is_fitted_is_a_maximum_and_the_same_again() -> None:
     votes, _ = drawn(2, 150, 6, 3)
     one, again = fit_votes(votes), fit_votes(votes)
     assert (one.better == again.better).all() and one.skill == again.skill and one.accuracy == again.accuracy
-    best = [interval.mean for interval in one.skill + one.bias] + [math.log(one.width)]
+    best = [*np.arcsinh([s.mean for s in one.skill]), *(b.mean for b in one.bias), math.asinh(one.typical)]
     x = torch.tensor(best, dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(Posterior(votes).loss(x), x)
     assert slope.abs().max() < 1e-4
