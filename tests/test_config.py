@@ -25,7 +25,18 @@ from rlhf_fast.config import (
     SFTConfig,
     tiny_demo,
 )
-from rlhf_fast.config.settings import ConfigError, build, describe, flatten, from_flat, keys, run_yaml, to_dict, to_yaml
+from rlhf_fast.config.settings import (
+    ConfigError,
+    build,
+    changes,
+    describe,
+    flatten,
+    from_flat,
+    keys,
+    run_yaml,
+    to_dict,
+    to_yaml,
+)
 
 
 @dataclass(frozen=True)
@@ -601,3 +612,14 @@ def test_what_was_given_in_python_is_described_in_sixty_characters_without_addre
 
     assert said("<Data at 0x7f0012ab>") == "(<Data>)" and said("x" * 60) == f"({'x' * 60})"
     assert said("a" * 40 + "b" * 4 + "c" * 17) == f"({'a' * 40}...{'c' * 17})"
+
+
+def test_eight_changes_are_listed_and_the_rest_are_counted() -> None:
+    def of(steps: range) -> str:
+        return yaml.safe_dump({"ppo": {f"s{i:02}": i for i in steps}})
+
+    def said(number: int) -> str:
+        return changes(of(range(number)), yaml.safe_dump({"ppo": {f"s{i:02}": -i for i in range(number)}}))
+
+    eight = ", ".join(f"ppo.s{i:02}: {i} -> {-i}" for i in range(1, 9))
+    assert said(9) == eight and said(10) == f"{eight}, and 1 more" and said(12) == f"{eight}, and 3 more"

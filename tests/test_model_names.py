@@ -240,3 +240,24 @@ def test_without_a_network_the_cache_is_read_and_not_waited_for(tmp_path: Path) 
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
     assert "owner/name: read from the cache, as the hub cannot be reached" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "address"),
+    [
+        ("https://huggingface.co", ("huggingface.co", 443)),
+        ("http://hub.local", ("hub.local", 80)),
+        ("https://hub.local:8443/x", ("hub.local", 8443)),
+    ],
+)
+def test_the_hub_is_asked_for_where_its_address_says(
+    endpoint: str, address: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def connect(address: tuple[str, int], timeout: float) -> Any:
+        asked.append(address)
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    monkeypatch.setattr(model_names.socket, "create_connection", connect)
+    assert model_names._unreachable.__wrapped__(endpoint) == "Connection refused" and asked == [address]

@@ -16,7 +16,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf_fast import models
+from rlhf_fast import models, pipeline
 from rlhf_fast.config import DemoConfig, tiny_demo
 from rlhf_fast.data.records import read_comparisons
 from rlhf_fast.models.checkpoint import resolve
@@ -188,3 +188,11 @@ def test_evaluation_prompts_are_in_no_training_data(tiny: bool, tmp_path: Path) 
     assert len(asked) == 50
     assert not asked & {str(record.prompt) for record in demo.training_prompts}
     assert not asked & {str(row["prompt"]) for row in demo.demonstrations}
+
+
+def test_a_phase_is_told_in_one_line_of_figures() -> None:
+    summary = {
+        "notes": ["a sentence"], "judge_note": "another", "loss": 2.25, "loss_before": 3.0, "steps": 12,
+        "share": {"mean": 0.5, "low": 0.25, "high": 0.75},
+    }  # fmt: skip
+    assert pipeline._brief(summary) == "loss 3.000 -> 2.250, steps 12, share 0.500 [0.250, 0.750]"

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+import transformers
 from torch.nn.utils import parametrize
 
 from rlhf_fast import Generator, SamplingParams, SFTTrainer, models
 from rlhf_fast.config import LoRAConfig, PPOConfig, SFTConfig
 from rlhf_fast.data.batches import Example, pad
+from rlhf_fast.models import adapters
 from rlhf_fast.trainers.ppo.trainer import PPOTrainer
 
 TARGETS = ["q_proj", "down_proj", "lm_head"]
@@ -227,3 +230,15 @@ def test_a_weight_that_is_computed_is_computed_anew(tiny: tuple[Any, Any]) -> No
     with torch.no_grad():
         want = by_peft(model, rollouts.input_ids[None])[2:]
     torch.testing.assert_close(rollouts.logprobs[3:], want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("task", "whole"), [("CAUSAL_LM", set()), ("SEQ_CLS", {"score", "classifier"})])
+def test_what_is_trained_whole_beside_an_adapter_is_the_head_of_scores(
+    task: str, whole: set[str], tiny: tuple[Any, Any]
+) -> None:
+    """As adapter_config.json has it, by which other libraries load it; peft adds another name for the head."""
+    model = copy.deepcopy(tiny[0])
+    if task == "SEQ_CLS":
+        model = transformers.LlamaForSequenceClassification(model.config)
+    config = adapters.with_adapter(model, LoRAConfig(r=2), 0, task).peft_config["default"]
+    assert set(config.modules_to_save or ()) == whole and config.task_type == task
