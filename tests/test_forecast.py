@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 from transformers import LlamaConfig
 
 from rlhf_fast import cli
-from rlhf_fast.config import LoRAConfig, OptimConfig, PPOConfig, RewardConfig, SFTConfig, settings
+from rlhf_fast.config import DPOConfig, LoRAConfig, OptimConfig, PPOConfig, RewardConfig, SFTConfig, settings
 from rlhf_fast.config.settings import ConfigError, run_yaml
 from rlhf_fast.planning import cost, forecast
 
@@ -264,6 +265,43 @@ def test_samples_of_an_older_policy_are_read_once_more() -> None:
         return cost.seconds(config, cost.count(config, SHAPE), DATA, MACHINE)["scoring"]
 
     assert scoring(lag=1) == scoring(dtype="bfloat16") == pytest.approx(1.5 * scoring())
+
+
+def test_a_critic_of_its_own_is_read_and_trained_beside_the_policy() -> None:
+    def seconds(**options: Any) -> dict[str, float]:
+        config = PPOConfig(lora=LoRAConfig(r=0), **options)
+        counts = cost.count(config, SHAPE, [SHAPE])
+        return cost.seconds(config, dataclasses.replace(counts, head=0, attention=0), DATA, MACHINE)
+
+    shared, critics = seconds(), [seconds(critic=critic) for critic in ("separate", "reward")]
+    for own in critics:
+        assert own["scoring"] == pytest.approx(1.5 * shared["scoring"])
+        assert own["training"] == pytest.approx(2 * shared["training"])
+        assert own["rollouts"] == shared["rollouts"]
+    assert seconds(critic="separate", advantage="grpo", samples_per_prompt=2)["training"] == pytest.approx(
+        seconds(samples_per_prompt=2)["training"]
+    )
+
+
+def test_the_likeliest_responses_of_remax_are_sampled_and_scored() -> None:
+    def seconds(advantage: Any) -> dict[str, float]:
+        config = PPOConfig(advantage=advantage, samples_per_prompt=1, minibatches=1)
+        return cost.seconds(config, cost.count(config, SHAPE), DATA, MACHINE)
+
+    grpo, remax = seconds("reinforce++"), seconds("remax")
+    assert remax["rollouts"] == pytest.approx(2 * grpo["rollouts"])
+    assert remax["scoring"] == pytest.approx(1.5 * grpo["scoring"])
+    assert remax["training"] == grpo["training"]
+
+
+@pytest.mark.parametrize("cls", [SFTConfig, DPOConfig, RewardConfig])
+def test_a_run_ends_with_its_steps_or_its_data(cls: Any) -> None:
+    def training(**options: Any) -> float:
+        config = cls(batch_size=10, epochs=2, **options)
+        return cost.seconds(config, cost.count(config, SHAPE), DATA, MACHINE)["training"]
+
+    assert training(max_steps=50) == pytest.approx(0.25 * training())
+    assert training(max_steps=10_000) == training()
 
 
 # The pages that hold its figures ------------------------------------------------------------------------------------

@@ -17,11 +17,17 @@ from bench import memory as measured
 from rlhf_fast import Generator, SamplingParams, models
 from rlhf_fast.config import DPOConfig, LoRAConfig, OptimConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf_fast.data.batches import LONGEST_ROW
+from rlhf_fast.models.token_budget import TokenBudget
 from rlhf_fast.ops import lm_head
 from rlhf_fast.planning import memory
 from rlhf_fast.planning.memory import LiveBytes, TrainerConfig, predict
 from rlhf_fast.rollout.model.probe import probe
+from rlhf_fast.trainers.dpo import DPOTrainer
 from rlhf_fast.trainers.loop.optimizer import Optimizer
+from rlhf_fast.trainers.ppo.experience import Scorer
+from rlhf_fast.trainers.ppo.trainer import PPOTrainer
+from rlhf_fast.trainers.reward import RewardTrainer
+from rlhf_fast.trainers.sft import SFTTrainer
 
 LLAMA = LlamaConfig(
     hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -107,15 +113,46 @@ def test_a_block_of_a_large_vocabulary_is_as_high_as_the_loss_makes_it(r: int) -
     assert predicted == max(block.logits.nbytes for block in blocks) + kept
 
 
+@pytest.mark.parametrize("options", [{}, {"lag": 1}, {"critic": "separate"}, {"critic": "separate", "lag": 1}])
 @pytest.mark.parametrize("shape", [LLAMA, GPT2], ids=lambda shape: shape.model_type)
-def test_scoring_takes_what_log_probabilities_take_without_gradients(shape: PreTrainedConfig) -> None:
-    config = PPOConfig(max_length=64, optim=OptimConfig(max_tokens_per_microbatch=512))
+def test_scoring_takes_what_the_fullest_pass_of_the_scorer_takes(shape: PreTrainedConfig, options: Any) -> None:
+    config = PPOConfig(max_length=64, optim=OptimConfig(max_tokens_per_microbatch=512), **options)
     predicted = predict(config, shape).phases["scoring"]
-    model, batch = memory.build(config, shape).policy, memory.full_batch(config)
-    with torch.no_grad(), LiveBytes(model.parameters(), "cpu") as live:
-        models.response_logprobs(model, batch)
-    assert live.peak > 100_000
-    assert predicted["activations"] + predicted["block of logits"] == pytest.approx(live.peak, rel=0.02)
+    made, batch = memory.build(config, shape), memory.full_batch(config)
+    modules = [made.policy, made.reference, *(made.critic.modules if made.critic else [])]
+    peaks = []
+    for each in Scorer(*made, config, TokenBudget(512), shared=0).passes(config.lag):
+        with torch.no_grad(), LiveBytes([p for m in modules for p in m.parameters()], "cpu") as live:
+            each(batch)
+        peaks.append(live.peak)
+    assert len(peaks) == (2 if options else 1) and min(peaks) > 100_000
+    assert predicted["activations"] + predicted["block of logits"] == pytest.approx(max(peaks), rel=0.02)
+
+
+@pytest.mark.parametrize("verb", ["sft", "reward", "dpo", "ppo"])
+def test_what_is_planned_is_the_loss_that_is_trained(
+    verb: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it nothing is trained, and nothing planned."""
+
+    def stop(*_: Any, **__: Any) -> Any:
+        raise LookupError("the loss")
+
+    rows = [{"prompt": f"q{i}", "completion": "yes"} for i in range(8)]
+    pairs = [{"prompt": f"q{i}", "chosen": "yes", "rejected": "no"} for i in range(8)]
+    ppo = PPOConfig(prompts_per_step=2, samples_per_prompt=1, minibatches=1, max_new_tokens=4, max_length=64)
+    trainer = {
+        "sft": lambda: SFTTrainer(tiny_folder, rows, tmp_path),
+        "reward": lambda: RewardTrainer(tiny_folder, pairs, tmp_path),
+        "dpo": lambda: DPOTrainer(tiny_folder, pairs, tmp_path),
+        "ppo": lambda: PPOTrainer(tiny_folder, lambda _, said: [0.0] * len(said), rows, tmp_path, ppo),
+    }[verb]()
+    for module in ("trainers.ppo.trainer", "trainers.ppo.loss") if verb == "ppo" else (f"trainers.{verb}",):
+        monkeypatch.setattr(f"rlhf_fast.{module}.batch_loss", stop)
+    with pytest.raises(LookupError, match="the loss"):
+        trainer.train()
+    with pytest.raises(LookupError, match="the loss"):
+        predict(trainer.config, LLAMA)
 
 
 @pytest.mark.parametrize("r", [0, 8])

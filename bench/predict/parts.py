@@ -1,4 +1,5 @@
-"""List what one call of each op launches on a GPU: the sizes in its host code, in the order of the launches.
+"""List what one call of each op launches on a GPU, in the order of the launches. Triton's sizes are those of
+kernels/launch_sizes.py, CUDA C++'s those in its host code.
 
 Launches that take no time of their own (kernels over a few rows' numbers) are counted, for each waits for the last.
 """
@@ -10,16 +11,22 @@ from collections.abc import Callable
 
 from bench.harness import BOTH, Case
 from bench.predict.cards import Kernel, Part, Product, Torch
+from rlhf_fast.kernels.launch_sizes import OWN
 
 Parts = Callable[[Case, str], list[Part]]  # of a case and a backend
-SEGMENT, STATE = 8192, 16  # of token_logprobs: columns of a program, and bytes that it leaves
-KL_SEGMENT, KL_STATE = 4096, 24  # of full_kl
+SEGMENT, STATE = OWN["token_logprobs"]["SEGMENT"], 16  # columns of a program, CUDA's too, and bytes that it leaves
+KL_SEGMENT, KL_STATE = OWN["full_kl"]["SEGMENT"], 24  # the same of full_kl
 FINISH_ROWS = 16  # rows of a program of the finishing kernels in Triton
 
 
 def small(name: str, count: int) -> Torch:
     """Kernels of PyTorch over next to nothing."""
     return Torch(name, count=count)
+
+
+def launched(op: str, size: str, backend: str, cuda: int) -> tuple[int, int]:
+    """What a program takes at a time, and its threads: `cuda` and 256 in CUDA C++."""
+    return (OWN[op][size], 32 * OWN[op]["WARPS"]) if backend == "triton" else (cuda, 256)
 
 
 def dtype_of(case: Case) -> str:
@@ -109,8 +116,8 @@ def full_kl(case: Case, backend: str) -> list[Part]:
 
 def kl_estimate(case: Case, backend: str) -> list[Part]:
     (n,), size, dtype = case.shape, case.dtype.itemsize, dtype_of(case)
-    threads = 128 if backend == "triton" else 256
-    programs = math.ceil(n / 1024)
+    tokens, threads = launched("kl_estimate", "BLOCK", backend, 1024)
+    programs = math.ceil(n / tokens)
 
     def kernel(name: str, size: int) -> Kernel:
         return Kernel("kl_estimate", name, (dtype,), n * size, n, special=n, programs=programs, threads=threads)
@@ -122,7 +129,8 @@ def kl_estimate(case: Case, backend: str) -> list[Part]:
 def gae(case: Case, backend: str) -> list[Part]:
     """A program a sequence, tile by tile: a load, then a scan over the threads that takes about as long."""
     (rows, tokens), size = case.shape, case.dtype.itemsize
-    n, threads, tiles = rows * tokens, 128 if backend == "triton" else 256, math.ceil(tokens / 1024)
+    tile, threads = launched("gae", "BLOCK", backend, 1024)
+    n, tiles = rows * tokens, math.ceil(tokens / tile)
     kernel = Kernel(
         "gae", "forward", (dtype_of(case),), n * (2 * size + 8), n, programs=rows, threads=threads, trips=2 * tiles
     )
@@ -139,9 +147,8 @@ def ppo_parts(n: int, dtype: str, backend: str, values: bool, count: int = 1) ->
     and finds the statistics side by side.
     """
     triton, size = backend == "triton", 4 if dtype == "float32" else 2
-    tokens = 1024 if triton else 2048  # of a range
+    tokens, threads = launched("ppo_loss", "RANGE", backend, 2048)
     ranges = math.ceil(n / tokens)
-    threads = 128 if triton else 256
     loads = math.ceil(ranges / 30)  # of a thread
     rounds = math.ceil(ranges / 256) if triton else loads // 8 + loads % 8
     inputs, gradients = (6, 2) if values else (3, 1)
@@ -167,8 +174,8 @@ def ppo_loss(case: Case, backend: str) -> list[Part]:
 
 def pair_parts(n: int, backend: str) -> list[Part]:
     """Describe a loss of pairs: one program in float64, whose exponentials and sums take a trip's time each."""
-    threads = 128 if backend == "triton" else 256
-    rounds = math.ceil(n / 256)
+    pairs, threads = launched("pair_loss", "BLOCK", backend, 256)
+    rounds = math.ceil(n / pairs)
     kernel = Kernel(
         "pair_loss", "forward", ("float32",), n * 24, passes=threads * rounds, threads=threads, trips=3 * rounds + 1
     )
@@ -180,9 +187,9 @@ def pair_loss(case: Case, backend: str) -> list[Part]:
 
 
 def sequence_sums(rows: int, tokens: int, backend: str) -> Kernel:
-    threads = 128 if backend == "triton" else 256
+    block, threads = launched("sequence_sum", "BLOCK", backend, 256)
     n = rows * tokens
-    rounds = math.ceil(tokens / (1024 if backend == "triton" else 256))
+    rounds = math.ceil(tokens / block)
     return Kernel(
         "sequence_sum", "forward", ("float32",), n * 5, passes=rows * threads * rounds, programs=rows, threads=threads,
         trips=rounds + 1,
@@ -312,7 +319,7 @@ def sample(case: Case, backend: str) -> list[Part]:
     n, own = rows * columns, 4  # the settings that the benchmark's case makes
     if backend == "triton":
         sweeps = 17 if cut else 4
-        trips, of_path = sweeps * math.ceil(columns / 2048), 0.0
+        trips, of_path = sweeps * math.ceil(columns / OWN["sample"]["BLOCK"]), 0.0
         instructions = n * (7 + 16 + 19 + 65 + (15 + 12 * 21 if cut else 0))
     else:
         sweeps = 7 if cut else 3
@@ -333,7 +340,8 @@ def paged_attention(case: Case, backend: str) -> list[Part]:
     often as they run: 32 keys cost a warp 46 instructions for 4 dimensions, 190 for 4 keys' values, and 200 more.
     """
     sequences, context, heads, kv_heads, dim = case.shape
-    size, part, block = case.dtype.itemsize, 256, 32
+    part = OWN["paged_attention"]["PART"] if backend == "triton" else 256
+    size, block = case.dtype.itemsize, 32
     parts_of = math.ceil(context / part)
     shared = (context - 64) // block * block if "shared" in case.profile else 0
     together = shared // part * part if backend == "triton" else shared

@@ -21,6 +21,7 @@ from bench.gpu import training
 from bench.gpu.steps import Context
 from bench.predict.cards import BYTES, CARDS, LAUNCH, PRODUCTS, START, TRIP, Card
 from bench.rollout import run
+from rlhf_fast.rollout.generator import MAX_BATCH_TOKENS, MAX_SEQUENCES
 
 # The launches of a layer as rollout/torch_layers.py has it, which tests/test_predict.py counts, and those of its
 # attention: write_kv, keys in parts, parts together.
@@ -33,7 +34,6 @@ INSIDE = 12  # of those, what a graph launches with the layers
 GRAPH = 15e-6  # seconds that Python takes to launch a graph, after its two copies
 NEXT = 1.3e-6  # seconds from the end of one kernel of a graph to the first instruction of the next
 STEP = 2e-3  # seconds that the scheduler, the batch and drawing take for 256 sequences: `python -m bench.rollout.host`
-MOST_TOKENS, MOST_SEQUENCES = 2048, 256  # of a step: Generator's defaults
 GOAL = 0.55  # of the roofline, where no prompt has several samples
 
 
@@ -113,11 +113,11 @@ def steps_of(case: run.Case) -> Iterator[Step]:
     begun, left = 0, waiting[0][0]  # the prompt at hand, and how much of it is to be computed
     while running or begun < len(waiting):
         sampled = len(running) * case.n
-        room, tokens = MOST_TOKENS - sampled, sampled
+        room, tokens = MAX_BATCH_TOKENS - sampled, sampled
         read = sum(prompt + case.n * new for prompt, new, _ in running)
         for one in running:
             one[1] += 1
-        while room > 0 and begun < len(waiting) and (len(running) + 1) * case.n <= MOST_SEQUENCES:
+        while room > 0 and begun < len(waiting) and (len(running) + 1) * case.n <= MAX_SEQUENCES:
             taken = min(room, left)
             room, tokens, left = room - taken, tokens + taken, left - taken
             if left == 0:

@@ -46,7 +46,7 @@ def trainable(model: Model, lora: LoRAConfig, seed: int = 0) -> Model:
 
 
 def trainable_scorer(model: Model, lora: LoRAConfig, seed: int = 0, head: bool = True) -> Model:
-    """The same of a sequence classifier, whose own scalar head is trained with it unless `head` says no."""
+    """Make a sequence classifier trainable as `trainable` does a policy, with its scalar head unless `head` says no."""
     if isinstance(model, PeftModel) and lora.r == 0:
         model = model.merge_and_unload()
     if lora.r > 0 and not isinstance(model, PeftModel):

@@ -152,7 +152,7 @@ def from_shape(shape: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> M
 
 
 def reward_from_shape(shape: PreTrainedConfig, dtype: torch.dtype = torch.float32, heads: int = 1) -> Model:
-    """The same of a reward model, as `load_reward` gives one."""
+    """A reward model of a config alone, as `load_reward` gives one; its weights are those of `from_shape`."""
     shape = copy.deepcopy(shape)
     shape.num_labels = heads
     return AutoModelForSequenceClassification.from_config(shape, dtype=dtype, trust_remote_code=False).eval()

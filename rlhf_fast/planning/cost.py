@@ -1,9 +1,13 @@
 """How long a run takes, by count: products at a share of what the device can do, and in generation the reading of
 weights, keys and values at a share of its bandwidth. An estimate: loading, evaluation and saving are left out.
+
+The models are those that the trainers build; which of them read the samples of a PPO step is asked of the trainer.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +17,8 @@ from rlhf_fast.config import DPOConfig, PPOConfig, RewardConfig
 from rlhf_fast.planning import memory
 from rlhf_fast.planning.memory import TrainerConfig
 from rlhf_fast.rollout.generator import MAX_SEQUENCES
+from rlhf_fast.trainers.ppo.advantages import ADVANTAGES
+from rlhf_fast.trainers.ppo.experience import computed_again
 
 
 @dataclass(frozen=True)
@@ -44,12 +50,13 @@ class Counts:
     weight_bytes: int  # read in each step of generation
     kv_bytes: int  # of a token in all layers
     at_once: int  # sequences that the generator steps together
+    own_critic: bool  # a critic has a model of its own, of as many weights
 
 
-def count(config: TrainerConfig, shape: PreTrainedConfig) -> Counts:
-    """Of the model that `config` trains."""
+def count(config: TrainerConfig, shape: PreTrainedConfig, rewards: Sequence[PreTrainedConfig] = ()) -> Counts:
+    """Of the model that `config` trains; `rewards` as in `memory.predict`."""
     with torch.device("meta"):
-        model = memory.build(config, shape).policy
+        model, _, critic = memory.build(config, shape, rewards)
     text = shape.get_text_config()
     embedding = model.get_input_embeddings().weight
     head = None if isinstance(config, RewardConfig) else model.get_output_embeddings().weight
@@ -66,6 +73,7 @@ def count(config: TrainerConfig, shape: PreTrainedConfig) -> Counts:
         weight_bytes=(trunk + of_head) * dtype.itemsize,
         kv_bytes=memory.kv_bytes_per_token(shape, dtype),
         at_once=MAX_SEQUENCES,
+        own_critic=critic is not None and critic.model is not None,
     )
 
 
@@ -84,27 +92,36 @@ def seconds(config: TrainerConfig, counts: Counts, data: Data, machine: Machine)
         scored = 0 if isinstance(config, RewardConfig) else responses * response  # tokens that meet the head
         tokens = prompt + responses * response
         mean = prompt + response  # positions that attention looks back on, at most
-        steps = data.sequences * config.epochs
-        found = {"training": steps * training(counts, tokens, scored, mean, recomputes) / rate}
+        learned = min(data.sequences * config.epochs, (config.max_steps or sys.maxsize) * config.batch_size)
+        found = {"training": learned * training(counts, tokens, scored, mean, recomputes) / rate}
         if isinstance(config, DPOConfig):
             found = {"reference": data.sequences * forward(counts, tokens, scored, mean) / rate, **found}
         return found
-    samples = config.samples_per_prompt
-    prompts = config.steps * config.prompts_per_step
+    samples, prompts = config.samples_per_prompt, config.steps * config.prompts_per_step
+    mean = prompt + response
     tokens, scored = prompt + samples * response, samples * response  # of a prompt with all its responses
-    once = forward(counts, tokens, scored, prompt + response)
-    again = config.dtype != "float32" or config.lag > 0  # otherwise the sampler's numbers are the policy's
-    passes = 3 if again else 2  # reference, reward, policy
+    once, trained = forward(counts, tokens, scored, mean), training(counts, tokens, scored, mean, recomputes)
+    # Reference, reward, and the policy where the sampler's numbers are not its own.
+    scoring = (3 if computed_again(getattr(torch, config.dtype), config.lag) else 2) * once
+    rollouts = _rollout_seconds(config, counts, prompt, response, machine, samples)
+    if counts.own_critic:
+        scoring += forward(counts, tokens, 0, mean)
+        trained += training(counts, tokens, 0, mean, recomputes)
+    if ADVANTAGES[config.advantage].needs_greedy:  # one more response, which is rewarded
+        scoring += forward(counts, prompt + response, response, mean)
+        rollouts += _rollout_seconds(config, counts, prompt, response, machine, 1)
     return {
-        "rollouts": config.steps * _rollout_seconds(config, counts, prompt, response, machine),
-        "scoring": prompts * passes * once / rate,
-        "training": prompts * config.epochs * training(counts, tokens, scored, prompt + response, recomputes) / rate,
+        "rollouts": config.steps * rollouts,
+        "scoring": prompts * scoring / rate,
+        "training": prompts * config.epochs * trained / rate,
     }
 
 
-def _rollout_seconds(config: PPOConfig, counts: Counts, prompt: int, response: int, machine: Machine) -> float:
+def _rollout_seconds(
+    config: PPOConfig, counts: Counts, prompt: int, response: int, machine: Machine, samples: int
+) -> float:
     """Of a step: prompts are bound by products; new tokens by whichever takes longer, products or reading."""
-    sequences = config.prompts_per_step * config.samples_per_prompt
+    sequences = config.prompts_per_step * samples
     rate, bytes_a_second = (1e12 * machine.utilisation * x for x in (machine.tflops, machine.bandwidth))
     of_prompts = config.prompts_per_step * forward(counts, prompt, 1, prompt) / rate
     waves = -(-sequences // counts.at_once)

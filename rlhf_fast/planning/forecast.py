@@ -1,5 +1,5 @@
-"""What `rlhf-fast doctor --config FILE` says of a run that has not begun: its memory, phase by phase, what to change if
-that is too much, and what the run costs.
+"""Forecast of a run from its settings file, before it begins: the memory of each phase, the settings to change if that
+does not fit, and the hours of each phase. `rlhf-fast doctor --config FILE` shows it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run takes of a device with so many bytes."""
+    """Memory that a run takes of a device with `available` bytes, and changes that make it fit."""
 
     run: Run
     device: Device
@@ -190,7 +190,7 @@ def forecast(run: Run, device: Device, available: int) -> Forecast:
 
 def hours(run: Run, data: cost.Data, machine: cost.Machine) -> dict[str, float]:
     """Of each phase."""
-    found = cost.seconds(run.config, cost.count(run.config, run.shape), data, machine)
+    found = cost.seconds(run.config, cost.count(run.config, run.shape, run.rewards), data, machine)
     return {phase: seconds / 3600 for phase, seconds in found.items()}
 
 

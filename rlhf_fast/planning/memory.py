@@ -221,22 +221,22 @@ def build(config: TrainerConfig, shape: PreTrainedConfig, rewards: Sequence[PreT
     return Models(policy=model, reference=model, critic=None)
 
 
-def loss(config: TrainerConfig, of: Models, batch: Batch) -> torch.Tensor:
+def loss(config: TrainerConfig, made: Models, batch: Batch) -> torch.Tensor:
     """The trainer's loss of a micro-batch, for which any numbers do in place of what comes with it."""
     sequences, tokens = len(batch.last), len(batch.response_tokens)
     if isinstance(config, SFTConfig):
-        return sft.batch_loss(of.policy, batch, denominator=tokens)
+        return sft.batch_loss(made.policy, batch, denominator=tokens)
     if isinstance(config, PPOConfig):
-        given = {name: torch.zeros(tokens) for name in inputs(config, of.critic is not None)}
-        return ppo_loss.batch_loss(config, of.policy, of.critic, batch, given, denominator=tokens, kl_coef=1.0)[0]
+        given = {name: torch.zeros(tokens) for name in inputs(config, made.critic is not None)}
+        return ppo_loss.batch_loss(config, made.policy, made.critic, batch, given, denominator=tokens, kl_coef=1.0)[0]
     chosen = torch.arange(0, sequences - 1, 2)  # (P,), each beside the one that it was chosen over
     margins, confidences = torch.zeros(len(chosen)), torch.ones(len(chosen))
     pairs = Pairs([], chosen, chosen + 1, margins, confidences)
     if isinstance(config, DPOConfig):
         reference = torch.zeros(sequences)
-        return dpo.batch_loss(config, of.policy, batch, pairs, reference, len(chosen), labelled=False)[0]
+        return dpo.batch_loss(config, made.policy, batch, pairs, reference, len(chosen), labelled=False)[0]
     weights = torch.ones(config.heads * len(chosen)) if config.heads > 1 else None
-    return reward.batch_loss(config, of.policy, batch, pairs, len(chosen), weights=weights, unsure=False)[0]
+    return reward.batch_loss(config, made.policy, batch, pairs, len(chosen), weights=weights, unsure=False)[0]
 
 
 def kv_bytes_per_token(shape: PreTrainedConfig, dtype: torch.dtype) -> int:

@@ -91,7 +91,8 @@ def critic_of_checkpoint(reward: Any, tokenizer: Any, config: PPOConfig) -> Crit
 
 
 def critic_of_shape(shape: PreTrainedConfig, config: PPOConfig) -> Critic:
-    """The same of a reward model's config alone, of random weights: on the meta device of none."""
+    """A critic of the shapes that one has which starts from a reward model, of random weights: on the meta device of
+    none."""
     model = models.reward_from_shape(shape, getattr(torch, config.dtype))
     model = models.trainable_scorer(model, config.lora, config.seed, head=False)
     return Critic(nn.Linear(model.config.hidden_size, 1), model)
