@@ -28,7 +28,7 @@ def code(text: str, folder: Path) -> str:
     process.start()
     process.join()
     words = said.read_text()
-    assert process.exitcode == 0, words[-2000:]
+    assert process.exitcode == 0, f"ended with {process.exitcode}: {words[-2000:]}"
     return words
 
 

@@ -90,12 +90,12 @@ def test_greedy_tokens_and_logprobs_are_those_of_transformers(loaded: tuple[Any,
     model, _ = loaded
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(100, 49000, (n,), generator=generator).tolist() for n in (1, 15, 16, 17, 33)]
-    params = SamplingParams(temperature=0.0, max_new_tokens=24, stop_token_ids=(2,))
+    params = SamplingParams(temperature=0.0, max_new_tokens=17, stop_token_ids=(2,))
     rollouts = Generator(model).generate(prompts, params)
     in_chunks = Generator(model, max_batch_tokens=13, block_size=16).generate(prompts, params)
     for prompt, example, chunked in zip(prompts, rollouts.examples(), in_chunks.examples(), strict=True):
         ids = torch.tensor([prompt])
-        whole = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24)
+        whole = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=17)
         assert example.response == chunked.response == tuple(whole[0, len(prompt) :].tolist())
     with torch.no_grad():
         truth, _ = models.response_logprobs(model, pad(rollouts.examples()))

@@ -4,13 +4,13 @@ its own: what once wrote past its memory would take this one with it."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from rlhf_fast.ops import compiled
+from tests import processes
 
 PROGRAM = """
 import torch, transformers
@@ -50,7 +50,5 @@ CASES = [
 
 
 @pytest.mark.skipif(compiled.cpu is None, reason="rlhf_fast._C was not built")
-def test_a_trunk_and_an_output_layer_of_two_dtypes() -> None:
-    program = f"import torch\nCASES = {CASES!r}\n{PROGRAM}"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, f"ended with {done.returncode}: {done.stderr[-2000:]}"
+def test_a_trunk_and_an_output_layer_of_two_dtypes(tmp_path: Path) -> None:
+    processes.code(f"import torch\nCASES = {CASES!r}\n{PROGRAM}", tmp_path)
