@@ -44,7 +44,7 @@ def of_files(files: Iterable[Path], root: Path = ROOT) -> list[Path]:
         elif place.parts[0] == "csrc":
             columns.append(reaching_compiled(file, root))
         elif place.suffix == ".md":
-            columns.append([root / "tests" / "test_docs.py", root / "tests" / "test_readme.py"])
+            columns.append([*(root / "tests" / name for name in ("unit/test_docs.py", "scenarios/test_readme.py"))])
     longest = max(map(len, columns), default=0)
     turns = [column[i] for i in range(longest) for column in columns if i < len(column)]
     return list(dict.fromkeys([*first, *turns]))

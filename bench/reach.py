@@ -64,7 +64,7 @@ def reaching_compiled(source: Path, root: Path) -> list[Path]:
     kernels = [file for file in sorted((root / "csrc").rglob("*")) if file.suffix in (".cpp", ".cu")]
     own = [file for file in kernels if file == source or source in included(file, root)]
     stems = sorted({file.stem for file in own if file.stem != "bindings"})
-    tests = sorted((root / "tests" / "ops").glob("test_*.py"))
+    tests = sorted((root / "tests" / "unit" / "ops").glob("test_*.py"))
 
     def distance(test: Path) -> int:
         if any(stem in test.stem for stem in stems):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.trainers.killed_run", "rlhf_fast.pipeline", "rlhf_fast.cli"])
+PROCESSES.set_forkserver_preload(["tests.scenarios.trainers.killed_run", "rlhf_fast.pipeline", "rlhf_fast.cli"])
 
 
 def verb(words: Sequence[str], said: str) -> Any:

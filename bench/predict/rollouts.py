@@ -22,7 +22,7 @@ from bench.gpu.steps import Context
 from bench.predict.cards import BYTES, CARDS, LAUNCH, PRODUCTS, START, TRIP, Card
 from bench.rollout import run
 
-# The launches of a layer as rollout/torch_layers.py has it, which tests/test_predict.py counts, and those of its
+# The launches of a layer as rollout/torch_layers.py has it, which tests/bench/test_predict.py counts, and those of its
 # attention: write_kv, keys in parts, parts together.
 LAYER = {"qwen2": 13, "qwen3": 15}
 ATTENTION = 3
