@@ -26,6 +26,7 @@ def room(module: str) -> str:
     return deep if deep in ROOMS else parts[0]
 
 
+@pytest.mark.seconds(3)
 def test_the_picture_of_the_rooms_is_of_these() -> None:
     """`python -m bench.rooms docs/pictures/rooms.svg` draws it again."""
     drawn = (ROOT / "docs" / "pictures" / "rooms.svg").read_text(encoding="utf-8")
@@ -41,6 +42,7 @@ def modules() -> dict[str, Path]:
     return {module_of(file, ROOT): file for file in python_files(ROOT / "rlhf_fast")}
 
 
+@pytest.mark.seconds(2)
 def test_every_room_imports_only_those_below_it() -> None:
     files = modules()
     pairs = {
@@ -53,6 +55,7 @@ def test_every_room_imports_only_those_below_it() -> None:
     assert [(a, b) for a, b in sorted(pairs) if ROOMS.index(a) < ROOMS.index(b)] == []
 
 
+@pytest.mark.seconds(3)
 def test_no_underscored_name_is_imported_from_another_room() -> None:
     for name, file in modules().items():
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -95,6 +98,7 @@ def test_a_folder_of_kernels_that_is_somebody_else_s_stays(before: str, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.seconds(3)
 def test_a_wheel_and_an_sdist_have_the_kernels(tmp_path: Path) -> None:
     """Without a compiler, for it is the Python files that are looked at."""
     pytest.importorskip("setuptools")

@@ -355,6 +355,7 @@ ROWS = st.dictionaries(KEYS, VALUES | TEXTS | MESSAGE_LISTS, max_size=6)
 
 @settings(max_examples=100, deadline=None)
 @given(rows=st.lists(ROWS | VALUES, min_size=1, max_size=2))
+@pytest.mark.seconds(3)
 def test_any_json_is_read_or_refused_as_a_record_error(
     tmp_path_factory: pytest.TempPathFactory, rows: list[Any]
 ) -> None:

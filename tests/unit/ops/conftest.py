@@ -51,6 +51,13 @@ KERNELS = [_param(name) for name in ("cpu", "cuda", "triton")]
 ALL = [*KERNELS, _param("reference")]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Interpreted kernels take their time: five seconds may be said of each, unless it says more of itself."""
+    for item in items if INTERPRETED else ():
+        if item.get_closest_marker("seconds") is None:
+            item.add_marker(pytest.mark.seconds(5))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def several_threads() -> Iterator[None]:
     """Kernels are to cut their work up, also where `make test` gives each process one thread."""

@@ -158,6 +158,7 @@ def results(backend: Backend, call: Any, upstream: int | None) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.case_id)
 @pytest.mark.parametrize("name", CALLS)
+@pytest.mark.seconds(2)
 def test_where_a_tensor_begins_changes_no_bit(kernel_backend: Backend, name: str, dtype: torch.dtype) -> None:
     op, arguments, options = CALLS[name]()
     if kernel_backend.name not in op_backends(op):

@@ -36,6 +36,7 @@ def test_an_unknown_backend_is_an_error_that_names_the_nearest(monkeypatch: pyte
     ("name", "remedy"),
     [("cpu", "install g\\+\\+ or clang"), ("cuda", "install the CUDA toolkit"), ("triton", "pip install triton")],
 )
+@pytest.mark.seconds(3)
 def test_a_missing_backend_is_an_error_that_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, name: str, remedy: str
 ) -> None:
@@ -145,6 +146,7 @@ def test_the_backend_asked_for_is_the_one_that_runs(monkeypatch: pytest.MonkeyPa
     assert called == ["cpu"]
 
 
+@pytest.mark.seconds(3)
 def test_importing_ops_needs_torch_only() -> None:
     heavy = "transformers", "peft", "safetensors", "triton", "datasets", "torch._dynamo"
     code = (

@@ -234,6 +234,7 @@ def ranges(kernel_backend: Backend, monkeypatch: pytest.MonkeyPatch) -> Iterator
         yield 19, 16
 
 
+@pytest.mark.seconds(2)
 def test_a_loss_is_the_sum_of_more_ranges_than_are_added_up_at_a_time(
     kernel_backend: Backend, ranges: tuple[int, int]
 ) -> None:
@@ -250,6 +251,7 @@ def test_a_loss_is_the_sum_of_more_ranges_than_are_added_up_at_a_time(
     assert float(stats["approx_kl"]) == pytest.approx(float(-ratio.log().mean()), rel=1e-5)
 
 
+@pytest.mark.seconds(3)
 def test_as_many_sequences_as_one_likes(kernel_backend: Backend) -> None:
     if kernel_backend.slow and kernel_backend.name == "triton":
         pytest.skip("a sequence is a program there, and takes a while")

@@ -60,6 +60,7 @@ def test_is_the_definition_in_float64(kind: str) -> None:
 
 
 @pytest.mark.parametrize(("case", "dtype", "kind"), cases.logits_and_dtypes(*KINDS), ids=cases.case_id)
+@pytest.mark.seconds(2)
 def test_values_and_gradients_are_no_worse_than_torch(
     backend: Backend, case: cases.Case, dtype: torch.dtype, kind: str
 ) -> None:
@@ -205,6 +206,7 @@ def test_a_row_does_not_depend_on_its_batch_nor_on_the_call(kernel_backend: Back
     assert torch.equal(kernel_backend(ops.full_kl, p[2:3], q[2:3], kind=kind), whole[2:3])
 
 
+@pytest.mark.seconds(4)
 def test_compiles_and_is_registered_as_torch_wants_it() -> None:
     p, q, mask = cases.random(5, 40), cases.random(5, 40, seed=1), torch.tensor([True, False, True, True, True])
     compiled = torch.compile(ops.full_kl, fullgraph=True, dynamic=True, backend="aot_eager")

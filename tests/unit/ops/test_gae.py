@@ -198,6 +198,7 @@ def test_values_are_no_worse_than_torch(
 
 
 @pytest.mark.parametrize("length", [2500, 131_073])
+@pytest.mark.seconds(5)
 def test_long_sequences(backend: Backend, length: int) -> None:
     if length > 3000 and backend.name in ("triton", "reference"):
         pytest.skip("a token costs too much there")
@@ -288,6 +289,7 @@ def test_dtypes_may_differ(backend: Backend) -> None:
     assert ops.gae(rewards, values, scores=torch.ones(2, dtype=torch.float64))[0].dtype == torch.float64
 
 
+@pytest.mark.seconds(4)
 def test_same_call_same_bits(backend: Backend) -> None:
     every = paid(3, 70, sequences=3, dtype=torch.float32)
     first = backend(ops.gae, **every, sums=True)
@@ -317,6 +319,7 @@ def test_what_it_returns_are_targets(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.seconds(4)
 def test_compiles_as_one_graph_with_changing_shapes(name: str) -> None:
     with ops.use_backend(name):
         compiled = torch.compile(ops.gae, fullgraph=True, dynamic=True, backend="aot_eager")

@@ -190,6 +190,7 @@ def everything(
 
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.case_id)
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: " ".join(o) or "defaults")
+@pytest.mark.seconds(2)
 def test_the_sweep_is_no_worse_than_torch(
     kernel_backend: Backend, small_blocks: None, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
@@ -354,6 +355,7 @@ def test_never_holds_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sizes and max(sizes) <= max(30 * 8, 5 * 30)  # the weight, five rows of logits
 
 
+@pytest.mark.seconds(4)
 def test_compiles_with_changing_shapes() -> None:
     compiled = torch.compile(ops.linear_ppo_loss, fullgraph=True, dynamic=True, backend="aot_eager")
     for n in (3, 5):

@@ -211,6 +211,7 @@ def test_compiles_as_one_graph_with_changing_shapes() -> None:
             assert_close(a, b, 1e-6)
 
 
+@pytest.mark.seconds(3)
 def test_is_registered_as_torch_wants_it() -> None:
     tokens, (hidden, weight, bias, a, b) = cases.random_tokens(3, vocabulary=40), problem(3, vocabulary=40)
     forward = torch.ops.rlhf_fast.linear_token_logprobs_forward.default

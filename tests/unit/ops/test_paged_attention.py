@@ -119,6 +119,7 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.case_id)
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: " ".join(o) or "defaults")
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s.values())) or "defaults")
+@pytest.mark.seconds(4)
 def test_values_are_no_worse_than_torch(
     kernel_backend: Backend, shape: dict[str, Any], options: dict[str, Any], dtype: torch.dtype
 ) -> None:
@@ -135,6 +136,7 @@ def test_values_are_no_worse_than_torch(
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: " ".join(o) or "defaults")
+@pytest.mark.seconds(2)
 def test_a_sequence_has_the_same_bits_in_any_batch_and_in_any_chunks(
     kernel_backend: Backend, options: dict[str, Any]
 ) -> None:
@@ -233,6 +235,7 @@ def test_long_contexts_in_parts_of_their_own_change_no_bit_in_triton(monkeypatch
             torch.testing.assert_close(found[0].double(), by_definition(one, options), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.seconds(4)
 def test_long_contexts_in_parts_of_their_own_change_no_bit_in_cuda(
     kernel_backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,6 +252,7 @@ def test_long_contexts_in_parts_of_their_own_change_no_bit_in_cuda(
             torch.testing.assert_close(found[0].double(), by_definition(p, options), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.seconds(2)
 def test_layout_and_threads_change_no_bit(kernel_backend: Backend) -> None:
     p = problem([50, 60, 49], [50, 3, 1])
     want = kernel_backend(ops.paged_attention, p.query, p.cache, p.batch)

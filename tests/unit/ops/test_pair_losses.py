@@ -198,6 +198,7 @@ def test_compiles_as_one_graph() -> None:
         assert torch.equal(torch.autograd.grad(got, chosen)[0], torch.autograd.grad(want, chosen)[0])
 
 
+@pytest.mark.seconds(3)
 def test_is_registered_as_torch_wants_it() -> None:
     x = pairs(ops.dpo_loss, dtype=torch.float32)
     chosen, rejected = x["chosen"].requires_grad_(), x["rejected"].requires_grad_()

@@ -681,6 +681,7 @@ def test_beside_its_kernels_it_asks_for_memory_only() -> None:
     assert record.operations <= {"aten.new_empty.default", "aten.empty.memory_format"}, record.operations
 
 
+@pytest.mark.seconds(4)
 def test_compiles_with_changing_shapes_and_gradients() -> None:
     compiled = torch.compile(ops.ppo_loss, fullgraph=True, dynamic=True, backend="aot_eager")
     for n, aggregation in ((3, "token_mean"), (5, "token_mean"), (4, "sequence_mean")):

@@ -25,6 +25,7 @@ CHECKS = {
 
 
 @pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
+@pytest.mark.seconds(4)
 def test_the_shim_does_what_it_promises(tmp_path: Path) -> None:
     program = build.compile_program(build.HERE / "selftest.cu", tmp_path / "selftest")
     text = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout

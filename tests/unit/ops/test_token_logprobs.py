@@ -246,6 +246,7 @@ def test_no_rows_are_fine(backend: Backend) -> None:
 # --- the same bits ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.seconds(5)
 def test_same_call_same_bits(backend: Backend) -> None:
     logits, tokens = cases.random(3, 500), cases.random_tokens(3, vocabulary=500)
     first = None
@@ -340,6 +341,7 @@ def test_a_leaf_is_not_overwritten_with_its_own_gradient() -> None:
 
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.seconds(4)
 def test_compiles_as_one_graph_with_changing_shapes(name: str) -> None:
     with ops.use_backend(name):
         compiled = torch.compile(ops.token_logprobs, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -351,6 +353,7 @@ def test_compiles_as_one_graph_with_changing_shapes(name: str) -> None:
                 assert_close(a, b, 1e-6)
 
 
+@pytest.mark.seconds(6)
 def test_inductor_calls_the_kernel_itself() -> None:
     compiled = torch.compile(lambda z, t: ops.token_logprobs(z * 2, t, 0.7)[0].sum(), fullgraph=True, dynamic=True)
     for n in (3, 5):

@@ -107,6 +107,7 @@ def test_a_file_that_says_too_little_is_an_error(tree: dict[str, Any], message: 
         forecast.read_run(write(tmp_path, tree))
 
 
+@pytest.mark.seconds(5)
 def test_a_run_that_fits_is_told_so(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
     file = write(tmp_path, {"model": str(model), "sft": {}})
     code, found, err = doctor(capsys, "--config", str(file), "--memory", "8GB")
@@ -123,6 +124,7 @@ def test_a_run_that_fits_is_told_so(capsys: pytest.CaptureFixture[str], model: P
     assert (free["hours"], free["dollars"]) == (found["hours"], 0.0)
 
 
+@pytest.mark.seconds(6)
 def test_micro_batches_are_the_first_to_be_made_smaller(
     capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
 ) -> None:
@@ -145,6 +147,7 @@ def test_micro_batches_are_the_first_to_be_made_smaller(
 @pytest.mark.parametrize(
     ("share", "fits"), [(0.94, True), (0.951, False), (0.97, False), (0.999, False), (1.01, False)]
 )
+@pytest.mark.seconds(5)
 def test_a_run_that_needs_what_is_left_to_the_device_does_not_fit(
     capsys: pytest.CaptureFixture[str], shallow: Path, tmp_path: Path, share: float, fits: bool
 ) -> None:
@@ -165,6 +168,7 @@ def test_a_run_that_needs_what_is_left_to_the_device_does_not_fit(
     assert "5% of which are left to the device itself: it does not fit." in capsys.readouterr().out
 
 
+@pytest.mark.seconds(5)
 def test_what_changes_results_comes_last(capsys: pytest.CaptureFixture[str], shallow: Path, tmp_path: Path) -> None:
     file = write(tmp_path, {"model": str(shallow), "dpo": {"lora": {"r": 0}}})
     code, found, _ = doctor(capsys, "--config", str(file), "--memory", "1MB")
@@ -270,6 +274,7 @@ def test_samples_of_an_older_policy_are_read_once_more() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.seconds(25)
 def test_the_figures_of_the_documentation_are_what_the_command_gives() -> None:
     from bench import memory
 

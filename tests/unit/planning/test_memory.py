@@ -62,6 +62,7 @@ def test_keys_and_values_take_what_the_generator_gives_them(shape: PreTrainedCon
 
 @pytest.mark.parametrize("r", [0, 8])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.seconds(2)
 def test_weights_are_those_of_the_model(r: int, dtype: Any) -> None:
     config = SFTConfig(lora=LoRAConfig(r=r), dtype=dtype)
     parts = predict(config, LLAMA).phases["training"]
@@ -77,6 +78,7 @@ def test_weights_are_those_of_the_model(r: int, dtype: Any) -> None:
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
 @pytest.mark.parametrize("shape", [LLAMA, GPT2, GEMMA], ids=lambda shape: shape.model_type)
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.seconds(3)
 def test_a_pass_without_memory_takes_what_the_same_pass_takes_with_it(
     config: TrainerConfig, shape: PreTrainedConfig, checkpointing: bool
 ) -> None:
@@ -123,6 +125,7 @@ def with_memory(config: TrainerConfig, shape: PreTrainedConfig) -> Any:
 
 
 @pytest.mark.parametrize("shape", [LLAMA, GPT2], ids=lambda shape: shape.model_type)
+@pytest.mark.seconds(4)
 def test_scoring_takes_what_log_probabilities_take_without_gradients(shape: PreTrainedConfig) -> None:
     config = PPOConfig(max_length=64, optim=OptimConfig(max_tokens_per_microbatch=512))
     predicted = predict(config, shape).phases["scoring"]
@@ -135,6 +138,7 @@ def test_scoring_takes_what_log_probabilities_take_without_gradients(shape: PreT
 
 @pytest.mark.parametrize("r", [0, 8])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.seconds(2)
 def test_a_step_of_the_optimiser_takes_what_it_holds_and_works_in(r: int, dtype: Any) -> None:
     config = SFTConfig(lora=LoRAConfig(r=r), dtype=dtype)
     phase = predict(config, LLAMA).phases["optimiser step"]
@@ -163,6 +167,7 @@ def test_a_step_of_the_optimiser_takes_what_it_holds_and_works_in(r: int, dtype:
 
 
 @pytest.mark.parametrize("shape", [LLAMA, GPT2], ids=lambda shape: shape.model_type)
+@pytest.mark.seconds(4)
 def test_generation_takes_its_keys_and_values_and_its_fullest_step(shape: PreTrainedConfig) -> None:
     config = PPOConfig(prompts_per_step=3, samples_per_prompt=2, max_length=48)
     phase = predict(config, shape).phases["rollouts"]
@@ -185,6 +190,7 @@ def test_generation_takes_its_keys_and_values_and_its_fullest_step(shape: PreTra
     assert 0.99 < found < 1.25, "never too little; paged attention repeats no keys, as is assumed"
 
 
+@pytest.mark.seconds(2)
 def test_a_reference_and_reward_models_take_their_weights() -> None:
     phase = predict(PPOConfig(dtype="bfloat16"), LLAMA, rewards=[GEMMA, LLAMA]).phases["scoring"]
     scorers = []
@@ -206,6 +212,7 @@ def test_a_full_batch_is_as_full_as_a_micro_batch_may_be(budget: int, longest: i
     assert rows == 1 or width <= max(longest, LONGEST_ROW)
 
 
+@pytest.mark.seconds(6)
 def test_a_critic_of_its_own_takes_what_it_is_made_of() -> None:
     shared, separate, reward = (
         predict(PPOConfig(critic=critic), LLAMA, rewards=[LLAMA]).phases["training"]  # type: ignore[arg-type]
@@ -223,6 +230,7 @@ def test_a_critic_of_its_own_takes_what_it_is_made_of() -> None:
     assert without["trained weights"] == adapter and without["reward models"] == 2 * shared["reward models"]
 
 
+@pytest.mark.seconds(3)
 def test_samples_for_people_and_for_the_scale_of_scores_are_phases_of_their_own() -> None:
     kv = memory.kv_bytes_per_token(LLAMA, torch.float32)
     samples = predict(SFTConfig(samples=3, max_length=1000, sample_tokens=50), LLAMA).phases["samples"]
@@ -232,6 +240,7 @@ def test_samples_for_people_and_for_the_scale_of_scores_are_phases_of_their_own(
     assert 0.95 < scale["the policy"] / scale["frozen weights"] < 1.4, "both in bfloat16; the policy has a head"
 
 
+@pytest.mark.seconds(8)
 def test_more_tokens_take_more_and_recomputing_takes_less() -> None:
     def activations(tokens: int, checkpointing: bool) -> int:
         optim = OptimConfig(max_tokens_per_microbatch=tokens, checkpointing=checkpointing)
@@ -243,6 +252,7 @@ def test_more_tokens_take_more_and_recomputing_takes_less() -> None:
     assert activations(2048, True) < 0.7 * activations(2048, False)
 
 
+@pytest.mark.seconds(8)
 def test_ppo_on_one_trunk_takes_at_most_a_quarter_more_than_sft() -> None:
     smollm2 = LlamaConfig(
         hidden_size=576, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=9, num_key_value_heads=3,
@@ -253,6 +263,7 @@ def test_ppo_on_one_trunk_takes_at_most_a_quarter_more_than_sft() -> None:
     assert predict(ppo, smollm2).peak <= 1.25 * predict(sft, smollm2).peak
 
 
+@pytest.mark.seconds(4)
 def test_keys_and_values_take_at_most_half_of_what_is_free() -> None:
     config = PPOConfig(max_length=1024)
     free = predict(config, LLAMA).phases["rollouts"]
@@ -262,18 +273,21 @@ def test_keys_and_values_take_at_most_half_of_what_is_free() -> None:
     assert free["keys and values"] == 64 * 1024 * memory.kv_bytes_per_token(LLAMA, torch.float32)
 
 
+@pytest.mark.seconds(4)
 def test_with_cuda_graphs_keys_and_values_stay() -> None:
     phases = predict(PPOConfig(cuda_graphs=True), LLAMA).phases
     assert len({parts["keys and values"] for parts in phases.values()}) == 1
     assert "keys and values" not in predict(PPOConfig(), LLAMA).phases["training"]
 
 
+@pytest.mark.seconds(2)
 def test_a_gpu_has_larger_blocks_of_logits() -> None:
     wide = LlamaConfig(**{**LLAMA.to_dict(), "vocab_size": 150_000, "num_hidden_layers": 1})
     parts = {device: predict(SFTConfig(), wide, device).phases["training"] for device in ("cpu", "cuda")}
     assert parts["cuda"]["block of logits"] > 5 * parts["cpu"]["block of logits"] > 0
 
 
+@pytest.mark.seconds(3)
 def test_a_model_that_needs_values_is_an_error_that_names_it() -> None:
     class Strange(LlamaConfig):
         model_type = "strange"
@@ -285,6 +299,7 @@ def test_a_model_that_needs_values_is_an_error_that_names_it() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
 @pytest.mark.parametrize("verb", ["sft", "reward", "dpo", "ppo"])
+@pytest.mark.seconds(30)
 def test_runs_take_at_their_peak_what_was_predicted(verb: str, tmp_path: Path) -> None:
     model = measured.random_llama(tmp_path / "model")
     found = measured.compare(verb, model, measured.settings(verb, tokens=512, length=64))

@@ -93,6 +93,7 @@ SAID = (500, 501, 502, 503)  # over and over, by everybody: the same blocks stan
     at_once=st.integers(1, 6),
     share=st.booleans(),
 )
+@pytest.mark.seconds(2)
 def test_any_schedule_computes_every_token_and_gives_all_blocks_back(
     data: st.DataObject, blocks: int, budget: int, at_once: int, share: bool
 ) -> None:
@@ -195,6 +196,7 @@ def test_all_blocks_are_free_after_an_exception_and_nothing_wrong_is_kept(
     assert responses(generator.generate(PROMPTS, FREE)) == want
 
 
+@pytest.mark.seconds(4)
 def test_memory_does_not_grow_with_requests(tiny: tuple[Any, Any]) -> None:
     generator = Generator(*tiny)
 

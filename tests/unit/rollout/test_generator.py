@@ -50,6 +50,7 @@ def test_logprobs_are_those_of_training(family: Any) -> None:
     assert (rollouts.logprobs[~rollouts.response_mask] == 0).all()
 
 
+@pytest.mark.seconds(2)
 def test_a_response_is_the_same_alone_and_in_any_batch(lively: tuple[Any, Any]) -> None:
     params = SamplingParams(n=3, max_new_tokens=16, stop_token_ids=MANY_STOPS, seed=11)
     whole = Generator(*lively).generate(PROMPTS, params)

@@ -148,6 +148,7 @@ def test_tokens_outside_the_vocabulary_are_named(tiny: tuple[Any, Any], settings
     [{"temperature": 1.5}, {"top_k": 4}, {"top_p": 0.5}, {"min_p": 0.3}, {"logit_bias": {5: 3.0}}],
     ids=str,
 )
+@pytest.mark.seconds(2)
 def test_first_tokens_come_as_often_as_they_should(tiny: tuple[Any, Any], filters: dict[str, Any]) -> None:
     from scipy.stats import chisquare
 

@@ -134,6 +134,7 @@ def test_checkpoints_are_named_by_step(tmp_path: Path) -> None:
     assert RunFolder(tmp_path, "sft", "").checkpoint(12) == tmp_path / "checkpoints" / "step-12"
 
 
+@pytest.mark.seconds(2)
 def test_peak_memory_is_in_gigabytes_and_grows_with_what_is_held() -> None:
     before = peak_rss_gb()
     assert 0.01 < before < 1000  # an interpreter alone holds about 10 MB

@@ -294,6 +294,7 @@ CASES = [(m, name) for m in METHODS for name in {**EVERYWHERE, **OWN_TABLES[m]}]
 
 
 @pytest.mark.parametrize(("method", "name"), CASES)
+@pytest.mark.seconds(2)
 def test_a_setting_reaches_what_it_names(method: str, name: str, seen: Callable[[str, str], Seen]) -> None:
     which, check = {**EVERYWHERE, **OWN_TABLES[method]}[name]
     found = seen(method, which)
