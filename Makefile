@@ -37,7 +37,7 @@ check: $(STAMP) ## lint and test what was changed since HEAD, for a minute
 # for each other busily: one thread to a process, and TEST_PROCESSES of them.
 test: $(STAMP) ## run the tests
 	@mkdir -p build; export OMP_NUM_THREADS=1; \
-	  TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/ops -k triton > build/triton-tests.log 2>&1 & \
+	  TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/unit/ops -k triton > build/triton-tests.log 2>&1 & \
 	  triton=$$!; trap "kill $$triton 2>/dev/null" EXIT; \
 	  $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist worksteal; rest=$$?; \
 	  wait $$triton; found=$$?; cat build/triton-tests.log; trap - EXIT; exit $$((rest || found))
@@ -47,7 +47,7 @@ test: $(STAMP) ## run the tests
 # the same fuzz, too, without sanitizers but with watched bytes around every tensor.
 ASAN_FOLDER := build/asan
 ASAN_CALLS ?= 10000
-ASAN_TESTS ?= tests/ops
+ASAN_TESTS ?= tests/unit/ops
 asan: $(STAMP) ## the C++ kernels under address and undefined-behaviour sanitizers: op tests, ASAN_CALLS (10,000) random calls
 	RLHF_FAST_SANITIZE=1 RLHF_FAST_CUDA_ARCHS="" $(BIN)/python setup.py -q build_ext \
 	  --build-lib $(ASAN_FOLDER) --build-temp $(ASAN_FOLDER)/objects

@@ -18,7 +18,8 @@ ROOTS = ("rlhf_fast", "tests", "bench")
 
 
 def reaching(source: Path, root: Path, farthest: int = 4) -> list[Path]:
-    """Test files that import `source` over at most so many imports, those of its own name first, then the nearest.
+    """Test files that import `source` over at most so many imports: those of its own name, then unit tests, then the
+    rest; of each the nearest first.
 
     Args:
         source, root: the file, and the folder of the project that it is in.
@@ -40,8 +41,12 @@ def reaching(source: Path, root: Path, farthest: int = 4) -> list[Path]:
                 queue.append(other)
     stem = source.parent.name if source.stem == "__init__" else source.stem
     found = [name for name in distance if files[name].name.startswith("test_")]
-    own = {name: stem.strip("_") not in files[name].stem for name in found}
-    return [files[name] for name in sorted(found, key=lambda name: (own[name], distance[name], name))]
+
+    def place(name: str) -> tuple[bool, bool, int, str]:
+        other = stem.strip("_") not in files[name].stem
+        return other, not name.startswith("tests.unit."), distance[name], name
+
+    return [files[name] for name in sorted(found, key=place)]
 
 
 def python_files(folder: Path) -> list[Path]:
@@ -59,7 +64,7 @@ def reaching_compiled(source: Path, root: Path) -> list[Path]:
     kernels = [file for file in sorted((root / "csrc").rglob("*")) if file.suffix in (".cpp", ".cu")]
     own = [file for file in kernels if file == source or source in included(file, root)]
     stems = sorted({file.stem for file in own if file.stem != "bindings"})
-    tests = sorted((root / "tests" / "ops").glob("test_*.py"))
+    tests = sorted((root / "tests" / "unit" / "ops").glob("test_*.py"))
 
     def distance(test: Path) -> int:
         if any(stem in test.stem for stem in stems):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.trainers.killed_run", "rlhf_fast.pipeline", "rlhf_fast.cli"])
+PROCESSES.set_forkserver_preload(["tests.scenarios.trainers.killed_run", "rlhf_fast.pipeline", "rlhf_fast.cli"])
 
 
 def verb(words: Sequence[str], said: str) -> Any:
@@ -28,7 +28,7 @@ def code(text: str, folder: Path) -> str:
     process.start()
     process.join()
     words = said.read_text()
-    assert process.exitcode == 0, words[-2000:]
+    assert process.exitcode == 0, f"ended with {process.exitcode}: {words[-2000:]}"
     return words
 
 

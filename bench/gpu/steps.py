@@ -115,14 +115,15 @@ def build(context: Context) -> None:
 def tests(context: Context) -> None:
     """Test every op on every backend on this device, and generation with CUDA graphs."""
     needs("pytest")
-    words = ["tests/ops", "-m", "gpu"]
+    words = ["tests/unit/ops", "-m", "gpu"]
     if context.rehearse:
         some = ["gae", "sample"] if context.short else ["gae", "sample", "kl_estimate", "token_logprobs", "ppo_loss"]
         which = "(values or likeliest or worse or same_bits) and (triton or cuda)"
-        words = [*(f"tests/ops/test_{name}.py" for name in some), "-k", which]
+        words = [*(f"tests/unit/ops/test_{name}.py" for name in some), "-k", which]
     _pytest(context, "tests", python("-m", "pytest"), words)
     if not context.rehearse and all(importlib.util.find_spec(name) for name in ("transformers", "peft")):
-        _pytest(context, "tests of rollouts", python("-m", "pytest"), ["tests/rollout/test_graphs.py", "-m", "gpu"])
+        of_rollouts = ["tests/unit/rollout/test_graphs.py", "-m", "gpu"]
+        _pytest(context, "tests of rollouts", python("-m", "pytest"), of_rollouts)
 
 
 def sanitizer(context: Context) -> None:
@@ -134,9 +135,8 @@ def sanitizer(context: Context) -> None:
         raise Skip("compute-sanitizer needs a GPU")
     for tool in ("memcheck", "racecheck"):
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *python("-m", "pytest")]
-        _pytest(
-            context, f"compute-sanitizer {tool}", command, ["tests/ops", "-x", "-m", "gpu", "-k", "values and cuda"]
-        )
+        words = ["tests/unit/ops", "-x", "-m", "gpu", "-k", "values and cuda"]
+        _pytest(context, f"compute-sanitizer {tool}", command, words)
 
 
 def _pytest(context: Context, case: str, command: list[str], words: list[str]) -> None:

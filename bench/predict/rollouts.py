@@ -23,7 +23,7 @@ from bench.predict.cards import BYTES, CARDS, LAUNCH, PRODUCTS, START, TRIP, Car
 from bench.rollout import run
 from rlhf_fast.rollout.generator import MAX_BATCH_TOKENS, MAX_SEQUENCES
 
-# The launches of a layer as rollout/torch_layers.py has it, which tests/test_predict.py counts, and those of its
+# The launches of a layer as rollout/torch_layers.py has it, which tests/bench/test_predict.py counts, and those of its
 # attention: write_kv, keys in parts, parts together.
 LAYER = {"qwen2": 13, "qwen3": 15}
 ATTENTION = 3

@@ -1,7 +1,7 @@
 """Options of the losses, by name: checked where they are made, and packed as the kernels have them.
 
 To add one: its field and check here, its number here, in kernels/arguments.py and in csrc/common, and what the
-reference and the kernels make of it. tests/ops/test_contracts.py asks for a row that shows its effect.
+reference and the kernels make of it. tests/unit/ops/test_contracts.py asks for a row that shows its effect.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from torch import Tensor
 from rlhf_fast import _C, ops  # type: ignore[attr-defined]
 from rlhf_fast.ops.linear import Weight
 from tests.cpu import calls
-from tests.ops import cases
-from tests.ops.test_paged_attention import problem
+from tests.unit.ops import cases
+from tests.unit.ops.test_paged_attention import problem
 
 
 def answers() -> Iterator[list[Tensor]]:
