@@ -4,7 +4,7 @@ Simulated people of known error rates vote on pairs whose truth is known. A line
 labels made of these votes in several ways, and its choices on new pairs are held against the truth without noise. Each
 seed draws pairs, people's assignments and votes anew; differences from the majority are paired by seed.
 
-`--trainer` does the same with the project's own RewardTrainer from a tiny random model: replies that are good and spoilt
+`--trainer` does the same with the project's own RewardTrainer from a tiny random model: good replies and spoilt
 ones, compared by the rule of feedback/simulated.py, with votes that err as those of the first crowd do.
 """
 
@@ -126,8 +126,8 @@ def trained(seed: int, pairs: int, each: int) -> dict[str, float]:
             rows = []
             for row, right, target in zip(training, truth, targets, strict=True):
                 as_it_is = target if right else 1 - target  # probability that the chosen one is the better
-                sides = {} if as_it_is >= 0.5 else {"chosen": row.rejected, "rejected": row.chosen}
-                rows.append(replace(row, **sides, confidence=float(max(as_it_is, 1 - as_it_is))))
+                turned = row if as_it_is >= 0.5 else replace(row, chosen=row.rejected, rejected=row.chosen)
+                rows.append(replace(turned, confidence=float(max(as_it_is, 1 - as_it_is))))
             config = RewardConfig(epochs=6, seed=seed, lora=LoRAConfig(r=0), optim=OptimConfig(lr=2e-3))
             trainer = RewardTrainer(
                 Path(folder, "base"), list(itertools.compress(rows, used)), Path(folder, name.replace(" ", "-")),
