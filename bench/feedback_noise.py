@@ -3,21 +3,35 @@
 Simulated people of known error rates vote on pairs whose truth is known. A linear Bradley-Terry model is fitted to
 labels made of these votes in several ways, and its choices on new pairs are held against the truth without noise. Each
 seed draws pairs, people's assignments and votes anew; differences from the majority are paired by seed.
+
+`--trainer` does the same with the project's own RewardTrainer from a tiny random model: good replies and spoilt
+ones, compared by the rule of feedback/simulated.py, with votes that err as those of the first crowd do.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
+import tempfile
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 
+from rlhf_fast import RewardTrainer, models
+from rlhf_fast.config import AnnotatorConfig, LoRAConfig, OptimConfig, RewardConfig
+from rlhf_fast.data.records import Comparison, read_demonstrations
+from rlhf_fast.feedback.simulated import SimulatedAnnotator
+from rlhf_fast.pipeline import tiny_model
 from rlhf_fast.statistics.annotators import logistic
 from rlhf_fast.statistics.calibration import sigmoid
 from rlhf_fast.statistics.intervals import Interval, clustered_bootstrap
 from rlhf_fast.statistics.vote_model import PairVotes, fit_votes, majority
 
 FEATURES, HELDOUT = 24, 4000
+TRAINED = ("no noise", "majority", "vote model, without pairs under 0.8", "vote model, soft labels")
 CROWDS = {
     "two good, three poor": (0.05, 0.10, 0.35, 0.40, 0.45),
     "all alike": (0.25, 0.25, 0.25, 0.25, 0.25),
@@ -68,6 +82,61 @@ def accuracies(seed: int, errors: tuple[float | None, ...], pairs: int, each: in
     return found
 
 
+def spoilt(reply: str, other: str) -> list[str]:
+    """A reply and five that the rule of the simulated annotator likes less, each in one way."""
+    words = reply.split()
+    return [
+        reply,
+        " ".join(words[: 2 * len(words) // 3]),
+        f"Maybe this helps, perhaps. I think {reply[0].lower()}{reply[1:]}",
+        f"Hey! {reply} I guarantee it!",
+        f"{' '.join(words[:8])}.",
+        other,
+    ]
+
+
+def compared(seed: int, pairs: int) -> tuple[list[Comparison], list[Comparison]]:
+    """Comparisons without error for training and for measuring, of different prompts, `pairs` a prompt."""
+    rng = np.random.default_rng(seed)
+    rows = read_demonstrations(str(files("rlhf_fast.demo") / "demonstrations.jsonl"))
+    rater = SimulatedAnnotator(AnnotatorConfig(error_rate=0.0))
+    parts: tuple[list[Comparison], list[Comparison]] = ([], [])
+    for place, i in enumerate(rng.permutation(len(rows))):
+        other = rows[int(rng.integers(len(rows)))].completion
+        replies = spoilt(str(rows[i].completion), str(other))
+        every = list(itertools.combinations(replies, 2))
+        drawn = [every[k] for k in rng.permutation(len(every))]
+        found = [pair for a, b in drawn if (pair := rater.compare(rows[i].prompt, "simple", a, b)) is not None]
+        parts[place >= 2 * len(rows) // 3].extend(found[:pairs])
+    return parts
+
+
+def trained(seed: int, pairs: int, each: int) -> dict[str, float]:
+    """Held-out accuracy of reward models that RewardTrainer makes of each kind of label."""
+    training, heldout = compared(seed, pairs)
+    rng = np.random.default_rng(seed)
+    truth = rng.random(len(training)) < 0.5  # whether the chosen one is called the first
+    votes = voted(rng, truth, next(iter(CROWDS.values())), each)
+    measured = {}
+    with tempfile.TemporaryDirectory() as folder:
+        models.save(Path(folder, "base"), *models.load(tiny_model(), seed=seed))
+        for name, (targets, used) in labels(truth, votes, each).items():
+            if name not in TRAINED:
+                continue
+            rows = []
+            for row, right, target in zip(training, truth, targets, strict=True):
+                as_it_is = target if right else 1 - target  # probability that the chosen one is the better
+                turned = row if as_it_is >= 0.5 else replace(row, chosen=row.rejected, rejected=row.chosen)
+                rows.append(replace(turned, confidence=float(max(as_it_is, 1 - as_it_is))))
+            config = RewardConfig(epochs=6, seed=seed, lora=LoRAConfig(r=0), optim=OptimConfig(lr=2e-3))
+            trainer = RewardTrainer(
+                Path(folder, "base"), list(itertools.compress(rows, used)), Path(folder, name.replace(" ", "-")),
+                config, heldout_data=heldout,
+            )  # fmt: skip
+            measured[name] = float(trainer.train()["heldout_accuracy"]["mean"])
+    return measured
+
+
 def table(runs: list[dict[str, float]]) -> str:
     """A row for each kind of label: its accuracy, and its difference from the majority, with intervals over seeds."""
     lines = ["| labels | held-out accuracy | beyond the majority |", "|---|---|---|"]
@@ -89,7 +158,12 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=40)
     parser.add_argument("--pairs", type=int, default=400)
     parser.add_argument("--votes", type=int, default=3, help="a pair")
+    parser.add_argument("--trainer", type=int, default=0, metavar="SEEDS", help="of RewardTrainer instead")
     given = parser.parse_args(words)
+    if given.trainer:
+        runs = [trained(seed, 4, given.votes) for seed in range(given.trainer)]
+        print(f"\nRewardTrainer: {given.trainer} seeds\n\n{table(runs)}")
+        return 0
     for name, errors in CROWDS.items():
         runs = [accuracies(seed, errors, given.pairs, given.votes) for seed in range(given.seeds)]
         print(f"\n{name}: {given.pairs} pairs of {given.votes} votes, {given.seeds} seeds\n\n{table(runs)}", flush=True)

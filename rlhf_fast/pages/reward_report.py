@@ -89,9 +89,10 @@ def _agreed(value: Mapping[str, Any]) -> Interval:
     """People's agreement as it was given, checked."""
     mean = value.get("mean")
     ends = [mean if value.get(key) is None else value[key] for key in ("low", "high")]
-    if not all(isinstance(end, int | float) and not isinstance(end, bool) for end in (mean, *ends)):
+    numbers = [float(end) for end in (mean, *ends) if isinstance(end, int | float) and not isinstance(end, bool)]
+    if len(numbers) < 3:
         raise ValueError(f"agreement: {dict(value)} came; expected a mean, and perhaps low and high, from 0 to 1")
-    interval = Interval(float(mean or 0), *map(float, ends))
+    interval = Interval(*numbers)
     ceiling(interval)  # refuses what is no share
     if not interval.low <= interval.mean <= interval.high:
         raise ValueError(f"agreement: {interval} came; expected the mean between low and high")

@@ -21,6 +21,7 @@ from rlhf_fast.statistics.intervals import Interval
 
 NODES = 60  # of the sum over a pair's preference; an even number, so that none is at 0
 REACH = 5.0  # deviations of the prior that they cover
+ROUNDS = 5  # of the search for an interval's end
 # Means and deviations of the priors. Those of skills are of their inverse hyperbolic sine: it is like a logarithm for
 # skilled people, and yet a skill may be negative, of one who mistakes the buttons.
 TYPICAL, SKILL, BIAS = (math.asinh(1.5), 0.6), 0.6, 0.5
@@ -156,19 +157,23 @@ def fit_votes(votes: PairVotes, pairs: str = "normal", level: float = 0.95) -> V
 
 
 def _ends(posterior: Posterior, best: torch.Tensor, covariance: torch.Tensor, z: float) -> torch.Tensor:
-    """(2J + 1, 2J + 1): for each number the point at which an interval of it ends.
-
-    From the maximum on, the others follow as the covariance has it, to where the loss has risen by z^2 / 2. That is z
-    deviations off if the posterior is Gaussian, and farther on the side where it is flatter.
-    """
-    ends = []
-    for column in covariance:
-        deviation = column / column[len(ends)].sqrt()
-        away = z
-        for _ in range(6):
-            rise = float(posterior.loss(best + away * deviation) - posterior.loss(best))
-            away *= min(2.0, max(0.5, abs(z) / math.sqrt(max(2 * rise, 1e-12))))
-        ends.append(best + away * deviation)
+    """(2J + 1, 2J + 1): for each number the point at which an interval of it ends: where the loss has risen by z^2 / 2
+    although all others gave way (the profile). It is z deviations off if the posterior is Gaussian, and farther on the
+    side where it is flatter. The curvature at the maximum says how the others give way, in ROUNDS steps."""
+    ends, lowest = [], float(posterior.loss(best))
+    for i, column in enumerate(covariance):
+        along = column / column[i]
+        others = covariance - along[:, None] * column  # of the others, with number i held
+        at = best + z * column[i].sqrt() * along
+        for _ in range(ROUNDS):
+            here = at.clone().requires_grad_()
+            loss = posterior.loss(here)
+            (slope,) = torch.autograd.grad(loss, here)
+            gain = others @ slope
+            rise = float(loss.detach() - lowest - slope @ gain / 2)
+            factor = min(2.0, max(0.5, abs(z) / math.sqrt(max(2 * rise, 1e-12))))
+            at = at - gain + (factor - 1) * (at[i] - best[i]) * along
+        ends.append(at)
     return torch.stack(ends)
 
 
