@@ -68,6 +68,8 @@ def test_files_as_other_programs_write_them_are_read(
         ("a.jsonl", b"---\nprompt: hi\n", ": this looks like YAML"),
         ("a.jsonl", LINE.decode().encode("utf-16"), ": this is UTF-16; expected UTF-8: iconv"),
         ("a.jsonl", LINE.decode().encode("utf-16-le"), ": this is UTF-16"),
+        ("a.jsonl", ("   " + LINE.decode()).encode("utf-16-be"), ": this is UTF-16"),
+        ("a.jsonl", ("   " + LINE.decode()).encode("utf-16-le"), ": this is UTF-16"),
         ("a.json", b'{\n  "data": []\n}\n', ": this looks like one JSON object over several lines"),
         ("a.json", b'[{"prompt": "p"}, 3]', " entry 2: expected an object {...}, got int"),
         ("a.json", b"[]", ": no rows; expected at least one"),

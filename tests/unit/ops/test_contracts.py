@@ -29,6 +29,7 @@ from rlhf_fast.kernels.arguments import (
     SampleOptions,
     TokenRewards,
 )
+from rlhf_fast.ops import _checks
 from rlhf_fast.ops._library import Op
 from rlhf_fast.ops._pair_loss import STATS as PAIR_STATS
 from rlhf_fast.ops._pair_loss import PairCall
@@ -260,3 +261,13 @@ def test_options_and_tensors_do_not_change() -> None:
             x.label = 1  # type: ignore[union-attr]
     with pytest.raises(AttributeError):
         Denominator().number = 2.0  # type: ignore[misc]
+
+
+def test_tensors_that_are_alike_are_told_at_once_and_others_by_name() -> None:
+    x = torch.zeros(2, 3)
+    assert _checks.are_alike([x, None, x.clone()], (2, 3))
+    for other in (x[:1], x.long(), x.to("meta"), [0.0]):
+        for order in ([x, other], [other, x]):
+            assert not _checks.are_alike(order, (2, 3))
+    with pytest.raises(TypeError, match="old_logprobs: list, expected a tensor of float32"):
+        ops.ppo_loss(x, [0.0], x)  # type: ignore[arg-type]
