@@ -292,10 +292,10 @@ def test_the_likeliest_responses_of_remax_are_sampled_and_scored() -> None:
         config = PPOConfig(advantage=advantage, samples_per_prompt=1, minibatches=1)
         return cost.seconds(config, cost.count(config, SHAPE), DATA, MACHINE)
 
-    grpo, remax = seconds("reinforce++"), seconds("remax")
-    assert remax["rollouts"] == pytest.approx(2 * grpo["rollouts"])
-    assert remax["scoring"] == pytest.approx(1.5 * grpo["scoring"])
-    assert remax["training"] == grpo["training"]
+    gae, remax = seconds("gae"), seconds("remax")
+    assert remax["rollouts"] == pytest.approx(2 * gae["rollouts"])
+    assert remax["scoring"] == pytest.approx(1.5 * gae["scoring"])
+    assert remax["training"] == gae["training"]
 
 
 @pytest.mark.parametrize("cls", [SFTConfig, DPOConfig, RewardConfig])
