@@ -269,7 +269,7 @@ def generation_is_right(model: Any, lengths: Sequence[int] = LENGTHS, new: int =
     generator = torch.Generator().manual_seed(3)
     prompts = [torch.randint(3, 256, (n,), generator=generator).tolist() for n in lengths]
     params = SamplingParams(n=2, max_new_tokens=new, ignore_eos=True, seed=2)
-    found = []
+    runs = []
     settings: list[dict[str, Any]] = [{}, {"max_sequences": 1}, {"max_batch_tokens": 7}]
     for options in settings:
         rollouts = Generator(model, block_size=16, **options).generate(prompts, params)
@@ -278,9 +278,9 @@ def generation_is_right(model: Any, lengths: Sequence[int] = LENGTHS, new: int =
         if not is_near(got, want):
             off = (got - want).abs()
             return f"{options or 'sampled'}: off by {float(off.max()):.1e} of {float(want.abs().max()):.0f}", False
-        found.append(rollouts)
-    same = all(torch.equal(found[0].logprobs, one.logprobs) for one in found[1:])
-    same &= [e.response for e in found[0].examples()] == [e.response for e in found[1].examples()]
+        runs.append(rollouts)
+    same = all(torch.equal(runs[0].logprobs, one.logprobs) for one in runs[1:])
+    same &= [e.response for e in runs[0].examples()] == [e.response for e in runs[1].examples()]
     return "", same
 
 
@@ -408,8 +408,8 @@ transposed weights, the small products between the layers of Gemma 3n and 4).
 def page(rows: Sequence[Row]) -> str:
     """docs/models.md."""
     counts = [
-        f"{what}: " + ", ".join(f"{count} {result}" for result, count in collections.Counter(found).most_common())
-        for what, found in (
+        f"{what}: " + ", ".join(f"{count} {result}" for result, count in collections.Counter(outcomes).most_common())
+        for what, outcomes in (
             ("Training", [row.training for row in rows]),
             ("Generation", [row.generation for row in rows if row.generation != "-"]),
             ("Same bits", [row.same_bits for row in rows if row.same_bits != "-"]),

@@ -160,9 +160,9 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
 
 def status(key: str) -> int:
     """Bytes of resident pages, now (VmRSS) or at most so far (VmHWM); OSError where there is no /proc."""
-    found = re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
+    match = re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert match is not None
+    return int(match[1]) * 1024
 
 
 def check(bench: Bench, case: Case, providers: dict[str, Call]) -> list[str]:
@@ -171,13 +171,13 @@ def check(bench: Bench, case: Case, providers: dict[str, Call]) -> list[str]:
     right = []
     for name, call in providers.items():
         try:
-            found = call()
+            results = call()
         except Exception as error:
             _tell(f"  {name}: left out, {type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}")
             continue
         wrong = [
             f"result {i} is {float(off):.1e} off"
-            for i, (mine, exact) in enumerate(zip(found, truth, strict=False))
+            for i, (mine, exact) in enumerate(zip(results, truth, strict=False))
             if (off := (mine.detach().double() - exact).abs().max() / exact.abs().max()) > bench.tolerance(case)
             or mine.isnan().any()
         ]
@@ -257,8 +257,8 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    found = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text()) if os.name == "posix" else None
-    return found[1] if found else platform.processor()
+    match = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text()) if os.name == "posix" else None
+    return match[1] if match else platform.processor()
 
 
 def run_case(
@@ -299,8 +299,8 @@ def benches(suite: str, only: str = "") -> list[Bench]:
     if only and only not in names:
         raise ValueError(f"op: no benchmark of {only!r}; there are {', '.join(names)}")
     wanted = [name for name in names if not only or name == only]
-    found: list[Bench] = [importlib.import_module(f"bench.{suite}.bench_{name}").BENCH for name in wanted]
-    return found
+    benches: list[Bench] = [importlib.import_module(f"bench.{suite}.bench_{name}").BENCH for name in wanted]
+    return benches
 
 
 def run_suite(suite: str, only: str, seconds: float, out: Path) -> list[Result]:
@@ -324,11 +324,11 @@ def run_suite(suite: str, only: str, seconds: float, out: Path) -> list[Result]:
     )
     results: list[Result] = []
     for bench, case in tqdm(work, desc="bench", unit="case", disable=None):
-        found = run_case(bench, case, device, measured, seconds)
-        tqdm.write(f"\n{bench.op}  {case}, limit {found[0].limit:.3g} ms")
-        for line in table(found):
+        timed = run_case(bench, case, device, measured, seconds)
+        tqdm.write(f"\n{bench.op}  {case}, limit {timed[0].limit:.3g} ms")
+        for line in table(timed):
             tqdm.write(line)
-        results += found
+        results += timed
     records = [
         {**dataclasses.asdict(result), **about, "rates": dataclasses.asdict(measured)} for result in results
     ]  # fmt: skip

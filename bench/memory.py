@@ -212,11 +212,11 @@ def main(words: list[str] | None = None) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         model = given.model or random_llama(Path(folder) / "model")
-        found = []
+        rows = []
         for verb in given.verbs:
-            found.append(compare(verb, model, settings(verb, given.tokens, given.length, given.r)))
-            print(json.dumps(found[-1]), flush=True)
-    taken = {row["verb"]: row["measured"] for row in found}
+            rows.append(compare(verb, model, settings(verb, given.tokens, given.length, given.r)))
+            print(json.dumps(rows[-1]), flush=True)
+    taken = {row["verb"]: row["measured"] for row in rows}
     if "sft" in taken and "ppo" in taken:
         print(f"PPO takes {taken['ppo'] / taken['sft']:.3f} times the memory of SFT")
 

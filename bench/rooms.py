@@ -30,32 +30,32 @@ def imports(root: Path = ROOT) -> Edges:
 
     files = {module_of(file, root): file for file in python_files(root / "rlhf_fast")}
     left_out = {"rlhf_fast", "rlhf_fast.demo", "rlhf_fast.trainers"}
-    found: Edges = {of(name): set() for name in files if name not in left_out}
+    edges: Edges = {of(name): set() for name in files if name not in left_out}
     for name, file in files.items():
         for other in imports_of(file, name, files.keys()) - left_out:
             if name not in left_out and of(other) != of(name):
-                found[of(name)].add(of(other))
-    return found
+                edges[of(name)].add(of(other))
+    return edges
 
 
 def ranks(edges: Edges) -> dict[str, int]:
     """Give each room its height: above all that it imports, where there is no circle."""
-    found = dict.fromkeys(edges, 0)
+    heights = dict.fromkeys(edges, 0)
     for _ in edges:
         for name in edges:
-            lower = [found[other] for other in edges[name] if name not in _reached(edges, other)]
-            found[name] = max([found[name], *(height + 1 for height in lower)])
-    return found
+            lower = [heights[other] for other in edges[name] if name not in _reached(edges, other)]
+            heights[name] = max([heights[name], *(height + 1 for height in lower)])
+    return heights
 
 
 def _reached(edges: Edges, start: str) -> set[str]:
-    found: set[str] = set()
+    reached: set[str] = set()
     left = [start]
     while left:
-        for other in edges[left.pop()] - found:
-            found.add(other)
+        for other in edges[left.pop()] - reached:
+            reached.add(other)
             left.append(other)
-    return found
+    return reached
 
 
 def needed(edges: Edges) -> Edges:

@@ -77,9 +77,9 @@ def theirs(name: str, out: Path, wait: Wait, tell: Tell) -> None:
 
     from rlhf_fast import models
 
-    found = re.search(r"(\d+) rows", name)
-    assert found is not None
-    rows, started, taken = int(found[1]), 0.0, False
+    match = re.search(r"(\d+) rows", name)
+    assert match is not None
+    rows, started, taken = int(match[1]), 0.0, False
 
     class Clock(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
@@ -166,12 +166,12 @@ def fastest(names: Sequence[str], log: IO[str]) -> str:
     times: dict[str, float] = {}
     for name in names:
         try:
-            one = Side(name, log)
+            side = Side(name, log)
         except RuntimeError as error:
             print(f"  left out: {error}; {log.name} says why")
             continue
-        times[name] = min(one.step()["seconds"] for _ in range(2))
-        one.stop()
+        times[name] = min(side.step()["seconds"] for _ in range(2))
+        side.stop()
     if not times:
         raise SystemExit(f"TRL made no step; is it installed (pip install trl)? {log.name} says what it printed")
     return min(times, key=lambda name: times[name])
@@ -209,16 +209,16 @@ def main(words: list[str] | None = None) -> None:
     print(table(records))
 
 
-def record(one: Side, first: Side) -> dict[str, Any]:
+def record(side: Side, first: Side) -> dict[str, Any]:
     import trl
 
     return {
         "op": "training step", "case": f"SmolLM2-135M, {PROMPTS * SAMPLES} responses of at most {NEW_TOKENS} tokens",
-        "provider": one.name, "seconds": statistics.median(step["seconds"] for step in one.steps),
-        "rounds": len(one.steps), "tokens": statistics.mean(step["tokens"] for step in one.steps),
-        "peak_mib": max(step["peak_mib"] for step in one.steps), "trl": trl.__version__,
+        "provider": side.name, "seconds": statistics.median(step["seconds"] for step in side.steps),
+        "rounds": len(side.steps), "tokens": statistics.mean(step["tokens"] for step in side.steps),
+        "peak_mib": max(step["peak_mib"] for step in side.steps), "trl": trl.__version__,
         "speedup": statistics.median(
-            its["seconds"] / mine["seconds"] for its, mine in zip(one.steps, first.steps, strict=True)
+            its["seconds"] / mine["seconds"] for its, mine in zip(side.steps, first.steps, strict=True)
         ),
         **harness.environment(torch.device("cpu")),
     }  # fmt: skip

@@ -260,8 +260,10 @@ def js_segment(segment: int) -> int:
     return segment // 2
 
 
-def forward(p: Matrix, q: Matrix, t: Transform, mask: Tensor | None, js: int, results: Sequence[Tensor]) -> None:
-    divergence, shift_p, sum_p, shift_q, sum_q, *means = results
+def forward(
+    p: Matrix, q: Matrix, t: Transform, mask: Tensor | None, divergence: int, results: Sequence[Tensor]
+) -> None:
+    each, shift_p, sum_p, shift_q, sum_q, *means = results
     size = sizes("full_kl", p.data.device)
     segment, warps = size["SEGMENT"], size["WARPS"]
     segments = triton.cdiv(p.columns, segment)
@@ -273,7 +275,7 @@ def forward(p: Matrix, q: Matrix, t: Transform, mask: Tensor | None, js: int, re
         *inputs, segments, states, SEGMENT=segment, STATE=STATE, num_warps=warps, **flags(t, mask)
     )
     _finish[rows_grid](states, segments, p.rows, mask, *results, STATE=STATE, **row_kernel)
-    if js:
+    if divergence:  # JS
         segment = js_segment(segment)
         segments = triton.cdiv(p.columns, segment)
         states = torch.empty(p.rows, segments, STATE, dtype=torch.float32, device=p.data.device)
@@ -282,7 +284,7 @@ def forward(p: Matrix, q: Matrix, t: Transform, mask: Tensor | None, js: int, re
             **flags(t, mask),
         )  # fmt: skip
         row_kernel["STATES"] = triton.next_power_of_2(segments)
-        _js_finish[rows_grid](states, segments, p.rows, mask, divergence, *means, STATE=STATE, **row_kernel)
+        _js_finish[rows_grid](states, segments, p.rows, mask, each, *means, STATE=STATE, **row_kernel)
 
 
 def gradient(
@@ -290,7 +292,7 @@ def gradient(
     q: Matrix,
     t: Transform,
     mask: Tensor | None,
-    js: int,
+    divergence: int,
     results: Sequence[Tensor],
     grad: Tensor,
     out_p: Tensor | None,
@@ -302,6 +304,6 @@ def gradient(
     _gradient[(p.rows * segments,)](
         *matrix_arguments(p), *matrix_arguments(q), *transform_arguments(t), mask, segments, *results[1:], grad,
         out_p, out_q,
-        SEGMENT=segment, JS=bool(js), NEED_P=out_p is not None, NEED_Q=out_q is not None, num_warps=warps,
+        SEGMENT=segment, JS=bool(divergence), NEED_P=out_p is not None, NEED_Q=out_q is not None, num_warps=warps,
         **flags(t, mask),
     )  # fmt: skip

@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_fast.kernels._sampled_kl import estimate, slope
+from rlhf_fast.kernels._sampled_kl import estimate as value_of
+from rlhf_fast.kernels._sampled_kl import slope
 from rlhf_fast.kernels.launch_sizes import sizes
 
 
@@ -18,7 +19,7 @@ def _forward(logprobs, ref_logprobs, mask, count, out, KIND: tl.constexpr, HAS_M
         counts = counts & (tl.load(mask + i, mask=i < count, other=0) != 0)
     d = tl.load(logprobs + i, mask=counts, other=0.0).to(tl.float32)
     d = d - tl.load(ref_logprobs + i, mask=counts, other=0.0).to(tl.float32)
-    tl.store(out + i, estimate(d, KIND), mask=i < count)
+    tl.store(out + i, value_of(d, KIND), mask=i < count)
 
 
 @triton.jit
@@ -39,10 +40,10 @@ def _gradient(
         tl.store(ref_out + i, (-gradient).to(ref_out.dtype.element_ty), mask=i < count)
 
 
-def forward(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None, kind: int, out: Tensor) -> None:
+def forward(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None, estimate: int, out: Tensor) -> None:
     count, size = logprobs.numel(), sizes("kl_estimate", logprobs.device)
     _forward[(triton.cdiv(count, size["BLOCK"]),)](
-        logprobs, ref_logprobs, mask, count, out, KIND=kind, HAS_MASK=mask is not None, BLOCK=size["BLOCK"],
+        logprobs, ref_logprobs, mask, count, out, KIND=estimate, HAS_MASK=mask is not None, BLOCK=size["BLOCK"],
         num_warps=size["WARPS"],
     )  # fmt: skip
 
@@ -51,7 +52,7 @@ def gradient(
     logprobs: Tensor,
     ref_logprobs: Tensor,
     mask: Tensor | None,
-    kind: int,
+    estimate: int,
     grad: Tensor,
     out: Tensor | None,
     ref_out: Tensor | None,
@@ -59,6 +60,6 @@ def gradient(
     count, size = logprobs.numel(), sizes("kl_estimate", logprobs.device)
     _gradient[(triton.cdiv(count, size["BLOCK"]),)](
         logprobs, ref_logprobs, mask, count, grad, out, ref_out,
-        KIND=kind, HAS_MASK=mask is not None, NEED=out is not None, NEED_REF=ref_out is not None,
+        KIND=estimate, HAS_MASK=mask is not None, NEED=out is not None, NEED_REF=ref_out is not None,
         BLOCK=size["BLOCK"], num_warps=size["WARPS"],
     )  # fmt: skip

@@ -101,13 +101,13 @@ def _forward(
     tl.store(stats + STAT_INVERSE, (1.0 / divisor).to(tl.float32))
 
 
-def forward(tensors: PairTensors, numbers: PairNumbers, of_pairs: Denominator, results: PairResults) -> None:
+def forward(tensors: PairTensors, numbers: PairNumbers, denominator: Denominator, results: PairResults) -> None:
     """Write the mean loss of the pairs, its statistics and gradients, as csrc/common/pair_loss.h has them."""
     size = sizes("pair_loss", results.stats.device)
     _forward[(1,)](
-        **tensors._asdict(), count=tensors.chosen.numel(), **numbers.in_triton(), divisor_tensor=of_pairs.tensor,
-        divisor_number=of_pairs.number, **results._asdict(), HAS_REFERENCE=tensors.ref_chosen is not None,
+        **tensors._asdict(), count=tensors.chosen.numel(), **numbers.in_triton(), divisor_tensor=denominator.tensor,
+        divisor_number=denominator.number, **results._asdict(), HAS_REFERENCE=tensors.ref_chosen is not None,
         HAS_MARGINS=tensors.margins is not None, HAS_WEIGHTS=tensors.weights is not None,
-        HAS_KL=tensors.kl is not None, DENOMINATOR=of_pairs.kind, NEED=results.grad_chosen is not None,
+        HAS_KL=tensors.kl is not None, DENOMINATOR=denominator.kind, NEED=results.grad_chosen is not None,
         NEED_REJECTED=results.grad_rejected is not None, BLOCK=size["BLOCK"], num_warps=size["WARPS"],
     )  # fmt: skip

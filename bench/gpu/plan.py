@@ -45,8 +45,8 @@ class Results:
 
     @staticmethod
     def read(path: Path) -> Results:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return Results(path, found["steps"], found["records"])
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return Results(path, kept["steps"], kept["records"])
 
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,8 +76,8 @@ def run(steps: Sequence[Step], results: Results, log: Path, budget: float) -> No
                 print(f"{step.name:12} at most {min(step.seconds, left):.0f} s ...", flush=True)
                 shown.write(f"\n===== {step.name}: {' '.join(step.command)}\n")
                 shown.flush()
-                found, records = _run_one(step, min(step.seconds, left), shown)
-                results.steps[step.name] = found
+                outcome, records = _run_one(step, min(step.seconds, left), shown)
+                results.steps[step.name] = outcome
                 results.records += [{"step": step.name, **record} for record in records]
             about = results.steps[step.name]
             print(f"{step.name:12} {about['state']} after {about['seconds']:.0f} s  {about['detail']}", flush=True)
@@ -125,11 +125,11 @@ def _last_line(log: Path, where: int) -> str:
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a file whose last line may have been cut off by a kill."""
-    found = []
+    rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
-            found.append(json.loads(line))
-    return found
+            rows.append(json.loads(line))
+    return rows
 
 
 def python(*words: str) -> list[str]:

@@ -49,16 +49,16 @@ def _tables(steps: dict[str, Record], records: list[Record], path: Path) -> list
 
 def merge(folder: Path, page: Path) -> list[Path]:
     """Put the tables of every run in `folder` between the marks of a page; returns the runs."""
-    found = []
+    merged = []
     tables: list[str] = []
     for file in sorted(folder.glob("*.json")):
         run = json.loads(file.read_text(encoding="utf-8"))
         if "steps" in run and not file.name.startswith("rehearsal"):
-            found.append(file)
+            merged.append(file)
             lines = _tables(run["steps"], run["records"], file)
             tables += [f"#{line}" if line.startswith("#") else line for line in lines]
     _put(page, MARKS, "\n".join(tables).strip() or NONE)
-    return found
+    return merged
 
 
 def _put(page: Path, marks: tuple[str, str], tables: str) -> None:
@@ -103,9 +103,9 @@ def goal_text(goal: Record | None) -> str:
     if goal is None:
         return ""
     share = goal["unit"].startswith("of the")
-    wanted, found = (f"{goal[key]:.0%}" if share else f"{goal[key]:.3g}" for key in ("wanted", "predicted"))
+    wanted, predicted = (f"{goal[key]:.0%}" if share else f"{goal[key]:.3g}" for key in ("wanted", "predicted"))
     reached = "reached" if goal["reached"] else "missed"
-    return f"{'at least' if share else 'at most'} {wanted} {goal['unit']}: {reached}, {found}"
+    return f"{'at least' if share else 'at most'} {wanted} {goal['unit']}: {reached}, {predicted}"
 
 
 def _about(records: list[Record]) -> list[str]:
@@ -131,10 +131,10 @@ def _cell(text: str) -> str:
 
 
 def _tests(records: list[Record]) -> list[str]:
-    found = [r for r in records if "passed" in r]
-    if not found:
+    tested = [r for r in records if "passed" in r]
+    if not tested:
         return []
-    rows = [f"| {r['op']} | {r['passed']} | {r['failed']} | {r['skipped']} |" for r in found]
+    rows = [f"| {r['op']} | {r['passed']} | {r['failed']} | {r['skipped']} |" for r in tested]
     return ["## Is it right?", "", "| tests | passed | failed | skipped |", "|---|---|---|---|", *rows, ""]
 
 
@@ -148,8 +148,8 @@ def _ops(timed: list[Record]) -> list[str]:
         "|---|---|---|---|---|",
     ]
     for (op, case), group in itertools.groupby(timed, key=lambda r: (r["op"], r["case"])):
-        found = list(group)
-        ours, others = [r for r in found if _is_ours(r)], [r for r in found if not _is_ours(r)]
+        same_case = list(group)
+        ours, others = [r for r in same_case if _is_ours(r)], [r for r in same_case if not _is_ours(r)]
         best = min(ours, key=lambda r: r["milliseconds"])
         each = ", ".join(f"{_short(r)} {r['milliseconds']:.3g}" for r in ours)
         beside = ", ".join(f"{r['provider']} {r['milliseconds'] / best['milliseconds']:.2f}" for r in others)
@@ -173,12 +173,12 @@ def _share(record: Record) -> float:
 
 def _best(timed: list[Record]) -> list[Record]:
     """The fastest of ours in each case."""
-    found: dict[tuple[str, str], Record] = {}
+    best: dict[tuple[str, str], Record] = {}
     for record in timed:
         key = record["op"], record["case"]
-        if _is_ours(record) and (key not in found or record["milliseconds"] < found[key]["milliseconds"]):
-            found[key] = record
-    return list(found.values())
+        if _is_ours(record) and (key not in best or record["milliseconds"] < best[key]["milliseconds"]):
+            best[key] = record
+    return list(best.values())
 
 
 def _furthest(timed: list[Record]) -> list[str]:
@@ -197,12 +197,12 @@ def _predicted(records: list[Record]) -> list[str]:
         return []
     whole = json.loads(PREDICTED.read_text(encoding="utf-8"))
     expected: dict[tuple[str, ...], tuple[float, str]] = {
-        (one["card"], one["op"], one["case"], one["backend"]): (one["milliseconds"], one["binds"])
-        for one in whole["predictions"]
+        (row["card"], row["op"], row["case"], row["backend"]): (row["milliseconds"], row["binds"])
+        for row in whole["predictions"]
     }
-    for one in whole["rollouts"]:
-        way = "CUDA graphs" if one["graphs"] else ""
-        expected[one["card"], f"rollout: {one['case']}", "", way] = 1e3 * one["seconds"], one["binds"]
+    for row in whole["rollouts"]:
+        way = "CUDA graphs" if row["graphs"] else ""
+        expected[row["card"], f"rollout: {row['case']}", "", way] = 1e3 * row["seconds"], row["binds"]
     rows = []
     for r in records:
         if "device" not in r or "provider" not in r:
@@ -219,20 +219,20 @@ def _predicted(records: list[Record]) -> list[str]:
 
 
 def _rollouts(records: list[Record]) -> list[str]:
-    found = [r for r in records if r["op"].startswith("rollout: ")]
-    if not found:
+    rollouts = [r for r in records if r["op"].startswith("rollout: ")]
+    if not rollouts:
         return []
     rows = [
         f"| {r['op'].removeprefix('rollout: ')} | {r['provider']} | {r['tokens'] / r['seconds']:,.0f} | "
         f"{r['limit_seconds'] / r['seconds']:.0%} | {r['speedup']:.2f} |"
-        for r in found
+        for r in rollouts
     ]
     return ["## Rollouts", "", "| case | | tokens/s | of the limit | × our time |", "|---|---|---|---|---|", *rows, ""]
 
 
 def _ppo(records: list[Record]) -> list[str]:
-    found = [r for r in records if r["op"].startswith("ppo: ")]
-    if not found:
+    runs = [r for r in records if r["op"].startswith("ppo: ")]
+    if not runs:
         return []
     rows = [
         f"| {r['op'].removeprefix('ppo: ')}, {r['case']} | {r['seconds']:.2f} | "
@@ -240,7 +240,7 @@ def _ppo(records: list[Record]) -> list[str]:
         + f" | {r['tokens'] / r['seconds']:,.0f} | {r['training_utilisation']:.0%} | {r['decode_roofline']:.0%} | "
         + (f"{r['busy']:.0%} | " if r["busy"] is not None else "- | ")
         + (f"{r['peak_mib'] / 1024:.1f} |" if r["peak_mib"] is not None else "- |")
-        for r in found
+        for r in runs
     ]
     head = (
         "| model | seconds a step | rollout | scoring | training | tokens/s | training, of products | sampling, of its "
@@ -250,11 +250,11 @@ def _ppo(records: list[Record]) -> list[str]:
 
 
 def _tuning(records: list[Record]) -> list[str]:
-    found = [r for r in records if r["op"].startswith("tune: ")]
-    if not found:
+    tuned = [r for r in records if r["op"].startswith("tune: ")]
+    if not tuned:
         return []
     rows = []
-    for r in found:
+    for r in tuned:
         sizes = ", ".join(f"{name} {value}" for name, value in (r["sizes"] or {}).items()) or "its own"
         refused = "; ".join(f"{label}: {why}" for label, why in r["refused"].items())
         rows.append(

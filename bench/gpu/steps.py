@@ -169,8 +169,8 @@ def ops_step(context: Context) -> None:
     if context.rehearse:
         _kernels_on_the_cpu()
     about, rates = harness.environment(device), harness.rates(device)
-    found = {bench.op: bench for bench in harness.benches("ops")}
-    wanted = [found[name] for name in (ORDER[:3] if context.short else ORDER)]
+    known = {bench.op: bench for bench in harness.benches("ops")}
+    wanted = [known[name] for name in (ORDER[:3] if context.short else ORDER)]
     failed = []
     for bench in wanted:
         for case in _cases(bench, context):
@@ -211,16 +211,16 @@ def _by_backend(bench: harness.Bench, context: Context) -> Providers:
     def providers(case: harness.Case, device: torch.device) -> dict[str, harness.Call]:
         every = bench.providers(case, device)
         name, ours = next(iter(every.items()))
-        found: dict[str, harness.Call] = {}
+        by_backend: dict[str, harness.Call] = {}
         for backend in ("cuda", "triton"):
             if backend not in dispatch.MISSING:
                 with contextlib.suppress(RuntimeError):
                     _under(backend, ours)()
-                    found[f"{name}, {backend}"] = _under(backend, ours)
+                    by_backend[f"{name}, {backend}"] = _under(backend, ours)
         others = {key: call for key, call in every.items() if key != name}
         if context.rehearse:  # nothing is learnt from compiling for the CPU, which takes most of the time
             others = {key: call for key, call in others.items() if "compile" not in key}
-        return {**(found or {name: ours}), **others}
+        return {**(by_backend or {name: ours}), **others}
 
     return providers
 

@@ -90,8 +90,8 @@ def cases(vocabulary: int, context: Context) -> list[rollout.Case]:
     count, least, most = (4, 4, 12) if context.rehearse else (256, 100, 1024)
 
     def sizes(number: int) -> list[int]:
-        found: list[int] = torch.randint(least, most + 1, (number,), generator=generator).tolist()
-        return found
+        lengths: list[int] = torch.randint(least, most + 1, (number,), generator=generator).tolist()
+        return lengths
 
     def prompts(lengths: list[int]) -> list[list[int]]:
         return [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in lengths]

@@ -74,12 +74,12 @@ def tune(context: Context) -> None:
         print(f"{op}: {len(candidates)} beside its own", flush=True)
         some = {_label(one): one for one in candidates[: 1 if context.rehearse else None]}
         try:
-            found = tune_op(op, benches[BENCH_OF.get(op, op)], some, context)
+            tuned = tune_op(op, benches[BENCH_OF.get(op, op)], some, context)
         except Exception as error:  # the others are tuned all the same
             failed.append(f"{op}: {type(error).__name__}: {str(error)[:200]}")
             print(failed[-1], flush=True)
             continue
-        context.record(op=f"tune: {op}", **found, **about)
+        context.record(op=f"tune: {op}", **tuned, **about)
         if context.device.type == "cuda":
             torch.cuda.empty_cache()
     if failed:
@@ -185,9 +185,9 @@ def _with(op: str, changes: dict[str, int], device: torch.device, call: Call) ->
     return run
 
 
-def difference(found: Sequence[Tensor], own: Sequence[Tensor]) -> str:
+def difference(results: Sequence[Tensor], own: Sequence[Tensor]) -> str:
     """Say where results differ by more than another order of adding explains; empty if they do not."""
-    for i, (mine, its) in enumerate(zip(found, own, strict=True)):
+    for i, (mine, its) in enumerate(zip(results, own, strict=True)):
         if mine.shape != its.shape or mine.dtype != its.dtype:
             return f"result {i} is {tuple(mine.shape)} of {mine.dtype}, expected {tuple(its.shape)} of {its.dtype}"
         tolerance = 0.0 if not its.is_floating_point() else 2e-5 if its.dtype.itemsize >= 4 else 1e-2

@@ -40,11 +40,11 @@ def providers(case: Case, device: torch.device) -> dict[str, Call]:
     every: dict[str, Any] = {"rlhf-fast": ours, "eager": eager}
     if tokens <= 256:  # the loop is unrolled: longer ones compile for minutes
         every["torch.compile"] = torch.compile(eager)
-    found = calls(case, every, both, [])
-    found["rlhf-fast, packed"] = lambda: [x.view(rows, tokens) for x in ours_packed(cu_seqlens)]
+    providers = calls(case, every, both, [])
+    providers["rlhf-fast, packed"] = lambda: [x.view(rows, tokens) for x in ours_packed(cu_seqlens)]
     # As many tokens in sequences of all lengths; not compared here, for the loop has no such form.
-    found["rlhf-fast, ragged"] = lambda: ours_packed(ragged)[:0]
-    return found
+    providers["rlhf-fast, ragged"] = lambda: ours_packed(ragged)[:0]
+    return providers
 
 
 def work(case: Case) -> Work:

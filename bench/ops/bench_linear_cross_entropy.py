@@ -28,7 +28,7 @@ def providers(case: Case, device: torch.device) -> dict[str, Call]:
         "eager": whole,
         "torch.compile": torch.compile(whole),
     }
-    found = calls(case, every, [hidden, weight], [torch.ones((), device=device)])
+    providers = calls(case, every, [hidden, weight], [torch.ones((), device=device)])
 
     def products() -> list[Tensor]:
         """Multiply what no implementation can do without; these results are not compared, for they are others."""
@@ -36,8 +36,8 @@ def providers(case: Case, device: torch.device) -> dict[str, Call]:
         torch.mm(z, weight), torch.mm(z.T, hidden)
         return []
 
-    found["bare products"] = products
-    return found
+    providers["bare products"] = products
+    return providers
 
 
 def work(case: Case) -> Work:

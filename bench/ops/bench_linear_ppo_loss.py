@@ -49,7 +49,7 @@ def providers(case: Case, device: torch.device) -> dict[str, Call]:
     frozen = FROZEN in case.profile
     if frozen:
         every = {name: lambda h, f=f: f(h, weight) for name, f in every.items()}
-    found = calls(case, every, [hidden] if frozen else [hidden, weight], [torch.ones((), device=device)])
+    providers = calls(case, every, [hidden] if frozen else [hidden, weight], [torch.ones((), device=device)])
     kept = hidden[mask]
     logits = torch.empty(kept.shape[0], vocabulary, dtype=case.dtype, device=device)
 
@@ -65,9 +65,9 @@ def providers(case: Case, device: torch.device) -> dict[str, Call]:
 
         return call
 
-    found["bare products"] = products(None)
-    found["bare products, into memory"] = products(logits)
-    return found
+    providers["bare products"] = products(None)
+    providers["bare products, into memory"] = products(logits)
+    return providers
 
 
 def work(case: Case) -> Work:

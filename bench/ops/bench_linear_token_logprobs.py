@@ -29,7 +29,7 @@ def providers(case: Case, device: torch.device) -> dict[str, Call]:
         "eager": whole,
         "torch.compile": compiled,
     }
-    found = calls(case, every, [hidden, weight], upstream)
+    providers = calls(case, every, [hidden, weight], upstream)
     logits = torch.empty(rows, vocabulary, dtype=case.dtype, device=device)
 
     def products(out: Tensor | None) -> Call:
@@ -43,9 +43,9 @@ def providers(case: Case, device: torch.device) -> dict[str, Call]:
 
         return call
 
-    found["bare products"] = products(None)
-    found["bare products, into memory"] = products(logits)
-    return found
+    providers["bare products"] = products(None)
+    providers["bare products, into memory"] = products(logits)
+    return providers
 
 
 def work(case: Case) -> Work:

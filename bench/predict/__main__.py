@@ -77,18 +77,18 @@ def predictions() -> Iterator[dict[str, Any]]:
                     "card": name, "op": op, "case": str(case), "backend": backend,
                     **call_time(each, op, case, backend),
                     "goal": None if bench is None else goal(name, bench, case, _sum(each), table),
-                    "parts": [{**one, "milliseconds": round(one["milliseconds"], 5)} for one in each],
+                    "parts": [{**part, "milliseconds": round(part["milliseconds"], 5)} for part in each],
                 }  # fmt: skip
 
 
 def call_time(each: list[dict[str, Any]], op: str, case: Case, backend: str) -> dict[str, Any]:
     """Sum up a call's parts: milliseconds of the whole, the longer of what the device and what Python takes."""
     device = _sum(each)
-    launches = sum(LAUNCH[backend if one["ours"] else "torch"] * one["launches"] for one in each)
+    launches = sum(LAUNCH[backend if part["ours"] else "torch"] * part["launches"] for part in each)
     call = 1e3 * (LOSS_CALL.get(op, CALL[case.mode]) + launches)
     by_bound: dict[str, float] = {}
-    for one in each:
-        by_bound[one["binds"]] = by_bound.get(one["binds"], 0.0) + one["milliseconds"]
+    for part in each:
+        by_bound[part["binds"]] = by_bound.get(part["binds"], 0.0) + part["milliseconds"]
     binds = "call" if call > device else max(by_bound, key=lambda name: by_bound[name])
     milliseconds = {"milliseconds": max(device, call), "device_ms": device, "call_ms": call}
     return {"binds": binds, **{key: round(value, 5) for key, value in milliseconds.items()}}
@@ -96,32 +96,32 @@ def call_time(each: list[dict[str, Any]], op: str, case: Case, backend: str) -> 
 
 def goal(card: str, bench: Bench, case: Case, milliseconds: float, table: Table) -> dict[str, Any] | None:
     """The goal of a case on a card, and what its time on the device makes of it."""
-    for one in GOALS:
-        if one.op != bench.op or not str(case).startswith(one.case) or card not in one.cards:
+    for aim in GOALS:
+        if aim.op != bench.op or not str(case).startswith(aim.case) or card not in aim.cards:
             continue
         figure = milliseconds
-        if one.unit == "of the bandwidth":
+        if aim.unit == "of the bandwidth":
             work = bench.work(case)
             figure = (work.read + work.copied) / (1e-3 * milliseconds) / CARDS[card].bandwidth
-        elif one.unit == "x bare products":
+        elif aim.unit == "x bare products":
             figure = milliseconds / _sum(cards.timed(parts.bare_products(case), "", CARDS[card], table))
-        reached = figure >= one.wanted if one.unit == "of the bandwidth" else figure <= one.wanted
-        return {"wanted": one.wanted, "unit": one.unit, "predicted": round(figure, 4), "reached": reached}
+        reached = figure >= aim.wanted if aim.unit == "of the bandwidth" else figure <= aim.wanted
+        return {"wanted": aim.wanted, "unit": aim.unit, "predicted": round(figure, 4), "reached": reached}
     return None
 
 
 def _sum(each: Iterable[dict[str, Any]]) -> float:
     """Milliseconds of launches one after another."""
-    return float(sum(one["milliseconds"] for one in each))
+    return float(sum(part["milliseconds"] for part in each))
 
 
-def write(path: Path, found: list[dict[str, Any]], of_rollouts: list[dict[str, Any]]) -> None:
+def write(path: Path, of_ops: list[dict[str, Any]], of_rollouts: list[dict[str, Any]]) -> None:
     def lines(records: list[dict[str, Any]]) -> str:
-        return ",\n".join(json.dumps(one) for one in records)
+        return ",\n".join(json.dumps(record) for record in records)
 
     aside = path.with_name(path.name + ".new")
     aside.write_text(
-        f'{{"predictions": [\n{lines(found)}\n],\n"rollouts": [\n{lines(of_rollouts)}\n]}}\n', encoding="utf-8"
+        f'{{"predictions": [\n{lines(of_ops)}\n],\n"rollouts": [\n{lines(of_rollouts)}\n]}}\n', encoding="utf-8"
     )
     aside.replace(path)
 
@@ -129,20 +129,20 @@ def write(path: Path, found: list[dict[str, Any]], of_rollouts: list[dict[str, A
 def main() -> None:
     from bench.predict import rollouts
 
-    found, of_rollouts = list(predictions()), list(rollouts.predictions())
-    write(OUT, found, of_rollouts)
+    of_ops, of_rollouts = list(predictions()), list(rollouts.predictions())
+    write(OUT, of_ops, of_rollouts)
     report.put_predictions(report.PAGE)
-    for one in found:
+    for row in of_ops:
         print(
-            f"{one['card']:5} {one['op']:22} {one['case']:62} {one['backend']:7} {one['milliseconds']:9.4f} ms  "
-            f"{one['binds']:18} {report.goal_text(one['goal'])}"
+            f"{row['card']:5} {row['op']:22} {row['case']:62} {row['backend']:7} {row['milliseconds']:9.4f} ms  "
+            f"{row['binds']:18} {report.goal_text(row['goal'])}"
         )
-    for one in of_rollouts:
+    for row in of_rollouts:
         print(
-            f"{one['card']:5} {one['case']:50} {'CUDA graphs' * one['graphs']:11} {one['tokens_per_second']:9,.0f} "
-            f"tokens/s, {one['share']:4.0%} of the roofline  {one['binds']}"
+            f"{row['card']:5} {row['case']:50} {'CUDA graphs' * row['graphs']:11} {row['tokens_per_second']:9,.0f} "
+            f"tokens/s, {row['share']:4.0%} of the roofline  {row['binds']}"
         )
-    print(f"{len(found) + len(of_rollouts)} predictions written to {OUT}, those of one card to {report.PAGE}")
+    print(f"{len(of_ops) + len(of_rollouts)} predictions written to {OUT}, those of one card to {report.PAGE}")
 
 
 if __name__ == "__main__":

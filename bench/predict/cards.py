@@ -113,17 +113,17 @@ Table = dict[tuple[str, str, str, int], list[dict[str, Any]]]
 
 def read_table() -> Table:
     """(op, kernel, backend, target) -> the kernels of all variants, of the static table."""
-    found: Table = {}
-    for one in json.loads(static.RESULTS.read_text(encoding="utf-8"))["kernels"]:
-        found.setdefault((one["op"], one["kernel"], one["backend"], one["target"]), []).append(one)
-    return found
+    entries: Table = {}
+    for entry in json.loads(static.RESULTS.read_text(encoding="utf-8"))["kernels"]:
+        entries.setdefault((entry["op"], entry["kernel"], entry["backend"], entry["target"]), []).append(entry)
+    return entries
 
 
 def compiled(kernel: Kernel, backend: str, card: Card, table: Table) -> dict[str, Any]:
     """The entry of the static table: of those with the words that are asked for, the plainest."""
     every = table[kernel.op, kernel.name, backend, card.target]
-    fitting = [one for one in every if set(kernel.variant) <= set(one["variant"].split(", "))]
-    return min(fitting, key=lambda one: ("identity" not in one["variant"], len(one["variant"])))
+    fitting = [entry for entry in every if set(kernel.variant) <= set(entry["variant"].split(", "))]
+    return min(fitting, key=lambda entry: ("identity" not in entry["variant"], len(entry["variant"])))
 
 
 def waves(kernel: Kernel, entry: dict[str, Any], card: Card) -> int:
@@ -137,18 +137,18 @@ def waves(kernel: Kernel, entry: dict[str, Any], card: Card) -> int:
 
 def bounds(part: Part, backend: str, card: Card, table: Table) -> dict[str, float]:
     """Seconds of one launch by each of its limits; the longest binds."""
-    found = {"bytes": part.bytes / (BYTES * card.bandwidth), "latency": START + TRIP}
+    times = {"bytes": part.bytes / (BYTES * card.bandwidth), "latency": START + TRIP}
     if isinstance(part, Product):
-        found["products"] = part.operations / (PRODUCTS * card.products)
+        times["products"] = part.operations / (PRODUCTS * card.products)
     if isinstance(part, Kernel):
         entry = compiled(part, backend, card, table)
         passes = part.passes or part.elements / entry["elements"]
         executed = part.instructions or entry["instructions"] * passes
-        found["instructions"] = executed / (card.multiprocessors * ISSUED * card.clock)
-        found["special functions"] = part.special / (card.multiprocessors * SPECIAL * card.clock)
+        times["instructions"] = executed / (card.multiprocessors * ISSUED * card.clock)
+        times["special functions"] = part.special / (card.multiprocessors * SPECIAL * card.clock)
         trip = SHORT_TRIP if part.cached else TRIP
-        found["latency"] = START + waves(part, entry, card) * part.trips * trip
-    return found
+        times["latency"] = START + waves(part, entry, card) * part.trips * trip
+    return times
 
 
 def timed(parts: list[Part], backend: str, card: Card, table: Table) -> Iterator[dict[str, Any]]:

@@ -370,12 +370,12 @@ def paged_attention(case: Case, backend: str) -> list[Part]:
             special=tokens * kv_heads * positions * 16, trips=blocks,
         )  # fmt: skip
 
-    found: list[Part] = [
+    parts: list[Part] = [
         launch(sequences, context - together, key * sequences * (context - together) + states + out),
     ]
     if together:  # the heads of four tokens share a tile of 16 rows
-        found.append(launch(math.ceil(sequences / 4), together, key * together + states))
-    return [*found, *_parts_together(split, states, sequences * heads, 32, parts_of, (dtype_of(case),))]
+        parts.append(launch(math.ceil(sequences / 4), together, key * together + states))
+    return [*parts, *_parts_together(split, states, sequences * heads, 32, parts_of, (dtype_of(case),))]
 
 
 def _parts_together(

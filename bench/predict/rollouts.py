@@ -77,8 +77,8 @@ def predictions() -> Iterator[dict[str, Any]]:
                 rates = harness.Rates(card.bandwidth, card.bandwidth, card.products)
                 limit = run.limit(case, model, rates)
                 for graphs in (False, True):
-                    found = predicted(case, steps, about, card, limit, graphs)
-                    yield {"card": card_name, "case": f"{name}, {case.name}", "graphs": graphs, **found}
+                    prediction = predicted(case, steps, about, card, limit, graphs)
+                    yield {"card": card_name, "case": f"{name}, {case.name}", "graphs": graphs, **prediction}
 
 
 def model_of(config: PretrainedConfig, weights: int) -> Model:

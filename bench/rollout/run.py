@@ -50,11 +50,11 @@ def cases(vocabulary: int) -> list[Case]:
         sizes = torch.randint(least, most + 1, (count,), generator=generator).tolist()
         return [torch.randint(100, vocabulary, (size,), generator=generator).tolist() for size in sizes]
 
-    found = [Case(f"{count} prompts", prompts(count, 8, 24), [48] * count) for count in (1, 8, 32, 64)]
+    cases = [Case(f"{count} prompts", prompts(count, 8, 24), [48] * count) for count in (1, 8, 32, 64)]
     ragged = (8 * 2.0 ** (5 * torch.rand(64, generator=generator))).long().tolist()  # 8 to 256, most of them short
-    found.append(Case("64 ragged", prompts(64, 8, 24), ragged))
-    found.append(Case("8 prompts of 400 x 8", prompts(8, 400, 400), [48] * 8, n=8))
-    return found
+    cases.append(Case("64 ragged", prompts(64, 8, 24), ragged))
+    cases.append(Case("8 prompts of 400 x 8", prompts(8, 400, 400), [48] * 8, n=8))
+    return cases
 
 
 def ours(case: Case, model: Any, **options: Any) -> Run:
@@ -98,7 +98,7 @@ def generate_batch(case: Case, model: Any) -> Run:
 
     def run() -> int:
         out = model.generate_batch(inputs=rows, generation_config=config, progress_bar=False)
-        return sum(len(one.generated_tokens) for one in out.values())
+        return sum(len(sequence.generated_tokens) for sequence in out.values())
 
     return run
 
@@ -135,12 +135,12 @@ def profile(run: Run) -> dict[str, float]:
 
             def timed(*arguments: Any) -> Any:
                 started = time.perf_counter()
-                found = kernel(*arguments)
+                result = kernel(*arguments)
                 label = name.removesuffix("_forward")
                 if label == "linear":
                     label = f"linear, {arguments[2]} rows"
                 spent[label] = spent.get(label, 0.0) + 1e3 * (time.perf_counter() - started)
-                return found
+                return result
 
             return timed
 

@@ -88,9 +88,11 @@ def flattened(function: Callable[..., Any]) -> Callable[..., Any]:
         ]
         parts.append((kind if hasattr(kind, "_fields") else None, begin, len(parameters)))
 
+    as_tuple = tuple.__new__  # twice as fast as the named tuple's own
+
     @functools.wraps(function)
     def call(*args: Any) -> Any:
-        return function(*[args[begin] if kind is None else kind(*args[begin:end]) for kind, begin, end in parts])
+        return function(*[args[i] if kind is None else as_tuple(kind, args[i:end]) for kind, i, end in parts])
 
     call.__signature__ = inspect.Signature(parameters, return_annotation=hints["return"])  # type: ignore[attr-defined]
     return call

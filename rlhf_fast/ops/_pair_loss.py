@@ -18,6 +18,7 @@ from rlhf_fast.ops.options import PairOptions
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 _OWN = ("chosen", "rejected")  # what has a gradient
 STATS = ("accuracy", "margin", "chosen_reward", "rejected_reward")  # after the loss
+_split: Any = torch.split_with_sizes_copy  # its stub knows no result
 
 
 def pair_loss(
@@ -67,8 +68,9 @@ def pair_loss_forward(
     denominator = divisor if divisor.tensor is None else Denominator(tensor=plain(divisor.tensor, torch.float32))
     kernels(call.backend).forward(x, PairNumbers.unpack(call.numbers), denominator, results)
     in_chosen, in_rejected = (new(0) if g is None else g for g in gradients)
-    loss, stats, inverse = results.stats[0], results.stats[1:-1], results.stats[-1]
-    return loss.clone(), stats.clone(), inverse.clone(), in_chosen, in_rejected
+    # Tensors of their own, as results of an op have to be: one call for the three.
+    loss, stats, inverse = _split(results.stats, (1, len(STATS), 1))
+    return loss.squeeze_(0), stats, inverse.squeeze_(0), in_chosen, in_rejected
 
 
 _PLACES = places(pair_loss_forward)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,10 @@ def flat(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.reshape(-1).contiguous()
 
 
+@overload
+def plain(x: Tensor, dtype: torch.dtype) -> Tensor: ...
+@overload
+def plain(x: None, dtype: torch.dtype) -> None: ...
 def plain(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """x in that dtype, contiguous."""
     if x is None or (x.dtype == dtype and x.is_contiguous()):  # at once, for most are

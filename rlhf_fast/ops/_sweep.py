@@ -35,7 +35,10 @@ def sweep(problem: Problem, needs: list[bool], upstream: Upstream) -> tuple[Tens
         in_logprobs, in_entropy, *others = upstream(block.rows, results, block.logits)
         if not any(needs):
             continue
-        problem.kernels.gradient(logits, *part, 0, results, in_logprobs, in_entropy, block.logits, *others)
+        problem.kernels.gradient(
+            logits, *part, first_column=0, results=results, grad_logprobs=in_logprobs, grad_entropy=in_entropy,
+            out=block.logits, **dict(zip(("grad_log_sum", "grad_each"), others, strict=False)),
+        )  # fmt: skip
         gradients.add(block)
     in_hidden, *of_head = gradients.finish()
     if in_hidden is not None:

@@ -50,7 +50,10 @@ def module(backend: str) -> Any:
 
 def new_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Uninitialised memory of x's shape and dtype (or this one), contiguous; large and on the CPU, as memory.h says."""
-    return new(x.shape, dtype or x.dtype, x.device)
+    dtype = dtype or x.dtype
+    if x.device.type != "cpu" or x.numel() * dtype.itemsize < _LARGE:  # as new has it, in half the time
+        return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    return new(x.shape, dtype, x.device)
 
 
 def new(shape: Sequence[int], dtype: torch.dtype, device: torch.device, large: int = _LARGE) -> Tensor:
@@ -91,7 +94,7 @@ class TokenLogprobs:
         self.kernels = module(backend)
         self.per_segment = backend == "cuda"  # one state for each segment of a row, or one for the row
 
-    def segment(self, _: torch.device) -> int:
+    def segment(self, device: torch.device) -> int:
         """Columns of a segment of a row."""
         columns: int = self.kernels.token_logprobs_segment
         return columns
@@ -234,7 +237,7 @@ class PPOLoss:
         self.kernels = module(backend)
         self.SUMS: int = self.kernels.ppo_loss_sums
 
-    def range_size(self, _: torch.device) -> int:
+    def range_size(self, device: torch.device) -> int:
         """Tokens whose sums are one row of the partial results."""
         tokens: int = self.kernels.ppo_loss_range
         return tokens

@@ -158,11 +158,18 @@ def cross_entropy_backward(
     if x.rows:
         every = upstream.expand(mask.shape).reshape(-1)
         kernels(backend).gradient(
-            x, transform(None, 1.0, softcap, logit_scale), tokens.reshape(-1).contiguous(),
-            mask.reshape(-1).contiguous(), 0, [each.view(-1) for each in results[:4]],
-            (every * (label_smoothing - 1)).contiguous(), None, out, (every * results[4].view(-1)).contiguous(),
-            (every * (-label_smoothing / x.columns)).contiguous() if label_smoothing else None,
-        )  # fmt: skip
+            x,
+            transform(None, 1.0, softcap, logit_scale),
+            tokens=tokens.reshape(-1).contiguous(),
+            mask=mask.reshape(-1).contiguous(),
+            first_column=0,
+            results=[each.view(-1) for each in results[:4]],
+            grad_logprobs=(every * (label_smoothing - 1)).contiguous(),
+            grad_entropy=None,
+            out=out,
+            grad_log_sum=(every * results[4].view(-1)).contiguous(),
+            grad_each=(every * (-label_smoothing / x.columns)).contiguous() if label_smoothing else None,
+        )
     return out
 
 

@@ -112,7 +112,7 @@ def full_kl_forward(
     x, y = matrix(p), matrix(q)
     if x.rows:
         t = transform(temperatures, temperature, softcap, logit_scale)
-        kernels(backend).forward(x, y, t, flat(mask), int(kind == "js"), (divergence, *saved))
+        kernels(backend).forward(x, y, t, flat(mask), divergence=int(kind == "js"), results=(divergence, *saved))
     return divergence, saved
 
 
@@ -139,7 +139,9 @@ def full_kl_backward(
         t = transform(temperatures, temperature, softcap, logit_scale)
         results = (divergence, *saved)
         upstream = grad.reshape(-1).contiguous()
-        kernels(backend).gradient(x, y, t, flat(mask), int(kind == "js"), results, upstream, in_p, in_q)
+        kernels(backend).gradient(
+            x, y, t, flat(mask), divergence=int(kind == "js"), results=results, grad=upstream, out_p=in_p, out_q=in_q
+        )
     return p.new_empty(0) if in_p is None else in_p, q.new_empty(0) if in_q is None else in_q
 
 

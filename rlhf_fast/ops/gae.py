@@ -155,7 +155,7 @@ def gae_forward(
                 scores=plain(paid.scores, torch.float32),
                 kl_coef=paid.kl_coef,
             ),
-            values=values.to(dtype).contiguous(),
+            values=plain(values, dtype),
             mask=plain(mask, torch.bool),
             bootstrap=plain(bootstrap, torch.float32),
             decays=decays,

@@ -92,7 +92,7 @@ def group_advantages_forward(
     if groups:
         where = Sequences(None if cu_groups is None else cu_groups.contiguous(), groups, rewards.shape[-1])
         kernels(backend).forward(
-            where, rewards.contiguous(), plain(mask, torch.bool), KINDS.index(kind), eps, advantages
+            where, rewards.contiguous(), plain(mask, torch.bool), kind=KINDS.index(kind), eps=eps, out=advantages
         )
     return advantages
 

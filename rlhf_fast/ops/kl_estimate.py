@@ -106,7 +106,9 @@ def kl_estimate_backward(
     in_q = torch.empty_like(logprobs) if needs[1] else None
     if logprobs.numel():
         estimate = ESTIMATES.index("k2" if kind.endswith("+") else kind)
-        kernels(backend).gradient(logprobs, ref_logprobs, flat(mask), estimate, grad.contiguous(), in_p, in_q)
+        kernels(backend).gradient(
+            logprobs, ref_logprobs, flat(mask), estimate=estimate, grad=grad.contiguous(), out=in_p, ref_out=in_q
+        )
     return logprobs.new_empty(0) if in_p is None else in_p, logprobs.new_empty(0) if in_q is None else in_q
 
 

@@ -201,14 +201,15 @@ def linear_token_logprobs_backward(
     problem, hidden = Problem(inputs, mask, backend), inputs.hidden
     gradients = HeadGradients(problem.head, needs)
     results = [problem.gather(x) for x in (logprobs, entropy, *saved)]
-    upstream = [problem.gather(x) for x in (grad_logprobs, grad_entropy)]
+    in_logprobs, in_entropy = (problem.gather(x) for x in (grad_logprobs, grad_entropy))
     for block in problem.blocks():
         problem.head.fill(block)
         problem.kernels.gradient(
-            matrix(block.logits), *problem.part(block.rows), block.columns.start,
-            [None if x is None else x[block.rows] for x in results],
-            *[None if x is None else x[block.rows] for x in upstream],
-            block.logits,
+            matrix(block.logits), *problem.part(block.rows), first_column=block.columns.start,
+            results=[None if x is None else x[block.rows] for x in results],
+            grad_logprobs=None if in_logprobs is None else in_logprobs[block.rows],
+            grad_entropy=None if in_entropy is None else in_entropy[block.rows],
+            out=block.logits,
         )  # fmt: skip
         gradients.add(block)
     in_hidden, *others = gradients.finish()

@@ -134,14 +134,14 @@ def paged_attention(
     scale = dim**-0.5 if scale is None else scale
     backend = dispatch.choose("paged_attention", _backends(cache), query)
     if backend == "reference":
-        return reference.paged_attention(query, cache, batch, scale, softcap, window, sinks)
+        return reference.paged_attention(query, cache, batch, scale=scale, softcap=softcap, window=window, sinks=sinks)
     out = torch.empty(n, heads, dim, dtype=query.dtype, device=query.device)
     if query.stride(2) != 1:
         query = query.contiguous()
     if backend == "triton" and batch.places is None:
         batch = batch.placed(n)
     sinks = None if sinks is None else sinks.float().contiguous()
-    kernels(backend).forward(query, cache, batch, scale, softcap, window, sinks, out)
+    kernels(backend).forward(query, cache, batch, scale=scale, softcap=softcap, window=window, sinks=sinks, out=out)
     return out
 
 
@@ -184,12 +184,12 @@ def write_kv(
         _check_range("slots", slots, cache.keys.shape[0] * cache.block_size)
     backend = dispatch.choose("write_kv", _backends(cache), key)
     if backend == "reference":
-        return reference.write_kv(cache, key, value, slots, cos, sin, query)
+        return reference.write_kv(cache, key, value, slots, cos=cos, sin=sin, query=query)
     if key.stride(2) != 1 or value.stride(2) != 1:
         key, value = key.contiguous(), value.contiguous()
     if cos is not None and sin is not None:
         cos, sin = cos.contiguous(), sin.contiguous()
-    kernels(backend).write(cache, key, value, slots.long().contiguous(), cos, sin, query)
+    kernels(backend).write(cache, key, value, slots.long().contiguous(), cos=cos, sin=sin, query=query)
 
 
 def _backends(cache: KVCache) -> tuple[str, ...]:

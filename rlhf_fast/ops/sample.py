@@ -64,14 +64,11 @@ def sample(
     backend = dispatch.choose("sample", BACKENDS, logits)
     if backend == "reference":
         return Samples(*reference.sample(logits, options))
-    rows = logits.shape[0]
-    results = Samples(
-        torch.empty(rows, dtype=torch.int64, device=logits.device),
-        *(torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(3)),
-    )
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     options = SampleOptions._make(map(plain, options, _DTYPES))
+    like, new = options.temperature, torch.empty_like  # (B,) float32
+    results = Samples(tokens=new(like, dtype=torch.int64), logprobs=new(like), kept=new(like), entropy=new(like))
     kernels(backend).forward(logits, options, results)
     return results
 

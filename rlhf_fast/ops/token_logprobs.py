@@ -167,8 +167,9 @@ def _write_gradient(out: Tensor, *arguments: Any) -> Tensor:
     x = matrix(logits)
     if x.rows:
         kernels(backend).gradient(
-            x, transform(temperatures, *numbers), tokens.contiguous(), flat(mask), 0, (logprobs, entropy, *saved),
-            flat(grad_logprobs), flat(grad_entropy), out,
+            x, transform(temperatures, *numbers), tokens.contiguous(), flat(mask), first_column=0,
+            results=(logprobs, entropy, *saved), grad_logprobs=flat(grad_logprobs), grad_entropy=flat(grad_entropy),
+            out=out,
         )  # fmt: skip
     return out
 

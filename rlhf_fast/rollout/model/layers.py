@@ -198,10 +198,11 @@ def _attend(module: Any, options: Options) -> Attend | None:
         cos, sin = (x[0].contiguous() for x in rotation)  # (N, dim)
         if cos.shape != (len(states), dim):
             raise ValueError(f"rotation of {cos.shape[-1]} of {dim} dimensions")
-        kernels.write(cache, keys, value.view(keys.shape), step.slots, cos, sin, queries)
+        kernels.write(cache, keys, value.view(keys.shape), step.slots, cos=cos, sin=sin, query=queries)
         kernels.forward(
-            queries, cache, step.batch, scale, option.softcap, option.window, option.sinks, query
-        )  # each row's result goes where its query was
+            queries, cache, step.batch, scale=scale, softcap=option.softcap, window=option.window, sinks=option.sinks,
+            out=query,  # each row's result goes where its query was
+        )  # fmt: skip
         return output(query, add)[0]
 
     return attend

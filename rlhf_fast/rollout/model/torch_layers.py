@@ -53,7 +53,7 @@ def attend(module: Any, options: Options) -> Forward | None:
         queries, keys = in_heads(of_query(states), dim, norms[0]), in_heads(of_key(states), dim, norms[1])
         cos, sin = (x[0].to(keys.dtype) for x in position_embeddings)  # (N, dim)
         cache = step.cache(layer, keys.shape[1], dim, keys)
-        write_kv(cache, keys, of_value(states).view(keys.shape), step.slots, cos, sin, queries)
+        write_kv(cache, keys, of_value(states).view(keys.shape), step.slots, cos=cos, sin=sin, query=queries)
         out = paged_attention(queries, cache, step.batch, **vars(option))
         return of_output(out.view(len(states), -1)).unsqueeze(0), None
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
+import inspect
 import math
 import re
 import uuid
@@ -29,7 +31,7 @@ from rlhf_fast.kernels.arguments import (
     SampleOptions,
     TokenRewards,
 )
-from rlhf_fast.ops import _checks
+from rlhf_fast.ops import _checks, compiled
 from rlhf_fast.ops._library import Op
 from rlhf_fast.ops._pair_loss import STATS as PAIR_STATS
 from rlhf_fast.ops._pair_loss import PairCall
@@ -271,3 +273,29 @@ def test_tensors_that_are_alike_are_told_at_once_and_others_by_name() -> None:
             assert not _checks.are_alike(order, (2, 3))
     with pytest.raises(TypeError, match="old_logprobs: list, expected a tensor of float32"):
         ops.ppo_loss(x, [0.0], x)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@pytest.mark.parametrize(
+    ("calls", "kernels"),
+    [
+        (compiled.TokenLogprobs, "token_logprobs"),
+        (compiled.FullKL, "full_kl"),
+        (compiled.KLEstimate, "kl_estimate"),
+        (compiled.GAE, "gae"),
+        (compiled.PPOLoss, "ppo_loss"),
+        (compiled.PairLoss, "pair_loss"),
+        (compiled.SequenceSum, "sequence_sum"),
+        (compiled.GroupAdvantages, "group_advantages"),
+        (compiled.PagedAttention, "paged_attention"),
+        (compiled.Sample, "sample"),
+    ],
+)
+def test_kernels_of_every_backend_take_the_same_arguments_by_name(calls: type, kernels: str) -> None:
+    """An op calls either by keyword."""
+    in_triton = importlib.import_module(f"rlhf_fast.kernels.{kernels}")
+    own = {name: f for name, f in vars(calls).items() if inspect.isfunction(f) and not name.startswith("_")}
+    assert "forward" in own
+    for name, function in own.items():
+        _, *parameters = inspect.signature(function).parameters
+        assert parameters == list(inspect.signature(getattr(in_triton, name)).parameters), name

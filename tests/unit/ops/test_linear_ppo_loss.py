@@ -344,14 +344,16 @@ def test_a_gradient_of_the_gradient_is_refused(kernel_backend: Backend) -> None:
 def test_never_holds_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(lm_head._WHOLE_ROWS, "cpu", (5 * 30, 1))
     sizes: list[int] = []
-    empty = torch.empty
 
-    def watched(*size: Any, **options: Any) -> Tensor:
-        out = empty(*size, **options)
-        sizes.append(out.numel())
-        return out
+    def watched(empty: Any) -> Any:
+        def call(*size: Any, **options: Any) -> Tensor:
+            sizes.append((out := empty(*size, **options)).numel())
+            return out
 
-    monkeypatch.setattr(torch, "empty", watched)
+        return call
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, watched(getattr(torch, name)))
     everything(Backend("cpu"), batch(4, 9, dtype=torch.float32))
     assert sizes and max(sizes) <= max(30 * 8, 5 * 30)  # the weight, five rows of logits
 
