@@ -13,7 +13,7 @@ from rlhf_fast import models
 from rlhf_fast.config import DPOConfig, LoRAConfig, OptimConfig
 from rlhf_fast.data.batches import pad
 from rlhf_fast.data.pairs import join
-from rlhf_fast.trainers.dpo import DPOTrainer
+from rlhf_fast.trainers.dpo import DPOTrainer, batch_logprobs
 
 ROWS = [{"prompt": f"question {i}", "chosen": "aaa" + "c" * (i % 3), "rejected": "bbbbb"} for i in range(24)]
 
@@ -111,7 +111,7 @@ def test_margins_and_confidences_are_in_the_loss(loss: str, tiny_folder: Path, t
             torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(3))
     pairs = join(dpo.training, "cpu")
     with torch.no_grad():
-        now = dpo._logprobs(pad(pairs.examples)).double()
+        now = batch_logprobs(dpo.config, dpo.model, pad(pairs.examples)).double()
     h = now - torch.tensor([dpo.reference[example] for example in pairs.examples]).double()
     x, c = beta * (h[pairs.chosen] - h[pairs.rejected]), pairs.confidences.double()
     assert pairs.margins.any() and (c < 1).any() and float(x.abs().min()) > 1e-5  # no tie, in float32

@@ -12,7 +12,7 @@ import torch
 from rlhf_fast.config import DPOConfig, LoRAConfig, OptimConfig, RewardConfig
 from rlhf_fast.data.batches import pad
 from rlhf_fast.pages.reward_report import write_reward_report
-from rlhf_fast.trainers.dpo import DPOTrainer
+from rlhf_fast.trainers.dpo import DPOTrainer, batch_logprobs
 from rlhf_fast.trainers.reward import RewardTrainer
 
 
@@ -34,7 +34,7 @@ def test_dpo_sums_what_the_assistant_says(loss: Any, tiny_folder: Path, tmp_path
     assert any(example.own for example in examples)
     with torch.no_grad():
         for shared in (0, 1000):
-            together = dpo._logprobs(pad(examples, longest_shared=shared))
+            together = batch_logprobs(dpo.config, dpo.model, pad(examples, longest_shared=shared))
             for example, found in zip(examples, together, strict=True):
                 ids = torch.tensor([[*example.prompt, *example.response]])
                 table = torch.log_softmax(dpo.model(input_ids=ids).logits[0].double(), -1)
