@@ -30,7 +30,7 @@ class Imports:
 
     def __init__(self) -> None:
         self.seconds, self.importing = 0.0, False
-        bootstrap: Any = importlib._bootstrap  # type: ignore[attr-defined]  # what a statement calls for a new module
+        bootstrap: Any = importlib._bootstrap  # what a statement calls for a new module
         self.find = bootstrap._find_and_load
         bootstrap._find_and_load = self
 

@@ -40,30 +40,27 @@ def test_wrong():
 def test_marked(): burn(0.3)
 @pytest.mark.seconds(0.1)
 def test_marked_too_low(): burn(0.3)
+def test_untimed(monkeypatch):
+    monkeypatch.setenv("RLHF_FAST_TEST_UNTIMED", "1")
+    burn(0.3)
 """
 
 
 @pytest.mark.seconds(3)
-@pytest.mark.parametrize("untimed", [False, True])
-def test_what_costs_more_than_it_says_fails(untimed: bool, tmp_path: Path) -> None:
+def test_what_costs_more_than_it_says_fails(tmp_path: Path) -> None:
     (tmp_path / "test_these.py").write_text(TESTS)
     (tmp_path / "imported.py").write_text(
-        "import time\nend = time.process_time() + 0.3\nwhile time.process_time() < end: pass\n"
+        "import time\nend = time.process_time() + 0.3\nwhile time.process_time() < end:\n    pass\n"
     )
     names = {key: value for key, value in os.environ.items() if not key.startswith("RLHF_FAST_TEST_")}
-    environment = {**names, "PYTHONPATH": str(ROOT), **({"RLHF_FAST_TEST_UNTIMED": "1"} if untimed else {})}
-    options = ["-p", "tests.cost", "-p", "no:cacheprovider", "-q", "-c", os.devnull]
+    environment = {**names, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    options = ["-p", "tests.cost", "-p", "no:cacheprovider", "-q", "-c", os.devnull, "test_these.py"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, "test_these.py"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "pytest", *options], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     failed = set(re.findall(r"^FAILED .*::(\w+)", done.stdout, re.MULTILINE))
-    assert failed == (
-        {"test_wrong"} if untimed else {"test_dear", "test_of_a_child", "test_wrong", "test_marked_too_low"}
-    )
-    assert untimed or re.search(
-        r"took 0\.\d s of processor time, over 2 times the 0\.05 s that it is to take", done.stdout
-    )
+    assert failed == {"test_dear", "test_of_a_child", "test_wrong", "test_marked_too_low"}
+    assert re.search(r"took 0\.\d s of processor time, over 2 times the 0\.05 s that it is to take", done.stdout)
 
 
 def test_the_tests_of_this_folder_are_held_to_it(request: pytest.FixtureRequest) -> None:
