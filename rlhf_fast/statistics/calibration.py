@@ -1,4 +1,4 @@
-"""Measure how far probabilities can be taken at their word, with numpy alone."""
+"""Measure how far predicted probabilities come true, with numpy alone."""
 
 from __future__ import annotations
 
