@@ -153,7 +153,7 @@ def test_beyond_loopback_a_secret_and_tls_are_needed(tmp_path: Path, monkeypatch
     assert made == read_secret(tmp_path, "::1") and (tmp_path / "secret").stat().st_mode & 0o777 == 0o600
     monkeypatch.setenv("RLHF_FAST_ANNOTATE_SECRET", SECRET)
     assert read_secret(tmp_path, "0.0.0.0") == SECRET
-    with pytest.raises(FeedbackError, match="host: 0.0.0.0 is beyond this machine and nothing encrypts"):
+    with pytest.raises(FeedbackError, match=r"host: 0\.0\.0\.0 is beyond this machine and nothing encrypts"):
         Access(SECRET, "0.0.0.0")
     with pytest.raises(FeedbackError, match="secret: 3 characters came; expected at least 32"):
         Access("abc")

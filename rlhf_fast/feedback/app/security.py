@@ -71,8 +71,8 @@ class Access:
                 )
         elif not is_loopback(self.host):
             raise FeedbackError(
-                f"host: {self.host} is beyond this machine and nothing encrypts; put a TLS proxy before it and give its "
-                "address as --proxy https://NAME"
+                f"host: {self.host} is beyond this machine and nothing encrypts; put a TLS proxy before it and give "
+                "its address as --proxy https://NAME"
             )
 
     @property

@@ -38,7 +38,7 @@ class _Refused(Exception):
 
 
 def texts(language: str = "en") -> dict[str, Any]:
-    """The words of the pages: a file of texts/ by its name, or any other file by its path; English where it has none."""
+    """The words of the pages: of texts/ by name, or of another file by its path; English where it has none."""
     english: dict[str, Any] = yaml.safe_load((_HERE / "texts" / "en.yaml").read_text(encoding="utf-8"))
     file = Path(language) if language.endswith((".yaml", ".yml")) else _HERE / "texts" / f"{language}.yaml"
     if not file.is_file():
