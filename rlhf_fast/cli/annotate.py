@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import socket
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,8 @@ class AnnotateCommand:
     `rlhf-fast annotate --out DIR --responses FILE` serves a page on this machine and prints a sign-in link for its owner,
     who invites the others. With --prompts FILE --model A,B the answers are sampled first. The same command goes on where
     it stopped. `rlhf-fast annotate export DIR` writes DIR/comparisons.jsonl for the reward and DPO trainers,
-    `rlhf-fast annotate report DIR` prints what the votes are worth. For people elsewhere, see docs/annotate.md.
+    `rlhf-fast annotate report DIR` writes a data
+    card and prints what the votes are worth. For people elsewhere, see docs/annotate.md.
     """
 
     out: str = ""  # folder of the votes
@@ -33,6 +34,7 @@ class AnnotateCommand:
     responses: str = ""  # {"prompt", "responses": [...]} a line, with category and warning where known
     prompts: str = ""  # {"prompt"} a line, to be answered by --model
     model: tuple[str, ...] = ()  # folders, runs or hub names whose answers are compared: A,B
+    criteria: str = ""  # YAML list of {name, title, description}; by default helpfulness, harmlessness, honesty, style
     host: str = "127.0.0.1"  # address to listen at; beyond this machine it needs a secret and --proxy
     port: int = 8000  # 0 finds a free one
     proxy: str = ""  # https://NAME of the TLS proxy in front; only then are its forwarded headers trusted
@@ -52,7 +54,7 @@ def run(command: AnnotateCommand) -> None:
         raise ConfigError("--prompts FILE and --model A,B go together; or give --responses FILE")
     if command.prompts and command.responses:
         raise ConfigError("give either --responses FILE or --prompts FILE with --model A,B")
-    files = {name: getattr(command, name) for name in ("responses", "prompts", "secret_file")}
+    files = {name: getattr(command, name) for name in ("responses", "prompts", "criteria", "secret_file")}
     inputs.check({"model": name for name in command.model[:1]}, {key: file for key, file in files.items() if file})
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise ImportError(f"annotate needs the package {missing[0]}; pip install 'rlhf-fast[annotate]'")
@@ -69,21 +71,25 @@ def run(command: AnnotateCommand) -> None:
     if command.action == "export":
         _export(store, folder)
     else:
-        _report(store)
+        _report(store, folder)
 
 
 def _export(store: Store, folder: Path) -> None:
-    from rlhf_fast.feedback.app.comparisons import comparison_rows
+    from rlhf_fast.feedback.exchange import comparisons
     from rlhf_fast.runs.files import write_jsonl
 
-    rows = comparison_rows(store)
+    rows = comparisons(store)
     write_jsonl(folder / "comparisons.jsonl", rows)
     print(f"{len(rows)} comparisons written to {folder / 'comparisons.jsonl'}")
 
 
-def _report(store: Store) -> None:
+def _report(store: Store, folder: Path) -> None:
+    from rlhf_fast.feedback.card import card
     from rlhf_fast.feedback.quality import dashboard
 
+    from rlhf_fast.runs.files import write_atomic
+
+    write_atomic(folder / "card.html", card(store))
     figures = dashboard(store)
     print(f"{figures.judged} of {figures.pairs} pairs judged, {figures.votes} of {figures.wanted} votes")
     for one in [figures.overall, *figures.criteria, *figures.categories]:
@@ -91,6 +97,7 @@ def _report(store: Store) -> None:
         print(f"agreement, {one.name}: {shown} on {one.raw.doubles} pairs{' (too few)' if one.raw.too_few else ''}")
     if figures.enough:
         print(figures.enough)
+    print(f"Data card: {folder / 'card.html'}")
 
 
 def _serve(command: AnnotateCommand, folder: Path) -> None:
@@ -98,12 +105,16 @@ def _serve(command: AnnotateCommand, folder: Path) -> None:
 
     from rlhf_fast.feedback.app.security import Access, read_secret
     from rlhf_fast.feedback.app.server import application, texts
+    from rlhf_fast.feedback.criteria import DEFAULT, read_criteria
     from rlhf_fast.feedback.store import Plan, Store
 
     folder.mkdir(parents=True, exist_ok=True)
     access = Access(read_secret(folder, command.host, command.secret_file), command.host, command.proxy)
     texts(command.language)  # a wrong name is an error before any model is loaded
+    asked = read_criteria(command.criteria) if command.criteria else DEFAULT
     store = Store(folder / "votes.db")
+    if command.criteria or store.setting("criteria") is None:
+        store.set_setting("criteria", [asdict(one) for one in asked])
     store.set_plan(Plan(judgements=command.annotate.judgements, seed=command.annotate.seed))
     _fill(store, command)
     listening = socket.socket(socket.AF_INET6 if ":" in command.host else socket.AF_INET)
@@ -128,7 +139,9 @@ def _fill(store: Store, command: AnnotateCommand) -> None:
         for record in read_prompts(command.responses):
             answers = record.columns.get("responses")
             if not isinstance(answers, list):
-                raise ConfigError(f"--responses: {record.name} has no list of responses; expected {{prompt, responses}}")
+                raise ConfigError(
+                    f"--responses: {record.name} has no list of responses; expected {{prompt, responses}}"
+                )
             warning = str(record.columns.get("warning") or "")
             store.add_prompt(record.prompt, answers, record.category, warning)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import json
 import time
 from collections.abc import Callable
@@ -14,8 +15,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from fastapi.staticfiles import StaticFiles
 
-from rlhf_fast.feedback import assignment, quality
-from rlhf_fast.feedback.app.comparisons import comparison_rows
+from rlhf_fast.feedback import assignment, criteria, exchange, quality
 from rlhf_fast.feedback.app.hostile import shown
 from rlhf_fast.feedback.app.security import COOKIE, LOGIN_SECONDS, Access, Guard, Logins, Rates
 from rlhf_fast.feedback.assignment import Judgement, Task
@@ -23,12 +23,6 @@ from rlhf_fast.feedback.errors import FeedbackError, NotYours
 from rlhf_fast.feedback.store import Person, Store
 
 _HERE = Path(__file__).parent
-CRITERIA = [
-    {"name": "helpfulness", "title": "Helpfulness", "description": "does what was asked, and gives the next step"},
-    {"name": "harmlessness", "title": "Harmlessness", "description": "does no harm, and holds a boundary where due"},
-    {"name": "honesty", "title": "Honesty", "description": "claims nothing false or made up"},
-    {"name": "style_fit", "title": "Style", "description": "tone and length suit who asked"},
-]
 
 
 class _Refused(Exception):
@@ -141,10 +135,10 @@ def application(
     def item(who: Any, task: Task, status: int = 200, senior: bool = False, **values: Any) -> Response:
         steps = [(i - 3, label, str(i + 1)) for i, label in enumerate(words["steps"])]
         draft = {key: _yes_no(value) for key, value in task.draft.items()}
-        criteria = store.setting("criteria") or CRITERIA
+        asked = store.setting("criteria") or criteria.DEFAULT
         values = {"draft": draft, "problem": "", **values}
         return page(
-            "judge.html", status, person=who[0], csrf=who[1], task=task, steps=steps, criteria=criteria, senior=senior,
+            "judge.html", status, person=who[0], csrf=who[1], task=task, steps=steps, criteria=asked, senior=senior,
             guidelines=guidelines(), shown_at=f"{time.time():.1f}", action="/senior" if senior else "/judge", **values,
         )  # fmt: skip
 
@@ -221,7 +215,7 @@ def application(
 
     @app.get("/owner/comparisons.jsonl")
     def export(who: Any = Depends(owners)) -> Response:
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in comparison_rows(store))
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in exchange.comparisons(store))
         return PlainTextResponse(lines, media_type="application/x-ndjson")
 
     @app.post("/owner/backup")
@@ -235,8 +229,6 @@ def application(
 
 
 def _same(a: str, b: str) -> bool:
-    import hmac
-
     return hmac.compare_digest(a.encode("utf-8", "replace"), b.encode())
 
 
