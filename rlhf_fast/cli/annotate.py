@@ -1,4 +1,4 @@
-"""The verb annotate: people compare answers on a page; `annotate export DIR` and `annotate report DIR` write results."""
+"""The verb annotate: people compare answers on a page; its export and report write what they said."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ NEEDED = ("fastapi", "uvicorn", "jinja2", "multipart", "sqlalchemy", "alembic", 
 class AnnotateCommand:
     """Let people compare answers on a page, and write what they said as comparisons.
 
-    `rlhf-fast annotate --out DIR --responses FILE` serves a page on this machine and prints a sign-in link for its owner,
-    who invites the others. With --prompts FILE --model A,B the answers are sampled first. The same command goes on where
-    it stopped. `rlhf-fast annotate export DIR` writes DIR/comparisons.jsonl for the reward and DPO trainers,
-    `rlhf-fast annotate report DIR` writes a data
-    card and prints what the votes are worth. For people elsewhere, see docs/annotate.md.
+    `rlhf-fast annotate --out DIR --responses FILE` serves a page on this machine and prints a sign-in link for its
+    owner, who invites the others. With --prompts FILE --model A,B the answers are sampled first. The same command goes
+    on where it stopped. `rlhf-fast annotate export DIR` writes DIR/comparisons.jsonl for the reward and DPO trainers,
+    `rlhf-fast annotate report DIR` a data card. For people elsewhere, see docs/annotate.md.
     """
 
     out: str = ""  # folder of the votes
@@ -55,7 +54,9 @@ def run(command: AnnotateCommand) -> None:
     if command.prompts and command.responses:
         raise ConfigError("give either --responses FILE or --prompts FILE with --model A,B")
     files = {name: getattr(command, name) for name in ("responses", "prompts", "criteria", "secret_file")}
-    inputs.check({"model": name for name in command.model[:1]}, {key: file for key, file in files.items() if file})
+    inputs.check(file={key: file for key, file in files.items() if file})
+    for name in command.model:
+        inputs.check({"model": name})
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise ImportError(f"annotate needs the package {missing[0]}; pip install 'rlhf-fast[annotate]'")
     folder = Path(command.out)
@@ -86,7 +87,6 @@ def _export(store: Store, folder: Path) -> None:
 def _report(store: Store, folder: Path) -> None:
     from rlhf_fast.feedback.card import card
     from rlhf_fast.feedback.quality import dashboard
-
     from rlhf_fast.runs.files import write_atomic
 
     write_atomic(folder / "card.html", card(store))

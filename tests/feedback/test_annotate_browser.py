@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -18,8 +19,7 @@ CHROMIUM = "/usr/bin/chromium"
 if not os.path.exists(CHROMIUM):
     pytest.skip("needs Chromium", allow_module_level=True)
 
-import socket
-
+# ruff: noqa: E402
 from rlhf_fast.feedback import quality
 from rlhf_fast.feedback.app.security import Access
 from rlhf_fast.feedback.app.server import application
@@ -40,7 +40,7 @@ def browser() -> Iterator[Any]:
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Store, str]]:
     folder = tmp_path_factory.mktemp("votes")
     store = Store(folder / "votes.db")
-    store.set_plan(Plan(judgements=1, gold_share=0.0, repeat_share=0.0, least_seconds=0.0))
+    store.set_plan(Plan(judgements=4, gold_share=0.0, repeat_share=0.0, least_seconds=0.0))
     for i in range(22):
         answers = [f"We will send a first draft by Monday. ({i})", "Perhaps\u200b it could be done <b>soon</b>."]
         store.add_prompt(f"When can you show a first draft of page {i}?", answers, category="simple")
@@ -62,10 +62,9 @@ def test_twenty_judgements_by_keyboard_with_undo_and_a_draft_that_stays(browser:
     page.on("console", lambda said: faults.append(said.text) if said.type == "error" else None)
     page.goto(f"{address}/join/{store.invite('Ann')}")
     for _ in range(2):  # the invitation, then the guidelines
-        page.keyboard.press("Tab")
         page.locator("button.main").focus()
-        page.keyboard.press("Enter")
-        page.wait_for_load_state()
+        with page.expect_navigation():
+            page.keyboard.press("Enter")
     for count in range(20):
         for key in "2qr":
             page.keyboard.press(key)
@@ -79,7 +78,7 @@ def test_twenty_judgements_by_keyboard_with_undo_and_a_draft_that_stays(browser:
     page.keyboard.press("5")
     page.keyboard.press("c")
     page.keyboard.type("half a thought")
-    page.wait_for_function("document.getElementById('status').textContent === 'Draft saved'")
+    sync_api.expect(page.locator("#status")).to_have_text("Draft saved")
     page.reload()
     assert page.locator("textarea[name=comment]").input_value() == "half a thought"
     assert page.locator("input[name=preference]:checked").get_attribute("value") == "1"
