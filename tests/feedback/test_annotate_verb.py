@@ -10,7 +10,6 @@ import pytest
 
 pytest.importorskip("fastapi")
 
-# ruff: noqa: E402
 from rlhf_fast import cli
 from rlhf_fast.data.records import read_comparisons
 from rlhf_fast.feedback.assignment import Judgement, next_task, submit
@@ -56,3 +55,21 @@ def test_export_and_report_write_what_people_said(capsys: pytest.CaptureFixture[
     assert cli.main(["annotate", "report", str(tmp_path)]) == 0
     assert "3 of 3 pairs judged, 3 of 3 votes" in capsys.readouterr().out
     assert (tmp_path / "card.html").read_text().startswith("<!doctype html>")
+
+
+def test_a_reward_model_is_trained_on_the_export(tmp_path: Path, tiny_folder: Path) -> None:
+    from rlhf_fast.config import RewardConfig
+    from rlhf_fast.trainers.reward import RewardTrainer
+
+    store = Store(tmp_path / "votes.db")
+    store.set_plan(Plan(judgements=1, gold_share=0.0, repeat_share=0.0))
+    for i in range(24):
+        store.add_prompt(f"Question {i}?", [f"good {i}", f"bad {i}"])
+    store.invite("Ann")
+    while (task := next_task(store, Person(1, "Ann", "annotator"))) is not None:
+        side = -2 if task.left.startswith("good") else 2
+        submit(store, Person(1, "Ann", "annotator"), task.id, Judgement(side, True, False, seconds=9.0))
+    assert cli.main(["annotate", "export", str(tmp_path)]) == 0
+    config = RewardConfig(max_steps=2, batch_size=4)
+    RewardTrainer(tiny_folder, tmp_path / "comparisons.jsonl", tmp_path / "reward", config).train()
+    assert (tmp_path / "reward" / "result.json").exists()
