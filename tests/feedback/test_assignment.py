@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,6 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 sa = pytest.importorskip("sqlalchemy")
 pytest.importorskip("alembic")
 
-import contextlib
 
 from rlhf_fast.feedback import assignment as a  # noqa: E402
 from rlhf_fast.feedback import tables as t  # noqa: E402

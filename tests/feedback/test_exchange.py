@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 pytest.importorskip("sqlalchemy")
 pytest.importorskip("alembic")
 
-from rlhf_fast.data.comparisons import comparison_of  # noqa: E402
-from rlhf_fast.data.rows import RecordError  # noqa: E402
-from rlhf_fast.feedback import assignment as a  # noqa: E402
-from rlhf_fast.feedback import exchange as e  # noqa: E402
-from rlhf_fast.feedback import quality as q  # noqa: E402
-from rlhf_fast.feedback.card import card  # noqa: E402
-from rlhf_fast.feedback.store import Person, Plan, Store  # noqa: E402
+from rlhf_fast.data.comparisons import comparison_of
+from rlhf_fast.data.rows import RecordError
+from rlhf_fast.feedback import assignment as a
+from rlhf_fast.feedback import exchange as e
+from rlhf_fast.feedback import quality as q
+from rlhf_fast.feedback.card import card
+from rlhf_fast.feedback.store import Person, Plan, Store
 
 EVIL = "<script>alert(1)</script>"
 texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=30)
@@ -63,7 +63,7 @@ def test_a_soft_label_is_what_the_function_says(tmp_path: Path) -> None:
 
 
 def test_rows_are_read_by_the_trainers_with_their_provenance(tmp_path: Path) -> None:
-    store, people = filled(tmp_path, {f"q{n}": [-1, -1, 2] for n in range(40)})
+    store, _people = filled(tmp_path, {f"q{n}": [-1, -1, 2] for n in range(40)})
     rows = e.comparisons(store, heldout=0.3)
     assert rows == e.comparisons(store, heldout=0.3)
     for row in rows:
@@ -90,7 +90,7 @@ def test_the_dashboard_counts_what_is_there(tmp_path: Path) -> None:
 
 
 def test_the_card_escapes_all(tmp_path: Path) -> None:
-    store, people = filled(tmp_path, {"clear": [-1, -2, -3]})
+    store, _people = filled(tmp_path, {"clear": [-1, -2, -3]})
     newcomer = store.join(store.invite("Bo"))
     store.add_prompt("another", ["one", "two"])
     task = a.next_task(store, newcomer)
