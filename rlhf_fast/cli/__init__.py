@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_fast import __version__
-from rlhf_fast.cli import bench, data, doctor, errors, evaluate, export, generate, help, inputs, training
+from rlhf_fast.cli import annotate, bench, data, doctor, errors, evaluate, export, generate, help, inputs, training
 from rlhf_fast.config import DemoConfig, tiny_demo
 from rlhf_fast.config.settings import ConfigError, build
 
@@ -37,6 +37,7 @@ VERBS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "rloo": (training.RLOOCommand, training.ppo),
     "data": (data.DataCommand, data.run),
     "generate": (generate.GenerateCommand, generate.generate),
+    "annotate": (annotate.AnnotateCommand, annotate.run),
     "evaluate": (evaluate.EvaluateCommand, evaluate.run),
     "export": (export.ExportCommand, export.run),
     "bench": (bench.BenchCommand, bench.run),
@@ -104,7 +105,7 @@ def _run(words: list[str]) -> int:
     if verb not in VERBS:
         errors.say(f"unknown verb {verb!r}; {_meant(verb)}, see rlhf-fast --help")
         return errors.USAGE
-    if verb in (*TRAINING, "demo", "generate", "evaluate", "export"):
+    if verb in (*TRAINING, "demo", "generate", "evaluate", "export", "annotate"):
         rest = _take_device(rest)
     cls, action = VERBS[verb]
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our own progress says more
@@ -122,6 +123,9 @@ def _meant(word: str) -> str:
 
 def _command(verb: str, cls: type, words: list[str]) -> Any:
     first = {"bench": "--suite", "data": "--data"}.get(verb)  # the one word that reads better without its key
+    if verb == "annotate" and words[:1] in (["export"], ["report"]):
+        folder = ["--out", words[1]] if len(words) > 1 and not words[1].startswith("-") else []
+        words = ["--action", words[0], *folder, *words[2 if folder else 1 :]]
     if first and words and not words[0].startswith("-"):
         words = [first, *words]
     file, rest = (None, words) if verb == "doctor" else _take_config(words)  # its --config is another run's

@@ -9,12 +9,13 @@ from rlhf_fast.config.common import LoRAConfig, OptimConfig, RunConfig
 from rlhf_fast.config.demo import DemoConfig, tiny_demo
 from rlhf_fast.config.dpo import DPOConfig
 from rlhf_fast.config.evaluation import EvaluationConfig
-from rlhf_fast.config.feedback import AnnotatorConfig, ComparisonsConfig
+from rlhf_fast.config.feedback import AnnotateConfig, AnnotatorConfig, ComparisonsConfig
 from rlhf_fast.config.ppo import PPOConfig
 from rlhf_fast.config.reward import RewardConfig
 from rlhf_fast.config.sft import SFTConfig
 
 __all__ = [
+    "AnnotateConfig",
     "AnnotatorConfig",
     "ComparisonsConfig",
     "DPOConfig",

@@ -36,3 +36,18 @@ class ComparisonsConfig(Settings):
         super().__post_init__()
         check(self, not_negative="prompts seed", several="samples_per_prompt", count="max_new_tokens")
         check(self, positive="temperature")  # at 0 all replies to a prompt are the same
+
+
+@dataclass(frozen=True)
+class AnnotateConfig(Settings):
+    """How many people judge a pair, and how the answers are sampled where models are given."""
+
+    judgements: int = 3  # people who judge each pair
+    samples_per_model: int = 1  # answers to each prompt by each of several models; one model alone gives at least 2
+    max_new_tokens: int = 128  # tokens; an answer that has not ended by then is cut off
+    temperature: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, count="judgements samples_per_model max_new_tokens", positive="temperature", not_negative="seed")

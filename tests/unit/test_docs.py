@@ -14,6 +14,7 @@ import yaml
 from bench.reach import python_files
 from rlhf_fast import ops
 from rlhf_fast.config import (
+    AnnotateConfig,
     ComparisonsConfig,
     DemoConfig,
     DPOConfig,
@@ -113,7 +114,7 @@ def test_the_definition_of_an_op_has_the_defaults_of_the_op() -> None:
 def test_every_setting_has_the_default_that_the_page_of_defaults_says() -> None:
     """Who trains by defaults expects the same of the next version: with one, change this page and the changelog."""
     kinds = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "ppo": PPOConfig, "evaluate": EvaluationConfig}
-    kinds |= {"comparisons": ComparisonsConfig}
+    kinds |= {"comparisons": ComparisonsConfig, "annotate": AnnotateConfig}
     told = yaml.safe_load((ROOT / "docs" / "defaults.yaml").read_text())
     assert told == {name: settings.to_dict(kind()) for name, kind in kinds.items()} | {
         "demo": settings.to_dict(DemoConfig()),

@@ -99,6 +99,10 @@ KEYS = {
         frequency_penalty max_new_tokens min_new_tokens stop chat_template template_kwargs
         parse_special_tokens seed
     """,
+    "annotate": """
+        out action responses prompts model criteria host port proxy secret_file language annotate.judgements
+        annotate.samples_per_model annotate.max_new_tokens annotate.temperature annotate.seed
+    """,
     "evaluate": """
         a b prompts out judge split evaluation.samples_per_prompt evaluation.max_new_tokens
         evaluation.temperature evaluation.tie_margin evaluation.chat_template evaluation.template_kwargs

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_fast.config import (
+    AnnotateConfig,
     AnnotatorConfig,
     ComparisonsConfig,
     DemoConfig,
@@ -242,6 +243,7 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
 
 
 CONFIGS = [
+    AnnotateConfig,
     AnnotatorConfig,
     ComparisonsConfig,
     DemoConfig,
@@ -423,6 +425,13 @@ BAD = {
         "max_new_tokens": [0],
         "temperature": [-1.0],
         "tie_margin": [-0.1, math.inf],
+        "seed": [-1],
+    },
+    AnnotateConfig: {
+        "judgements": [0],
+        "samples_per_model": [0],
+        "max_new_tokens": [0],
+        "temperature": [0.0],
         "seed": [-1],
     },
     ComparisonsConfig: {

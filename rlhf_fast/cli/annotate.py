@@ -1,0 +1,169 @@
+"""The verb annotate: people compare answers on a page; its export and report write what they said."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_fast.cli import inputs
+from rlhf_fast.config import AnnotateConfig
+from rlhf_fast.config.settings import ConfigError
+
+if TYPE_CHECKING:
+    from rlhf_fast.feedback.store import Store
+
+NEEDED = ("fastapi", "uvicorn", "jinja2", "multipart", "sqlalchemy", "alembic", "itsdangerous")
+
+
+@dataclass(frozen=True)
+class AnnotateCommand:
+    """Let people compare answers on a page, and write what they said as comparisons.
+
+    `rlhf-fast annotate --out DIR --responses FILE` serves a page on this machine and prints a sign-in link for its
+    owner, who invites the others. With --prompts FILE --model A,B the answers are sampled first. The same command goes
+    on where it stopped. `rlhf-fast annotate export DIR` writes DIR/comparisons.jsonl for the reward and DPO trainers,
+    `rlhf-fast annotate report DIR` a data card. For people elsewhere, see docs/annotate.md.
+    """
+
+    out: str = ""  # folder of the votes
+    action: str = "serve"  # serve, export or report; the word behind the verb
+    responses: str = ""  # {"prompt", "responses": [...]} a line, with category and warning where known
+    prompts: str = ""  # {"prompt"} a line, to be answered by --model
+    model: tuple[str, ...] = ()  # folders, runs or hub names whose answers are compared: A,B
+    criteria: str = ""  # YAML list of {name, title, description}; by default helpfulness, harmlessness, honesty, style
+    host: str = "127.0.0.1"  # address to listen at; beyond this machine it needs a secret and --proxy
+    port: int = 8000  # 0 finds a free one
+    proxy: str = ""  # https://NAME of the TLS proxy in front; only then are its forwarded headers trusted
+    secret_file: str = ""  # holds what signs logins, 32 or more characters; else RLHF_FAST_ANNOTATE_SECRET
+    language: str = "en"  # of the pages' texts, or a translated copy of en.yaml
+    annotate: AnnotateConfig = field(default_factory=AnnotateConfig)
+
+
+def run(command: AnnotateCommand) -> None:
+    if not command.out:
+        raise ConfigError("--out is missing; give it the folder of the votes")
+    if command.action not in ("serve", "export", "report"):
+        raise ConfigError(f"--action: {command.action!r}; expected serve, export or report")
+    if not 0 <= command.port < 65536:
+        raise ConfigError(f"--port: {command.port}; expected 0 to 65535")
+    if bool(command.prompts) != bool(command.model):
+        raise ConfigError("--prompts FILE and --model A,B go together; or give --responses FILE")
+    if command.prompts and command.responses:
+        raise ConfigError("give either --responses FILE or --prompts FILE with --model A,B")
+    files = {name: getattr(command, name) for name in ("responses", "prompts", "criteria", "secret_file")}
+    inputs.check(file={key: file for key, file in files.items() if file})
+    for name in command.model:
+        inputs.check({"model": name})
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise ImportError(f"annotate needs the package {missing[0]}; pip install 'rlhf-fast[annotate]'")
+    folder = Path(command.out)
+    fresh = not (folder / "votes.db").exists()
+    if fresh and (command.action != "serve" or not (command.responses or command.prompts)):
+        raise ConfigError(f"--out: {folder} holds no votes; give --responses FILE, or --prompts FILE with --model A,B")
+    from rlhf_fast.feedback.store import Store
+
+    if command.action == "serve":
+        _serve(command, folder)
+        return
+    store = Store(folder / "votes.db")
+    if command.action == "export":
+        _export(store, folder)
+    else:
+        _report(store, folder)
+
+
+def _export(store: Store, folder: Path) -> None:
+    from rlhf_fast.feedback.exchange import comparisons
+    from rlhf_fast.runs.files import write_jsonl
+
+    rows = comparisons(store)
+    write_jsonl(folder / "comparisons.jsonl", rows)
+    print(f"{len(rows)} comparisons written to {folder / 'comparisons.jsonl'}")
+
+
+def _report(store: Store, folder: Path) -> None:
+    from rlhf_fast.feedback.card import card
+    from rlhf_fast.feedback.quality import dashboard
+    from rlhf_fast.runs.files import write_atomic
+
+    write_atomic(folder / "card.html", card(store))
+    figures = dashboard(store)
+    print(f"{figures.judged} of {figures.pairs} pairs judged, {figures.votes} of {figures.wanted} votes")
+    for one in [figures.overall, *figures.criteria, *figures.categories]:
+        shown = f"{one.raw.interval.mean:.0%}" if one.raw.interval else "unknown"
+        print(f"agreement, {one.name}: {shown} on {one.raw.doubles} pairs{' (too few)' if one.raw.too_few else ''}")
+    if figures.enough:
+        print(figures.enough)
+    print(f"Data card: {folder / 'card.html'}")
+
+
+def _serve(command: AnnotateCommand, folder: Path) -> None:
+    import uvicorn
+
+    from rlhf_fast.feedback.app.security import Access, read_secret
+    from rlhf_fast.feedback.app.server import application, texts
+    from rlhf_fast.feedback.criteria import DEFAULT, read_criteria
+    from rlhf_fast.feedback.store import Plan, Store
+
+    folder.mkdir(parents=True, exist_ok=True)
+    access = Access(read_secret(folder, command.host, command.secret_file), command.host, command.proxy)
+    texts(command.language)  # a wrong name is an error before any model is loaded
+    asked = read_criteria(command.criteria) if command.criteria else DEFAULT
+    store = Store(folder / "votes.db")
+    if command.criteria or store.setting("criteria") is None:
+        store.set_setting("criteria", [asdict(one) for one in asked])
+    store.set_plan(Plan(judgements=command.annotate.judgements, seed=command.annotate.seed))
+    _fill(store, command)
+    listening = socket.socket(socket.AF_INET6 if ":" in command.host else socket.AF_INET)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening.bind((command.host, command.port))
+    listening.listen(128)
+    name = f"[{command.host}]" if ":" in command.host else command.host
+    address = command.proxy.rstrip("/") or f"http://{name}:{listening.getsockname()[1]}"
+    owner = next((one for one in store.people() if one.role == "owner"), None)
+    token = store.renew(owner.id) if owner else store.invite("owner", "owner")
+    app = application(store, access, folder, command.language)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, proxy_headers=False))
+    print(f"Judging at {address} (Ctrl-C stops)\nSign in as the owner: {address}/join/{token}", flush=True)
+    server.run(sockets=[listening])
+
+
+def _fill(store: Store, command: AnnotateCommand) -> None:
+    """Put the answers of a file, or of the models, into the store; those that are there already stay."""
+    from rlhf_fast.data.records import read_prompts
+
+    if command.responses:
+        for record in read_prompts(command.responses):
+            answers = record.columns.get("responses")
+            if not isinstance(answers, list):
+                raise ConfigError(
+                    f"--responses: {record.name} has no list of responses; expected {{prompt, responses}}"
+                )
+            warning = str(record.columns.get("warning") or "")
+            store.add_prompt(record.prompt, answers, record.category, warning)
+        return
+    if not command.prompts or store.setting("sampled"):
+        return
+    from rlhf_fast import models
+    from rlhf_fast.rollout.generator import Generator
+    from rlhf_fast.rollout.sampling import SamplingParams
+
+    config, records = command.annotate, read_prompts(command.prompts)
+    params = SamplingParams(
+        n=config.samples_per_model if len(command.model) > 1 else max(2, config.samples_per_model),
+        temperature=config.temperature,
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
+    )
+    answers: list[list[dict[str, Any]]] = [[] for _ in records]
+    for name in command.model:
+        rollouts = Generator(*models.load(name, merged=True)).generate(records, params)
+        for i, text in zip(rollouts.prompt_index.tolist(), rollouts.texts, strict=True):
+            answers[i].append({"text": text, "checkpoint": name, "seed": config.seed})
+    for record, given in zip(records, answers, strict=True):
+        if len({one["text"] for one in given}) > 1:  # equal answers cannot be compared
+            store.add_prompt(record.prompt, given, record.category)
+    store.set_setting("sampled", True)

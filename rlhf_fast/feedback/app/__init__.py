@@ -1,0 +1,1 @@
+"""The web application on which people compare responses: server, security, pages, texts."""

@@ -1,0 +1,75 @@
+"""The verb annotate: what it refuses, and what its export and report leave."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+
+from rlhf_fast import cli
+from rlhf_fast.data.records import read_comparisons
+from rlhf_fast.feedback.assignment import Judgement, next_task, submit
+from rlhf_fast.feedback.store import Person, Plan, Store
+
+
+def refused(capsys: Any, *words: str) -> str:
+    assert cli.main(["annotate", *words]) != 0
+    return str(capsys.readouterr().err)
+
+
+def test_what_is_missing_is_said_before_anything_starts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = ("--out", str(tmp_path / "votes"))
+    assert "--out is missing" in refused(capsys)
+    assert "go together" in refused(capsys, *out, "--model", "a,b")
+    assert "holds no votes; give --responses FILE" in refused(capsys, *out)
+    assert "there is no file none.jsonl" in refused(capsys, *out, "--responses", "none.jsonl")
+    assert "expected 0 to 65535" in refused(capsys, *out, "--port", "70000")
+    assert "expected serve, export or report" in refused(capsys, *out, "--action", "sell")
+    assert "holds no votes" in refused(capsys, "export", str(tmp_path / "votes"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install 'rlhf-fast[annotate]'" in refused(capsys, *out, "--responses", __file__)
+    assert not (tmp_path / "votes").exists()
+
+
+def test_export_and_report_write_what_people_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    store = Store(tmp_path / "votes.db")
+    store.set_plan(Plan(judgements=1, gold_share=0.0, repeat_share=0.0))
+    for i in range(3):
+        store.add_prompt(f"Question {i}?", [f"good {i}", f"bad {i}"], category="simple")
+    store.invite("Ann")
+    ann = Person(1, "Ann", "annotator")
+    while (task := next_task(store, ann)) is not None:
+        side = -2 if task.left.startswith("good") else 2
+        submit(store, ann, task.id, Judgement(side, True, True, seconds=9.0))
+    assert cli.main(["annotate", "export", str(tmp_path)]) == 0
+    rows = read_comparisons(tmp_path / "comparisons.jsonl")
+    assert len(rows) == 3 and all(row.chosen.startswith("good") for row in rows)
+    assert "Ann" not in (tmp_path / "comparisons.jsonl").read_text()
+    assert json.loads((tmp_path / "comparisons.jsonl").read_text().splitlines()[0])["category"] == "simple"
+    assert cli.main(["annotate", "report", str(tmp_path)]) == 0
+    assert "3 of 3 pairs judged, 3 of 3 votes" in capsys.readouterr().out
+    assert (tmp_path / "card.html").read_text().startswith("<!doctype html>")
+
+
+def test_a_reward_model_is_trained_on_the_export(tmp_path: Path, tiny_folder: Path) -> None:
+    from rlhf_fast.config import RewardConfig
+    from rlhf_fast.trainers.reward import RewardTrainer
+
+    store = Store(tmp_path / "votes.db")
+    store.set_plan(Plan(judgements=1, gold_share=0.0, repeat_share=0.0))
+    for i in range(24):
+        store.add_prompt(f"Question {i}?", [f"good {i}", f"bad {i}"])
+    store.invite("Ann")
+    while (task := next_task(store, Person(1, "Ann", "annotator"))) is not None:
+        side = -2 if task.left.startswith("good") else 2
+        submit(store, Person(1, "Ann", "annotator"), task.id, Judgement(side, True, False, seconds=9.0))
+    assert cli.main(["annotate", "export", str(tmp_path)]) == 0
+    config = RewardConfig(max_steps=2, batch_size=4)
+    RewardTrainer(tiny_folder, tmp_path / "comparisons.jsonl", tmp_path / "reward", config).train()
+    assert (tmp_path / "reward" / "result.json").exists()
