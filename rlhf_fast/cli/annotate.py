@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import socket
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,12 +158,13 @@ def _fill(store: Store, command: AnnotateCommand) -> None:
         max_new_tokens=config.max_new_tokens,
         seed=config.seed,
     )
-    answers: list[list[dict[str, Any]]] = [[] for _ in records]
-    for name in command.model:
-        rollouts = Generator(*models.load(name, merged=True)).generate(records, params)
+    sampled: list[list[dict[str, Any]]] = [[] for _ in records]
+    for place, name in enumerate(command.model):  # a seed each, so that near relatives do not say the same
+        own = replace(params, seed=config.seed + place)
+        rollouts = Generator(*models.load(name, merged=True)).generate(records, own)
         for i, text in zip(rollouts.prompt_index.tolist(), rollouts.texts, strict=True):
-            answers[i].append({"text": text, "checkpoint": name, "seed": config.seed})
-    for record, given in zip(records, answers, strict=True):
+            sampled[i].append({"text": text, "checkpoint": name, "seed": own.seed})
+    for record, given in zip(records, sampled, strict=True):
         if len({one["text"] for one in given}) > 1:  # equal answers cannot be compared
             store.add_prompt(record.prompt, given, record.category)
     store.set_setting("sampled", True)
