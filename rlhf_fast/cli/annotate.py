@@ -24,8 +24,9 @@ class AnnotateCommand:
 
     `rlhf-fast annotate --out DIR --responses FILE` serves a page on this machine and prints a sign-in link for its
     owner, who invites the others. With --prompts FILE --model A,B the answers are sampled first. The same command goes
-    on where it stopped. `rlhf-fast annotate export DIR` writes DIR/comparisons.jsonl for the reward and DPO trainers,
-    `rlhf-fast annotate report DIR` a data card. For people elsewhere, see docs/annotate.md.
+    on where it stopped. `rlhf-fast annotate export DIR` writes DIR/comparisons.jsonl for the reward and DPO trainers
+    and DIR/demonstrations.jsonl, the better answers that people wrote; `rlhf-fast annotate report DIR` a data card. For
+    people elsewhere, see docs/annotate.md.
     """
 
     out: str = ""  # folder of the votes
@@ -76,12 +77,14 @@ def run(command: AnnotateCommand) -> None:
 
 
 def _export(store: Store, folder: Path) -> None:
-    from rlhf_fast.feedback.exchange import comparisons
+    from rlhf_fast.feedback.exchange import comparisons, demonstrations
     from rlhf_fast.runs.files import write_jsonl
 
-    rows = comparisons(store)
-    write_jsonl(folder / "comparisons.jsonl", rows)
-    print(f"{len(rows)} comparisons written to {folder / 'comparisons.jsonl'}")
+    for name, rows in {"comparisons": comparisons(store), "demonstrations": demonstrations(store)}.items():
+        if not rows and name == "demonstrations":  # nobody wrote a better answer
+            continue
+        write_jsonl(folder / f"{name}.jsonl", rows)
+        print(f"{len(rows)} {name} written to {folder / name}.jsonl")
 
 
 def _report(store: Store, folder: Path) -> None:

@@ -260,7 +260,7 @@ def _new(connection: sa.Connection, person: Person, plan: Plan, arm: str) -> int
         )
     ).all()
 
-    def order(row: sa.Row[Any]) -> tuple[float, int, float]:
+    def order(row: Any) -> tuple[float, int, float]:
         # Begun pairs come first among equals, so that there are items with all their votes early.
         return (-row.priority, -row.taken, _share(plan.seed, "order", row.id)) if arm == "active" else (
             0.0, 0, _share(plan.seed, "order", row.id)
@@ -279,7 +279,7 @@ def _free(person: Person, plan: Plan) -> sa.ColumnElement[bool]:
     return sa.and_(t.pair.c.kind == "normal", t.pair.c.state == "open", t.pair.c.taken < plan.judgements, ~had)
 
 
-def _known(connection: sa.Connection, person: Person, plan: Plan) -> sa.Row[Any] | None:
+def _known(connection: sa.Connection, person: Person, plan: Plan) -> Any | None:
     """A gold or attention item that the person has not had."""
     had = sa.select(t.assignment.c.pair).where(t.assignment.c.person == person.id, t.assignment.c.state != "expired")
     wanted = (t.pair.c.kind != "normal") & (t.pair.c.state == "open") & t.pair.c.id.not_in(had)
@@ -287,7 +287,7 @@ def _known(connection: sa.Connection, person: Person, plan: Plan) -> sa.Row[Any]
     return min(rows, key=lambda row: _share(plan.seed, "gold", person.id, row.id), default=None)
 
 
-def _repeat(connection: sa.Connection, person: Person, plan: Plan) -> sa.Row[Any] | None:
+def _repeat(connection: sa.Connection, person: Person, plan: Plan) -> Any | None:
     """The person's oldest vote that is far enough back and has not been asked again."""
     again = t.assignment.alias()
     asked = sa.select(again.c.pair).where(

@@ -97,7 +97,7 @@ def demonstrations(store: Store) -> list[Row]:
     """Better answers that annotators wrote, as rows for supervised fine-tuning."""
     pairs = _pairs(store)
     return [
-        {"prompt": pairs[v["pair"]]["messages"], "response": v["better_answer"], "annotator": v["pseudonym"]}
+        {"prompt": pairs[v["pair"]]["messages"], "completion": v["better_answer"], "annotator": v["pseudonym"]}
         for v in counting_votes(store)
         if v["better_answer"].strip() and v["state"] == "open"
     ]
@@ -122,7 +122,7 @@ def add_pairs(store: Store, items: Iterable[Judged]) -> int:
 
 def _pairs(store: Store) -> dict[int, dict[str, Any]]:
     first, second = t.response.alias(), t.response.alias()
-    columns = [t.pair.c.id, t.prompt.c.messages, t.prompt.c.category, t.prompt.c.key]
+    columns: list[Any] = [t.pair.c.id, t.prompt.c.messages, t.prompt.c.category, t.prompt.c.key]
     for name, table in (("first", first), ("second", second)):
         columns += [table.c.text.label(name), table.c.checkpoint.label(f"{name}_checkpoint")]
         columns += [table.c.seed.label(f"{name}_seed")]
@@ -271,16 +271,17 @@ def from_hh(source: Any) -> list[Row]:
 
 def to_rewardbench(rows: Sequence[Row]) -> list[Row]:
     return [
-        {**{key: row[key] for key in ("prompt", "chosen", "rejected")}, "subset": row.get("category", ""), "id": place}
+        {"prompt": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"],
+         "subset": row.get("category", ""), "id": place}
         for place, row in enumerate(rows)
-    ]
+    ]  # fmt: skip
 
 
 def from_rewardbench(source: Any) -> list[Row]:
     found = []
     for name, row in rows_of(source):
         subset = _text(row.get("subset", ""), "subset", name)
-        wanted = {key: row[key] for key in ("prompt", "chosen", "rejected") if key in row}
+        wanted: Row = {key: row[key] for key in ("prompt", "chosen", "rejected") if key in row}
         found.append(comparison_of({**wanted, "category": subset}, name).as_dict())
     return found
 

@@ -167,7 +167,7 @@ def labels(store: Store, soft: Soft | None = None, drop_flagged: bool = False) -
     Args:
         store: the votes.
         soft: gives the probabilities in place of the shares of votes, such as `model_labels`.
-        drop_flagged: leave out votes that were too fast.
+        drop_flagged: leave out votes that were too fast, and those that missed a known answer.
     """
     votes = [vote for vote in counting_votes(store) if vote["state"] == "open"]
     decisions = {vote["pair"]: vote for vote in votes if vote["kind"] == "adjudication"}  # the newest one

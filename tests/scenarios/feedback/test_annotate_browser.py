@@ -25,7 +25,7 @@ from rlhf_fast.feedback.app.security import Access
 from rlhf_fast.feedback.app.server import application
 from rlhf_fast.feedback.store import Plan, Store
 
-PICTURES = Path(__file__).resolve().parents[2] / "docs" / "pictures"
+PICTURES = Path(__file__).resolve().parents[3] / "docs" / "pictures"
 
 
 @pytest.fixture(scope="module")

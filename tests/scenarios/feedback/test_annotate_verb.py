@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("fastapi")
 
 from rlhf_fast import cli
-from rlhf_fast.data.records import read_comparisons
+from rlhf_fast.data.records import read_comparisons, read_demonstrations
 from rlhf_fast.feedback.assignment import Judgement, next_task, submit
 from rlhf_fast.feedback.store import Person, Plan, Store
 
@@ -46,10 +46,12 @@ def test_export_and_report_write_what_people_said(capsys: pytest.CaptureFixture[
     ann = Person(1, "Ann", "annotator")
     while (task := next_task(store, ann)) is not None:
         side = -2 if task.left.startswith("good") else 2
-        submit(store, ann, task.id, Judgement(side, True, True, seconds=9.0))
+        better = "best" if task.done == 0 else ""
+        submit(store, ann, task.id, Judgement(side, True, True, better_answer=better, seconds=9.0))
     assert cli.main(["annotate", "export", str(tmp_path)]) == 0
     rows = read_comparisons(tmp_path / "comparisons.jsonl")
     assert len(rows) == 3 and all(row.chosen.startswith("good") for row in rows)
+    assert [row.completion for row in read_demonstrations(tmp_path / "demonstrations.jsonl")] == ["best"]
     assert "Ann" not in (tmp_path / "comparisons.jsonl").read_text()
     assert json.loads((tmp_path / "comparisons.jsonl").read_text().splitlines()[0])["category"] == "simple"
     assert cli.main(["annotate", "report", str(tmp_path)]) == 0
@@ -70,6 +72,7 @@ def test_a_reward_model_is_trained_on_the_export(tmp_path: Path, tiny_folder: Pa
         side = -2 if task.left.startswith("good") else 2
         submit(store, Person(1, "Ann", "annotator"), task.id, Judgement(side, True, False, seconds=9.0))
     assert cli.main(["annotate", "export", str(tmp_path)]) == 0
+    assert not (tmp_path / "demonstrations.jsonl").exists()
     config = RewardConfig(max_steps=2, batch_size=4)
     RewardTrainer(tiny_folder, tmp_path / "comparisons.jsonl", tmp_path / "reward", config).train()
     assert (tmp_path / "reward" / "result.json").exists()

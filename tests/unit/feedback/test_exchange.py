@@ -13,6 +13,7 @@ pytest.importorskip("sqlalchemy")
 pytest.importorskip("alembic")
 
 from rlhf_fast.data.comparisons import comparison_of
+from rlhf_fast.data.records import read_demonstrations
 from rlhf_fast.data.rows import RecordError
 from rlhf_fast.feedback import assignment as a
 from rlhf_fast.feedback import exchange as e
@@ -76,7 +77,8 @@ def test_rows_are_read_by_the_trainers_with_their_provenance(tmp_path: Path) -> 
     assert sorted(vote["preference"] for vote in provenance["votes"]) == [-2, 1, 1]
     assert all(vote["annotator"].startswith("annotator-") for vote in provenance["votes"])
     assert EVIL not in json.dumps(provenance)  # names and comments stay in the store
-    assert len(e.demonstrations(store)) == 120 and e.demonstrations(store)[0]["response"] == "better"
+    written = read_demonstrations(e.demonstrations(store))
+    assert len(written) == 120 and {one.completion for one in written} == {"better"}
     assert all("confidence" not in row for row in e.comparisons(store, hard=True))
 
 
