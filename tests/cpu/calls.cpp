@@ -91,7 +91,9 @@ int main() {
                                   nullptr,
                                   sums};
             const Estimate kind = static_cast<Estimate>(call.kind);
-            const PPOOptions o = {0.2f, 0.3f, 3.0f, 0.2f, 0.5f, 0.01f, 0.05f, 2.0f, call.kind == 1, kind, Estimate::k2};
+            const Objective objective = static_cast<Objective>(call.kind);
+            const PPOOptions o = {0.2f, 0.3f, 3.0f, 0.2f,      0.5f, 0.01f,       0.05f,
+                                  2.0f, 1.5f, 2.5f, objective, kind, Estimate::k2};
             const Denominator of_count = {nullptr, 0.0f};
             float* const numbers = at(3);
             const PPOResults out = {numbers, numbers + 1, numbers + 1 + kPPOStats, at(0),

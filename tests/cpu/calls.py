@@ -69,7 +69,8 @@ def calls() -> Iterator[Call]:
             yield Call(KL_ESTIMATE, dtype, i, transforms[0], *rest)
             yield Call(GAE, dtype, 0, transforms[0], *rest)
             if columns > 1:  # else there is no room for its twelve statistics
-                yield Call(PPO_LOSS, dtype, 2, transforms[0], *rest)
+                for kind in (0, 1, 2):
+                    yield Call(PPO_LOSS, dtype, kind, transforms[0], *rest)
 
 
 def encode(call: Call) -> bytes:
@@ -106,7 +107,7 @@ def answer(call: Call) -> list[Tensor]:
         partials = torch.zeros(ranges, ppo_loss.SUMS, dtype=torch.float64)
         sums = torch.tensor([10.0, 1.0, 20.0], dtype=torch.float64)
         tensors = PPOTensors(p, q, q, p, q, p, p, q, p, p > 0, grad, None, sums)
-        numbers = PPONumbers(0.2, 0.3, 3.0, 0.2, 0.5, 0.01, 0.05, 2.0, call.kind == 1, call.kind, 1)
+        numbers = PPONumbers(0.2, 0.3, 3.0, 0.2, 0.5, 0.01, 0.05, 2.0, 1.5, 2.5, call.kind, call.kind, 1)
         of_all = results[3][:1], results[3][1:18], results[3][18:19]
         outputs = PPOResults(*of_all, *results[:3], partials)
         ppo_loss.forward(tensors, numbers, Denominator(), Denominator(), outputs)

@@ -139,6 +139,7 @@ def test_only_what_needs_a_gradient_gets_one(backend: Backend) -> None:
     assert_close(p.grad, (p - q).detach(), 1e-6)
 
 
+@pytest.mark.seconds(2)
 def test_same_call_same_bits(backend: Backend) -> None:
     p, q = cases.random(3000), cases.random(3000, seed=1)
     first = backend(ops.kl_estimate, p, q, "k3")

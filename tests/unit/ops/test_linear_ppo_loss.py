@@ -302,6 +302,7 @@ def test_nothing_unmasked_gives_zeros_in_the_sweep(kernel_backend: Backend) -> N
         assert not x.any(), name
 
 
+@pytest.mark.seconds(2)
 def test_same_call_same_bits(kernel_backend: Backend, small_blocks: None) -> None:
     inputs, options = batch(4, 9, dtype=torch.float32), {"mask": cases.holes(), **TERMS}
     first = everything(kernel_backend, inputs, **options)

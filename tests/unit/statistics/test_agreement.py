@@ -250,6 +250,7 @@ def test_intervals_hold_the_truth() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.seconds(8)
 def test_intervals_hold_the_truth_in_95_of_100_runs() -> None:
     """Of 200 runs at 95 %, 182 to 198 hold the truth but once in 100."""
     found = coverage(200, 200, 500)

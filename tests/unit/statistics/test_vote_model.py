@@ -194,6 +194,7 @@ def coverage(runs: int, pairs: int) -> dict[str, float]:
     return {name: count / (runs * 5) for name, count in held.items()}
 
 
+@pytest.mark.seconds(2.5)
 def test_people_s_intervals_hold_the_truth() -> None:
     """Of 60 intervals at 95 %, fewer than 51 hold it once in 300 (were they independent)."""
     for name, share in coverage(12, 150).items():
@@ -201,6 +202,7 @@ def test_people_s_intervals_hold_the_truth() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.seconds(22)
 def test_people_s_intervals_hold_the_truth_in_95_of_100() -> None:
     """Of 500 intervals, those of a run hanging together. Those of skills hold it in about 93 of 100: the posterior has
     a longer tail than its profile, for votes hardly tell a skilled person from a very skilled one."""
