@@ -79,7 +79,11 @@ def test_what_models_and_people_write_is_text(site: Site) -> None:
     assert str(shown("a\x00\x9b\u2066\U000e0041<")).count('class="mark"') == 4
 
 
-@pytest.mark.parametrize("cookie", ["", "x", "eyJwZXJzb24iOjF9.aaaa.bbbb", Logins("t" * 40).cookie(1)])
+@pytest.mark.parametrize(
+    "cookie",
+    ["", "x", "eyJwZXJzb24iOjF9.aaaa.bbbb", Logins("t" * 40).cookie(1)],
+    ids=["none", "no cookie", "no signature", "another secret"],
+)
 def test_a_forged_cookie_opens_nothing(site: Site, cookie: str) -> None:
     site.store.invite("Owner", "owner")
     client = site.client()
