@@ -97,7 +97,12 @@ def _run_tests(tests: list[Path], end: float) -> int:
     import pytest
 
     budget = Budget(end - time.monotonic())
-    code = int(pytest.main(["-q", "-x", "-m", "not slow and not gpu", *map(str, tests)], plugins=[budget]))
+    code = int(
+        pytest.main(
+            ["-q", "-x", "-m", "not slow and not gpu", "--durations=5", "--durations-min=1", *map(str, tests)],
+            plugins=[budget],
+        )
+    )
     if budget.left:
         print(f"{budget.left} tests that reach the change were not run; make test runs all")
     return 0 if code == pytest.ExitCode.INTERRUPTED and budget.left else code

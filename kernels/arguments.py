@@ -1,6 +1,7 @@
 """Arguments of the kernels, whichever language those are written in: rows of memory, tensors, options, results.
 
-Each tuple has the fields of a struct in csrc/common, in its order; tests/ops/test_contracts.py holds the two together.
+Each tuple has the fields of a struct in csrc/common, in its order; tests/unit/ops/test_contracts.py holds the two
+together.
 """
 
 from __future__ import annotations

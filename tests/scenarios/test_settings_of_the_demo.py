@@ -16,6 +16,7 @@ import yaml
 
 from rlhf_fast import config as configs
 from rlhf_fast.config import (
+    AnnotateConfig,
     AnnotatorConfig,
     ComparisonsConfig,
     DemoConfig,
@@ -254,13 +255,18 @@ def test_a_setting_of_the_annotator_does_what_it_names(name: str) -> None:
 # All of them ----------------------------------------------------------------------------------------------------------
 
 
+OF_ANNOTATE = {"judgements": 2, "samples_per_model": 2, "max_new_tokens": 3, "temperature": 0.75, "seed": 5}
+
+
 def test_every_setting_is_in_a_table() -> None:
-    """A new one is to be added, with what it does; those of the trainers are in unit/trainers/test_settings*.py."""
+    """A new one is to be added, with what it does; those of the trainers are in unit/trainers/test_settings*.py, of
+    annotate in feedback/test_annotate_verb.py."""
     here: dict[Any, set[str]] = {
         ComparisonsConfig: {*OF_COMPARISONS},
         DemoConfig: {*OF_DEMO, "tiny"},
         EvaluationConfig: {*OF_EVALUATION},
         AnnotatorConfig: {*OF_ANNOTATOR},
+        AnnotateConfig: {*OF_ANNOTATE},
     }
     for config, names in here.items():
         assert {f.name for f in dataclasses.fields(config)} == names

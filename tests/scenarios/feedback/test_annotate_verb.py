@@ -9,11 +9,16 @@ from typing import Any
 import pytest
 
 pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+
+import uvicorn
 
 from rlhf_fast import cli
 from rlhf_fast.data.records import read_comparisons, read_demonstrations
 from rlhf_fast.feedback.assignment import Judgement, next_task, submit
-from rlhf_fast.feedback.store import Person, Plan, Store
+from rlhf_fast.feedback.store import Person, Plan, Store, plan_of
+from rlhf_fast.rollout.generator import Generator
+from tests.scenarios.test_settings_of_the_demo import OF_ANNOTATE
 
 
 def refused(capsys: Any, *words: str) -> str:
@@ -76,3 +81,28 @@ def test_a_reward_model_is_trained_on_the_export(tmp_path: Path, tiny_folder: Pa
     config = RewardConfig(max_steps=2, batch_size=4)
     RewardTrainer(tiny_folder, tmp_path / "comparisons.jsonl", tmp_path / "reward", config).train()
     assert (tmp_path / "reward" / "result.json").exists()
+
+
+def test_settings_reach_the_plan_and_the_sampler(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    generate = Generator.generate
+
+    def seen(generator: Generator, prompts: Any, params: Any) -> Any:
+        asked.append(params)
+        return generate(generator, prompts, params)
+
+    monkeypatch.setattr(Generator, "generate", seen)
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: [one.close() for one in sockets])
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    models = f"{tiny_folder},{tiny_folder}"
+    words = ["--out", str(tmp_path / "votes"), "--prompts", str(tmp_path / "prompts.jsonl"), "--model", models]
+    settings = [word for name, value in OF_ANNOTATE.items() for word in (f"--annotate.{name}", str(value))]
+    assert cli.main(["annotate", *words, "--port", "0", *settings]) == 0
+    told = [(one.n, one.max_new_tokens, one.temperature, one.seed) for one in asked]
+    assert told == [(2, 3, 0.75, 5), (2, 3, 0.75, 6)]
+    store = Store(tmp_path / "votes" / "votes.db")
+    with store.read() as connection:
+        plan = plan_of(connection)
+    assert (plan.judgements, plan.seed) == (2, 5) != (Plan().judgements, Plan().seed)
