@@ -65,6 +65,24 @@ def test_no_underscored_name_is_imported_from_another_room() -> None:
                 assert strange == [], name
 
 
+CHANGING = """attention.Step engine.Statistics fitting.Fitting kl_controller.KLController pairs.PairGroup sequence.Sequence
+token_budget.TokenBudget""".split()
+
+
+@pytest.mark.seconds(3)
+def test_a_dataclass_is_frozen_unless_it_is_known_to_change() -> None:
+    """What is handed from room to room is changed by none of them."""
+    found = {}
+    for name, file in modules().items():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            for decorator in node.decorator_list if isinstance(node, ast.ClassDef) else ():
+                words = ast.unparse(decorator)
+                if "dataclass" in words:
+                    found[f"{name.rpartition('.')[2]}.{node.name}"] = "frozen=True" in words
+    assert len(found) > 100
+    assert sorted(name for name, frozen in found.items() if not frozen) == sorted(CHANGING)
+
+
 def test_kernels_import_nothing_of_ours() -> None:
     files = modules()
     for name, file in files.items():

@@ -161,8 +161,10 @@ def test_beyond_loopback_a_secret_and_tls_are_needed(tmp_path: Path, monkeypatch
         Access(SECRET, "0.0.0.0")
     with pytest.raises(FeedbackError, match="secret: 3 characters came; expected at least 32"):
         Access("abc")
-    with pytest.raises(FeedbackError, match="proxy: 'http://x' came"):
-        Access(SECRET, public="http://x")
+    for address in ("http://x", "https://", "https:///", "https://x/judge"):
+        with pytest.raises(FeedbackError, match=f"proxy: '{address}' came"):
+            Access(SECRET, public=address)
+    assert Access(SECRET, public="https://x/").is_host("x")
     behind = Access(SECRET, "0.0.0.0", "https://judge.example.org")
     assert behind.is_secure and behind.is_host("judge.example.org") and not behind.is_host("127.0.0.1")
 

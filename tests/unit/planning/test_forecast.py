@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from transformers import LlamaConfig
 
@@ -211,6 +212,16 @@ def test_settings_out_of_range_are_wrong_usage(capsys: pytest.CaptureFixture[str
 
 MACHINE = cost.Machine(tflops=100.0, bandwidth=1.0, utilisation=0.5)
 DATA = cost.Data(sequences=1000, prompt_tokens=30, response_tokens=50)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to look at")
+def test_memory_is_looked_up_where_the_run_is_to_be_and_asked_for_where_that_is_not_here() -> None:
+    for device in ("auto", "cpu"):
+        where, there = forecast.device_and_memory(device, "")
+        assert where == "cpu" and there > 1_000_000
+    assert forecast.device_and_memory("cuda", "80GB") == ("cuda", 80_000_000_000)
+    with pytest.raises(ConfigError, match="no GPU here"):
+        forecast.device_and_memory("cuda", "")
 
 
 def test_products_are_counted_as_on_paper() -> None:

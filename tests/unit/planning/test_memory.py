@@ -232,6 +232,9 @@ def test_a_full_batch_is_as_full_as_a_micro_batch_may_be(budget: int, longest: i
     most = max(budget, memory.longest_microbatch(config))
     assert most - rows < rows * width <= most
     assert rows == 1 or width <= max(longest, LONGEST_ROW)
+    alone = isinstance(config, SFTConfig) and not config.packing  # conversations share no row then
+    batch = memory.full_batch(config)
+    assert not alone or (batch.mask is None and batch.segments is None and len(batch.last) == rows)
 
 
 @pytest.mark.seconds(6)
