@@ -117,7 +117,9 @@ def tests(context: Context) -> None:
     needs("pytest")
     words = ["tests/unit/ops", "-m", "gpu"]
     if context.rehearse:
-        some = ["gae", "sample"] if context.short else ["gae", "sample", "kl_estimate", "token_logprobs", "ppo_loss"]
+        some = ["gae", "sample"]
+        if not context.short:
+            some += ["kl_estimate", "token_logprobs", "ppo_loss_kernels"]
         which = "(values or likeliest or worse or same_bits) and (triton or cuda)"
         words = [*(f"tests/unit/ops/test_{name}.py" for name in some), "-k", which]
     _pytest(context, "tests", python("-m", "pytest"), words)

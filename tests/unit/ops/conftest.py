@@ -1,8 +1,8 @@
 """The backends that a test of an op runs on.
 
 Without a GPU: the C++ of the CPU as it is, the CUDA C++ on the CPU through tests/simt, and Triton's interpreter where
-TRITON_INTERPRET=1 was set before Triton was first imported (`make test` runs tests/ops a second time so). With a GPU,
-Triton and CUDA on that.
+TRITON_INTERPRET=1 was set before Triton was first imported (`make test` runs tests/unit/ops a second time so). With a
+GPU, Triton and CUDA on that.
 """
 
 from __future__ import annotations
