@@ -91,6 +91,13 @@ def test_the_dashboard_counts_what_is_there(tmp_path: Path) -> None:
     assert [person.votes for person in board.people] == [2, 2, 2]
 
 
+def test_the_card_says_what_a_reward_model_can_reach(tmp_path: Path) -> None:
+    store, _people = filled(tmp_path, {f"q{n}": [-1, -1, -1 if n % 2 else 1] for n in range(12)})
+    ceiling = q.dashboard(store).ceiling
+    assert ceiling is not None and 0.5 < ceiling.low < ceiling.high < 1
+    assert f"{100 * ceiling.low:.0f}% to {100 * ceiling.high:.0f}%" in card(store)
+
+
 def test_the_card_escapes_all(tmp_path: Path) -> None:
     store, _people = filled(tmp_path, {"clear": [-1, -2, -3]})
     newcomer = store.join(store.invite("Bo"))

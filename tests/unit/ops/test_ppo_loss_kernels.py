@@ -27,7 +27,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"ratio": "sequence", "clip_low": 0.03, "clip_high": 0.04, "dual_clip": 1.1, "rollout_logprobs": None},
     ALL_TERMS | {"clip_high": 0.28},
     {"objective": "sapo", "tau_neg": 2.5, "value_clip": None, "kl_coef": 0.1, "kl": "k2", "denominator": 7},
-    {"clip_low": 0.0, "kl": "k1+", "kl_coef": 0.2, "entropy_coef": 0.1, "denominator": torch.tensor(11)},
+    {"clip_low": 0.0, "kl": "k1+", "kl_coef": 1.0, "entropy_coef": 0.1, "denominator": torch.tensor(11)},
 )
 
 
