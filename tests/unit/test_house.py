@@ -65,8 +65,8 @@ def test_no_underscored_name_is_imported_from_another_room() -> None:
                 assert strange == [], name
 
 
-CHANGING = """attention.Step engine.Statistics fitting.Fitting kl_controller.KLController pairs.PairGroup sequence.Sequence
-token_budget.TokenBudget""".split()
+CHANGING = """attention.Step engine.Statistics fitting.Fitting kl_controller.KLController pairs.PairGroup
+sequence.Sequence token_budget.TokenBudget""".split()
 
 
 @pytest.mark.seconds(3)
