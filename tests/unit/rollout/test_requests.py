@@ -46,10 +46,11 @@ def test_only_what_changes_logits_says_so() -> None:
     assert all(SamplingParams(**change).changes_logits for change in changes)
 
 
-def test_the_repetition_penalty_is_that_of_transformers() -> None:
+@pytest.mark.parametrize("penalty", [0.5, 1.3, 2.0])
+def test_the_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
     logits = torch.tensor([[1.0, -1.0, 2.0, -2.0, 3.0, 0.5]])
-    theirs = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.3)])(torch.tensor([[3, 4, 4, 0, 1]]), logits)
-    torch.testing.assert_close(processed([0, 1], repetition_penalty=1.3), theirs[0])
+    theirs = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty)])(torch.tensor([[3, 4, 4, 0, 1]]), logits)
+    torch.testing.assert_close(processed([0, 1], repetition_penalty=penalty), theirs[0])
 
 
 def test_presence_and_frequency_penalties_count_the_response_alone() -> None:
