@@ -34,7 +34,7 @@ class AnnotateCommand:
     responses: str = ""  # {"prompt", "responses": [...]} a line, with category and warning where known
     prompts: str = ""  # {"prompt"} a line, to be answered by --model
     model: tuple[str, ...] = ()  # folders, runs or hub names whose answers are compared: A,B
-    criteria: str = ""  # YAML list of {name, title, description}; by default helpfulness, harmlessness, honesty, style
+    criteria: str = ""  # YAML list of {name, title, description, examples, scale}; four by default (docs/annotate.md)
     host: str = "127.0.0.1"  # address to listen at; beyond this machine it needs a secret and --proxy
     port: int = 8000  # 0 finds a free one
     proxy: str = ""  # https://NAME of the TLS proxy in front; only then are its forwarded headers trusted
@@ -118,6 +118,7 @@ def _serve(command: AnnotateCommand, folder: Path) -> None:
     store = Store(folder / "votes.db")
     if command.criteria or store.setting("criteria") is None:
         store.set_setting("criteria", [asdict(one) for one in asked])
+    store.set_setting("warnings", command.annotate.warnings)
     store.set_plan(Plan(judgements=command.annotate.judgements, seed=command.annotate.seed))
     _fill(store, command)
     listening = socket.socket(socket.AF_INET6 if ":" in command.host else socket.AF_INET)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from rlhf_fast.config.common import check
-from rlhf_fast.config.settings import Settings
+from rlhf_fast.config.settings import ConfigError, Settings
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,10 @@ class AnnotateConfig(Settings):
     max_new_tokens: int = 128  # tokens; an answer that has not ended by then is cut off
     temperature: float = 1.0
     seed: int = 0
+    warnings: dict[str, Any] = field(default_factory=dict)  # {category: words}: its items are hidden until agreed to
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self, count="judgements samples_per_model max_new_tokens", positive="temperature", not_negative="seed")
+        if not all(isinstance(words, str) and words.strip() for words in self.warnings.values()):
+            raise ConfigError(f"warnings: {self.warnings}; expected {{category: words for people before an item}}")

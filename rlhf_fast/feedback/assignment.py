@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import statistics
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
 
+from rlhf_fast.feedback import criteria
 from rlhf_fast.feedback import tables as t
-from rlhf_fast.feedback.errors import AlreadyDone, Expired, FeedbackError, NotYours
+from rlhf_fast.feedback.errors import AlreadyDone, Expired, FeedbackError, NotYours, Removed
 from rlhf_fast.feedback.store import (
     MOST_ANSWER,
     MOST_COMMENT,
@@ -22,10 +24,12 @@ from rlhf_fast.feedback.store import (
     checked_text,
     plan_of,
     release,
+    setting_of,
 )
 
 STRONGEST = 3  # preferences and criteria go from -3 to 3
 MOST_SECONDS = 86_400.0
+LEAST_PACE = 5  # votes from which a pace is told
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ def next_task(store: Store, person: Person, now: float | None = None) -> Task | 
     """The task that the person has open, else a new one; None if nothing is left for this person."""
     now = time.time() if now is None else now
     with store.write() as connection:
+        _present(connection, person)
         plan = plan_of(connection)
         release(connection, (t.assignment.c.state == "open") & (t.assignment.c.until <= now))
         mine = (t.assignment.c.person == person.id) & (t.assignment.c.state == "open")
@@ -95,6 +100,7 @@ def adjudication(store: Store, person: Person, pair: int, now: float | None = No
         raise NotYours("Only seniors decide disputed items.")
     now = time.time() if now is None else now
     with store.write() as connection:
+        _present(connection, person)
         plan = plan_of(connection)
         if connection.execute(sa.select(t.pair.c.id).where(t.pair.c.id == pair)).first() is None:
             raise NotYours("There is no such item.")
@@ -125,7 +131,8 @@ def submit(store: Store, person: Person, task: int, judgement: Judgement, now: f
     """Keep a judgement; returns the number of the vote. Late is not too late while the pair still has a place.
 
     Raises:
-        NotYours, AlreadyDone, Expired: with words for the person.
+        NotYours, AlreadyDone, Expired, FeedbackError: with words for the person; the last names a criterion that is
+            not in force.
     """
     now = time.time() if now is None else now
     with store.write() as connection:
@@ -134,6 +141,7 @@ def submit(store: Store, person: Person, task: int, judgement: Judgement, now: f
         pair = connection.execute(sa.select(t.pair).where(t.pair.c.id == row.pair)).one()
         if row.state not in ("open", "expired"):
             raise AlreadyDone("You have answered this item already. Undo the last answer to change it.")
+        criteria.check_answers(judgement.criteria, criteria.in_force(setting_of(connection, "criteria")))
         if pair.state != "open" and row.kind != "adjudication":
             raise Expired("This item has been taken out in the meantime. Nothing is asked of you for it.")
         if row.state == "expired" and row.kind == "normal":
@@ -191,6 +199,7 @@ def undo(store: Store, person: Person, now: float | None = None) -> Task | None:
     """
     now = time.time() if now is None else now
     with store.write() as connection:
+        _present(connection, person)
         plan = plan_of(connection)
         mine = (t.vote.c.person == person.id) & t.vote.c.undone.is_(None) & (t.vote.c.kind != "adjudication")
         usable = mine & (t.pair.c.id == t.vote.c.pair) & (t.pair.c.state == "open")
@@ -212,6 +221,15 @@ def undo(store: Store, person: Person, now: float | None = None) -> Task | None:
         opened = {"state": "open", "opened": now, "until": now + plan.lease, "draft": draft}
         connection.execute(t.assignment.update().where(t.assignment.c.id == row.assignment).values(opened))
         return _task(connection, person, plan, row.assignment)
+
+
+def pace(store: Store, person: Person) -> float | None:
+    """The median of the seconds that the person's last fifty votes took; None from fewer than five."""
+    mine = (t.vote.c.person == person.id) & t.vote.c.undone.is_(None)
+    last = sa.select(t.vote.c.seconds).where(mine).order_by(t.vote.c.id.desc()).limit(50)
+    with store.read() as connection:
+        seconds = list(connection.execute(last).scalars())
+    return statistics.median(seconds) if len(seconds) >= LEAST_PACE else None
 
 
 # Choosing a pair -----------------------------------------------------------------------------------------------------
@@ -347,7 +365,15 @@ def _task(connection: sa.Connection, person: Person, plan: Plan, number: int) ->
     )  # fmt: skip
 
 
+def _present(connection: sa.Connection, person: Person) -> None:
+    """Asked within the transaction that writes: a person may be removed in the midst of a request."""
+    wanted = (t.person.c.id == person.id) & t.person.c.token_hash.is_not(None)
+    if connection.execute(sa.select(t.person.c.id).where(wanted)).first() is None:
+        raise Removed("You are no longer among those who judge here. Ask who invited you.")
+
+
 def _own(connection: sa.Connection, person: Person, task: int) -> sa.Row[Any]:
+    _present(connection, person)
     wanted = (t.assignment.c.id == task) & (t.assignment.c.person == person.id)
     row = None
     if isinstance(task, int) and 0 < task < 2**31:  # what the column can hold

@@ -1,8 +1,13 @@
-"""What responses are compared by besides the overall preference: four criteria by default, own ones from YAML."""
+"""What responses are compared by besides the overall preference: four criteria by default, own ones from YAML.
+
+An answer is a whole number around 0: negative for the left response. A scale of five labels goes from -2 to 2, one of
+four has no middle and goes -2, -1, 1, 2; so that an answer turns its sign where the sides are swapped.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +18,7 @@ from rlhf_fast.feedback.errors import FeedbackError
 
 MOST_BYTES = 100_000  # of a file of criteria
 MOST = 20  # criteria
+MOST_LABELS = 7
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,7 @@ class Criterion:
     title: str
     description: str = ""
     examples: tuple[str, ...] = ()
-    scale: int = 3  # from -scale (left) to scale (right)
+    scale: tuple[str, ...] = ()  # labels from the left response to the right one; none: left, same, right
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"[a-z][a-z0-9_]{0,49}", self.name):
@@ -29,10 +35,22 @@ class Criterion:
         for key in ("title", "description"):
             if not isinstance(getattr(self, key), str):
                 raise FeedbackError(f"criteria: {key} of {self.name} should be text")
-        if not isinstance(self.examples, tuple) or not all(isinstance(one, str) for one in self.examples):
-            raise FeedbackError(f"criteria: examples of {self.name} should be a list of texts")
-        if isinstance(self.scale, bool) or self.scale not in (1, 2, 3):
-            raise FeedbackError(f"criteria: scale {self.scale!r:.20} of {self.name} came; expected 1, 2 or 3")
+        for key in ("examples", "scale"):
+            texts = getattr(self, key)
+            if not isinstance(texts, tuple) or not all(isinstance(one, str) and one.strip() for one in texts):
+                raise FeedbackError(f"criteria: {key} of {self.name} should be a list of texts")
+        if self.scale and not 2 <= len(self.scale) <= MOST_LABELS:
+            raise FeedbackError(
+                f"criteria: scale of {self.name} has {len(self.scale)} labels; expected 2 to {MOST_LABELS}, or none"
+            )
+        if len(set(self.scale)) < len(self.scale):
+            raise FeedbackError(f"criteria: scale of {self.name} has a label twice")
+
+    @property
+    def values(self) -> list[int]:
+        """The answers that the labels stand for, in their order."""
+        count = len(self.scale) or 3
+        return [value for value in range(-(count // 2), count // 2 + 1) if value or count % 2]
 
 
 DEFAULT = (
@@ -44,7 +62,7 @@ DEFAULT = (
 
 
 def read_criteria(path: str | Path) -> tuple[Criterion, ...]:
-    """Criteria of a YAML file: a list of `{name, title, description, examples, scale}`.
+    """Criteria of a YAML file: a list of `{name, title, description, examples, scale}`, of which the name is needed.
 
     Raises:
         FeedbackError: the file, and what is wrong with it.
@@ -72,10 +90,8 @@ def read_criteria(path: str | Path) -> tuple[Criterion, ...]:
         if unknown:
             raise FeedbackError(f"{path}: criterion {place} has an unknown key {unknown[0]!r:.60}")
         values = {"title": str(row["name"]).replace("_", " ").capitalize(), **row}
-        if isinstance(values.get("examples"), list):
-            values["examples"] = tuple(values["examples"])
         try:
-            found.append(Criterion(**values))
+            found.append(_of(values))
         except FeedbackError as error:
             raise FeedbackError(f"{path}: {error}") from None
     names = [one.name for one in found]
@@ -83,3 +99,31 @@ def read_criteria(path: str | Path) -> tuple[Criterion, ...]:
         if names.count(name) > 1:
             raise FeedbackError(f"{path}: {name} is named twice")
     return tuple(found)
+
+
+def in_force(setting: Any) -> tuple[Criterion, ...]:
+    """The criteria of a store, of its setting `criteria`."""
+    return tuple(_of(row) for row in setting) if setting else DEFAULT
+
+
+def check_answers(answers: Mapping[str, int], asked: Sequence[Criterion]) -> None:
+    """Refuse answers to what is not asked (any more), or that are not on its scale.
+
+    Raises:
+        FeedbackError: the criterion by name, with words for the annotator.
+    """
+    scales = {one.name: one.values for one in asked}
+    for name, value in answers.items():
+        if name not in scales:
+            raise FeedbackError(
+                f"The criterion {name!r:.60} is not asked (any more); asked are {', '.join(scales)}. "
+                "What you filled in is kept: go back, look at the item and save it again."
+            )
+        if value not in scales[name]:
+            values = ", ".join(map(str, scales[name]))
+            raise FeedbackError(f"The criterion {name!r:.60}: {value} came; its scale has {values}.")
+
+
+def _of(row: Mapping[str, Any]) -> Criterion:
+    lists = {key: tuple(row[key]) for key in ("examples", "scale") if isinstance(row.get(key), list)}
+    return Criterion(**{**row, **lists})

@@ -11,6 +11,10 @@ class NotYours(FeedbackError):
     """The task belongs to another person, or is none."""
 
 
+class Removed(FeedbackError):
+    """The person has been taken out of the store."""
+
+
 class Expired(FeedbackError):
     """The lease has run out and others have taken the last place of the pair."""
 

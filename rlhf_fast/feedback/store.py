@@ -32,6 +32,7 @@ MOST_TEXT = 100_000  # characters of a prompt or a response
 MOST_ANSWER = 20_000  # of a better answer, and of a draft as JSON
 MOST_COMMENT = 4_000  # of a comment or a reason
 MOST_NAME = 200
+_MARK = 16  # characters of the hash of an invitation
 _LOCK = 7_218_540_361  # the advisory lock of writes on PostgreSQL; any number that others do not use
 _MIGRATIONS = Path(__file__).parent / "migrations"
 
@@ -199,10 +200,10 @@ class Store:
             row = connection.execute(_people.where(t.person.c.token_hash == _hash(token))).first()
         return Person(*row) if row else None
 
-    def person(self, number: int) -> Person | None:
-        """The person of that number whose invitation still holds, as a login cookie names one."""
+    def person(self, number: int, mark: str) -> Person | None:
+        """The person of that number whose invitation is still the one of that mark, as a login cookie names them."""
         with self.read() as connection:
-            wanted = (t.person.c.id == number) & t.person.c.token_hash.is_not(None)
+            wanted = (t.person.c.id == number) & (sa.func.substr(t.person.c.token_hash, 1, _MARK) == mark)
             row = connection.execute(_people.where(wanted)).first()
         return Person(*row) if row else None
 
@@ -372,6 +373,11 @@ class Store:
 
 
 _people = sa.select(t.person.c.id, t.person.c.name, t.person.c.role)
+
+
+def mark_of(token: str) -> str:
+    """What tells this invitation of a person from later ones, and opens nothing."""
+    return _hash(token)[:_MARK]
 
 
 def setting_of(connection: sa.Connection, name: str, default: Any = None) -> Any:

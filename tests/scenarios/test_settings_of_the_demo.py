@@ -255,7 +255,14 @@ def test_a_setting_of_the_annotator_does_what_it_names(name: str) -> None:
 # All of them ----------------------------------------------------------------------------------------------------------
 
 
-OF_ANNOTATE = {"judgements": 2, "samples_per_model": 2, "max_new_tokens": 3, "temperature": 0.75, "seed": 5}
+OF_ANNOTATE = {
+    "judgements": 2,
+    "samples_per_model": 2,
+    "max_new_tokens": 3,
+    "temperature": 0.75,
+    "seed": 5,
+    "warnings": {"b": "of a fight"},
+}
 
 
 def test_every_setting_is_in_a_table() -> None:

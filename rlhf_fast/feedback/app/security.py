@@ -116,20 +116,25 @@ def read_secret(folder: Path, host: str, file: str = "") -> str:
 
 
 class Logins:
-    """Cookies and form tokens, both signed; a form token holds for one login alone."""
+    """Cookies and form tokens, both signed; a form token holds for one login alone.
+
+    A cookie outlives a restart, as its secret does, and names the invitation that it came by: once the person is
+    removed or has a new link, that invitation is no longer the store's and the cookie opens nothing.
+    """
 
     def __init__(self, secret: str) -> None:
         self._cookies = URLSafeTimedSerializer(secret, salt="login")
         self._key = secret.encode()
 
-    def cookie(self, person: int) -> str:
-        return str(self._cookies.dumps({"person": person, "login": secrets.token_urlsafe(12)}))
+    def cookie(self, person: int, mark: str) -> str:
+        return str(self._cookies.dumps({"person": person, "mark": mark, "login": secrets.token_urlsafe(12)}))
 
-    def read(self, cookie: str | None) -> tuple[int, str] | None:
-        """(number of the person, form token), or None for no, a forged or an old cookie."""
+    def read(self, cookie: str | None) -> tuple[int, str, str] | None:
+        """(number of the person, mark of the invitation, form token), or None for no, a forged or an old cookie."""
         try:
             value = self._cookies.loads(cookie or "", max_age=LOGIN_SECONDS)
-            return int(value["person"]), hmac.digest(self._key, f"form {value['login']}".encode(), "sha256").hex()
+            form = hmac.digest(self._key, f"form {value['login']}".encode(), "sha256").hex()
+            return int(value["person"]), str(value["mark"]), form
         except (BadData, KeyError, TypeError, ValueError):
             return None
 

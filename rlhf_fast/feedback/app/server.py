@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +20,9 @@ from rlhf_fast.feedback import assignment, criteria, exchange, quality
 from rlhf_fast.feedback.app.hostile import shown
 from rlhf_fast.feedback.app.security import COOKIE, LOGIN_SECONDS, Access, Guard, Logins, Rates
 from rlhf_fast.feedback.assignment import Judgement, Task
-from rlhf_fast.feedback.errors import FeedbackError, NotYours
-from rlhf_fast.feedback.store import Person, Store
+from rlhf_fast.feedback.criteria import Criterion
+from rlhf_fast.feedback.errors import FeedbackError, NotYours, Removed
+from rlhf_fast.feedback.store import Person, Store, mark_of
 
 _HERE = Path(__file__).parent
 
@@ -58,12 +60,16 @@ def application(
     def told(heading: str, said: str, status: int = 200, **values: Any) -> HTMLResponse:
         return page("words.html", status, heading=heading, words=said, **values)
 
-    def login(request: Request) -> tuple[Person, str]:
+    def signed_in(request: Request) -> tuple[Person, str] | None:
         known = logins.read(request.cookies.get(COOKIE))
-        person = store.person(known[0]) if known else None
-        if known is None or person is None:
+        person = store.person(*known[:2]) if known else None
+        return (person, known[2]) if known and person else None
+
+    def login(request: Request) -> tuple[Person, str]:
+        found = signed_in(request)
+        if found is None:
             raise _Refused(401, words["not_signed_in"])
-        return person, known[1]
+        return found
 
     async def form_of(request: Request) -> dict[str, str]:
         """The fields of a form whose token is the login's own."""
@@ -95,8 +101,8 @@ def application(
 
     @app.exception_handler(FeedbackError)
     def wrong(request: Request, error: FeedbackError) -> Response:
-        person, token = login(request) if logins.read(request.cookies.get(COOKIE)) else (None, "")
-        status = 404 if isinstance(error, NotYours) else 409
+        person, token = signed_in(request) or (None, "")
+        status = 404 if isinstance(error, NotYours) else 401 if isinstance(error, Removed) else 409
         return told(words["error"], str(error), status, person=person, csrf=token)
 
     @app.get("/join/{token}")
@@ -111,7 +117,7 @@ def application(
         person = store.join(token)
         answer = RedirectResponse("/guidelines", 303)
         options: dict[str, Any] = {"httponly": True, "samesite": "lax", "secure": access.is_secure}
-        answer.set_cookie(COOKIE, logins.cookie(person.id), max_age=LOGIN_SECONDS, path="/", **options)
+        answer.set_cookie(COOKIE, logins.cookie(person.id, mark_of(token)), max_age=LOGIN_SECONDS, path="/", **options)
         return answer
 
     @app.post("/leave")
@@ -135,8 +141,12 @@ def application(
     def item(who: Any, task: Task, status: int = 200, senior: bool = False, **values: Any) -> Response:
         steps = [(i - 3, label, str(i + 1)) for i, label in enumerate(words["steps"])]
         draft = {key: _yes_no(value) for key, value in task.draft.items()}
-        asked = store.setting("criteria") or criteria.DEFAULT
-        values = {"draft": draft, "problem": "", **values}
+        asked = [(one, _labels(one, words)) for one in criteria.in_force(store.setting("criteria"))]
+        warning = task.warning or (store.setting("warnings") or {}).get(task.category, "")
+        pace, left = None if senior else assignment.pace(store, who[0]), task.of - task.done
+        minutes = None if pace is None else math.ceil(left * pace / 60)
+        facts = {"warning": warning, "pace": pace, "left": left, "minutes": minutes}
+        values = {"draft": draft, "problem": "", **facts, **values}
         return page(
             "judge.html", status, person=who[0], csrf=who[1], task=task, steps=steps, criteria=asked, senior=senior,
             guidelines=guidelines(), shown_at=f"{time.time():.1f}", action="/senior" if senior else "/judge", **values,
@@ -265,6 +275,11 @@ def _judgement(form: dict[str, str]) -> Judgement:
     if not {"preference", "left_ok", "right_ok"} <= given.keys():
         raise FeedbackError("left_ok and right_ok: expected yes or no")
     return Judgement(**given)
+
+
+def _labels(one: Criterion, words: dict[str, Any]) -> list[tuple[int, str, str]]:
+    texts = one.scale or (words["left_short"], words["same_short"], words["right_short"])
+    return [(value, label, "") for value, label in zip(one.values, texts, strict=True)]
 
 
 def _yes_no(value: Any) -> Any:

@@ -14,6 +14,7 @@ pytest.importorskip("rlhf_fast.feedback.store")
 from starlette.testclient import TestClient
 
 from rlhf_fast.feedback import quality
+from rlhf_fast.feedback import tables as t
 from rlhf_fast.feedback.app.hostile import shown
 from rlhf_fast.feedback.app.security import COOKIE, MOST_BODY, Access, Logins, Rates, read_secret
 from rlhf_fast.feedback.app.server import application
@@ -81,7 +82,7 @@ def test_what_models_and_people_write_is_text(site: Site) -> None:
 
 @pytest.mark.parametrize(
     "cookie",
-    ["", "x", "eyJwZXJzb24iOjF9.aaaa.bbbb", Logins("t" * 40).cookie(1)],
+    ["", "x", "eyJwZXJzb24iOjF9.aaaa.bbbb", Logins("t" * 40).cookie(1, "a" * 16)],
     ids=["none", "no cookie", "no signature", "another secret"],
 )
 def test_a_forged_cookie_opens_nothing(site: Site, cookie: str) -> None:
@@ -93,6 +94,48 @@ def test_a_forged_cookie_opens_nothing(site: Site, cookie: str) -> None:
     ] * 4
     assert client.post("/judge", data=ANSWER).status_code == 401
     assert client.get("/join/" + "x" * 43).status_code == 404
+
+
+def test_a_session_ends_with_the_person_or_the_link_and_not_with_a_restart(site: Site, tmp_path: Path) -> None:
+    for end in (site.store.renew, site.store.remove_person):
+        client = site.joined("Ann")
+        cookie = client.cookies[COOKIE]
+        again = TestClient(application(site.store, Access(SECRET), tmp_path), base_url="http://127.0.0.1:8000")
+        again.cookies.set(COOKIE, cookie)
+        assert again.get("/").status_code == client.get("/").status_code == 200
+        end(site.store.people()[-1].id)
+        assert again.get("/").status_code == client.get("/").status_code == 401
+
+
+def test_who_is_removed_in_the_midst_of_a_request_gets_nothing(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = site.joined("Ann")
+    given, ann = fields(client), site.store.people()[-1]
+    site.store.remove_person(ann.id)
+    monkeypatch.setattr(site.store, "person", lambda number, mark: ann)  # the login had been read before
+    assert client.get("/").status_code == 401
+    for path in ("/judge", "/draft", "/away", "/undo"):
+        assert client.post(path, data={**given, **ANSWER, "act": "skip"}).status_code == 401, path
+    with site.store.read() as connection:
+        states = connection.execute(t.assignment.select()).all()
+        assert [row.state for row in states] == ["expired"] and quality.counting_votes(site.store) == []
+
+
+def test_criteria_that_are_not_in_force_are_refused_by_name(site: Site) -> None:
+    scale = ["Left", "A little left", "A little right", "Right"]
+    site.store.set_setting("criteria", [{"name": "tone", "title": "Tone", "examples": [EVIL], "scale": scale}])
+    client = site.joined("Ann")
+    text = client.get("/").text
+    assert "A little right" in text and 'name="criterion tone"' in text and "criterion honesty" not in text
+    given = {**fields(client), **ANSWER}
+    for extra, words in (
+        ({"criterion honesty": "1"}, "honesty"),
+        ({"criterion tone": "0"}, "scale has -2, -1, 1, 2"),
+    ):
+        answer = client.post("/judge", data={**given, **extra})
+        assert answer.status_code == 409 and words in answer.text
+    assert client.post("/judge", data={**given, "criterion tone": "2"}).status_code == 303
+    (vote,) = quality.counting_votes(site.store)
+    assert vote["criteria"] == {"tone": -2 if vote["swapped"] else 2}
 
 
 def test_one_person_cannot_act_for_another(site: Site) -> None:

@@ -64,25 +64,6 @@ def test_export_and_report_write_what_people_said(capsys: pytest.CaptureFixture[
     assert (tmp_path / "card.html").read_text().startswith("<!doctype html>")
 
 
-def test_a_reward_model_is_trained_on_the_export(tmp_path: Path, tiny_folder: Path) -> None:
-    from rlhf_fast.config import RewardConfig
-    from rlhf_fast.trainers.reward import RewardTrainer
-
-    store = Store(tmp_path / "votes.db")
-    store.set_plan(Plan(judgements=1, gold_share=0.0, repeat_share=0.0))
-    for i in range(24):
-        store.add_prompt(f"Question {i}?", [f"good {i}", f"bad {i}"])
-    store.invite("Ann")
-    while (task := next_task(store, Person(1, "Ann", "annotator"))) is not None:
-        side = -2 if task.left.startswith("good") else 2
-        submit(store, Person(1, "Ann", "annotator"), task.id, Judgement(side, True, False, seconds=9.0))
-    assert cli.main(["annotate", "export", str(tmp_path)]) == 0
-    assert not (tmp_path / "demonstrations.jsonl").exists()
-    config = RewardConfig(max_steps=2, batch_size=4)
-    RewardTrainer(tiny_folder, tmp_path / "comparisons.jsonl", tmp_path / "reward", config).train()
-    assert (tmp_path / "reward" / "result.json").exists()
-
-
 def test_settings_reach_the_plan_and_the_sampler(
     tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +84,7 @@ def test_settings_reach_the_plan_and_the_sampler(
     told = [(one.n, one.max_new_tokens, one.temperature, one.seed) for one in asked]
     assert told == [(2, 3, 0.75, 5), (2, 3, 0.75, 6)]
     store = Store(tmp_path / "votes" / "votes.db")
+    assert store.setting("warnings") == {"b": "of a fight"}
     with store.read() as connection:
         plan = plan_of(connection)
     assert (plan.judgements, plan.seed) == (2, 5) != (Plan().judgements, Plan().seed)

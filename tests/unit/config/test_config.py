@@ -433,6 +433,7 @@ BAD = {
         "max_new_tokens": [0],
         "temperature": [0.0],
         "seed": [-1],
+        "warnings": [{"a": 1}, {"a": " "}],
     },
     ComparisonsConfig: {
         "prompts": [-1],

@@ -24,7 +24,7 @@ from rlhf_fast.feedback import tables as t  # noqa: E402
 from rlhf_fast.feedback.errors import AlreadyDone, Expired, FeedbackError, NotYours  # noqa: E402
 from rlhf_fast.feedback.store import Person, Plan, Store  # noqa: E402
 
-GOOD = a.Judgement(1, True, False, {"honesty": -2}, seconds=9.0)
+GOOD = a.Judgement(1, True, False, {"honesty": -1}, seconds=9.0)
 
 
 def store_of(folder: Path, prompts: int, people: int, plan: Plan) -> tuple[Store, list[Person]]:
@@ -71,7 +71,7 @@ class Work(RuleBasedStateMachine):
     def take_back(self, who: int) -> None:
         task = a.undo(self.store, self.people[who], self.now)
         if task:
-            assert task.draft["preference"] == 1 and task.draft["criteria"] == {"honesty": -2}
+            assert task.draft["preference"] == 1 and task.draft["criteria"] == {"honesty": -1}
             self.seen[who] = task.id
 
     @rule()

@@ -37,7 +37,8 @@ def filled(folder: Path, says: dict[str, list[int]]) -> tuple[Store, list[Person
     for number, person in enumerate(people):
         while task := a.next_task(store, person):
             said = says[task.prompt[0]["content"]][number] * (1 if task.left == "one" else -1)
-            a.submit(store, person, task.id, a.Judgement(said, True, True, {"honesty": said}, EVIL, "better", 5.0))
+            honesty = {"honesty": (said > 0) - (said < 0)}
+            a.submit(store, person, task.id, a.Judgement(said, True, True, honesty, EVIL, "better", 5.0))
     return store, people
 
 

@@ -19,19 +19,20 @@ from rlhf_fast.feedback import assignment as a  # noqa: E402
 from rlhf_fast.feedback import tables as t  # noqa: E402
 from rlhf_fast.feedback.criteria import DEFAULT, read_criteria  # noqa: E402
 from rlhf_fast.feedback.errors import FeedbackError  # noqa: E402
-from rlhf_fast.feedback.store import Plan, Store  # noqa: E402
+from rlhf_fast.feedback.store import Plan, Store, mark_of  # noqa: E402
 
 
 def test_only_the_hash_of_a_token_is_kept(tmp_path: Path) -> None:
     store = Store(tmp_path / "votes.db")
     token = store.invite("Ann", "senior")
     person = store.join(token)
-    assert (person.name, person.role) == ("Ann", "senior") and store.person(person.id) == person
+    assert (person.name, person.role) == ("Ann", "senior") and store.person(person.id, mark_of(token)) == person
     assert store.person_of("other") is None and store.person_of("\ud800") is None
     with pytest.raises(FeedbackError, match="not valid"):
         store.join("other")
     new = store.renew(person.id)
     assert store.person_of(token) is None and store.person_of(new) == person
+    assert store.person(person.id, mark_of(token)) is None and store.person(person.id, mark_of(new)) == person
     store.close()
     files = b"".join(file.read_bytes() for file in tmp_path.iterdir())
     assert token.encode() not in files and new.encode() not in files
@@ -67,7 +68,8 @@ def test_a_store_of_a_later_version_is_refused(tmp_path: Path) -> None:
 def test_one_person_s_data_is_exported_and_removed(votes: str, tmp_path: Path) -> None:
     store = Store(tmp_path / "votes.db")
     store.add_prompt("q", ["one", "two"])
-    person = store.join(store.invite("Ann"))
+    token = store.invite("Ann")
+    person = store.join(token)
     task = a.next_task(store, person)
     assert task is not None
     a.submit(store, person, task.id, a.Judgement(1, True, True, comment="I am Ann", better_answer="mine"))
@@ -76,7 +78,7 @@ def test_one_person_s_data_is_exported_and_removed(votes: str, tmp_path: Path) -
     assert "token_hash" not in found["person"]
     store.remove_person(person.id, votes)
     after = store.export_person(person.id)
-    assert "Ann" not in str(after) and "mine" not in str(after) and store.person(person.id) is None
+    assert "Ann" not in str(after) and "mine" not in str(after) and store.person(person.id, mark_of(token)) is None
     assert after["person"]["pseudonym"] != found["person"]["pseudonym"]
     assert len(after["votes"]) == (votes == "keep")
     with store.read() as connection:
@@ -132,16 +134,19 @@ def test_what_cannot_be_right_is_refused(tmp_path: Path) -> None:
 
 def test_criteria_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "criteria.yaml"
-    file.write_text("- {name: tone, description: Warm, examples: [a], scale: 2}\n")
+    file.write_text("- {name: tone, description: Warm, examples: [a], scale: [L, M, R, S]}\n")
     (tone,) = read_criteria(file)
-    assert (tone.title, tone.examples, tone.scale) == ("Tone", ("a",), 2)
+    assert (tone.title, tone.examples, tone.scale) == ("Tone", ("a",), ("L", "M", "R", "S"))
+    assert tone.values == [-2, -1, 1, 2] and DEFAULT[0].values == [-1, 0, 1]
     assert [one.name for one in DEFAULT] == ["helpfulness", "harmlessness", "honesty", "style_fit"]
     for text, words in (
         ("- {name: Tone!}", "small letters"),
         ("- {name: a, weight: 1}", "unknown key 'weight'"),
         ("- {name: a}\n- {name: a}", "named twice"),
         ("- &x {name: a}\n- *x", "alias"),
-        ("- {name: a, scale: 9}", "expected 1, 2 or 3"),
+        ("- {name: a, scale: 9}", "scale of a should be a list of texts"),
+        ("- {name: a, scale: [one]}", "scale of a has 1 labels; expected 2 to 7"),
+        ("- {name: a, scale: [one, one]}", "a label twice"),
         ("{}", "a list of 1"),
         ("[", "not readable as YAML"),
     ):

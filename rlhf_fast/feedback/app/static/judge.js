@@ -19,6 +19,8 @@
   };
   form.addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(save, 400); });
   form.addEventListener("submit", () => { clearTimeout(waiting); form.elements.seconds.value = seconds().toFixed(1); });
+  // Enter is to save once the item is shown, and not to hide it again.
+  document.querySelector(".hidden-item")?.addEventListener("toggle", event => { if (event.target.open) document.activeElement.blur(); });
   document.addEventListener("keydown", event => {
     if (event.altKey || event.metaKey || event.repeat) return;
     const writes = event.target.matches("textarea, select, input:not([type=radio])");
@@ -28,9 +30,14 @@
     }
     if (event.key === "Enter" && event.target.matches("button, a, summary")) return;
     const at = document.querySelector('[data-key="' + CSS.escape(event.key.length === 1 ? event.key.toLowerCase() : event.key) + '"]');
-    if (!at) return;
+    // What a content warning hides is not answered by a key either; the summary itself is the button that shows it.
+    if (!at || (!at.matches("summary") && at.closest("details:not([open])"))) return;
     event.preventDefault();
-    if (at.matches("textarea")) at.focus();
-    else { at.click(); if (at.type === "radio") at.focus(); }
+    if (at.matches("textarea, input:not([type=radio])")) at.focus();
+    else {
+      at.click();
+      const next = at.matches("summary") && at.parentElement.open ? at.parentElement.querySelector("input[type=radio]") : at;
+      if (next.type === "radio" && !at.closest(".hidden-item > summary")) next.focus();
+    }
   });
 })();
