@@ -6,6 +6,7 @@ Each file here holds the settings of a few verbs, as dataclasses, and what they 
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import sys
 import warnings
@@ -123,9 +124,10 @@ def _meant(word: str) -> str:
 
 def _command(verb: str, cls: type, words: list[str]) -> Any:
     first = {"bench": "--suite", "data": "--data"}.get(verb)  # the one word that reads better without its key
-    if verb == "annotate" and words[:1] in (["export"], ["report"]):
-        folder = ["--out", words[1]] if len(words) > 1 and not words[1].startswith("-") else []
-        words = ["--action", words[0], *folder, *words[2 if folder else 1 :]]
+    if verb == "annotate" and words[:1] in (["export"], ["report"], ["import"]):
+        names = ("--action", "--out", "--votes")[: 3 if words[0] == "import" else 2]
+        plain = list(itertools.takewhile(lambda word: not word.startswith("-"), words))[: len(names)]
+        words = [part for pair in zip(names, plain, strict=False) for part in pair] + words[len(plain) :]
     if first and words and not words[0].startswith("-"):
         words = [first, *words]
     file, rest = (None, words) if verb == "doctor" else _take_config(words)  # its --config is another run's

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import socket
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from rlhf_fast.config.settings import ConfigError
 if TYPE_CHECKING:
     from rlhf_fast.feedback.store import Store
 
+FORMS = ("label-studio", "argilla", "hh", "rewardbench")
 NEEDED = ("fastapi", "uvicorn", "jinja2", "multipart", "sqlalchemy", "alembic", "itsdangerous")
 
 
@@ -25,15 +27,18 @@ class AnnotateCommand:
     `rlhf-fast annotate --out DIR --responses FILE` serves a page on this machine and prints a sign-in link for its
     owner, who invites the others. With --prompts FILE --model A,B the answers are sampled first. The same command goes
     on where it stopped. `rlhf-fast annotate export DIR` writes DIR/comparisons.jsonl for the reward and DPO trainers
-    and DIR/demonstrations.jsonl, the better answers that people wrote; `rlhf-fast annotate report DIR` a data card. For
-    people elsewhere, see docs/annotate.md.
+    and DIR/demonstrations.jsonl, the better answers that people wrote; `rlhf-fast annotate report DIR` a data card.
+    `rlhf-fast annotate import DIR FILE` adds the votes of Label Studio's or Argilla's export. For people elsewhere, see
+    docs/annotate.md.
     """
 
     out: str = ""  # folder of the votes
-    action: str = "serve"  # serve, export or report; the word behind the verb
+    action: str = "serve"  # serve, export, report or import; the word behind the verb
     responses: str = ""  # {"prompt", "responses": [...]} a line, with category and warning where known
     prompts: str = ""  # {"prompt"} a line, to be answered by --model
     model: tuple[str, ...] = ()  # folders, runs or hub names whose answers are compared: A,B
+    votes: str = ""  # export of Label Studio or Argilla to import; the word behind the folder
+    form: str = ""  # export in this one too: label-studio, argilla, hh or rewardbench
     criteria: str = ""  # YAML list of {name, title, description, examples, scale}; four by default (docs/annotate.md)
     host: str = "127.0.0.1"  # address to listen at; beyond this machine it needs a secret and --proxy
     port: int = 8000  # 0 finds a free one
@@ -46,15 +51,19 @@ class AnnotateCommand:
 def run(command: AnnotateCommand) -> None:
     if not command.out:
         raise ConfigError("--out is missing; give it the folder of the votes")
-    if command.action not in ("serve", "export", "report"):
-        raise ConfigError(f"--action: {command.action!r}; expected serve, export or report")
+    if command.action not in ("serve", "export", "report", "import"):
+        raise ConfigError(f"--action: {command.action!r}; expected serve, export, report or import")
+    if bool(command.votes) != (command.action == "import"):
+        raise ConfigError("--votes FILE and import go together: rlhf-fast annotate import DIR FILE")
+    if command.form and (command.action != "export" or command.form not in FORMS):
+        raise ConfigError(f"--form: {command.form!r}; expected one of {', '.join(FORMS)}, with annotate export DIR")
     if not 0 <= command.port < 65536:
         raise ConfigError(f"--port: {command.port}; expected 0 to 65535")
     if bool(command.prompts) != bool(command.model):
         raise ConfigError("--prompts FILE and --model A,B go together; or give --responses FILE")
     if command.prompts and command.responses:
         raise ConfigError("give either --responses FILE or --prompts FILE with --model A,B")
-    files = {name: getattr(command, name) for name in ("responses", "prompts", "criteria", "secret_file")}
+    files = {name: getattr(command, name) for name in ("responses", "prompts", "votes", "criteria", "secret_file")}
     inputs.check(file={key: file for key, file in files.items() if file})
     for name in command.model:
         inputs.check({"model": name})
@@ -62,29 +71,54 @@ def run(command: AnnotateCommand) -> None:
         raise ImportError(f"annotate needs the package {missing[0]}; pip install 'rlhf-fast[annotate]'")
     folder = Path(command.out)
     fresh = not (folder / "votes.db").exists()
-    if fresh and (command.action != "serve" or not (command.responses or command.prompts)):
+    if fresh and (
+        command.action in ("export", "report") or not (command.responses or command.prompts or command.votes)
+    ):
         raise ConfigError(f"--out: {folder} holds no votes; give --responses FILE, or --prompts FILE with --model A,B")
     from rlhf_fast.feedback.store import Store
 
     if command.action == "serve":
         _serve(command, folder)
         return
+    if command.action == "import":
+        _import(folder, command.votes)
+        return
     store = Store(folder / "votes.db")
     if command.action == "export":
-        _export(store, folder)
+        _export(store, folder, command.form)
     else:
         _report(store, folder)
 
 
-def _export(store: Store, folder: Path) -> None:
-    from rlhf_fast.feedback.exchange import comparisons, demonstrations
-    from rlhf_fast.runs.files import write_jsonl
+def _import(folder: Path, votes: str) -> None:
+    from rlhf_fast.feedback.exchange import add_votes
+    from rlhf_fast.feedback.formats import read_votes
+    from rlhf_fast.feedback.store import Store
+
+    tool, items = read_votes(votes)  # all of it is read before a store is made
+    added = add_votes(Store(folder / "votes.db"), items, tool)
+    print(f"{added.votes} new votes of {added.people} new people on {added.pairs} pairs of {tool}")
+    if added.replaced:
+        print(f"{added.replaced} votes had another answer before; the old ones are marked as undone")
+    if added.equal:
+        print(f"{added.equal} pairs of two equal responses left out")
+
+
+def _export(store: Store, folder: Path, form: str) -> None:
+    from rlhf_fast.feedback.exchange import comparisons, demonstrations, judged
+    from rlhf_fast.feedback.formats import FORMATS, VOTES
+    from rlhf_fast.runs.files import write_atomic, write_jsonl
 
     for name, rows in {"comparisons": comparisons(store), "demonstrations": demonstrations(store)}.items():
         if not rows and name == "demonstrations":  # nobody wrote a better answer
             continue
         write_jsonl(folder / f"{name}.jsonl", rows)
         print(f"{len(rows)} {name} written to {folder / name}.jsonl")
+    if form:
+        out, _ = FORMATS[form]
+        given = out(judged(store) if form in VOTES else comparisons(store))
+        write_atomic(folder / f"{form}.json", json.dumps(given, ensure_ascii=False, indent=1) + "\n")
+        print(f"{len(given)} records written to {folder / form}.json")
 
 
 def _report(store: Store, folder: Path) -> None:

@@ -1,40 +1,25 @@
-"""Comparisons in and out: files for the trainers, and the forms of Label Studio, Argilla, HH-RLHF and RewardBench.
-
-Label Studio and Argilla keep votes (`Judged`), HH-RLHF and RewardBench labels (rows of a comparisons file).
-"""
+"""Comparisons of a store in and out: files for the trainers, and votes of other tools (formats.py)."""
 
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Callable, Iterable, Sequence
+import json
+import secrets
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 
-from rlhf_fast.data.comparisons import comparison_of
-from rlhf_fast.data.messages import messages_of
-from rlhf_fast.data.rows import RecordError, Row, rows_of
+from rlhf_fast.data.rows import Row
 from rlhf_fast.feedback import tables as t
-from rlhf_fast.feedback.quality import Label, Soft, counting_votes, labels
-from rlhf_fast.feedback.store import Store
+from rlhf_fast.feedback.errors import FeedbackError
+from rlhf_fast.feedback.formats import Judged, Vote
+from rlhf_fast.feedback.quality import IMPORTED, Label, Soft, counting_votes, labels
+from rlhf_fast.feedback.store import MOST_NAME, MOST_TEXT, Store, checked_text
 
-_TURN = re.compile(r"\n\n(Human|Assistant):")
-
-
-@dataclass(frozen=True)
-class Judged:
-    """A pair with the votes on it: (annotator, preference from -3 for the first to 3 for the second, seconds)."""
-
-    prompt: list[dict[str, Any]]
-    first: str
-    second: str
-    category: str = ""
-    votes: tuple[tuple[str, int, float], ...] = ()
-
-
-# Ours ----------------------------------------------------------------------------------------------------------------
+# Out -----------------------------------------------------------------------------------------------------------------
 
 
 def comparisons(
@@ -82,7 +67,7 @@ def _row(label: Label, pair: dict[str, Any], votes: list[dict[str, Any]], heldou
                 "annotator": vote["pseudonym"],
                 "kind": vote["kind"],
                 "preference": -order * vote["preference"],  # positive for the chosen response
-                "ok": [vote["first_ok"], vote["second_ok"]][::order],
+                "ok": None if vote["arm"] == IMPORTED else [vote["first_ok"], vote["second_ok"]][::order],
                 "swapped": vote["swapped"],
                 "seconds": vote["seconds"],
                 "flags": vote["flags"],
@@ -104,20 +89,18 @@ def demonstrations(store: Store) -> list[Row]:
 
 
 def judged(store: Store) -> list[Judged]:
-    """Every open pair with its first votes, annotators by pseudonym."""
-    votes: dict[int, list[tuple[str, int, float]]] = {}
+    """Every open pair with its first votes and the decisions of seniors, annotators by pseudonym. Which side a response
+    was shown on has no place in it: the forms of other tools have none."""
+    votes: dict[int, list[Vote]] = {}
     for vote in counting_votes(store):
-        if vote["kind"] == "normal":
-            votes.setdefault(vote["pair"], []).append((vote["pseudonym"], vote["preference"], vote["seconds"]))
+        if vote["kind"] in ("normal", "adjudication"):
+            decides = vote["kind"] == "adjudication"
+            one = Vote(vote["pseudonym"], vote["preference"], vote["seconds"], vote["at"], decides)
+            votes.setdefault(vote["pair"], []).append(one)
     return [
         Judged(pair["messages"], pair["first"], pair["second"], pair["category"], tuple(votes.get(number, [])))
         for number, pair in _pairs(store).items()
     ]
-
-
-def add_pairs(store: Store, items: Iterable[Judged]) -> int:
-    """Add pairs of another tool to the queue, without their votes; returns how many."""
-    return sum(len(store.add_prompt(one.prompt, [one.first, one.second], one.category)) for one in items)
 
 
 def _pairs(store: Store) -> dict[int, dict[str, Any]]:
@@ -133,198 +116,95 @@ def _pairs(store: Store) -> dict[int, dict[str, Any]]:
         return {row.id: dict(row._mapping) for row in rows}
 
 
-# Label Studio and Argilla --------------------------------------------------------------------------------------------
+# In ------------------------------------------------------------------------------------------------------------------
 
 
-def to_label_studio(items: Sequence[Judged]) -> list[Row]:
-    """Tasks with annotations of a Pairwise tag named `side`; strength and ties go into choices named `preference`."""
-    return [
-        {
-            "data": {"prompt": one.prompt, "answer1": one.first, "answer2": one.second, "category": one.category},
-            "annotations": [
-                {"completed_by": who, "lead_time": seconds, "result": _studio_result(preference)}
-                for who, preference, seconds in one.votes
-            ],
-        }
-        for one in items
-    ]
+@dataclass(frozen=True)
+class Added:
+    """What an import has brought."""
+
+    pairs: int
+    votes: int
+    people: int
+    replaced: int  # votes that were there with another answer; the old ones are marked as undone
+    equal: int  # pairs of two equal responses, which cannot be compared and are left out
 
 
-def _studio_result(preference: int) -> list[Row]:
-    names: Row = {"from_name": "preference", "to_name": "answer1"}
-    result: list[Row] = [{**names, "type": "choices", "value": {"choices": [str(preference)]}}]
-    if preference:
-        side = "left" if preference < 0 else "right"
-        names = {"from_name": "side", "to_name": ["answer1", "answer2"]}
-        result.append({**names, "type": "pairwise", "value": {"selected": side}})
-    return result
+def add_votes(store: Store, items: Sequence[Judged], tool: str) -> Added:
+    """Add pairs of another tool with their votes; what is there already stays, so that a file may be read again.
+
+    Its annotators become people of their own, without an invitation. Their votes count as votes given here do, in the
+    order of their times; the first response is taken to have been shown on the left.
+
+    Raises:
+        FeedbackError: with the line; nothing has been added.
+    """
+    different = [one for one in items if one.first != one.second]
+    _check(different, tool)
+    numbers = [store.add_prompt(one.prompt, [one.first, one.second], one.category)[0] for one in different]
+    given = [(number, one.first, vote) for number, one in zip(numbers, different, strict=True) for vote in one.votes]
+    counts = {"people": 0, "new": 0, "replaced": 0}
+    with store.write() as connection:
+        firsts = sa.select(t.pair.c.id, t.response.c.text).where(t.pair.c.first == t.response.c.id)
+        shown = {row.id: row.text for row in connection.execute(firsts)}
+        imported = sa.select(t.person.c.name, t.person.c.id).where(t.person.c.token_hash.is_(None))
+        people = {row.name: row.id for row in connection.execute(imported)}
+        for pair, first, vote in sorted(given, key=lambda one: one[2].at):
+            name = f"{vote.annotator} ({tool})"
+            if name not in people:
+                people[name] = _add_person(connection, name)
+                counts["people"] += 1
+            found = _add_vote(connection, pair, people[name], vote, turned=shown[pair] != first)
+            if found:
+                counts[found] += 1
+    return Added(len(set(numbers)), counts["new"], counts["people"], counts["replaced"], len(items) - len(different))
 
 
-def from_label_studio(source: Any) -> list[Judged]:
-    """Pairs of Label Studio's JSON export; annotations that were cancelled are left out."""
-    return [_studio_item(row, name) for name, row in rows_of(source)]
+def _check(items: Sequence[Judged], tool: str) -> None:
+    """Refuse what the store would refuse, and second votes of a person on a pair, before anything is written."""
+    seen: dict[Any, str] = {}
+    for one in items:
+        try:
+            for text in (one.first, one.second):
+                checked_text(text, "response", MOST_TEXT)
+            prompt = json.dumps(one.prompt, sort_keys=True, ensure_ascii=False)
+            checked_text(prompt, "prompt", MOST_TEXT)
+            checked_text(one.category, "category", MOST_NAME)
+            for vote in one.votes:
+                checked_text(f"{vote.annotator} ({tool})", "annotator", MOST_NAME)
+        except FeedbackError as error:
+            raise FeedbackError(f"{one.name}: {error}") from None
+        for vote in one.votes:
+            key = (prompt, frozenset((one.first, one.second)), vote.annotator, vote.decides)
+            if key in seen:
+                raise FeedbackError(f"{one.name}: {vote.annotator} has judged this pair in {seen[key]} already")
+            seen[key] = one.name
 
 
-def _studio_item(row: Row, name: str) -> Judged:
-    data = _object(row.get("data"), "data", name)
-    votes = []
-    for one in _list(row.get("annotations", []), "annotations", name):
-        given = _object(one, "an annotation", name)
-        if given.get("was_cancelled"):
-            continue
-        who = given.get("completed_by", "")
-        who = who.get("id", "") if isinstance(who, dict) else who
-        preference: Any = None
-        for part in _list(given.get("result"), "result", name):
-            value = _object(_object(part, "a result", name).get("value"), "value", name)
-            if part.get("type") == "choices" and part.get("from_name") == "preference":
-                choices = _list(value.get("choices"), "choices", name)
-                preference = _preference(choices[0] if choices else None, name)
-            elif part.get("type") == "pairwise" and preference is None:
-                preference = {"left": -1, "right": 1}.get(str(value.get("selected")))
-        if preference is None:
-            raise RecordError(f"{name}: an annotation has no side; expected a pairwise result of left or right")
-        votes.append((str(who), preference, _seconds(given.get("lead_time"), name)))
-    return _judged(data, ("answer1", "answer2"), votes, name)
+def _add_person(connection: sa.Connection, name: str) -> int:
+    new = {"name": name, "role": "annotator", "pseudonym": f"annotator-{secrets.token_hex(6)}", "invited": time.time()}
+    return int(connection.execute(t.person.insert().values(**new).returning(t.person.c.id)).scalar_one())
 
 
-def to_argilla(items: Sequence[Judged], found: Sequence[float] = ()) -> list[Row]:
-    """Records of a rating question `preference`, with `found` (probability of the first) as suggestions."""
-    records = []
-    for place, one in enumerate(items):
-        values = [{"value": preference, "user_id": who} for who, preference, _ in one.votes]
-        suggestions: Row = {}
-        if found:
-            better = found[place]
-            suggested = {"value": -1 if better > 0.5 else 1 if better < 0.5 else 0, "score": max(better, 1 - better)}
-            suggestions["preference"] = {**suggested, "agent": "rlhf-fast"}
-        records.append(
-            {
-                "fields": {"prompt": one.prompt, "response1": one.first, "response2": one.second},
-                "metadata": {"category": one.category, "seconds": [seconds for *_, seconds in one.votes]},
-                "responses": {"preference": values},
-                "suggestions": suggestions,
-            }
-        )
-    return records
-
-
-def from_argilla(source: Any) -> list[Judged]:
-    """Pairs of records of that question; a label question of `response1`, `response2` and `tie` is read as well."""
-    return [_argilla_item(row, name) for name, row in rows_of(source)]
-
-
-def _argilla_item(row: Row, name: str) -> Judged:
-    metadata = _object(row.get("metadata") or {}, "metadata", name)
-    responses = _object(row.get("responses") or {}, "responses", name)
-    seconds = _list(metadata.get("seconds", []), "seconds", name)
-    votes = []
-    for place, one in enumerate(_list(responses.get("preference", []), "responses.preference", name)):
-        given = _object(one, "a response", name)
-        value = {"response1": -1, "response2": 1, "tie": 0}.get(str(given.get("value")), given.get("value"))
-        taken = _seconds(seconds[place] if place < len(seconds) else 0, name)
-        votes.append((str(given.get("user_id", "")), _preference(value, name), taken))
-    data = {**_object(row.get("fields"), "fields", name), "category": metadata.get("category") or ""}
-    return _judged(data, ("response1", "response2"), votes, name)
-
-
-def _judged(data: Row, sides: tuple[str, str], votes: list[tuple[str, int, float]], name: str) -> Judged:
-    texts = [data.get(side) for side in sides]
-    for side, text in zip(sides, texts, strict=True):
-        _text(text, side, name)
-    prompt, category = data.get("prompt"), data.get("category", "")
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": _text(prompt, "prompt", name)}]
-    messages = messages_of(prompt, "prompt", name)
-    return Judged(messages, str(texts[0]), str(texts[1]), _text(category, "category", name), tuple(votes))
-
-
-# HH-RLHF and RewardBench ---------------------------------------------------------------------------------------------
-
-
-def to_hh(rows: Sequence[Row]) -> list[Row]:
-    """Transcripts of comparisons; those that a transcript cannot hold are refused by number."""
-    return [_hh_row(row, f"row {place}") for place, row in enumerate(rows)]
-
-
-def _hh_row(row: Row, name: str) -> Row:
-    prompt = row["prompt"]
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    said = ""
-    for message in messages:
-        speaker = {"user": "Human", "assistant": "Assistant"}.get(message["role"])
-        if speaker is None:
-            raise RecordError(f"{name}: a message of the {message['role']}; a transcript has Human and Assistant alone")
-        said += f"\n\n{speaker}: {_spoken(message['content'], name)}"
-    return {side: f"{said}\n\nAssistant: {_spoken(row[side], name)}" for side in ("chosen", "rejected")}
-
-
-def _spoken(text: Any, name: str) -> str:
-    if not isinstance(text, str) or _TURN.search(f"\n\n{text}") or text != text.strip():
-        raise RecordError(f"{name}: a text with a turn of its own, or with space around it, would be read otherwise")
-    return text
-
-
-def from_hh(source: Any) -> list[Row]:
-    return [comparison_of(row, name).as_dict() for name, row in rows_of(source)]
-
-
-def to_rewardbench(rows: Sequence[Row]) -> list[Row]:
-    return [
-        {"prompt": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"],
-         "subset": row.get("category", ""), "id": place}
-        for place, row in enumerate(rows)
-    ]  # fmt: skip
-
-
-def from_rewardbench(source: Any) -> list[Row]:
-    found = []
-    for name, row in rows_of(source):
-        subset = _text(row.get("subset", ""), "subset", name)
-        wanted: Row = {key: row[key] for key in ("prompt", "chosen", "rejected") if key in row}
-        found.append(comparison_of({**wanted, "category": subset}, name).as_dict())
-    return found
-
-
-FORMATS: dict[str, tuple[Callable[..., list[Any]], Callable[..., list[Any]]]] = {  # name: (out, in)
-    "label-studio": (to_label_studio, from_label_studio),
-    "argilla": (to_argilla, from_argilla),
-    "hh": (to_hh, from_hh),
-    "rewardbench": (to_rewardbench, from_rewardbench),
-}
-
-
-# Checks --------------------------------------------------------------------------------------------------------------
-
-
-def _object(value: Any, key: str, name: str) -> Row:
-    if not isinstance(value, dict):
-        raise RecordError(f"{name}: {key} should be an object {{...}}, got {type(value).__name__}")
-    return value
-
-
-def _list(value: Any, key: str, name: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise RecordError(f"{name}: {key} should be a list, got {type(value).__name__}")
-    return value
-
-
-def _text(value: Any, key: str, name: str) -> str:
-    if not isinstance(value, str):
-        raise RecordError(f"{name}: {key} should be text, got {type(value).__name__}")
-    return value
-
-
-def _preference(value: Any, name: str) -> int:
-    if isinstance(value, str) and re.fullmatch(r"-?[0-3]", value):
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or abs(value) > 3:
-        raise RecordError(f"{name}: a preference of {value!r:.40} came; expected a whole number from -3 to 3")
-    return value
-
-
-def _seconds(value: Any, name: str) -> float:
-    value = 0.0 if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
-        raise RecordError(f"{name}: {value!r:.40} seconds came; expected a number of at least 0")
-    return float(value)
+def _add_vote(connection: sa.Connection, pair: int, person: int, vote: Vote, turned: bool) -> str:
+    """`new`, `replaced`, or nothing if it is there already. `turned`: the pair's first response was on the right."""
+    kind, at = "adjudication" if vote.decides else "normal", vote.at or time.time()
+    preference = -vote.preference if turned else vote.preference
+    same = (t.assignment.c.person == person) & (t.assignment.c.pair == pair) & (t.assignment.c.kind == kind)
+    task = connection.execute(sa.select(t.assignment.c.id).where(same)).scalar()
+    known = task is not None
+    if known:
+        counts = (t.vote.c.assignment == task) & t.vote.c.undone.is_(None)
+        if connection.execute(sa.select(t.vote.c.preference).where(counts)).scalar() == preference:
+            return ""
+        connection.execute(t.vote.update().where(counts).values(undone=time.time()))
+    else:
+        place = {"pair": pair, "person": person, "kind": kind, "swapped": turned, "arm": IMPORTED, "state": "done"}
+        new = t.assignment.insert().values(**place, opened=at, until=at, draft={})
+        task = connection.execute(new.returning(t.assignment.c.id)).scalar_one()
+        if kind == "normal":
+            connection.execute(t.pair.update().where(t.pair.c.id == pair).values(taken=t.pair.c.taken + 1))
+    about = {"assignment": task, "pair": pair, "person": person, "kind": kind, "swapped": turned}
+    unknown = {"first_ok": True, "second_ok": True, "criteria": {}, "comment": "", "better_answer": "", "flags": []}
+    connection.execute(t.vote.insert().values(**about, **unknown, preference=preference, seconds=vote.seconds, at=at))
+    return "replaced" if known else "new"

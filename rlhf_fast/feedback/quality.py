@@ -18,6 +18,7 @@ from rlhf_fast.statistics.sequential import Progress, enough_for_width
 from rlhf_fast.statistics.vote_model import PairVotes, fit_votes, votes_for_first
 from rlhf_fast.statistics.votes import Votes
 
+IMPORTED = "imported"  # the arm of votes that another tool has collected
 Soft = Callable[[PairVotes], np.ndarray]  # (I,): probability that the first response of each pair is the better
 
 
@@ -79,9 +80,11 @@ class Label:
 
 
 def counting_votes(store: Store) -> list[dict[str, Any]]:
-    """All votes that count, with their pair's category, gold answer and state, oldest first."""
-    columns = [*t.vote.c, t.prompt.c.category, t.pair.c.gold, t.pair.c.state, t.person.c.pseudonym]
+    """All votes that count, with category, gold answer and state of their pair and what chose it, oldest first."""
+    pair = [t.prompt.c.category, t.pair.c.gold, t.pair.c.state]
+    columns = [*t.vote.c, *pair, t.person.c.pseudonym, t.assignment.c.arm]
     wanted = (t.vote.c.undone.is_(None)) & (t.pair.c.id == t.vote.c.pair) & (t.person.c.id == t.vote.c.person)
+    wanted &= t.assignment.c.id == t.vote.c.assignment
     with store.read() as connection:
         rows = connection.execute(
             sa.select(*columns).where(wanted, t.prompt.c.id == t.pair.c.prompt).order_by(t.vote.c.id)
@@ -172,21 +175,27 @@ def labels(store: Store, soft: Soft | None = None, drop_flagged: bool = False) -
     votes = [vote for vote in counting_votes(store) if vote["state"] == "open"]
     decisions = {vote["pair"]: vote for vote in votes if vote["kind"] == "adjudication"}  # the newest one
     normal = [v for v in votes if v["kind"] == "normal" and not (drop_flagged and v["flags"])]
+    voted = {vote["pair"] for vote in normal}
+    found = [Label(pair, _decided(v), "adjudicated", 0, 0.5) for pair, v in decisions.items() if pair not in voted]
     if not normal:
-        return []
+        return sorted(found, key=lambda one: one.pair)
     given = pair_votes(normal)
     row = np.searchsorted(given.pair_names, given.pairs)
     counts = np.bincount(row)
     shares = np.bincount(row, given.first) / counts
     better = shares if soft is None else soft(given)
-    found = []
     for pair, share, probability, count in zip(given.pair_names, shares, better, counts, strict=True):
         state = "split" if share == 0.5 else "agreed"
         if int(pair) in decisions:
             state = "adjudicated"
-            probability = (1 - np.sign(decisions[int(pair)]["preference"])) / 2
+            probability = _decided(decisions[int(pair)])
         found.append(Label(int(pair), float(probability), state, int(count), float(share)))
-    return found
+    return sorted(found, key=lambda one: one.pair)
+
+
+def _decided(vote: dict[str, Any]) -> float:
+    """The probability that the first response is better, by a senior's decision."""
+    return float(1 - np.sign(vote["preference"])) / 2
 
 
 def changed(found: Sequence[Label]) -> list[Label]:

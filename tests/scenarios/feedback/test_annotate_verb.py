@@ -16,6 +16,7 @@ import uvicorn
 from rlhf_fast import cli
 from rlhf_fast.data.records import read_comparisons, read_demonstrations
 from rlhf_fast.feedback.assignment import Judgement, next_task, submit
+from rlhf_fast.feedback.formats import FORMATS
 from rlhf_fast.feedback.store import Person, Plan, Store, plan_of
 from rlhf_fast.rollout.generator import Generator
 from tests.scenarios.test_settings_of_the_demo import OF_ANNOTATE
@@ -35,8 +36,13 @@ def test_what_is_missing_is_said_before_anything_starts(
     assert "holds no votes; give --responses FILE" in refused(capsys, *out)
     assert "there is no file none.jsonl" in refused(capsys, *out, "--responses", "none.jsonl")
     assert "expected 0 to 65535" in refused(capsys, *out, "--port", "70000")
-    assert "expected serve, export or report" in refused(capsys, *out, "--action", "sell")
+    assert "expected serve, export, report or import" in refused(capsys, *out, "--action", "sell")
     assert "holds no votes" in refused(capsys, "export", str(tmp_path / "votes"))
+    assert "--votes FILE and import go together" in refused(capsys, "import", str(tmp_path / "votes"))
+    assert "there is no file none.json" in refused(capsys, "import", str(tmp_path / "votes"), "none.json")
+    assert "expected one of label-studio, argilla, hh, rewardbench" in refused(
+        capsys, "export", str(tmp_path / "votes"), "--form", "csv"
+    )
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install 'rlhf-fast[annotate]'" in refused(capsys, *out, "--responses", __file__)
     assert not (tmp_path / "votes").exists()
@@ -62,6 +68,30 @@ def test_export_and_report_write_what_people_said(capsys: pytest.CaptureFixture[
     assert cli.main(["annotate", "report", str(tmp_path)]) == 0
     assert "3 of 3 pairs judged, 3 of 3 votes" in capsys.readouterr().out
     assert (tmp_path / "card.html").read_text().startswith("<!doctype html>")
+
+
+def test_votes_of_another_tool_come_in_and_go_out(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pair = {"prompt": "Where?", "answer1": "Here.", "answer2": "There."}
+    said = [
+        {"completed_by": who, "result": [{"type": "pairwise", "from_name": "side", "value": {"selected": "left"}}]}
+        for who in (1, 2)
+    ]
+    file, out = tmp_path / "export.json", tmp_path / "votes"
+    file.write_text(json.dumps([{"data": pair, "annotations": said}]))
+    assert cli.main(["annotate", "import", str(out), str(file)]) == 0
+    assert "2 new votes of 2 new people on 1 pairs of label-studio" in capsys.readouterr().out
+    assert cli.main(["annotate", "import", str(out), str(file)]) == 0
+    assert "0 new votes of 0 new people" in capsys.readouterr().out
+    for form, kept in {"label-studio": 2, "argilla": 2, "hh": 0, "rewardbench": 0}.items():
+        assert cli.main(["annotate", "export", str(out), "--form", form]) == 0
+        _, back = FORMATS[form]
+        (item,) = back(out / f"{form}.json")
+        assert len(getattr(item, "votes", ())) == kept
+    (row,) = read_comparisons(out / "comparisons.jsonl")
+    assert (row.chosen, row.confidence) == ("Here.", 1.0)
+    file.write_text(json.dumps([{"data": pair, "annotations": [{"completed_by": 1, "result": []}]}]))
+    assert "does not say which is better (nothing)" in refused(capsys, "import", str(tmp_path / "new"), str(file))
+    assert not (tmp_path / "new").exists()
 
 
 def test_settings_reach_the_plan_and_the_sampler(

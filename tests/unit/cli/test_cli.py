@@ -100,7 +100,7 @@ KEYS = {
         parse_special_tokens seed
     """,
     "annotate": """
-        out action responses prompts model criteria host port proxy secret_file language annotate.judgements
+        out action responses prompts model votes form criteria host port proxy secret_file language annotate.judgements
         annotate.samples_per_model annotate.max_new_tokens annotate.temperature annotate.seed annotate.warnings
     """,
     "evaluate": """

@@ -1,30 +1,29 @@
-"""Labels, files of comparisons, the forms of other tools, the data card."""
+"""Labels, files of comparisons, votes of other tools in a store, the data card."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 pytest.importorskip("sqlalchemy")
 pytest.importorskip("alembic")
 
 from rlhf_fast.data.comparisons import comparison_of
 from rlhf_fast.data.records import read_demonstrations
-from rlhf_fast.data.rows import RecordError
 from rlhf_fast.feedback import assignment as a
 from rlhf_fast.feedback import exchange as e
+from rlhf_fast.feedback import formats as f
 from rlhf_fast.feedback import quality as q
 from rlhf_fast.feedback.card import card
+from rlhf_fast.feedback.errors import FeedbackError
 from rlhf_fast.feedback.store import Person, Plan, Store
 
 EVIL = "<script>alert(1)</script>"
-texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=30)
-votes = st.lists(st.tuples(texts, st.integers(-3, 3), st.floats(0, 1e6)), max_size=4).map(tuple)
-judged = st.builds(e.Judged, texts.map(lambda text: [{"role": "user", "content": text}]), texts, texts, texts, votes)
 
 
 def filled(folder: Path, says: dict[str, list[int]]) -> tuple[Store, list[Person]]:
@@ -112,58 +111,73 @@ def test_the_card_escapes_all(tmp_path: Path) -> None:
     assert card(Store(tmp_path / "empty.db")).startswith("<!doctype html>")
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.lists(judged, max_size=3))
-def test_votes_go_to_other_tools_and_back(items: list[e.Judged]) -> None:
-    for out, back in (e.FORMATS["label-studio"], e.FORMATS["argilla"]):
-        assert back(json.loads(json.dumps(out(items)))) == items
+def imported(votes: dict[str, list[tuple[str, int]]]) -> list[f.Judged]:
+    """Pairs ("one", "two") by prompt, with the votes on them in the order of their times."""
+    return [
+        f.Judged(
+            [{"role": "user", "content": prompt}], "one", "two", "support",
+            tuple(f.Vote(who, said, 4.0, 100.0 + place) for place, (who, said) in enumerate(given)), f"line {line}",
+        )
+        for line, (prompt, given) in enumerate(votes.items(), start=1)
+    ]  # fmt: skip
 
 
-plain = st.text("abc \n<&é", min_size=1, max_size=20).map(str.strip).filter(bool)
+def test_imported_votes_count_as_our_own(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    said = {f"q{n}": [(str(p), int(s)) for p, s in enumerate(rng.choice([-2, 1], 3))] for n in range(30)}
+    store = Store(tmp_path / "votes.db")
+    assert e.add_votes(store, imported(said), "argilla") == e.Added(30, 90, 3, 0, 0)
+    board = q.dashboard(store)
+    assert (board.judged, board.votes, board.wanted) == (30, 90, 90) and board.overall.raw.interval is not None
+    same = [float(np.mean([np.sign(a[1]) == np.sign(b[1]) for a, b in combinations(v, 2)])) for v in said.values()]
+    assert board.overall.raw.interval.mean == pytest.approx(np.mean(same))
+    assert [person.name for person in board.people] == [f"{p} (argilla)" for p in range(3)]
+    soft = q.labels(store, q.model_labels)
+    assert [one.share for one in soft] == [np.mean([s < 0 for _, s in votes]) for votes in said.values()]
+    rows = e.comparisons(store)
+    assert "2 (argilla)" not in card(store) and "argilla" not in json.dumps(rows)
+    for row, given in zip(rows, said.values(), strict=True):
+        assert row["chosen"] == ("one" if sum(s < 0 for _, s in given) > 1 else "two")
+        assert all(vote["ok"] is None for vote in row["provenance"]["votes"])  # nobody was asked
+    assert all(store.person(one.id, "") is None for one in store.people())  # none of them can sign in
 
 
-@settings(max_examples=40, deadline=None)
-@given(plain, plain, plain)
-def test_labels_go_to_other_tools_and_back(prompt: str, chosen: str, rejected: str) -> None:
-    row = {"prompt": [{"role": "user", "content": prompt}], "chosen": chosen, "rejected": rejected, "category": "chat"}
-    for name, lost in (("hh", ["category"]), ("rewardbench", [])):
-        out, back = e.FORMATS[name]
-        assert back(json.loads(json.dumps(out([row])))) == [{k: v for k, v in row.items() if k not in lost}]
+def test_a_file_may_be_read_again_and_a_changed_mind_replaces(tmp_path: Path) -> None:
+    store = Store(tmp_path / "votes.db")
+    store.add_prompt("q", ["two", "one"])  # the same pair, named the other way round
+    items = imported({"q": [("a", -3), ("b", 0)], "r": [("a", 2)]})
+    assert e.add_votes(store, items, "label-studio") == e.Added(2, 3, 2, 0, 0)
+    assert e.add_votes(store, items, "label-studio") == e.Added(2, 0, 0, 0, 0)
+    assert [(v["preference"], v["swapped"]) for v in q.counting_votes(store)] == [(3, True), (2, False), (0, True)]
+    assert e.add_votes(store, imported({"q": [("b", 1)]}), "label-studio").replaced == 1
+    assert sorted(v["preference"] for v in q.counting_votes(store) if v["pair"] == 1) == [-1, 3]
+    with store.read() as connection:
+        assert connection.exec_driver_sql("select count(*), sum(undone is null) from vote").one() == (4, 3)
+        assert connection.exec_driver_sql("select taken from pair order by id").all() == [(2,), (1,)]
 
 
-def test_a_text_that_a_transcript_would_split_is_refused() -> None:
-    row = {"prompt": "q", "chosen": "a\n\nHuman: b", "rejected": "c"}
-    with pytest.raises(RecordError, match="row 0: a text with a turn of its own"):
-        e.to_hh([row])
+def test_a_reviewers_answer_decides_and_is_no_vote(tmp_path: Path) -> None:
+    store = Store(tmp_path / "votes.db")
+    (one,) = imported({"q": [("a", -1), ("b", -1)]})
+    (alone,) = imported({"r": []})
+    decided = [replace(one, votes=(*one.votes, f.Vote("c", 2, 1.0, 999.0, True)))]
+    decided += [replace(alone, votes=(f.Vote("c", -3, 1.0, 999.0, True),))]
+    e.add_votes(store, decided, "label-studio")
+    first, second = q.labels(store)
+    assert (first.better, first.state, first.votes) == (0.0, "adjudicated", 2)
+    assert (second.better, second.state, second.votes) == (1.0, "adjudicated", 0)
+    assert [row["chosen"] for row in e.comparisons(store)] == ["two", "one"] and q.dashboard(store).votes == 2
+    again = [replace(one, votes=tuple(v._replace(annotator="") for v in one.votes)) for one in e.judged(store)]
+    assert again == [replace(one, votes=tuple(v._replace(annotator="") for v in one.votes)) for one in decided]
 
 
-@pytest.mark.parametrize(
-    ("name", "row", "words"),
-    [
-        ("label-studio", {}, "data should be an object"),
-        ("label-studio", {"data": {"prompt": "q", "answer1": 1, "answer2": "b"}}, "answer1 should be text, got int"),
-        (
-            "label-studio",
-            {"data": {"prompt": "q", "answer1": "a", "answer2": "b"}, "annotations": [{"result": []}]},
-            "has no side",
-        ),
-        ("argilla", {"fields": []}, "fields should be an object"),
-        (
-            "argilla",
-            {
-                "fields": {"prompt": "q", "response1": "a", "response2": "b"},
-                "responses": {"preference": [{"value": 9}]},
-            },
-            "preference of 9 came",
-        ),
-        ("hh", {"chosen": "x", "rejected": "y"}, "Human:"),
-        ("rewardbench", {"prompt": "q", "chosen": "a"}, "rejected"),
-    ],
-)
-def test_a_broken_record_is_refused_with_its_line(
-    name: str, row: dict[str, object], words: str, tmp_path: Path
-) -> None:
-    file = tmp_path / "in.jsonl"
-    file.write_text("\n" + json.dumps(row) + "\n")
-    with pytest.raises(RecordError, match=rf"in.jsonl line 2: .*{words}"):
-        e.FORMATS[name][1](file)
+def test_what_cannot_be_added_is_named_before_anything_is(tmp_path: Path) -> None:
+    store = Store(tmp_path / "votes.db")
+    good, twice, long = imported({"q": [("a", 1)], "r": [], "s": []})
+    again = replace(good, first="two", second="one", name="line 9")
+    with pytest.raises(FeedbackError, match="line 9: a has judged this pair in line 1 already"):
+        e.add_votes(store, [good, again], "argilla")
+    with pytest.raises(FeedbackError, match="line 3: response: 100001 characters came"):
+        e.add_votes(store, [good, replace(long, first="x" * 100_001)], "argilla")
+    assert q.dashboard(store).pairs == 0
+    assert e.add_votes(store, [replace(twice, second="one")], "argilla") == e.Added(0, 0, 0, 0, 1)
