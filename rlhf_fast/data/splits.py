@@ -1,4 +1,4 @@
-"""Hold data out to measure on: by the rows' own `split`, else by share."""
+"""Split data into rows to train on and rows held out to measure on: by their own `split`, else by a share."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ Item = TypeVar("Item")
 
 
 def other_splits(splits: Sequence[str]) -> set[str]:
-    """Select the splits that are held out: all but train; a row without one is trained on."""
+    """Select the splits that are held out: all but "train" and "", that of a row without a split."""
     return set(splits) - {"", "train"}
 
 
 def split_as_labelled(
     items: Sequence[Item], others: Sequence[set[str]], what: str, least: int
 ) -> tuple[list[Item], list[Item]]:
-    """(training, held-out) items: held out are those of which any row is of another split than train; nothing is, if
-    none is.
+    """Split items as (training, held-out) by the splits that their rows name.
+
+    An item is held out if any of its rows is of another split than train; so nothing is held out if none is.
 
     Args:
-        others: the splits besides train that the rows of each item name.
-        what: items are called that in the error.
-        least: that many must be held out.
+        others: for each item, the splits besides train that its rows name.
+        what: what the items are, for the error: "prompts".
+        least: the fewest that may be held out, if any are.
 
     Raises:
-        ValueError: nothing is left to train on, or less than `least` is held out.
+        ValueError: nothing is left to train on, or fewer than `least` are held out.
     """
     training = [item for item, named in zip(items, others, strict=True) if not named]
     heldout = [item for item, named in zip(items, others, strict=True) if named]
@@ -44,7 +45,10 @@ def split_as_labelled(
 
 
 def split_heldout(items: Sequence[Item], share: float, seed: int, least: int = 1) -> tuple[list[Item], list[Item]]:
-    """(training, held-out) items: at least one to train on, and at least `least` held out; none for a share of 0.
+    """Split items at random as (training, held-out): at least one to train on, and at least `least` held out.
+
+    Args:
+        share: of the items that are held out; 0: none, and the items keep their order.
 
     Raises:
         ValueError: too few items for that, or a share that is not between 0 and 1.
@@ -64,17 +68,22 @@ def split_heldout(items: Sequence[Item], share: float, seed: int, least: int = 1
 
 
 def require_heldout(heldout: Sequence[Item], patience: int | None) -> None:
-    """Refuse to wait for a measure that nothing is held out for."""
+    """Refuse early stopping (`patience`) where nothing is held out to measure.
+
+    Raises:
+        ValueError: it is set, and nothing is held out.
+    """
     if patience is not None and not heldout:
         raise ValueError(
             f"patience: {patience}, but nothing is held out to measure; set heldout above 0, or leave patience out"
         )
 
 
-def labelled(training: Sequence[Item], heldout: Sequence[Item], apart: bool = False) -> list[Item]:
-    """Records of one source to train on and of another to measure on, whatever splits they name.
+def label_splits(training: Sequence[Item], heldout: Sequence[Item], apart: bool = False) -> list[Item]:
+    """Label records of two sources by their source: "train" and "heldout", whatever splits they name.
 
-    A prompt in both is warned of; with `apart`, as comparisons are split by prompts, its records are not trained on.
+    A prompt that is in both is warned of; with `apart`, for comparisons, which are split by prompt, its records are not
+    trained on.
 
     Raises:
         ValueError: nothing is left to train on.
@@ -85,7 +94,10 @@ def labelled(training: Sequence[Item], heldout: Sequence[Item], apart: bool = Fa
         asked = {_prompt(record) for record in others}
         records = [record for record in training if _prompt(record) not in asked]
         if not records:
-            raise ValueError("heldout_data: it has every prompt of the data, so that nothing is left to train on")
+            raise ValueError(
+                "heldout_data: it has every prompt of the data, so that nothing is left to train on; "
+                "expected other prompts"
+            )
         if left := len(training) - len(records):
             warnings.warn(
                 f"{left} of {len(training)} rows are not trained on, as heldout_data has their prompts", stacklevel=3
@@ -96,13 +108,13 @@ def labelled(training: Sequence[Item], heldout: Sequence[Item], apart: bool = Fa
 
 
 def split_prompts(prompts: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """(training, held-out) prompts as their column `split` says."""
+    """Split prompts as (training, held-out) by their column `split`; errors as for `split_as_labelled`."""
     others = [other_splits([str(prompt.columns.get("split") or "")]) for prompt in prompts]
     return split_as_labelled(prompts, others, "prompts", least=1)
 
 
 def warn_of_shared(training: Sequence[Any], heldout: Sequence[Any]) -> None:
-    """Warn of records to measure on whose prompts are trained on."""
+    """Warn of held-out records whose prompts are trained on."""
     asked = {_prompt(record) for record in training} if heldout else set()
     shared = sum(_prompt(record) in asked for record in heldout)
     if shared:
@@ -114,7 +126,7 @@ def warn_of_shared(training: Sequence[Any], heldout: Sequence[Any]) -> None:
 
 
 def _prompt(record: Any) -> str:
-    """The same for records of the same prompt, a text or the messages that say as much."""
+    """Key a record by its prompt; a text and the user's message that says the same have one key."""
     prompt = record.prompt
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return json.dumps(messages, sort_keys=True)

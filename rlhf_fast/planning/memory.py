@@ -234,9 +234,9 @@ def loss(config: TrainerConfig, made: Models, batch: Batch) -> torch.Tensor:
     pairs = Pairs([], chosen, chosen + 1, margins, confidences)
     if isinstance(config, DPOConfig):
         reference = torch.zeros(sequences)
-        return dpo.batch_loss(config, made.policy, batch, pairs, reference, len(chosen), labelled=False)[0]
+        return dpo.batch_loss(config, made.policy, batch, pairs, reference, len(chosen), graded=False)[0]
     weights = torch.ones(config.heads * len(chosen)) if config.heads > 1 else None
-    return reward.batch_loss(config, made.policy, batch, pairs, len(chosen), weights=weights, unsure=False)[0]
+    return reward.batch_loss(config, made.policy, batch, pairs, len(chosen), weights=weights, soft_labels=False)[0]
 
 
 def kv_bytes_per_token(shape: PreTrainedConfig, dtype: torch.dtype) -> int:

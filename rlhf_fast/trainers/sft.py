@@ -17,7 +17,7 @@ from rlhf_fast.config import SFTConfig, settings
 from rlhf_fast.data.batches import Batch
 from rlhf_fast.data.conversations import Tokenized, batch_of, microbatches_of_conversations
 from rlhf_fast.data.records import Demonstration, PromptRecord, Source, prompt_text, read_demonstrations
-from rlhf_fast.data.splits import labelled, other_splits, require_heldout, split_as_labelled, split_heldout
+from rlhf_fast.data.splits import label_splits, other_splits, require_heldout, split_as_labelled, split_heldout
 from rlhf_fast.data.tokenize import tokenize_record
 from rlhf_fast.models.adapters import Model
 from rlhf_fast.models.forward import unwrapped
@@ -37,13 +37,24 @@ Encoded = tuple[Tokenized, ...]  # one demonstration: a conversation, or one for
 
 
 def build(config: SFTConfig, shape: PreTrainedConfig) -> Model:
-    """The model that a run of these settings trains, of random weights: on the meta device of none."""
+    """Build the model that a run of SFT trains, from its configs alone.
+
+    Args:
+        shape: transformers' config of the model.
+
+    Returns:
+        The model with random weights, or within `torch.device("meta")` with shapes and no memory.
+    """
     model = models.from_shape(shape, getattr(torch, config.dtype))
     return made_ready(models.trainable(model, config.lora, config.seed), config)
 
 
 def batch_loss(model: Model, batch: Batch, denominator: int) -> torch.Tensor:
-    """Cross-entropy of one micro-batch's learned tokens, summed and divided by those of the whole batch."""
+    """Compute the cross-entropy of one micro-batch's learned tokens: float32 of shape ().
+
+    Args:
+        denominator: learned tokens of the whole batch, by which the sum is divided.
+    """
     states, head = models.response_states(model, batch), models.output_head(model)
     return ops.linear_cross_entropy(
         states, head.weight, batch.response_tokens, denominator=denominator, **head.options()
@@ -51,17 +62,18 @@ def batch_loss(model: Model, batch: Batch, denominator: int) -> torch.Tensor:
 
 
 class SFTTrainer:
-    """Teach a model to answer as demonstrations do.
+    """Trainer of a model by supervised fine-tuning, to answer as demonstrations do.
 
     Args:
         model: a checkpoint, hub name or `smollm2-135m`.
         data: demonstrations (see data/records.py).
         out: the run's folder.
-        heldout_data: measured on and never trained on, in place of a share of the data or its own splits.
-        monitors: are asked after every step (trainers/loop/monitor.py).
+        config: settings, or a dict of them; None: the defaults.
+        heldout_data: demonstrations to measure on and never train on, in place of a share of the data or its splits.
+        monitors: callables that are asked after every step (trainers/loop/monitor.py).
 
     Raises:
-        ValueError: a row that cannot be used, before anything is written.
+        ValueError, TypeError, OSError: a setting, a row or a folder that cannot be used, before anything is written.
     """
 
     def __init__(
@@ -79,7 +91,7 @@ class SFTTrainer:
         self.monitors = monitors
         demonstrations = read_demonstrations(data)
         if heldout_data is not None:
-            demonstrations = labelled(demonstrations, read_demonstrations(heldout_data))
+            demonstrations = label_splits(demonstrations, read_demonstrations(heldout_data))
         loaded, self.tokenizer = models.load(model, getattr(torch, config.dtype))
         self.config = config = use_settings(config, "sft", out, self.tokenizer)
         self.model = made_ready(models.trainable(loaded, config.lora, config.seed), config)
@@ -95,7 +107,7 @@ class SFTTrainer:
         if not heldout:
             training, heldout = split_heldout(encoded, config.heldout, config.seed)
         require_heldout(heldout, config.patience)
-        self.training, self.heldout = [of for _, of in training], [of for _, of in heldout]
+        self.training, self.heldout = [item for _, item in training], [item for _, item in heldout]
         self.asked = [
             PromptRecord(d.prompt, name=d.name, tools=d.tools, template_kwargs=d.template_kwargs)
             for d, _ in heldout[: config.samples]
@@ -128,7 +140,8 @@ class SFTTrainer:
         models.save(folder, self.model, self.tokenizer)
 
     def _losses(self, demonstrations: Sequence[Encoded]) -> Iterator[tuple[torch.Tensor, Stats]]:
-        conversations = [conversation for of in demonstrations for conversation in of]
+        """Yield the loss of each micro-batch of these demonstrations, divided by the learned tokens of all of them."""
+        conversations = [conversation for demonstration in demonstrations for conversation in demonstration]
         lengths, learned = map(len, conversations), sum(conversation.learned for conversation in conversations)
         for group, packed in microbatches_of_conversations(list(lengths), self.budget.tokens, self.longest_packed):
             batch = batch_of([conversations[i] for i in group], self.model.device, packed)
@@ -136,7 +149,7 @@ class SFTTrainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Loss in nats a token, and perplexity, on the held-out demonstrations."""
+        """Measure the loss, in nats per token, and the perplexity on held-out demonstrations; {} if there are none."""
         if not self.heldout:
             return {}
         loss = self.budget.spend("sft, evaluation", lambda: sum(float(loss) for loss, _ in self._losses(self.heldout)))
@@ -152,7 +165,7 @@ class SFTTrainer:
             return None
 
     def _sample(self, run: RunFolder, step: int) -> None:
-        """The likeliest answers to a few held-out prompts, for people to read. Nothing random, nothing kept."""
+        """Log greedy answers to a few held-out prompts as samples of the run; the generator's memory is released."""
         if self.generator is None:
             return
         limit = getattr(unwrapped(self.model).config.get_text_config(), "max_position_embeddings", None) or sys.maxsize

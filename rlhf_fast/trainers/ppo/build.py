@@ -1,4 +1,4 @@
-"""What PPO is made of, made in order: prompts and names are looked at before a model is loaded, which takes longest."""
+"""Build the parts of a PPO run: its prompts, its reward, and its networks (policy, reference, critic)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,12 @@ from rlhf_fast.trainers.ppo.critic import Critic, critic_of_shape, make_critic
 Prompts = Source | Sequence[PromptRecord]
 
 
-def read_both(prompts: Prompts, heldout_data: Prompts | None) -> tuple[list[PromptRecord], list[PromptRecord]]:
-    """The prompts to learn from, and those that are only measured on."""
+def read_prompt_splits(prompts: Prompts, heldout_data: Prompts | None) -> tuple[list[PromptRecord], list[PromptRecord]]:
+    """Read prompts as (training, held-out), by their column `split`; all of `heldout_data` is held out.
+
+    Raises:
+        RecordError: a row that cannot be used; names the file and the line.
+    """
     learned, heldout = split_prompts(read_prompts(prompts))
     heldout += [] if heldout_data is None else read_prompts(heldout_data)
     warn_of_shared(learned, heldout)
@@ -29,12 +33,20 @@ def read_both(prompts: Prompts, heldout_data: Prompts | None) -> tuple[list[Prom
 
 
 def require_prompts(prompts: Sequence[PromptRecord], config: PPOConfig) -> None:
-    """Raise ValueError where there are too few for a step."""
+    """Require as many prompts as a step takes.
+
+    Raises:
+        ValueError: there are fewer.
+    """
     if len(prompts) < config.prompts_per_step:
-        raise ValueError(f"ppo.prompts_per_step: {config.prompts_per_step}, but there are only {len(prompts)} prompts")
+        raise ValueError(
+            f"ppo.prompts_per_step: {config.prompts_per_step}, but there are only {len(prompts)} prompts to train on; "
+            "lower it, or give more prompts"
+        )
 
 
 def make_reward(reward: Reward, config: PPOConfig) -> Rewards:
+    """Resolve what a run is rewarded by, with its settings; errors as for `resolve_reward`."""
     return resolve_reward(
         reward,
         config.min_reward_agreement,
@@ -47,11 +59,12 @@ def make_reward(reward: Reward, config: PPOConfig) -> Rewards:
 
 
 def reward_tokenizers(reward: Rewards) -> list[Any]:
+    """List the tokenizers of all reward models in a reward."""
     return [part.function.tokenizer for part in reward.parts if isinstance(part.function, RewardModel)]
 
 
 class Models(NamedTuple):
-    """The networks of PPO, which share the weights that nobody trains."""
+    """Networks of a PPO run, which share their frozen weights."""
 
     policy: Model
     reference: Model  # the policy as it is at the start, frozen
@@ -59,18 +72,25 @@ class Models(NamedTuple):
 
 
 def build(config: PPOConfig, shape: PreTrainedConfig, rewards: Sequence[PreTrainedConfig] = ()) -> Models:
-    """The networks of a run of these settings, of random weights: on the meta device of none.
+    """Build the networks of a PPO run, from their configs alone.
 
     Args:
-        rewards: of the reward models, from the first of which a critic may start.
+        shape: transformers' config of the policy.
+        rewards: those of the reward models; a critic that starts from one starts from the first.
+
+    Returns:
+        Networks with random weights, or within `torch.device("meta")` with shapes and no memory.
 
     Raises:
-        ValueError: a critic is to start from a reward model, and there is none.
+        ValueError: `ppo.critic` is "reward", and `rewards` is empty.
     """
 
     def from_reward() -> Critic:
         if not rewards:
-            raise ValueError("ppo.critic: 'reward' starts from a reward model's checkpoint, and there is none")
+            raise ValueError(
+                "ppo.critic: 'reward' starts from a reward model's checkpoint, and the run's reward has none; expected "
+                "'shared' or 'separate', or a reward model in the reward"
+            )
         return critic_of_shape(rewards[0], config)
 
     needs_critic = ADVANTAGES[config.advantage].needs_critic
@@ -78,7 +98,15 @@ def build(config: PPOConfig, shape: PreTrainedConfig, rewards: Sequence[PreTrain
 
 
 def make_models(loaded: Model, config: PPOConfig, needs_critic: bool, from_reward: Callable[[], Critic]) -> Models:
-    """Policy, reference and, if the advantage needs one, critic, from the loaded checkpoint of the policy."""
+    """Make policy, reference and critic from the loaded checkpoint of the policy.
+
+    Args:
+        needs_critic: the advantage takes a critic's values; without, the critic is None.
+        from_reward: makes a critic from a reward model, for `ppo.critic` "reward".
+
+    Raises:
+        ValueError: the policy cannot be trained on sequences of `ppo.max_length` tokens.
+    """
     policy = models.trainable(loaded, config.lora, config.seed)
     models.require_reach(policy, config.max_length)
     reference = models.frozen_copy(policy)

@@ -37,7 +37,7 @@ from rlhf_fast.trainers.ppo.build import (
     Prompts,
     make_models,
     make_reward,
-    read_both,
+    read_prompt_splits,
     require_prompts,
     reward_tokenizers,
 )
@@ -91,7 +91,7 @@ class PPOTrainer:
             advantage=advantage, loss=own_loss, heldout_data=heldout_data,
         )  # fmt: skip
         self.monitors = monitors
-        learned, heldout = read_both(prompts, heldout_data)
+        learned, heldout = read_prompt_splits(prompts, heldout_data)
         require_prompts(learned, config)
         if isinstance(reward, str | Path):
             reward_names.check(str(reward))
@@ -184,8 +184,8 @@ class PPOTrainer:
         """Take one optimiser step on the clipped loss of a minibatch, these rows of a step's experience; return its
         statistics."""
         batch = [experience.examples[row] for row in rows]
-        warming = step <= self.config.critic_warmup
-        row = learn(run, step, batch, lambda: self._losses(experience, rows, warming), self.optimizer, self.budget)
+        critic_only = step <= self.config.critic_warmup
+        row = learn(run, step, batch, lambda: self._losses(experience, rows, critic_only), self.optimizer, self.budget)
         if self.optimizer.steps == 1:
             check_first_update({**row, **critic_metrics(experience)}, self.dtype)
         return row
@@ -201,11 +201,11 @@ class PPOTrainer:
         return limit is not None and bool(updates) and updates[-1]["approx_kl_k3"] > limit
 
     def _losses(
-        self, experience: Experience, rows: list[int], warming: bool = False
+        self, experience: Experience, rows: list[int], critic_only: bool = False
     ) -> Iterator[tuple[torch.Tensor, Stats]]:
-        """Loss and statistics of each micro-batch of a minibatch, all divided by what divides the minibatch's.
+        """Yield loss and statistics of each micro-batch of a minibatch, all with the minibatch's divisor.
 
-        While `warming`, the critic's part alone has a gradient, in the critic alone.
+        With `critic_only` (critic warm-up) only the value loss has a gradient, and only in the critic's own weights.
         """
         examples = experience.examples
         divisor = Divisor.of(self.config, [len(examples[row].response) for row in rows])
@@ -224,10 +224,10 @@ class PPOTrainer:
                 denominator=divisor.denominator,
                 kl_coef=self.kl_controller.coef,
                 advantage_sums=experience.advantage_sums,
-                warming=warming,
+                critic_only=critic_only,
                 function=self.loss,
             )
-            stats = divisor.of_minibatch(stats, self.config, len(batch.response_tokens))
+            stats = divisor.rescale(stats, self.config, len(batch.response_tokens))
             yield loss, {name: x for name, x in stats.items() if name in logged or name not in STATS}
 
     def _save(self, folder: Path) -> None:

@@ -25,7 +25,7 @@ def trainer(folder: Path, out: Path, **options: object) -> DPOTrainer:
 def test_the_first_loss_is_ln_2(tiny_folder: Path, tmp_path: Path) -> None:
     """Policy and reference are the same at the start, whatever the pairs."""
     dpo = trainer(tiny_folder, tmp_path)
-    dpo._remember_reference()
+    dpo._score_with_reference()
     evaluated = dpo.evaluate()
     assert evaluated["heldout_loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert evaluated["heldout_margin"] == pytest.approx(0.0, abs=1e-4)
@@ -39,7 +39,7 @@ def test_the_first_loss_is_that_of_the_margin_where_all_pairs_have_it(
 ) -> None:
     rows = [{**row, **labels} for row in ROWS[:8]]
     dpo = DPOTrainer(tiny_folder, rows, tmp_path, DPOConfig(lora=LoRAConfig(r=4)))
-    dpo._remember_reference()
+    dpo._score_with_reference()
     assert dpo.evaluate()["heldout_loss"] == pytest.approx(expected, abs=1e-5)
 
 
@@ -48,7 +48,7 @@ def test_the_loss_is_the_papers(loss: str, tiny_folder: Path, tmp_path: Path) ->
     """Of h = (log pi_w - log ref_w) - (log pi_l - log ref_l), summed over response tokens in float64; of IPO means."""
     e = 0.1 if loss == "robust" else 0.0
     dpo = trainer(tiny_folder, tmp_path, beta=0.3, loss=loss, label_smoothing=e)
-    dpo._remember_reference()
+    dpo._score_with_reference()
     for name, parameter in dpo.model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -105,14 +105,14 @@ def test_margins_and_confidences_are_in_the_loss(loss: str, tiny_folder: Path, t
     rows = [{**row, "confidence": [1.0, 0.5, 0.8][i % 3], "margin": 0.4 * (i % 2)} for i, row in enumerate(ROWS[:9])]
     config = DPOConfig(lora=LoRAConfig(r=4), beta=beta, loss=loss, label_smoothing=e, heldout=0.3)  # type: ignore[arg-type]
     dpo = DPOTrainer(tiny_folder, rows, tmp_path, config)
-    dpo._remember_reference()
+    dpo._score_with_reference()
     for name, parameter in dpo.model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(3))
     pairs = join(dpo.training, "cpu")
     with torch.no_grad():
         now = batch_logprobs(dpo.config, dpo.model, pad(pairs.examples)).double()
-    h = now - torch.tensor([dpo.reference[example] for example in pairs.examples]).double()
+    h = now - torch.tensor([dpo.reference_logprobs[example] for example in pairs.examples]).double()
     x, c = beta * (h[pairs.chosen] - h[pairs.rejected]), pairs.confidences.double()
     assert pairs.margins.any() and (c < 1).any() and float(x.abs().min()) > 1e-5  # no tie, in float32
 
@@ -141,7 +141,7 @@ def test_a_guess_has_no_gradient_at_the_start(tiny_folder: Path, tmp_path: Path)
     """Of a confidence of one half both orders pull alike."""
     rows = [{**row, "confidence": 0.5} for row in ROWS[:6]]
     dpo = DPOTrainer(tiny_folder, rows, tmp_path, DPOConfig(lora=LoRAConfig(r=4)))
-    dpo._remember_reference()
+    dpo._score_with_reference()
     for loss, _ in dpo._losses(dpo.training):
         loss.backward()
     assert all(p.grad is None or float(p.grad.abs().max()) < 1e-7 for p in dpo.model.parameters())

@@ -151,7 +151,7 @@ def test_certain_comparisons_have_the_loss_of_comparisons_without_confidence(tin
     plain = RewardTrainer(tiny_folder, ROWS[:9], tmp_path, RewardConfig(heldout=0.3))
     certain = [{**row, "confidence": 1.0} for row in ROWS[:9]]
     assert torch.equal(losses(plain), losses(RewardTrainer(tiny_folder, certain, tmp_path, RewardConfig(heldout=0.3))))
-    plain.unsure = True  # the long way, with weights 1 and 0
+    plain.soft_labels = True  # the long way, with weights 1 and 0
     torch.testing.assert_close(losses(plain), losses(RewardTrainer(tiny_folder, certain, tmp_path, plain.config)))
 
 

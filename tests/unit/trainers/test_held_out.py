@@ -101,7 +101,7 @@ def test_heads_resample_the_comparisons_of_a_single_prompt(tiny_folder: Path, tm
     """A prompt's own weight is the same for all of them, and may be 0 for a head, which would learn nothing."""
     with pytest.warns(UserWarning, match="too few to hold some out"):
         trainer = MAKERS["reward"](tiny_folder, ONE, tmp_path, heads=3)
-    weights = trainer._resampled(trainer.training).view(3, -1)
+    weights = trainer._resample_weights(trainer.training).view(3, -1)
     assert all(len(set(head.tolist())) > 1 for head in weights) and not torch.equal(weights[0], weights[1])
     prompt, chosen, _ = next(trainer.training[0].sides())
     assert poisson_weight(0, 1, prompt) == poisson_weight(0, 1, prompt, ())

@@ -126,7 +126,7 @@ def test_the_micro_batch_does_not_change_the_gradient(method: str, r: int, tiny_
         elif method == "dpo":
             trainer = DPOTrainer(tiny_folder, COMPARISONS, tmp_path, DPOConfig(lora=lora, optim=optim))
             trainer.shared *= sharing
-            trainer._remember_reference()
+            trainer._score_with_reference()
             losses = trainer._losses(trainer.training)
         else:
             trainer = PPOTrainer(
