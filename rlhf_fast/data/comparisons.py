@@ -44,6 +44,7 @@ class Comparison:
     messages: tuple[list[Message], list[Message]] | None = None  # chosen and rejected, where either is more than a text
     tools: Tools | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+    votes: tuple[tuple[str, float], ...] = ()  # that the label is made of: (annotator, above 0 for the chosen answer)
 
     @property
     def answers(self) -> tuple[Answer, Answer]:
@@ -98,7 +99,22 @@ def comparison_of(row: Row, name: str) -> Comparison:
     annotator, category, split = (label_of(row, key, name) for key in ("annotator", "category", "split"))
     labels = (annotator, category, ratings, _confidence(row, name), split, name)
     prompt = with_system(prompt, row, name)
-    return Comparison(prompt, texts[0], texts[1], float(margin), *labels, messages, *template_fields(row, name))
+    fields = template_fields(row, name)
+    return Comparison(prompt, texts[0], texts[1], float(margin), *labels, messages, *fields, _votes(row, name))
+
+
+def _votes(row: Row, name: str) -> tuple[tuple[str, float], ...]:
+    """The single votes that `annotate export` writes beside a label, without decisions of seniors."""
+    provenance = row.get("provenance")
+    votes = provenance.get("votes") if isinstance(provenance, dict) else None
+    found = []
+    for vote in votes if isinstance(votes, list) else []:
+        who, preference = (vote.get(key) if isinstance(vote, dict) else None for key in ("annotator", "preference"))
+        if not isinstance(who, str) or isinstance(preference, bool) or not isinstance(preference, int | float):
+            raise RecordError(f"{name}: a vote of its provenance needs an annotator and a preference")
+        if vote.get("kind") != "adjudication":
+            found.append((who, float(preference)))
+    return tuple(found)
 
 
 def _confidence(row: Row, name: str) -> float:

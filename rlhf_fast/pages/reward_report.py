@@ -60,7 +60,7 @@ def _page(run: Path, report: Figures, given: Interval | None, source: str) -> st
     if "accuracy" not in report:  # nothing was held out
         return whole_page(esc(run.resolve().name), _unmeasured(report, run.resolve().name))
     known = given or _interval(report["people"]["agreement"])
-    reach = _reach(known, source) if known else ""
+    reach = _reach(known, source, report["people"].get("model_on_votes")) if known else ""
     curve = _rows(run / "metrics.jsonl")
     samples = _rows(run / "samples.jsonl")
     sections = {
@@ -99,15 +99,16 @@ def _agreed(value: Mapping[str, Any]) -> Interval:
     return interval
 
 
-def _reach(agreement: Interval, source: str) -> str:
-    """What agreement lets any model reach, as the last line of the accuracy's card."""
+def _reach(agreement: Interval, source: str, on_votes: Figures | None) -> str:
+    """What agreement lets any model reach on single votes, as the last line of the accuracy's card."""
     found = ceiling(agreement)
     by = f" ({esc(source)})" if source else ""
     ends = ""
     if agreement.low < agreement.high:
         ends = f", or {fmt(found.least, 0, unit='%')} to {fmt(found.most, 0, unit='%')} by its interval"
+    of_votes = f"Of single votes it agrees with {fmt(on_votes['mean'], 0, unit='%')}. " if on_votes else ""
     return (
-        f"<span>People agree on {fmt(agreement.mean, 0, unit='%')}{by}: a model of the majority reaches "
+        f"<span>{of_votes}People agree on {fmt(agreement.mean, 0, unit='%')}{by}: a model of the majority reaches "
         f"{fmt(found.low, 0, unit='%')} to {fmt(found.high, 0, unit='%')}{ends}</span>"
     )
 

@@ -57,8 +57,9 @@ def measure(heldout: Heldout, everything: Sequence[Comparison]) -> dict[str, Any
     right = agrees(heldout.difference)
     accuracy = clustered_share(right, heldout.prompts)
     length = length_figures(heldout)
-    people = people_figures(everything)
+    people = people_figures(everything) | {"model_on_votes": on_votes(heldout)}
     verdict, notes = judge(accuracy, length, len(np.unique(heldout.prompts)))
+    notes += beyond_people(people)
     return {
         "verdict": verdict,
         "notes": notes,
@@ -214,21 +215,49 @@ def head_figures(heldout: Heldout) -> dict[str, Any] | None:
     }
 
 
+def on_votes(heldout: Heldout) -> dict[str, Any] | None:
+    """Measure with which share of the single votes the model agrees, ties left out: a label made of several has less
+    noise, and people's agreement says what can be reached on votes. None where no votes are known."""
+    rows = heldout.comparisons
+    shares = [[float(sign > 0) for _, sign in row.votes if sign] for row in rows]
+    known = [i for i, share in enumerate(shares) if share]
+    chosen = np.array([np.mean(shares[i]) for i in known])
+    right = agrees(heldout.difference)[known]
+    return _interval(right * chosen + (1 - right) * (1 - chosen), heldout.prompts[known])
+
+
+def beyond_people(people: dict[str, Any]) -> list[str]:
+    """What is to be said of a model that agrees with more votes than any can, by how far people agree."""
+    found, agreement = people["model_on_votes"], people["agreement"]
+    if found is None or agreement is None or found["low"] is None or agreement["high"] is None:
+        return []
+    most = ceiling(agreement["high"]).high
+    if found["low"] <= most:
+        return []
+    return [
+        f"it agrees with more of the votes than the {most:.0%} that people's agreement lets any model reach; look for "
+        "held-out prompts among those trained on"
+    ]
+
+
 # What people said ------------------------------------------------------------------------------------------------
 
 
 def people_figures(comparisons: Sequence[Comparison]) -> dict[str, Any]:
     """Measure how far annotators agree with each other and with themselves, what that lets a model reach, and the
-    judgements that no score can satisfy. Only annotators with a name are told apart.
+    judgements that no score can satisfy. Only annotators with a name are told apart; a label made of votes counts as
+    these.
 
     For single votes with agreement a, a model that always knew the majority would be right on between a (where pairs
     are either clear or a toss-up) and (1 + sqrt(2a - 1)) / 2 (where all pairs are alike).
     """
     votes: dict[tuple[str, frozenset[str]], list[tuple[str, str]]] = {}  # (annotator, chosen) by pair
     for row in comparisons:
-        if row.annotator and row.chosen != row.rejected:
-            pair = (_key(row), frozenset((row.chosen, row.rejected)))
-            votes.setdefault(pair, []).append((row.annotator, row.chosen))
+        if row.chosen == row.rejected or not (row.annotator or row.votes):
+            continue
+        given = [(who, row.chosen if sign > 0 else row.rejected) for who, sign in row.votes if sign]
+        pair = (_key(row), frozenset((row.chosen, row.rejected)))
+        votes.setdefault(pair, []).extend(given if row.votes else [(row.annotator, row.chosen)])
     between: list[tuple[str, bool]] = []  # (prompt, whether they agree)
     within: list[tuple[str, bool]] = []
     for (prompt, _), given in votes.items():

@@ -14,11 +14,13 @@ pytest.importorskip("uvicorn")
 import uvicorn
 
 from rlhf_fast import cli
+from rlhf_fast.config import RewardConfig
 from rlhf_fast.data.records import read_comparisons, read_demonstrations
 from rlhf_fast.feedback.assignment import Judgement, next_task, submit
 from rlhf_fast.feedback.formats import FORMATS
 from rlhf_fast.feedback.store import Person, Plan, Store, plan_of
 from rlhf_fast.rollout.generator import Generator
+from rlhf_fast.trainers.reward import RewardTrainer
 from tests.scenarios.test_settings_of_the_demo import OF_ANNOTATE
 
 
@@ -92,6 +94,33 @@ def test_votes_of_another_tool_come_in_and_go_out(capsys: pytest.CaptureFixture[
     file.write_text(json.dumps([{"data": pair, "annotations": [{"completed_by": 1, "result": []}]}]))
     assert "does not say which is better (nothing)" in refused(capsys, "import", str(tmp_path / "new"), str(file))
     assert not (tmp_path / "new").exists()
+
+
+def test_the_report_of_a_reward_model_says_what_the_votes_of_the_export_allow(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    """Three imported people, one of whom always disagrees: 1 of 3 pairs of votes agrees."""
+    sides = {"ann": "left", "bo": "left", "cy": "right"}
+    rows = []
+    for i in range(24):
+        pair = {"prompt": f"Question {i}?", "answer1": f"good {i}", "answer2": f"bad {i}"}
+        said = [
+            {"completed_by": who, "result": [{"type": "pairwise", "from_name": "side", "value": {"selected": side}}]}
+            for who, side in sides.items()
+        ]
+        rows.append({"data": pair, "annotations": said})
+    (tmp_path / "export.json").write_text(json.dumps(rows))
+    assert cli.main(["annotate", "import", str(tmp_path / "votes"), str(tmp_path / "export.json")]) == 0
+    assert cli.main(["annotate", "export", str(tmp_path / "votes")]) == 0
+    config = RewardConfig(max_steps=1, batch_size=4)
+    RewardTrainer(tiny_folder, tmp_path / "votes" / "comparisons.jsonl", tmp_path / "reward", config).train()
+    report = json.loads((tmp_path / "reward" / "reward_report.json").read_text())
+    people, accuracy = report["people"], report["accuracy"]["mean"]
+    assert people["agreement"]["mean"] == pytest.approx(1 / 3) and people["pairs_judged_by_several"] == 24
+    assert people["reach"] == [pytest.approx(1 / 3), 0.5]
+    assert people["model_on_votes"]["mean"] == pytest.approx((2 * accuracy + (1 - accuracy)) / 3)
+    page = (tmp_path / "reward" / "report.html").read_text()
+    assert "People agree on 33%: a model of the majority reaches 33% to 50%" in page
 
 
 def test_settings_reach_the_plan_and_the_sampler(

@@ -143,6 +143,17 @@ def test_comparisons_carry_confidence_and_split() -> None:
     assert (plain.confidence, plain.split) == (1.0, "")
 
 
+def test_comparisons_carry_the_votes_of_their_provenance() -> None:
+    votes = [{"annotator": "a", "preference": 2, "kind": "normal"}, {"annotator": "b", "preference": -1}]
+    votes += [{"annotator": "c", "preference": -3, "kind": "adjudication"}]
+    (read,) = read_comparisons([comparison(provenance={"votes": votes})])
+    assert read.votes == (("a", 2.0), ("b", -1.0))
+    for other in ("a web page", {"source": "x"}, {"votes": 3}, None):  # columns of others
+        assert read_comparisons([comparison(provenance=other)])[0].votes == ()
+    with pytest.raises(RecordError, match="row 0: a vote of its provenance needs an annotator and a preference"):
+        read_comparisons([comparison(provenance={"votes": [{"annotator": 3, "preference": 1}]})])
+
+
 @pytest.mark.parametrize("confidence", [0.4, 1.01, 5, "0.7", True, math.nan])
 def test_a_confidence_on_another_scale_is_named(confidence: Any) -> None:
     with pytest.raises(RecordError, match=r"row 0: confidence should be the probability .* map another scale"):

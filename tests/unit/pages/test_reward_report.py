@@ -102,6 +102,8 @@ def test_what_is_not_known_of_people_is_said_with_what_to_do(tmp_path: Path) -> 
 def test_what_agreement_lets_a_model_reach_stands_beside_its_accuracy(tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", [{}] * 10)
     assert "a model of the majority reaches" not in plain(run)
+    votes = run_of(tmp_path / "votes", [{"votes": (("a", 1.0), ("b", 1.0), ("c", -1.0))}] * 10)
+    assert "Of single votes it agrees with 50%. People agree on 33%" in plain(votes)
     given = {"mean": 0.73, "low": 0.7, "high": 0.76, "source": HOSTILE}
     text = write_reward_report(run, given).read_text("utf-8")
     shown = re.sub(r"<[^>]+>", "", text)

@@ -166,6 +166,29 @@ def test_the_reach_is_what_a_model_of_the_majority_gets_of_single_votes() -> Non
     assert high**2 + (1 - high) ** 2 == pytest.approx(0.75)  # two votes for the likelier side, or two against
 
 
+def test_votes_behind_a_label_are_what_people_said_and_what_the_model_is_held_against() -> None:
+    """Eight pairs whose label is a majority of two to one, two of one that all gave; ties say nothing."""
+    split, alike = [("eva", 2.0), ("tom", 1.0), ("uli", -1.0)], [("eva", 1.0), ("tom", 3.0), ("uli", 0.0)]
+    votes = [tuple(split)] * 8 + [tuple(alike)] * 2 + [(("eva", 1.0),)]
+    one = heldout([FOUR[0]] * 10 + [FOUR[1]], votes=votes, annotator=["people"] * 11)
+    found = measure(one, one.comparisons)
+    people = found["people"]
+    agreement = (8 * 1 + 2 * 1) / (8 * 3 + 2)  # equal pairs of votes, among all
+    assert people["agreement"]["mean"] == pytest.approx(agreement) and people["pairs_judged_by_several"] == 10
+    assert people["model_on_votes"]["mean"] == pytest.approx((8 * 2 / 3 + 2 * 1 + 0) / 11)
+    assert measure(heldout(FOUR), one.comparisons)["people"]["model_on_votes"] is None
+
+
+def test_more_of_the_votes_than_agreement_allows_is_noted() -> None:
+    people = [(("eva", 1.0), ("tom", 1.0 if i < 60 else -1.0)) for i in range(100)]
+    told = [Comparison(f"q{i}", "a", "b", votes=votes) for i, votes in enumerate(people)]  # they agree on 60 %
+    right = heldout([FOUR[0]] * 100, votes=[(("eva", 1.0),)] * 100)
+    notes = " ".join(measure(right, told)["notes"])
+    assert "agrees with more of the votes than the" in notes and "held-out prompts among those trained on" in notes
+    usual = heldout([FOUR[0]] * 60 + [FOUR[1]] * 40, votes=[(("eva", 1.0),)] * 100)
+    assert "more of the votes" not in " ".join(measure(usual, told)["notes"])
+
+
 def test_nothing_is_known_of_people_when_no_pair_was_judged_twice() -> None:
     found = people_figures([vote("p", "a", "b", "eva"), vote("p", "a", "c", "tom")])
     assert (found["agreement"], found["with_themselves"], found["reach"]) == (None, None, None)
