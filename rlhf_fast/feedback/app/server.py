@@ -47,7 +47,7 @@ def application(
 ) -> Any:
     """The ASGI application over `store`; `folder` takes the backups, `rate` is of one person's requests a second."""
     words, logins = texts(language), Logins(access.secret)
-    engine = jinja2.Environment(loader=jinja2.FileSystemLoader(_HERE / "templates"), autoescape=True)
+    engine = jinja2.Environment(loader=jinja2.FileSystemLoader(_HERE / "templates"), autoescape=True, auto_reload=False)
     engine.filters["shown"] = lambda text: shown(str(text))
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.mount("/static", StaticFiles(directory=_HERE / "static"))
@@ -58,12 +58,18 @@ def application(
     def told(heading: str, said: str, status: int = 200, **values: Any) -> HTMLResponse:
         return page("words.html", status, heading=heading, words=said, **values)
 
-    def login(request: Request) -> tuple[Person, str]:
-        known = logins.read(request.cookies.get(COOKIE))
-        person = store.person(known[0]) if known else None
-        if known is None or person is None:
+    def cookie(request: Request) -> tuple[int, str]:
+        known: tuple[int, str] | None = request.scope["login"]  # as the guard read it
+        if known is None:
             raise _Refused(401, words["not_signed_in"])
-        return person, known[1]
+        return known
+
+    def login(request: Request) -> tuple[Person, str]:
+        number, token = cookie(request)
+        person = store.person(number)
+        if person is None:
+            raise _Refused(401, words["not_signed_in"])
+        return person, token
 
     async def form_of(request: Request) -> dict[str, str]:
         """The fields of a form whose token is the login's own."""
@@ -72,10 +78,8 @@ def application(
             fields = {key: value for key, value in form.items() if isinstance(value, str)}
         except Exception as error:  # whatever the parser raises of a malformed body
             raise _Refused(400, "The form cannot be read.") from error
-        if not request.url.path.startswith("/join"):
-            token = login(request)[1]
-            if not _same(fields.get("csrf", ""), token):
-                raise _Refused(403, "This form is not of your login. Reload the page and send it again.")
+        if not request.url.path.startswith("/join") and not _same(fields.get("csrf", ""), cookie(request)[1]):
+            raise _Refused(403, "This form is not of your login. Reload the page and send it again.")
         return fields
 
     def of_role(*roles: str) -> Callable[[Request], tuple[Person, str]]:
@@ -95,7 +99,7 @@ def application(
 
     @app.exception_handler(FeedbackError)
     def wrong(request: Request, error: FeedbackError) -> Response:
-        person, token = login(request) if logins.read(request.cookies.get(COOKIE)) else (None, "")
+        person, token = login(request) if request.scope["login"] else (None, "")
         status = 404 if isinstance(error, NotYours) else 409
         return told(words["error"], str(error), status, person=person, csrf=token)
 
@@ -120,13 +124,10 @@ def application(
         answer.delete_cookie(COOKIE, path="/")
         return answer
 
-    def guidelines() -> str:
-        return str(store.setting("guidelines") or words["guidelines_text"])
-
     @app.get("/guidelines")
     def show_guidelines(who: Any = Depends(anyone)) -> Response:
         values = {"person": who[0], "csrf": who[1], "action": "/begin", "button": words["guidelines_button"]}
-        return told(words["guidelines"], guidelines(), **values)
+        return told(words["guidelines"], str(store.setting("guidelines") or words["guidelines_text"]), **values)
 
     @app.post("/begin")
     def begin(form: Any = Depends(form_of)) -> Response:
@@ -135,15 +136,18 @@ def application(
     def item(who: Any, task: Task, status: int = 200, senior: bool = False, **values: Any) -> Response:
         steps = [(i - 3, label, str(i + 1)) for i, label in enumerate(words["steps"])]
         draft = {key: _yes_no(value) for key, value in task.draft.items()}
-        asked = store.setting("criteria") or criteria.DEFAULT
+        kept = store.settings()
+        asked, guidelines = kept.get("criteria") or criteria.DEFAULT, kept.get("guidelines") or words["guidelines_text"]
         values = {"draft": draft, "problem": "", **values}
         return page(
             "judge.html", status, person=who[0], csrf=who[1], task=task, steps=steps, criteria=asked, senior=senior,
-            guidelines=guidelines(), shown_at=f"{time.time():.1f}", action="/senior" if senior else "/judge", **values,
+            guidelines=guidelines, shown_at=f"{time.time():.1f}", action="/senior" if senior else "/judge", **values,
         )  # fmt: skip
 
+    # The two that people wait for sign in by themselves: a dependency would cost a thread more.
     @app.get("/")
-    def next_item(who: Any = Depends(anyone)) -> Response:
+    def next_item(request: Request) -> Response:
+        who = login(request)
         task = assignment.next_task(store, who[0])
         if task is None:
             undo = {"action": "/undo", "button": words["undo"]}
@@ -151,7 +155,8 @@ def application(
         return item(who, task)
 
     @app.post("/judge")
-    def judge(who: Any = Depends(anyone), form: Any = Depends(form_of)) -> Response:
+    def judge(request: Request, form: Any = Depends(form_of)) -> Response:
+        who = login(request)
         if not {"preference", "left_ok", "right_ok"} <= form.keys():
             task = assignment.next_task(store, who[0])
             return item(who, task, 422, problem=words["missing"]) if task else RedirectResponse("/", 303)

@@ -100,7 +100,7 @@ KEYS = {
         parse_special_tokens seed
     """,
     "annotate": """
-        out action responses prompts model criteria host port proxy secret_file language annotate.judgements
+        out store action responses prompts model criteria host port proxy secret_file language annotate.judgements
         annotate.samples_per_model annotate.max_new_tokens annotate.temperature annotate.seed
     """,
     "evaluate": """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import subprocess
 import sys
 import tempfile
@@ -220,9 +221,13 @@ def test_what_is_not_one_s_own_is_refused_in_words(tmp_path: Path) -> None:
     assert late is not None
     with pytest.raises(Expired, match="given to others"):
         a.submit(store, one, task.id, GOOD, 7.0)
-    a.submit(store, other, late.id, GOOD, 7.0)
-    with pytest.raises(AlreadyDone, match="answered this item already"):
-        a.submit(store, other, late.id, GOOD, 7.0)
+    number = a.submit(store, other, late.id, GOOD, 7.0)
+    assert a.submit(store, other, late.id, dataclasses.replace(GOOD, seconds=12.0), 8.0) == number  # sent again
+    with store.read() as connection:
+        assert connection.execute(sa.select(t.vote.c.id, t.vote.c.seconds)).all() == [(number, 9.0)]
+    for other_value in ({"preference": 0}, {"right_ok": True}, {"criteria": {}}, {"comment": "!"}):
+        with pytest.raises(AlreadyDone, match="answered this item already"):
+            a.submit(store, other, late.id, dataclasses.replace(GOOD, **other_value), 9.0)  # type: ignore[arg-type]
     with pytest.raises(NotYours, match="Only seniors"):
         a.adjudication(store, one, 1)
 
