@@ -37,6 +37,7 @@ from bench import harness
 from rlhf_fast.feedback import tables as t
 from rlhf_fast.feedback.app.security import COOKIE, Logins, read_secret
 from rlhf_fast.feedback.store import Store, plan_of
+from tests import postgres
 
 VERB = "import sys; from rlhf_fast.cli import main; sys.exit(main(sys.argv[1:]))"
 TEXT = "It depends on what you need: the first way is shorter, the second is easier to change later on. " * 6
@@ -325,8 +326,10 @@ def main(words: list[str] | None = None) -> int:
         parser.add_argument(f"--{name}", type=type(value), default=value)
     parser.add_argument("--out", type=Path, default=harness.ROOT / "bench" / "results" / "annotators.jsonl")
     given = vars(parser.parse_args(words))
-    url, out = given.pop("url"), given.pop("out")
-    with tempfile.TemporaryDirectory(prefix="annotators-") as folder:
+    url, out, own = given.pop("url"), given.pop("out"), given.pop("postgres")
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="annotators-"))
+        url = stack.enter_context(postgres.cluster(fsync=True)).database() if own else url
         before = os.getloadavg()[0]
         run, wrong = measured(Path(folder), url, Load(**given))
         found = record(run, "PostgreSQL" if url else "SQLite", (before, os.getloadavg()[0]))

@@ -112,8 +112,10 @@ class Store:
         self.sqlite = backend == "sqlite"
         if self.sqlite:
             Path(str(parsed.database)).parent.mkdir(parents=True, exist_ok=True)
-        # Of PostgreSQL's levels only this one shows to who waited for the lock what was written meanwhile.
-        more: dict[str, Any] = {} if self.sqlite else {"pool_pre_ping": True, "isolation_level": "READ COMMITTED"}
+        more: dict[str, Any] = {}
+        if not self.sqlite:  # of its levels only this one shows to who waited for the lock what was written meanwhile
+            more = {"isolation_level": "READ COMMITTED", "connect_args": {"client_encoding": "utf8"}}
+            more["pool_pre_ping"] = True
         self.engine = sa.create_engine(parsed, pool_size=10, max_overflow=0, **more)
         if self.sqlite:
             sa.event.listen(self.engine, "connect", _prepare)

@@ -28,8 +28,13 @@ from rlhf_fast.feedback.store import Person, Plan, Store  # noqa: E402
 GOOD = a.Judgement(1, True, False, {"honesty": -2}, seconds=9.0)
 
 
+def place(folder: Path) -> str:
+    """The URL of the store of a test; tests/scenarios/feedback/test_postgres.py puts another in its place."""
+    return f"sqlite:///{folder}/votes.db"
+
+
 def store_of(folder: Path, prompts: int, people: int, plan: Plan) -> tuple[Store, list[Person]]:
-    store = Store(folder / "votes.db")
+    store = Store(place(folder))
     store.set_plan(plan)
     for number in range(prompts):
         store.add_prompt(f"question {number}", ["one", "two"], category=f"category {number % 2}")
@@ -116,8 +121,10 @@ def test_two_people_at_once_never_get_the_same_last_place(tmp_path: Path) -> Non
 
     def work(person: Person) -> None:
         try:
-            while task := a.next_task(store, person):
-                a.submit(store, person, task.id, GOOD)
+            own = Store(place(tmp_path))  # as a process of its own has: only the database keeps them apart
+            while task := a.next_task(own, person):
+                a.submit(own, person, task.id, GOOD)
+            own.close()
         except BaseException as error:
             failed.append(error)
 
@@ -135,7 +142,7 @@ def test_a_kill_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
     store_of(tmp_path, 60, 1, plain(judgements=1))
     program = (
         "import sys; from rlhf_fast.feedback import assignment as a; from rlhf_fast.feedback.store import Store\n"
-        f"s = Store({str(tmp_path / 'votes.db')!r}); p = s.people()[0]\n"
+        f"s = Store({place(tmp_path)!r}); p = s.people()[0]\n"
         "while task := a.next_task(s, p): print(a.submit(s, p, task.id, a.Judgement(0, True, True)), flush=True)"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
@@ -143,7 +150,7 @@ def test_a_kill_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
         said = [int(process.stdout.readline()) for _ in range(5)]
         process.kill()
         said += [int(line) for line in process.stdout if line.endswith("\n")]
-    with Store(tmp_path / "votes.db").read() as connection:
+    with Store(place(tmp_path)).read() as connection:
         assert set(said) <= set(connection.execute(sa.select(t.vote.c.id)).scalars())
 
 
