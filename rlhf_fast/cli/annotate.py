@@ -33,6 +33,7 @@ class AnnotateCommand:
     """
 
     out: str = ""  # folder of the votes
+    store: str = ""  # postgresql://USER@HOST/NAME in place of a file in --out; password: ~/.pgpass or PGPASSWORD
     action: str = "serve"  # serve, export, report or import; the word behind the verb
     responses: str = ""  # {"prompt", "responses": [...]} a line, with category and warning where known
     prompts: str = ""  # {"prompt"} a line, to be answered by --model
@@ -70,33 +71,36 @@ def run(command: AnnotateCommand) -> None:
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise ImportError(f"annotate needs the package {missing[0]}; pip install 'rlhf-fast[annotate]'")
     folder = Path(command.out)
-    fresh = not (folder / "votes.db").exists()
-    if fresh and (
-        command.action in ("export", "report") or not (command.responses or command.prompts or command.votes)
-    ):
+    new = command.action == "import" or (command.action == "serve" and bool(command.responses or command.prompts))
+    if command.store:
+        if importlib.util.find_spec("psycopg") is None:
+            raise ImportError("--store needs the package psycopg; pip install 'rlhf-fast[postgres]'")
+    elif not new and not (folder / "votes.db").exists():
         raise ConfigError(f"--out: {folder} holds no votes; give --responses FILE, or --prompts FILE with --model A,B")
     from rlhf_fast.feedback.store import Store
 
     if command.action == "serve":
-        _serve(command, folder)
+        _serve(command, folder, new)
         return
     if command.action == "import":
-        _import(folder, command.votes)
+        _import(command, folder)
         return
-    store = Store(folder / "votes.db")
+    folder.mkdir(parents=True, exist_ok=True)
+    store = Store(command.store or folder / "votes.db", new)
     if command.action == "export":
         _export(store, folder, command.form)
     else:
         _report(store, folder)
 
 
-def _import(folder: Path, votes: str) -> None:
+def _import(command: AnnotateCommand, folder: Path) -> None:
     from rlhf_fast.feedback.exchange import add_votes
     from rlhf_fast.feedback.formats import read_votes
     from rlhf_fast.feedback.store import Store
 
-    tool, items = read_votes(votes)  # all of it is read before a store is made
-    added = add_votes(Store(folder / "votes.db"), items, tool)
+    tool, items = read_votes(command.votes)  # all of it is read before a store is made
+    folder.mkdir(parents=True, exist_ok=True)
+    added = add_votes(Store(command.store or folder / "votes.db", new=True), items, tool)
     print(f"{added.votes} new votes of {added.people} new people on {added.pairs} pairs of {tool}")
     if added.replaced:
         print(f"{added.replaced} votes had another answer before; the old ones are marked as undone")
@@ -137,7 +141,7 @@ def _report(store: Store, folder: Path) -> None:
     print(f"Data card: {folder / 'card.html'}")
 
 
-def _serve(command: AnnotateCommand, folder: Path) -> None:
+def _serve(command: AnnotateCommand, folder: Path, new: bool) -> None:
     import uvicorn
 
     from rlhf_fast.feedback.app.security import Access, read_secret
@@ -149,12 +153,12 @@ def _serve(command: AnnotateCommand, folder: Path) -> None:
     access = Access(read_secret(folder, command.host, command.secret_file), command.host, command.proxy)
     texts(command.language)  # a wrong name is an error before any model is loaded
     asked = read_criteria(command.criteria) if command.criteria else DEFAULT
-    store = Store(folder / "votes.db")
+    store = Store(command.store or folder / "votes.db", new)
     if command.criteria or store.setting("criteria") is None:
         store.set_setting("criteria", [asdict(one) for one in asked])
     store.set_setting("warnings", command.annotate.warnings)
-    store.set_plan(Plan(judgements=command.annotate.judgements, seed=command.annotate.seed))
     _fill(store, command)
+    store.set_plan(Plan(judgements=command.annotate.judgements, seed=command.annotate.seed))
     listening = socket.socket(socket.AF_INET6 if ":" in command.host else socket.AF_INET)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listening.bind((command.host, command.port))
@@ -170,7 +174,10 @@ def _serve(command: AnnotateCommand, folder: Path) -> None:
 
 
 def _fill(store: Store, command: AnnotateCommand) -> None:
-    """Put the answers of a file, or of the models, into the store; those that are there already stay."""
+    """Put the answers of a file, or of the models, into the store; those that are there already stay.
+
+    The next write waits for the disk on behalf of all.
+    """
     from rlhf_fast.data.records import read_prompts
 
     if command.responses:
@@ -181,7 +188,7 @@ def _fill(store: Store, command: AnnotateCommand) -> None:
                     f"--responses: {record.name} has no list of responses; expected {{prompt, responses}}"
                 )
             warning = str(record.columns.get("warning") or "")
-            store.add_prompt(record.prompt, answers, record.category, warning)
+            store.add_prompt(record.prompt, answers, record.category, warning, flush=False)
         return
     if not command.prompts or store.setting("sampled"):
         return
@@ -204,5 +211,5 @@ def _fill(store: Store, command: AnnotateCommand) -> None:
             sampled[i].append({"text": text, "checkpoint": name, "seed": own.seed})
     for record, given in zip(records, sampled, strict=True):
         if len({one["text"] for one in given}) > 1:  # equal answers cannot be compared
-            store.add_prompt(record.prompt, given, record.category)
+            store.add_prompt(record.prompt, given, record.category, flush=False)
     store.set_setting("sampled", True)

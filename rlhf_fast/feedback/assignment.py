@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -22,6 +23,7 @@ from rlhf_fast.feedback.store import (
     Plan,
     Store,
     checked_text,
+    leases,
     plan_of,
     release,
     setting_of,
@@ -82,15 +84,13 @@ class Judgement:
 def next_task(store: Store, person: Person, now: float | None = None) -> Task | None:
     """The task that the person has open, else a new one; None if nothing is left for this person."""
     now = time.time() if now is None else now
-    with store.write() as connection:
+    with store.write(flush=False) as connection:  # a lease that a crash of the machine undoes is given anew
         _present(connection, person)
         plan = plan_of(connection)
-        release(connection, (t.assignment.c.state == "open") & (t.assignment.c.until <= now))
-        mine = (t.assignment.c.person == person.id) & (t.assignment.c.state == "open")
-        usable = mine & (t.pair.c.id == t.assignment.c.pair) & (t.pair.c.state == "open")
-        newest = sa.select(t.assignment.c.id).where(usable, t.assignment.c.kind != "adjudication")
-        row = connection.execute(newest.order_by(t.assignment.c.opened.desc(), t.assignment.c.id.desc())).first()
-        number = row.id if row else _allocate(connection, person, plan, now)
+        release(connection, _LATE, {"now": now})
+        number, had = connection.execute(_NOW, {"person": person.id}).one()
+        if number is None:
+            number = _allocate(connection, person, plan, had, now)
         return None if number is None else _task(connection, person, plan, number)
 
 
@@ -130,6 +130,8 @@ def save_draft(store: Store, person: Person, task: int, draft: dict[str, Any], n
 def submit(store: Store, person: Person, task: int, judgement: Judgement, now: float | None = None) -> int:
     """Keep a judgement; returns the number of the vote. Late is not too late while the pair still has a place.
 
+    The same judgement once more, as after an answer that never came, is the same vote.
+
     Raises:
         NotYours, AlreadyDone, Expired, FeedbackError: with words for the person; the last names a criterion that is
             not in force.
@@ -138,41 +140,25 @@ def submit(store: Store, person: Person, task: int, judgement: Judgement, now: f
     with store.write() as connection:
         plan = plan_of(connection)
         row = _own(connection, person, task)
-        pair = connection.execute(sa.select(t.pair).where(t.pair.c.id == row.pair)).one()
+        if row.state == "done" and (number := _same(connection, row, judgement)):
+            return number
         if row.state not in ("open", "expired"):
             raise AlreadyDone("You have answered this item already. Undo the last answer to change it.")
         criteria.check_answers(judgement.criteria, criteria.in_force(setting_of(connection, "criteria")))
-        if pair.state != "open" and row.kind != "adjudication":
+        if row.pair_state != "open" and row.kind != "adjudication":
             raise Expired("This item has been taken out in the meantime. Nothing is asked of you for it.")
         if row.state == "expired" and row.kind == "normal":
-            if pair.taken >= plan.judgements:
+            if row.taken >= plan.judgements:
                 raise Expired("This item was given to others, as it was open for long. Please take the next one.")
-            connection.execute(t.pair.update().where(t.pair.c.id == pair.id).values(taken=t.pair.c.taken + 1))
-        sign = -1 if row.swapped else 1
-        ok = (judgement.left_ok, judgement.right_ok)[:: -1 if row.swapped else 1]
-        preference = sign * judgement.preference
+            connection.execute(_TAKE, {"which": row.pair})
         flags = ["fast"] if judgement.seconds < plan.least_seconds else []
-        if row.kind in ("gold", "attention") and _sign(preference) != pair.gold:
+        if row.kind in ("gold", "attention") and _sign(_answer(row, judgement)["preference"]) != row.gold:
             flags.append(f"missed {row.kind}")
-        made = connection.execute(
-            t.vote.insert().values(
-                assignment=task,
-                pair=pair.id,
-                person=person.id,
-                kind=row.kind,
-                preference=preference,
-                swapped=row.swapped,
-                first_ok=ok[0],
-                second_ok=ok[1],
-                criteria={name: sign * value for name, value in judgement.criteria.items()},
-                comment=judgement.comment,
-                better_answer=judgement.better_answer,
-                seconds=min(float(judgement.seconds), MOST_SECONDS),
-                flags=flags,
-                at=now,
-            )
-        )
-        connection.execute(t.assignment.update().where(t.assignment.c.id == task).values(state="done"))
+        seconds = min(float(judgement.seconds), MOST_SECONDS)
+        about = {"assignment": task, "pair": row.pair, "person": person.id, "kind": row.kind, "swapped": row.swapped}
+        values = {**about, **_answer(row, judgement), "seconds": seconds, "flags": flags, "at": now}
+        made = connection.execute(_VOTE, values)
+        connection.execute(_DONE, {"which": task})
         assert made.inserted_primary_key is not None
         return int(made.inserted_primary_key[0])
 
@@ -235,66 +221,32 @@ def pace(store: Store, person: Person) -> float | None:
 # Choosing a pair -----------------------------------------------------------------------------------------------------
 
 
-def _allocate(connection: sa.Connection, person: Person, plan: Plan, now: float) -> int | None:
+def _allocate(connection: sa.Connection, person: Person, plan: Plan, had: int, now: float) -> int | None:
     """Lease a place to the person; gold items and repeats by a draw that is the same for the same history."""
-    taken = connection.execute(
-        sa.select(sa.func.count()).where(t.assignment.c.person == person.id, t.assignment.c.kind != "adjudication")
-    ).scalar_one()
-    draw = _share(plan.seed, "kind", person.id, taken)
+    draw = _share(plan.seed, "kind", person.id, had)
     if draw < plan.gold_share and (known := _known(connection, person, plan)):
         swapped = _share(plan.seed, "sides", known.id, person.id) < 0.5
         return _lease(connection, person, known.id, known.kind, swapped, "none", now, plan)
     if plan.gold_share <= draw < plan.gold_share + plan.repeat_share and (again := _repeat(connection, person, plan)):
         return _lease(connection, person, again.pair, "repeat", not again.swapped, "none", now, plan)
-    arm = "random" if _share(plan.seed, "arm", person.id, taken) < plan.random_share else "active"
+    arm = "random" if _share(plan.seed, "arm", person.id, had) < plan.random_share else "active"
     pair = _new(connection, person, plan, arm)
     if pair is None:
         return None
-    connection.execute(t.pair.update().where(t.pair.c.id == pair).values(taken=t.pair.c.taken + 1))
+    connection.execute(_TAKE, {"which": pair})
     swapped = _share(plan.seed, "sides", pair, person.id) < 0.5
     return _lease(connection, person, pair, "normal", swapped, arm, now, plan)
 
 
 def _new(connection: sa.Connection, person: Person, plan: Plan, arm: str) -> int | None:
     """A pair with a free place that the person has not had, of the category that is covered least."""
-    free = _free(person, plan)
-    covered = (
-        sa.select(t.prompt.c.category, (sa.func.sum(t.pair.c.taken) * 1.0 / sa.func.count()).label("share"))
-        .where(t.prompt.c.id == t.pair.c.prompt, t.pair.c.kind == "normal")
-        .group_by(t.prompt.c.category)
-        .subquery()
-    )
-    category = connection.execute(
-        sa.select(t.prompt.c.category)
-        .where(free, t.prompt.c.id == t.pair.c.prompt, covered.c.category == t.prompt.c.category)
-        .order_by(covered.c.share, t.prompt.c.category)
-        .limit(1)
-    ).first()
-    if category is None:
+    values = {"person": person.id, "places": plan.judgements}
+    least = next((row for row in connection.execute(_COVERAGE, values) if row.left), None)
+    if least is None:
         return None
-    rows = connection.execute(
-        sa.select(t.pair.c.id, t.pair.c.priority, t.pair.c.taken).where(
-            free, t.prompt.c.id == t.pair.c.prompt, t.prompt.c.category == category.category
-        )
-    ).all()
-
-    def order(row: Any) -> tuple[float, int, float]:
-        # Begun pairs come first among equals, so that there are items with all their votes early.
-        return (-row.priority, -row.taken, _share(plan.seed, "order", row.id)) if arm == "active" else (
-            0.0, 0, _share(plan.seed, "order", row.id)
-        )  # fmt: skip
-
-    return int(min(rows, key=order).id)
-
-
-def _free(person: Person, plan: Plan) -> sa.ColumnElement[bool]:
-    """Pairs with a free place that the person has not had, or had and let expire."""
-    had = sa.exists().where(
-        t.assignment.c.pair == t.pair.c.id,
-        t.assignment.c.person == person.id,
-        t.assignment.c.state != "expired",
-    )
-    return sa.and_(t.pair.c.kind == "normal", t.pair.c.state == "open", t.pair.c.taken < plan.judgements, ~had)
+    # Begun pairs come first among equals, so that there are items with all their votes early.
+    among = connection.execute(_BEST if arm == "active" else _ANY, {**values, "category": least.category}).scalars()
+    return min(among.all(), key=lambda number: _order(plan.seed, number))
 
 
 def _known(connection: sa.Connection, person: Person, plan: Plan) -> Any | None:
@@ -324,8 +276,7 @@ def _lease(
     connection: sa.Connection, person: Person, pair: int, kind: str, swapped: bool, arm: str, now: float, plan: Plan
 ) -> int:
     """A new assignment, or the one of the same kind that had expired, whose draft is still there."""
-    same = (t.assignment.c.person == person.id) & (t.assignment.c.pair == pair) & (t.assignment.c.kind == kind)
-    row = connection.execute(sa.select(t.assignment.c.id, t.assignment.c.state).where(same)).first()
+    row = connection.execute(_SAME, {"person": person.id, "pair": pair, "kind": kind}).first()
     times = {"opened": now, "until": now + plan.lease}
     if row is not None:
         if row.state not in ("expired", "open"):
@@ -333,54 +284,57 @@ def _lease(
         values = {"state": "open", **times} if kind == "adjudication" else {"state": "open", "arm": arm, **times}
         connection.execute(t.assignment.update().where(t.assignment.c.id == row.id).values(values))
         return int(row.id)
-    new = {
-        "pair": pair,
-        "person": person.id,
-        "kind": kind,
-        "swapped": swapped,
-        "arm": arm,
-        "state": "open",
-        "draft": {},
-    }
-    made = connection.execute(t.assignment.insert().values(**new, **times))
+    new = {"pair": pair, "person": person.id, "kind": kind, "swapped": swapped, "arm": arm}
+    made = connection.execute(_ASSIGNMENT, {**new, "state": "open", "draft": {}, **times})
     assert made.inserted_primary_key is not None
     return int(made.inserted_primary_key[0])
 
 
 def _task(connection: sa.Connection, person: Person, plan: Plan, number: int) -> Task:
-    row = connection.execute(sa.select(t.assignment).where(t.assignment.c.id == number)).one()
-    pair = connection.execute(sa.select(t.pair).where(t.pair.c.id == row.pair)).one()
-    prompt = connection.execute(sa.select(t.prompt).where(t.prompt.c.id == pair.prompt)).one()
-    wanted = t.response.c.id.in_((pair.first, pair.second))
-    texts = {
-        one.id: one.text for one in connection.execute(sa.select(t.response.c.id, t.response.c.text).where(wanted))
-    }
-    sides = (pair.first, pair.second)[:: -1 if row.swapped else 1]
-    mine = (t.assignment.c.person == person.id) & (t.assignment.c.state == "done")
-    done = connection.execute(sa.select(sa.func.count()).where(mine)).scalar_one()
-    left = connection.execute(sa.select(sa.func.count()).select_from(t.pair).where(_free(person, plan))).scalar_one()
+    row = connection.execute(_SHOWN, {"which": number, "person": person.id, "places": plan.judgements}).one()
+    sides = (row.first_text, row.second_text)[:: -1 if row.swapped else 1]
     return Task(
-        id=row.id, pair=pair.id, prompt=prompt.messages, category=prompt.category, warning=prompt.warning,
-        left=texts[sides[0]], right=texts[sides[1]], kind=row.kind, draft=row.draft, done=done, of=done + left + 1,
+        id=row.id, pair=row.pair, prompt=row.messages, category=row.category, warning=row.warning,
+        left=sides[0], right=sides[1], kind=row.kind, draft=row.draft, done=row.done, of=row.done + row.left + 1,
     )  # fmt: skip
 
 
 def _present(connection: sa.Connection, person: Person) -> None:
     """Asked within the transaction that writes: a person may be removed in the midst of a request."""
-    wanted = (t.person.c.id == person.id) & t.person.c.token_hash.is_not(None)
-    if connection.execute(sa.select(t.person.c.id).where(wanted)).first() is None:
+    if connection.execute(_PRESENT, {"person": person.id}).first() is None:
         raise Removed("You are no longer among those who judge here. Ask who invited you.")
 
 
 def _own(connection: sa.Connection, person: Person, task: int) -> sa.Row[Any]:
     _present(connection, person)
-    wanted = (t.assignment.c.id == task) & (t.assignment.c.person == person.id)
     row = None
     if isinstance(task, int) and 0 < task < 2**31:  # what the column can hold
-        row = connection.execute(sa.select(t.assignment).where(wanted)).first()
+        row = connection.execute(_OWN, {"task": task, "person": person.id}).first()
     if row is None:
         raise NotYours("This item is not one of yours.")
     return row
+
+
+def _answer(row: Any, judgement: Judgement) -> dict[str, Any]:
+    """A judgement in the pair's own order, as a vote keeps it."""
+    sign = -1 if row.swapped else 1
+    ok = (judgement.left_ok, judgement.right_ok)[::sign]
+    return {
+        "preference": sign * judgement.preference,
+        "first_ok": ok[0],
+        "second_ok": ok[1],
+        "criteria": {name: sign * value for name, value in judgement.criteria.items()},
+        "comment": judgement.comment,
+        "better_answer": judgement.better_answer,
+    }
+
+
+def _same(connection: sa.Connection, row: Any, judgement: Judgement) -> int | None:
+    """The vote that says the same as the judgement; the time it took may differ, for a browser counts on."""
+    counts = (t.vote.c.assignment == row.id) & t.vote.c.undone.is_(None)
+    vote = connection.execute(sa.select(t.vote).where(counts)).one()
+    said = _answer(row, judgement)
+    return int(vote.id) if {name: getattr(vote, name) for name in said} == said else None
 
 
 def _leave(store: Store, person: Person, task: int, kind: str, reason: str) -> None:
@@ -392,7 +346,7 @@ def _leave(store: Store, person: Person, task: int, kind: str, reason: str) -> N
         if row.state not in ("open", "expired"):
             raise AlreadyDone("You have answered this item already. Undo the last answer to change it.")
         if row.state == "open":
-            release(connection, t.assignment.c.id == task)
+            release(connection, leases(t.assignment.c.id == task))
         state = "skipped" if kind == "skip" else "broken"
         connection.execute(t.assignment.update().where(t.assignment.c.id == task).values(state=state))
         about = {"pair": row.pair, "person": person.id}
@@ -410,3 +364,69 @@ def _sign(value: int) -> int:
 def _share(*what: Any) -> float:
     """A number from 0 to 1 that is the same for the same values on every machine."""
     return int.from_bytes(hashlib.sha256(repr(what).encode()).digest()[:8], "big") / 2**64
+
+
+@functools.lru_cache(maxsize=1 << 17)
+def _order(seed: int, pair: int) -> float:
+    return _share(seed, "order", pair)
+
+
+# Statements ----------------------------------------------------------------------------------------------------------
+# Made once: SQLAlchemy takes longer to put one together than a database to answer it.
+
+_person: sa.BindParameter[int] = sa.bindparam("person")
+_which: sa.BindParameter[int] = sa.bindparam("which")
+_mine = t.assignment.c.person == _person
+_LATE = leases((t.assignment.c.state == "open") & (t.assignment.c.until <= sa.bindparam("now")))
+_open = (
+    sa.select(t.assignment.c.id)
+    .where(_mine, t.assignment.c.state == "open", t.assignment.c.kind != "adjudication")
+    .where(t.pair.c.id == t.assignment.c.pair, t.pair.c.state == "open")
+    .order_by(t.assignment.c.opened.desc(), t.assignment.c.id.desc())
+    .limit(1)
+)
+_PRESENT = sa.select(t.person.c.id).where(t.person.c.id == sa.bindparam("person"), t.person.c.token_hash.is_not(None))
+_OWN = sa.select(
+    t.assignment, t.pair.c.state.label("pair_state"), t.pair.c.taken, t.pair.c.gold
+).where(_mine, t.assignment.c.id == sa.bindparam("task"), t.pair.c.id == t.assignment.c.pair)  # fmt: skip
+_SAME = sa.select(t.assignment.c.id, t.assignment.c.state).where(
+    _mine, t.assignment.c.pair == sa.bindparam("pair"), t.assignment.c.kind == sa.bindparam("kind")
+)
+_had = sa.select(sa.func.count()).where(_mine, t.assignment.c.kind != "adjudication")
+_NOW = sa.select(_open.scalar_subquery(), _had.scalar_subquery())  # what the person has open, and the number had
+
+# Pairs with a free place that the person has not had, or had and let expire.
+_free = sa.and_(
+    t.pair.c.kind == "normal",
+    t.pair.c.state == "open",
+    t.pair.c.taken < sa.bindparam("places"),
+    t.pair.c.id.not_in(sa.select(t.assignment.c.pair).where(_mine, t.assignment.c.state != "expired")),
+)
+_COVERAGE = (
+    sa.select(t.prompt.c.category, sa.func.sum(sa.case((_free, 1), else_=0)).label("left"))
+    .where(t.prompt.c.id == t.pair.c.prompt, t.pair.c.kind == "normal")
+    .group_by(t.prompt.c.category)
+    .order_by(sa.func.sum(t.pair.c.taken) * 1.0 / sa.func.count(), t.prompt.c.category)
+)
+_of_category = sa.and_(_free, t.prompt.c.id == t.pair.c.prompt, t.prompt.c.category == sa.bindparam("category"))
+_ANY = sa.select(t.pair.c.id).where(_of_category)
+_ranked = sa.select(
+    t.pair.c.id, sa.func.rank().over(order_by=(t.pair.c.priority.desc(), t.pair.c.taken.desc())).label("place")
+).where(_of_category).subquery()  # fmt: skip
+_BEST = sa.select(_ranked.c.id).where(_ranked.c.place == 1)
+
+_first, _second = t.response.alias(), t.response.alias()
+_done = sa.select(sa.func.count()).where(_mine, t.assignment.c.state == "done")
+_left = sa.select(sa.func.count()).select_from(t.pair).where(_free)
+_SHOWN = (
+    sa.select(t.assignment, t.prompt.c.messages, t.prompt.c.category, t.prompt.c.warning)
+    .add_columns(_first.c.text.label("first_text"), _second.c.text.label("second_text"))
+    .add_columns(
+        _done.correlate(None).scalar_subquery().label("done"), _left.correlate(None).scalar_subquery().label("left")
+    )
+    .where(t.assignment.c.id == _which, t.pair.c.id == t.assignment.c.pair, t.prompt.c.id == t.pair.c.prompt)
+    .where(_first.c.id == t.pair.c.first, _second.c.id == t.pair.c.second)
+)
+_TAKE = t.pair.update().where(t.pair.c.id == _which).values(taken=t.pair.c.taken + 1)
+_DONE = t.assignment.update().where(t.assignment.c.id == _which).values(state="done")
+_ASSIGNMENT, _VOTE = t.assignment.insert(), t.vote.insert()

@@ -1,7 +1,8 @@
 """A store of human comparisons: people, prompts, responses, pairs and votes, on SQLite or PostgreSQL.
 
 Every write is one transaction, and one write runs at a time: SQLite's BEGIN IMMEDIATE, an advisory lock on PostgreSQL.
-So two people never get the last place of a pair, and what was acknowledged survives a kill.
+So two people never get the last place of a pair, and what was acknowledged survives a kill. It survives a power cut as
+well: a write waits for the disk, but only after it has let the next one begin, so that one wait serves many.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import secrets
 import sqlite3
+import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,8 @@ MOST_COMMENT = 4_000  # of a comment or a reason
 MOST_NAME = 200
 _MARK = 16  # characters of the hash of an invitation
 _LOCK = 7_218_540_361  # the advisory lock of writes on PostgreSQL; any number that others do not use
+_ALONE = sa.select(sa.func.pg_advisory_xact_lock(_LOCK), sa.func.set_config("synchronous_commit", "off", True))
+_FLUSH = sa.select(sa.func.pg_logical_emit_message(True, "rlhf-fast", ""))  # a commit, which waits for earlier ones too
 _MIGRATIONS = Path(__file__).parent / "migrations"
 
 
@@ -84,13 +89,20 @@ class Store:
 
     Args:
         url: `sqlite:///folder/votes.db`, a path to a SQLite file, or `postgresql://user@host/name`.
+        new: whether a database without a store gets one.
     """
 
-    def __init__(self, url: str | Path) -> None:
+    def __init__(self, url: str | Path, new: bool = True) -> None:
         text = str(url)
         if "://" not in text:
             text = f"sqlite:///{Path(text).absolute()}"
-        parsed = sa.make_url(text)
+        try:
+            parsed = sa.make_url(text)
+        except Exception:  # whose words may hold the password
+            raise FeedbackError(
+                "store: this URL cannot be read; expected such as postgresql://USER@HOST/NAME, with %40 for @ and %2F "
+                "for / within a name or password"
+            ) from None
         if parsed.drivername == "postgresql":
             parsed = parsed.set(drivername="postgresql+psycopg")
         backend = parsed.get_backend_name()
@@ -101,19 +113,49 @@ class Store:
         self.sqlite = backend == "sqlite"
         if self.sqlite:
             Path(str(parsed.database)).parent.mkdir(parents=True, exist_ok=True)
-        self.engine = sa.create_engine(parsed, **({} if self.sqlite else {"pool_pre_ping": True}))
+        more: dict[str, Any] = {}
+        if not self.sqlite:  # of its levels only this one shows to who waited for the lock what was written meanwhile
+            more = {"isolation_level": "READ COMMITTED", "connect_args": {"client_encoding": "utf8"}}
+            more["pool_pre_ping"] = True
+        self.engine = sa.create_engine(parsed, pool_size=10, max_overflow=0, **more)
         if self.sqlite:
             sa.event.listen(self.engine, "connect", _prepare)
             sa.event.listen(self.engine, "begin", _begin)
-        self._upgrade()
+        self._alone, self._flushing = threading.Lock(), threading.Lock()
+        self._committed = self._flushed = 0  # writes of this process
+        try:
+            self._upgrade(new)
+        except sa.exc.OperationalError as error:
+            raise FeedbackError(f"store: {parsed.host or parsed.database} cannot be opened: {error.orig}") from None
 
     @contextlib.contextmanager
-    def write(self) -> Iterator[sa.Connection]:
-        """A transaction that writes, alone; all of it is kept or none."""
-        with self.engine.connect().execution_options(write=True) as connection, connection.begin():
-            if not self.sqlite:
-                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
-            yield connection
+    def write(self, flush: bool = True) -> Iterator[sa.Connection]:
+        """A transaction that writes, alone; all of it is kept or none.
+
+        When this ends it has outlived the process, and with `flush` the machine too.
+        """
+        with self._alone:  # in turn: of those who wait for SQLite's own lock each would look again by chance
+            with self.engine.connect().execution_options(write=True) as connection, connection.begin():
+                if not self.sqlite:
+                    connection.execute(_ALONE)
+                yield connection
+            self._committed += 1
+            mine = self._committed
+        if flush:
+            self._flush(mine)
+
+    def _flush(self, mine: int) -> None:
+        """Wait until a commit is on disk. It comes after the lock is given back, so that many share one such wait."""
+        if not self.sqlite:
+            with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                connection.execute(_FLUSH)
+            return
+        with self._flushing:
+            if self._flushed < mine:
+                upto = self._committed
+                with open(f"{self.engine.url.database}-wal", "r+b") as log:
+                    os.fsync(log.fileno())
+                self._flushed = upto
 
     @contextlib.contextmanager
     def read(self) -> Iterator[sa.Connection]:
@@ -124,12 +166,19 @@ class Store:
     def close(self) -> None:
         self.engine.dispose()
 
-    def _upgrade(self) -> None:
+    def _upgrade(self, new: bool) -> None:
         config = Config()
         config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
         known = ScriptDirectory.from_config(config)
         with self.write() as connection:
+            if (
+                not self.sqlite
+                and (found := connection.execute(sa.text("SHOW server_encoding")).scalar_one()) != "UTF8"
+            ):
+                raise FeedbackError(f"store: the database is encoded in {found}; make one with ENCODING 'UTF8'")
             now = MigrationContext.configure(connection).get_current_revision()
+            if now is None and not new:
+                raise FeedbackError("store: this database holds no votes")
             if now not in {None, *(step.revision for step in known.walk_revisions())}:
                 raise FeedbackError(f"store: its form {now!r} is of a later rlhf-fast; install that version to open it")
             if now != known.get_current_head():
@@ -141,6 +190,11 @@ class Store:
     def setting(self, name: str, default: Any = None) -> Any:
         with self.read() as connection:
             return setting_of(connection, name, default)
+
+    def settings(self) -> dict[str, Any]:
+        """All settings by name."""
+        with self.read() as connection:
+            return {row.name: row.value for row in connection.execute(_settings)}
 
     def set_setting(self, name: str, value: Any) -> None:
         with self.write() as connection:
@@ -203,8 +257,7 @@ class Store:
     def person(self, number: int, mark: str) -> Person | None:
         """The person of that number whose invitation is still the one of that mark, as a login cookie names them."""
         with self.read() as connection:
-            wanted = (t.person.c.id == number) & (sa.func.substr(t.person.c.token_hash, 1, _MARK) == mark)
-            row = connection.execute(_people.where(wanted)).first()
+            row = connection.execute(_person, {"which": number, "mark": mark}).first()
         return Person(*row) if row else None
 
     def people(self) -> list[Person]:
@@ -244,7 +297,7 @@ class Store:
             gone = mine & (t.assignment.c.state == "open")
             if votes == "remove":
                 gone = mine & t.assignment.c.state.in_(("open", "done"))
-            release(connection, gone)
+            release(connection, leases(gone))
             blank = {"name": "removed", "token_hash": None, "joined": None, "pseudonym": _pseudonym()}
             connection.execute(t.person.update().where(t.person.c.id == person).values(blank))
             connection.execute(t.report.update().where(t.report.c.person == person).values(reason=""))
@@ -273,6 +326,7 @@ class Store:
         priority: float = 0.0,
         kind: str = "normal",
         gold: int | None = None,
+        flush: bool = True,
     ) -> list[int]:
         """Add a prompt with two or more responses, each pair of which is to be judged; what is there already stays.
 
@@ -284,6 +338,7 @@ class Store:
             priority: higher ones are asked first in the active arm.
             kind: `normal`; `gold` or `attention` for two responses whose answer is known.
             gold: that answer: -1 (the first is better), 0 (tie) or 1.
+            flush: wait for the disk; False where more is written at once, the last of which waits for all.
 
         Returns:
             The numbers of its pairs.
@@ -310,7 +365,7 @@ class Store:
             raise FeedbackError(
                 f"responses: {len(texts)} different came; expected 2{'' if gold is not None else ' or more'}"
             )
-        with self.write() as connection:
+        with self.write(flush) as connection:
             key = hashlib.sha256(whole.encode()).hexdigest()
             row = connection.execute(sa.select(t.prompt.c.id).where(t.prompt.c.key == key)).first()
             number = (
@@ -373,6 +428,11 @@ class Store:
 
 
 _people = sa.select(t.person.c.id, t.person.c.name, t.person.c.role)
+_person = _people.where(
+    t.person.c.id == sa.bindparam("which"), sa.func.substr(t.person.c.token_hash, 1, _MARK) == sa.bindparam("mark")
+)
+_settings = sa.select(t.setting)
+_setting = sa.select(t.setting.c.value).where(t.setting.c.name == sa.bindparam("which"))
 
 
 def mark_of(token: str) -> str:
@@ -381,7 +441,7 @@ def mark_of(token: str) -> str:
 
 
 def setting_of(connection: sa.Connection, name: str, default: Any = None) -> Any:
-    row = connection.execute(sa.select(t.setting.c.value).where(t.setting.c.name == name)).first()
+    row = connection.execute(_setting, {"which": name}).first()
     return default if row is None else row.value
 
 
@@ -390,9 +450,14 @@ def plan_of(connection: sa.Connection) -> Plan:
     return Plan(**{k: v for k, v in (setting_of(connection, "plan") or {}).items() if k in known})
 
 
-def release(connection: sa.Connection, which: sa.ColumnElement[bool]) -> None:
+def leases(which: sa.ColumnElement[bool]) -> sa.Select[Any]:
+    """The statement that finds what `release` gives back."""
+    return sa.select(t.assignment.c.id, t.assignment.c.pair, t.assignment.c.kind).where(which)
+
+
+def release(connection: sa.Connection, found: sa.Select[Any], values: Mapping[str, Any] | None = None) -> None:
     """Give back the places of assignments that are open or done, and mark them as expired."""
-    rows = connection.execute(sa.select(t.assignment.c.id, t.assignment.c.pair, t.assignment.c.kind).where(which)).all()
+    rows = connection.execute(found, values).all()
     for row in rows:
         connection.execute(t.assignment.update().where(t.assignment.c.id == row.id).values(state="expired"))
         if row.kind == "normal":
@@ -430,7 +495,8 @@ def _pseudonym() -> str:
 
 def _prepare(connection: sqlite3.Connection, _: Any) -> None:
     connection.isolation_level = None  # the driver opens no transaction by itself
-    for line in ("journal_mode=WAL", "busy_timeout=30000", "foreign_keys=ON", "synchronous=FULL"):
+    # NORMAL leaves it to `Store._flush` when the log must be on disk; a kill of the process takes nothing from it.
+    for line in ("journal_mode=WAL", "busy_timeout=30000", "foreign_keys=ON", "synchronous=NORMAL"):
         connection.execute(f"PRAGMA {line}")
 
 

@@ -163,6 +163,9 @@ class Guard:
 
     def __init__(self, app: Any, access: Access, rates: Rates, joins: Rates, logins: Logins) -> None:
         self.app, self.access, self.rates, self.joins, self.logins = app, access, rates, joins, logins
+        self.own = [(key.encode(), value.encode()) for key, value in HEADERS.items()]
+        if access.is_secure:
+            self.own.append((b"strict-transport-security", b"max-age=31536000"))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -186,10 +189,7 @@ class Guard:
 
         async def with_headers(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                own = [(key.encode(), value.encode()) for key, value in HEADERS.items()]
-                if self.access.is_secure:
-                    own.append((b"strict-transport-security", b"max-age=31536000"))
-                message["headers"] = [*message.get("headers", []), *own]
+                message["headers"] = [*message.get("headers", []), *self.own]
             await send(message)
 
         if refused is not None:
@@ -219,7 +219,7 @@ class Guard:
         if scope["path"].startswith("/join") and not self.joins.allows(address):
             return 429, "Too many attempts. Please wait a minute."
         cookies = dict(part.strip().partition("=")[::2] for part in headers.get("cookie", "").split(";"))
-        known = self.logins.read(cookies.get(COOKIE))
+        known = scope["login"] = self.logins.read(cookies.get(COOKIE))
         if not self.rates.allows(f"person {known[0]}" if known else f"address {address}"):
             return 429, "That was faster than people judge. Please wait a few seconds."
         return None

@@ -49,7 +49,7 @@ def application(
 ) -> Any:
     """The ASGI application over `store`; `folder` takes the backups, `rate` is of one person's requests a second."""
     words, logins = texts(language), Logins(access.secret)
-    engine = jinja2.Environment(loader=jinja2.FileSystemLoader(_HERE / "templates"), autoescape=True)
+    engine = jinja2.Environment(loader=jinja2.FileSystemLoader(_HERE / "templates"), autoescape=True, auto_reload=False)
     engine.filters["shown"] = lambda text: shown(str(text))
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.mount("/static", StaticFiles(directory=_HERE / "static"))
@@ -60,8 +60,14 @@ def application(
     def told(heading: str, said: str, status: int = 200, **values: Any) -> HTMLResponse:
         return page("words.html", status, heading=heading, words=said, **values)
 
+    def cookie(request: Request) -> tuple[int, str, str]:
+        known: tuple[int, str, str] | None = request.scope["login"]  # as the guard read it
+        if known is None:
+            raise _Refused(401, words["not_signed_in"])
+        return known
+
     def signed_in(request: Request) -> tuple[Person, str] | None:
-        known = logins.read(request.cookies.get(COOKIE))
+        known = request.scope["login"]
         person = store.person(*known[:2]) if known else None
         return (person, known[2]) if known and person else None
 
@@ -78,10 +84,8 @@ def application(
             fields = {key: value for key, value in form.items() if isinstance(value, str)}
         except Exception as error:  # whatever the parser raises of a malformed body
             raise _Refused(400, "The form cannot be read.") from error
-        if not request.url.path.startswith("/join"):
-            token = login(request)[1]
-            if not _same(fields.get("csrf", ""), token):
-                raise _Refused(403, "This form is not of your login. Reload the page and send it again.")
+        if not request.url.path.startswith("/join") and not _same(fields.get("csrf", ""), cookie(request)[2]):
+            raise _Refused(403, "This form is not of your login. Reload the page and send it again.")
         return fields
 
     def of_role(*roles: str) -> Callable[[Request], tuple[Person, str]]:
@@ -126,13 +130,10 @@ def application(
         answer.delete_cookie(COOKIE, path="/")
         return answer
 
-    def guidelines() -> str:
-        return str(store.setting("guidelines") or words["guidelines_text"])
-
     @app.get("/guidelines")
     def show_guidelines(who: Any = Depends(anyone)) -> Response:
         values = {"person": who[0], "csrf": who[1], "action": "/begin", "button": words["guidelines_button"]}
-        return told(words["guidelines"], guidelines(), **values)
+        return told(words["guidelines"], str(store.setting("guidelines") or words["guidelines_text"]), **values)
 
     @app.post("/begin")
     def begin(form: Any = Depends(form_of)) -> Response:
@@ -141,19 +142,23 @@ def application(
     def item(who: Any, task: Task, status: int = 200, senior: bool = False, **values: Any) -> Response:
         steps = [(i - 3, label, str(i + 1)) for i, label in enumerate(words["steps"])]
         draft = {key: _yes_no(value) for key, value in task.draft.items()}
-        asked = [(one, _labels(one, words)) for one in criteria.in_force(store.setting("criteria"))]
-        warning = task.warning or (store.setting("warnings") or {}).get(task.category, "")
+        kept = store.settings()
+        asked = [(one, _labels(one, words)) for one in criteria.in_force(kept.get("criteria"))]
+        guidelines = kept.get("guidelines") or words["guidelines_text"]
+        warning = task.warning or (kept.get("warnings") or {}).get(task.category, "")
         pace, left = None if senior else assignment.pace(store, who[0]), task.of - task.done
         minutes = None if pace is None else math.ceil(left * pace / 60)
         facts = {"warning": warning, "pace": pace, "left": left, "minutes": minutes}
         values = {"draft": draft, "problem": "", **facts, **values}
         return page(
             "judge.html", status, person=who[0], csrf=who[1], task=task, steps=steps, criteria=asked, senior=senior,
-            guidelines=guidelines(), shown_at=f"{time.time():.1f}", action="/senior" if senior else "/judge", **values,
+            guidelines=guidelines, shown_at=f"{time.time():.1f}", action="/senior" if senior else "/judge", **values,
         )  # fmt: skip
 
+    # The two that people wait for sign in by themselves: a dependency would cost a thread more.
     @app.get("/")
-    def next_item(who: Any = Depends(anyone)) -> Response:
+    def next_item(request: Request) -> Response:
+        who = login(request)
         task = assignment.next_task(store, who[0])
         if task is None:
             undo = {"action": "/undo", "button": words["undo"]}
@@ -161,7 +166,8 @@ def application(
         return item(who, task)
 
     @app.post("/judge")
-    def judge(who: Any = Depends(anyone), form: Any = Depends(form_of)) -> Response:
+    def judge(request: Request, form: Any = Depends(form_of)) -> Response:
+        who = login(request)
         if not {"preference", "left_ok", "right_ok"} <= form.keys():
             task = assignment.next_task(store, who[0])
             return item(who, task, 422, problem=words["missing"]) if task else RedirectResponse("/", 303)

@@ -100,8 +100,9 @@ KEYS = {
         parse_special_tokens seed
     """,
     "annotate": """
-        out action responses prompts model votes form criteria host port proxy secret_file language annotate.judgements
-        annotate.samples_per_model annotate.max_new_tokens annotate.temperature annotate.seed annotate.warnings
+        out store action responses prompts model votes form criteria host port proxy secret_file language
+        annotate.judgements annotate.samples_per_model annotate.max_new_tokens annotate.temperature annotate.seed
+        annotate.warnings
     """,
     "evaluate": """
         a b prompts out judge split evaluation.samples_per_prompt evaluation.max_new_tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import subprocess
 import sys
 import tempfile
@@ -27,8 +28,13 @@ from rlhf_fast.feedback.store import Person, Plan, Store  # noqa: E402
 GOOD = a.Judgement(1, True, False, {"honesty": -1}, seconds=9.0)
 
 
+def place(folder: Path) -> str:
+    """The URL of the store of a test; tests/scenarios/feedback/test_postgres.py puts another in its place."""
+    return f"sqlite:///{folder}/votes.db"
+
+
 def store_of(folder: Path, prompts: int, people: int, plan: Plan) -> tuple[Store, list[Person]]:
-    store = Store(folder / "votes.db")
+    store = Store(place(folder))
     store.set_plan(plan)
     for number in range(prompts):
         store.add_prompt(f"question {number}", ["one", "two"], category=f"category {number % 2}")
@@ -115,8 +121,10 @@ def test_two_people_at_once_never_get_the_same_last_place(tmp_path: Path) -> Non
 
     def work(person: Person) -> None:
         try:
-            while task := a.next_task(store, person):
-                a.submit(store, person, task.id, GOOD)
+            own = Store(place(tmp_path))  # as a process of its own has: only the database keeps them apart
+            while task := a.next_task(own, person):
+                a.submit(own, person, task.id, GOOD)
+            own.close()
         except BaseException as error:
             failed.append(error)
 
@@ -134,7 +142,7 @@ def test_a_kill_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
     store_of(tmp_path, 60, 1, plain(judgements=1))
     program = (
         "import sys; from rlhf_fast.feedback import assignment as a; from rlhf_fast.feedback.store import Store\n"
-        f"s = Store({str(tmp_path / 'votes.db')!r}); p = s.people()[0]\n"
+        f"s = Store({place(tmp_path)!r}); p = s.people()[0]\n"
         "while task := a.next_task(s, p): print(a.submit(s, p, task.id, a.Judgement(0, True, True)), flush=True)"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
@@ -142,7 +150,7 @@ def test_a_kill_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
         said = [int(process.stdout.readline()) for _ in range(5)]
         process.kill()
         said += [int(line) for line in process.stdout if line.endswith("\n")]
-    with Store(tmp_path / "votes.db").read() as connection:
+    with Store(place(tmp_path)).read() as connection:
         assert set(said) <= set(connection.execute(sa.select(t.vote.c.id)).scalars())
 
 
@@ -220,9 +228,13 @@ def test_what_is_not_one_s_own_is_refused_in_words(tmp_path: Path) -> None:
     assert late is not None
     with pytest.raises(Expired, match="given to others"):
         a.submit(store, one, task.id, GOOD, 7.0)
-    a.submit(store, other, late.id, GOOD, 7.0)
-    with pytest.raises(AlreadyDone, match="answered this item already"):
-        a.submit(store, other, late.id, GOOD, 7.0)
+    number = a.submit(store, other, late.id, GOOD, 7.0)
+    assert a.submit(store, other, late.id, dataclasses.replace(GOOD, seconds=12.0), 8.0) == number  # sent again
+    with store.read() as connection:
+        assert connection.execute(sa.select(t.vote.c.id, t.vote.c.seconds)).all() == [(number, 9.0)]
+    for other_value in ({"preference": 0}, {"right_ok": True}, {"criteria": {}}, {"comment": "!"}):
+        with pytest.raises(AlreadyDone, match="answered this item already"):
+            a.submit(store, other, late.id, dataclasses.replace(GOOD, **other_value), 9.0)  # type: ignore[arg-type]
     with pytest.raises(NotYours, match="Only seniors"):
         a.adjudication(store, one, 1)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -99,6 +102,35 @@ def test_a_backup_is_whole_and_overwrites_nothing(tmp_path: Path) -> None:
     assert [person.name for person in Store(tmp_path / "copy.db").people()] == ["Ann"]
     with pytest.raises(FeedbackError, match="exists; name a new file"):
         store.backup(tmp_path / "copy.db")
+
+
+def test_one_wait_for_the_disk_serves_all_that_was_written_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "votes.db")
+    store.add_prompt("q", ["one", "two"])
+    person = store.join(store.invite("Ann"))
+    log, all_have = (tmp_path / "votes.db-wal").stat().st_ino, store._committed + 8
+    waits: list[int] = []
+
+    def fsync(file: int) -> None:
+        assert os.fstat(file).st_ino == log
+        waits.append(store._committed)
+        end = time.monotonic() + 60
+        while store._committed < all_have and time.monotonic() < end:
+            time.sleep(0.001)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    threads = [threading.Thread(target=store.set_setting, args=(f"name {i}", i)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(waits) <= 2 and waits[-1] == all_have
+    task = a.next_task(store, person)  # a lease is given anew if a power cut takes it
+    assert task is not None and waits[-1] == all_have
+    a.submit(store, person, task.id, a.Judgement(0, True, True))
+    assert waits[-1] == all_have + 2
 
 
 def test_what_is_there_already_is_added_once(tmp_path: Path) -> None:
