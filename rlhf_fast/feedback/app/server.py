@@ -6,6 +6,7 @@ import hmac
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from rlhf_fast.feedback.app.hostile import shown
 from rlhf_fast.feedback.app.security import COOKIE, LOGIN_SECONDS, Access, Guard, Logins, Rates
 from rlhf_fast.feedback.assignment import Judgement, Task
 from rlhf_fast.feedback.errors import FeedbackError, NotYours
+from rlhf_fast.feedback.progress import progress
 from rlhf_fast.feedback.store import Person, Store
 
 _HERE = Path(__file__).parent
@@ -43,9 +45,18 @@ def texts(language: str = "en") -> dict[str, Any]:
 
 
 def application(
-    store: Store, access: Access, folder: Path, language: str = "en", rate: float = 10.0, burst: int = 60
+    store: Store,
+    access: Access,
+    folder: Path,
+    language: str = "en",
+    rate: float = 10.0,
+    burst: int = 60,
+    wanted: int = 0,
 ) -> Any:
-    """The ASGI application over `store`; `folder` takes the backups, `rate` is of one person's requests a second."""
+    """The ASGI application over `store`; `folder` takes the backups, `rate` is of one person's requests a second.
+
+    Once `wanted` pairs are judged, nobody is given more; 0: all are.
+    """
     words, logins = texts(language), Logins(access.secret)
     engine = jinja2.Environment(loader=jinja2.FileSystemLoader(_HERE / "templates"), autoescape=True)
     engine.filters["shown"] = lambda text: shown(str(text))
@@ -142,19 +153,26 @@ def application(
             guidelines=guidelines(), shown_at=f"{time.time():.1f}", action="/senior" if senior else "/judge", **values,
         )  # fmt: skip
 
-    @app.get("/")
-    def next_item(who: Any = Depends(anyone)) -> Response:
+    def next_of(who: Any, status: int = 200, problem: str = "") -> Response:
+        undo = {"action": "/undo", "button": words["undo"]}
+        found = progress(store) if wanted else None
+        if found and found.is_enough(wanted):
+            return told(words["title"], words["enough"], person=who[0], csrf=who[1], **undo)
         task = assignment.next_task(store, who[0])
         if task is None:
-            undo = {"action": "/undo", "button": words["undo"]}
             return told(words["title"], words["all_done"], person=who[0], csrf=who[1], **undo)
-        return item(who, task)
+        if found:
+            task = replace(task, done=found.judged, of=max(wanted, found.judged + 1))
+        return item(who, task, status, problem=problem)
+
+    @app.get("/")
+    def next_item(who: Any = Depends(anyone)) -> Response:
+        return next_of(who)
 
     @app.post("/judge")
     def judge(who: Any = Depends(anyone), form: Any = Depends(form_of)) -> Response:
         if not {"preference", "left_ok", "right_ok"} <= form.keys():
-            task = assignment.next_task(store, who[0])
-            return item(who, task, 422, problem=words["missing"]) if task else RedirectResponse("/", 303)
+            return next_of(who, 422, words["missing"])
         assignment.submit(store, who[0], _number(form, "task"), _judgement(form))
         return RedirectResponse("/", 303)
 

@@ -434,6 +434,7 @@ BAD = {
         "temperature": [0.0],
         "seed": [-1],
     },
+    DemoConfig: {"pairs": [3], "port": [-1, 65536]},
     ComparisonsConfig: {
         "prompts": [-1],
         "samples_per_prompt": [1],  # one reply cannot be compared
