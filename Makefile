@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO ?=
+HUMAN ?=
 DEMO_OUT ?= runs/demo
 TEST_PROCESSES ?= 2
 
@@ -25,9 +26,10 @@ help: ## list the targets
 
 install: $(STAMP) ## virtual environment, dependencies, compiled kernels, demo model
 
-demo: $(STAMP) ## the whole pipeline on a small model, nine minutes (DEMO=--tiny: one); it goes to DEMO_OUT (runs/demo)
+demo: $(STAMP) ## the whole pipeline on a small model, nine minutes (DEMO=--tiny: one; HUMAN=1: you judge); into DEMO_OUT (runs/demo)
 	@echo "about $(if $(findstring --tiny,$(DEMO)),one minute,nine minutes; make demo DEMO=--tiny takes one) on two cores"
-	$(BIN)/rlhf-fast demo $(DEMO) --out $(DEMO_OUT)
+	@$(if $(filter-out 0,$(HUMAN)),echo "and your time for the pairs: a link to their page comes after SFT")
+	$(BIN)/rlhf-fast demo $(DEMO) $(if $(filter-out 0,$(HUMAN)),--human) --out $(DEMO_OUT)
 
 check: $(STAMP) ## lint and test what was changed since HEAD, for a minute
 	@OMP_NUM_THREADS=1 $(BIN)/python -m bench.check

@@ -16,13 +16,17 @@ from typing import Any
 
 from rlhf_fast import __version__
 from rlhf_fast.cli import annotate, bench, data, doctor, errors, evaluate, export, generate, help, inputs, training
-from rlhf_fast.config import DemoConfig, tiny_demo
+from rlhf_fast.config import DemoConfig, human_demo, tiny_demo
 from rlhf_fast.config.settings import ConfigError, build
 
 
 def _demo(command: DemoConfig) -> None:
     if not command.tiny:
         inputs.check({"model": command.model})
+    if command.human:
+        annotate.require_packages("demo --human")
+    elif (command.pairs, command.port) != (DemoConfig.pairs, DemoConfig.port):
+        raise ConfigError("--pairs and --port are of the page on which people compare; give --human, too")
     from rlhf_fast.pipeline import run_demo
 
     run_demo(command)
@@ -132,8 +136,9 @@ def _command(verb: str, cls: type, words: list[str]) -> Any:
         words = [first, *words]
     file, rest = (None, words) if verb == "doctor" else _take_config(words)  # its --config is another run's
     command: Any = build(cls, file, rest)
-    if verb == "demo" and command.tiny:  # it changes many defaults, over which the settings are laid again
-        return build(cls, file, rest, tiny_demo())
+    if verb == "demo":  # these change many defaults, over which the settings are laid again
+        base = tiny_demo() if command.tiny else DemoConfig()
+        return build(cls, file, rest, human_demo(base) if command.human else base)
     return command
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import socket
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,8 +67,7 @@ def run(command: AnnotateCommand) -> None:
     inputs.check(file={key: file for key, file in files.items() if file})
     for name in command.model:
         inputs.check({"model": name})
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise ImportError(f"annotate needs the package {missing[0]}; pip install 'rlhf-fast[annotate]'")
+    require_packages("annotate")
     folder = Path(command.out)
     new = command.action == "import" or (command.action == "serve" and bool(command.responses or command.prompts))
     if command.store:
@@ -91,6 +89,12 @@ def run(command: AnnotateCommand) -> None:
         _export(store, folder, command.form)
     else:
         _report(store, folder)
+
+
+def require_packages(what: str) -> None:
+    """Refuse what serves the page where the extra `annotate` is not installed."""
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise ImportError(f"{what} needs the package {missing[0]}; pip install 'rlhf-fast[annotate]'")
 
 
 def _import(command: AnnotateCommand, folder: Path) -> None:
@@ -146,6 +150,7 @@ def _serve(command: AnnotateCommand, folder: Path, new: bool) -> None:
 
     from rlhf_fast.feedback.app.security import Access, read_secret
     from rlhf_fast.feedback.app.server import application, texts
+    from rlhf_fast.feedback.app.session import listen, sign_in_link
     from rlhf_fast.feedback.criteria import DEFAULT, read_criteria
     from rlhf_fast.feedback.store import Plan, Store
 
@@ -159,17 +164,12 @@ def _serve(command: AnnotateCommand, folder: Path, new: bool) -> None:
     store.set_setting("warnings", command.annotate.warnings)
     _fill(store, command)
     store.set_plan(Plan(judgements=command.annotate.judgements, seed=command.annotate.seed))
-    listening = socket.socket(socket.AF_INET6 if ":" in command.host else socket.AF_INET)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listening.bind((command.host, command.port))
-    listening.listen(128)
+    listening = listen(command.host, command.port)
     name = f"[{command.host}]" if ":" in command.host else command.host
     address = command.proxy.rstrip("/") or f"http://{name}:{listening.getsockname()[1]}"
-    owner = next((one for one in store.people() if one.role == "owner"), None)
-    token = store.renew(owner.id) if owner else store.invite("owner", "owner")
     app = application(store, access, folder, command.language)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, proxy_headers=False))
-    print(f"Judging at {address} (Ctrl-C stops)\nSign in as the owner: {address}/join/{token}", flush=True)
+    print(f"Judging at {address} (Ctrl-C stops)\nSign in as the owner: {sign_in_link(store, address)}", flush=True)
     server.run(sockets=[listening])
 
 

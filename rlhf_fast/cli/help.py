@@ -21,6 +21,7 @@ def overview(verbs: Mapping[str, type]) -> str:
         "",
         "A first look, in under a minute and without a model:  rlhf-fast demo --tiny --out runs/tiny",
         "The whole loop on a real model, about 10 minutes:     rlhf-fast demo --out runs/demo",
+        "The same with you as the annotator, on a page:        rlhf-fast demo --human --out runs/mine",
         "What a data file holds, before training on it:        rlhf-fast data FILE",
         "A chat with a model:                                  rlhf-fast generate --model smollm2-135m",
         "What the kernels reach on this machine:               rlhf-fast bench ops",

@@ -6,7 +6,7 @@ settings of a phase.
 """
 
 from rlhf_fast.config.common import LoRAConfig, OptimConfig, RunConfig
-from rlhf_fast.config.demo import DemoConfig, tiny_demo
+from rlhf_fast.config.demo import DemoConfig, human_demo, tiny_demo
 from rlhf_fast.config.dpo import DPOConfig
 from rlhf_fast.config.evaluation import EvaluationConfig
 from rlhf_fast.config.feedback import AnnotateConfig, AnnotatorConfig, ComparisonsConfig
@@ -27,5 +27,6 @@ __all__ = [
     "RewardConfig",
     "RunConfig",
     "SFTConfig",
+    "human_demo",
     "tiny_demo",
 ]

@@ -22,6 +22,8 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "part": ("at least 0 and less than 1", lambda value: 0 <= value < 1),
     "below_half": ("at least 0 and below 0.5", lambda value: 0 <= value < 0.5),
     "several": ("at least 2", lambda value: 2 <= value < math.inf),
+    "four": ("at least 4", lambda value: 4 <= value < math.inf),
+    "port": ("from 0 to 65535", lambda value: 0 <= value < 65536),
 }
 
 

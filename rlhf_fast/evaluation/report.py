@@ -55,6 +55,7 @@ def _page(run: Path) -> str:
     evaluation = _read_json(folder / "evaluation.json")
     samples = _read_rows(folder / "samples.jsonl")
     config = run / "config.yaml"
+    pairs = _pairs_of_people(results)
     names = (str(evaluation.get("a") or "ppo").upper(), str(evaluation.get("b") or "sft").upper())
 
     missing = [title for name, title in PHASES.items() if name not in results and not curves.get(name)]
@@ -67,7 +68,7 @@ def _page(run: Path) -> str:
         "Samples": _samples(samples, names),
         "Cost": _costs(results, curves["ppo"]),
         "Settings": _settings(results, config.read_text("utf-8", "replace") if config.is_file() else ""),
-        "How to read this page": _guide(evaluation, names) if evaluation else "",
+        "How to read this page": _guide(evaluation, names, pairs) if evaluation else "",
     }
     sections = {title: body for title, body in sections.items() if body}
     anchors = {title: title.lower().replace(" ", "-") for title in sections}
@@ -75,7 +76,7 @@ def _page(run: Path) -> str:
     parts = [
         f'<header><p class="eyebrow">rlhf-fast · {esc(run.resolve().name)}</p><h1>{_outcome(evaluation, names)}</h1>'
         '<p class="note">'
-        f'{_who_judged(evaluation)} {esc(note)}</p><nav aria-label="Sections">{links}</nav></header>',
+        f'{_who_judged(evaluation, pairs)} {esc(note)}</p><nav aria-label="Sections">{links}</nav></header>',
         _cards(results, evaluation, curves["ppo"]),
         *(f'<section id="{anchors[title]}"><h2>{title}</h2>{body}</section>' for title, body in sections.items()),
     ]
@@ -119,7 +120,7 @@ def _interval(value: Any) -> Interval | None:
 def _outcome(evaluation: dict[str, Any], names: tuple[str, str]) -> str:
     difference, mean = _interval(evaluation.get("score_difference")), number(evaluation.get("score_difference"))
     if mean is None:
-        return "This run has no evaluation yet; its annotator is simulated."
+        return "This run has no evaluation yet."
     prompts, kl = number(evaluation.get("prompts")), number(_dict(evaluation.get("a_metrics")).get("kl"))
     digits = 2 if abs(mean) >= 0.1 else 3
     side = "even" if difference and difference.low <= 0 <= difference.high else "a" if mean > 0 else "b"
@@ -146,7 +147,18 @@ def _is_simulated(evaluation: dict[str, Any]) -> bool:
     return "simulated" in str(evaluation.get("judge", "simulated"))
 
 
-def _who_judged(evaluation: dict[str, Any]) -> str:
+def _pairs_of_people(results: dict[str, dict[str, Any]]) -> float | None:
+    """How many comparisons people made in this run; None if a program did."""
+    summary = _dict(results.get("comparisons", {}).get("summary"))
+    return number(summary.get("comparisons")) if str(summary.get("annotator", "")).startswith("people") else None
+
+
+def _who_judged(evaluation: dict[str, Any], pairs: float | None) -> str:
+    if pairs is not None and _is_simulated(evaluation):
+        return (
+            f"The reward model learned from {pairs:.0f} pairs that people compared. The replies below are scored by a "
+            "program, the simulated annotator, which knows nothing of what those people prefer."
+        )
     if _is_simulated(evaluation):
         return "The annotator in this run is simulated: a program, not people, compared and scored the replies."
     return f"The judge is {esc(evaluation['judge'])}: {esc(evaluation.get('judge_note', ''))}."
@@ -172,8 +184,10 @@ def _cards(results: dict[str, dict[str, Any]], evaluation: dict[str, Any], ppo: 
     }
     told = " · ".join(f"{count:.0f} {said}" for said, count in counts.items() if count is not None)
     card("Win rate", evaluation.get("win_rate"), 0.5, (0, 1), True, told)
-    agreement = _dict(results.get("reward", {}).get("summary")).get("heldout_accuracy")
-    card("Reward model", agreement, 0.5, (0, 1), True, "agreement on held-out comparisons")
+    reward = _dict(results.get("reward", {}).get("summary"))
+    heldout = number(reward.get("heldout"))
+    note = f"agreement on {f'{heldout:.0f} ' if heldout is not None else ''}held-out comparisons"
+    card("Reward model", reward.get("heldout_accuracy"), 0.5, (0, 1), True, note)
 
     kl = number(_dict(evaluation.get("a_metrics")).get("kl"))
     if kl is None:
@@ -341,13 +355,13 @@ def _settings(results: dict[str, dict[str, Any]], config: str) -> str:
     return text + figures
 
 
-def _guide(evaluation: dict[str, Any], names: tuple[str, str]) -> str:
+def _guide(evaluation: dict[str, Any], names: tuple[str, str], pairs: float | None) -> str:
     a, b = map(esc, names)
     judge = f" (<code>{esc(evaluation['judge'])}</code>)" if evaluation.get("judge") else ""
     stands = (
         f"The annotator is simulated{judge}: a program with fixed criteria stands in for people, so the scores show "
         "whether the pipeline learns what it is asked to, and not what people would prefer."
-        if _is_simulated(evaluation)
+        if _is_simulated(evaluation) and pairs is None
         else f"The judge is no person{judge}, so the scores show what it prefers, and not what people would."
     )
     samples = number(evaluation.get("samples_per_prompt"))

@@ -267,10 +267,10 @@ OF_ANNOTATE = {
 
 def test_every_setting_is_in_a_table() -> None:
     """A new one is to be added, with what it does; those of the trainers are in unit/trainers/test_settings*.py, of
-    annotate in feedback/test_annotate_verb.py."""
+    annotate in feedback/test_annotate_verb.py, of a demo with people in feedback/test_demo_human.py."""
     here: dict[Any, set[str]] = {
         ComparisonsConfig: {*OF_COMPARISONS},
-        DemoConfig: {*OF_DEMO, "tiny"},
+        DemoConfig: {*OF_DEMO, "tiny", "human", "pairs", "port"},
         EvaluationConfig: {*OF_EVALUATION},
         AnnotatorConfig: {*OF_ANNOTATOR},
         AnnotateConfig: {*OF_ANNOTATE},

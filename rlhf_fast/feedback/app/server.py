@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from rlhf_fast.feedback.app.security import COOKIE, LOGIN_SECONDS, Access, Guard
 from rlhf_fast.feedback.assignment import Judgement, Task
 from rlhf_fast.feedback.criteria import Criterion
 from rlhf_fast.feedback.errors import FeedbackError, NotYours, Removed
+from rlhf_fast.feedback.progress import progress
 from rlhf_fast.feedback.store import Person, Store, mark_of
 
 _HERE = Path(__file__).parent
@@ -45,9 +47,18 @@ def texts(language: str = "en") -> dict[str, Any]:
 
 
 def application(
-    store: Store, access: Access, folder: Path, language: str = "en", rate: float = 10.0, burst: int = 60
+    store: Store,
+    access: Access,
+    folder: Path,
+    language: str = "en",
+    rate: float = 10.0,
+    burst: int = 60,
+    wanted: int = 0,
 ) -> Any:
-    """The ASGI application over `store`; `folder` takes the backups, `rate` is of one person's requests a second."""
+    """The ASGI application over `store`; `folder` takes the backups, `rate` is of one person's requests a second.
+
+    Once `wanted` pairs are judged, nobody is given more; 0: all are.
+    """
     words, logins = texts(language), Logins(access.secret)
     engine = jinja2.Environment(loader=jinja2.FileSystemLoader(_HERE / "templates"), autoescape=True, auto_reload=False)
     engine.filters["shown"] = lambda text: shown(str(text))
@@ -155,22 +166,28 @@ def application(
             guidelines=guidelines, shown_at=f"{time.time():.1f}", action="/senior" if senior else "/judge", **values,
         )  # fmt: skip
 
+    def next_of(who: Any, status: int = 200, problem: str = "") -> Response:
+        undo = {"action": "/undo", "button": words["undo"]}
+        found = progress(store) if wanted else None
+        if found and found.is_enough(wanted):
+            return told(words["title"], words["enough"], person=who[0], csrf=who[1], **undo)
+        task = assignment.next_task(store, who[0])
+        if task is None:
+            return told(words["title"], words["all_done"], person=who[0], csrf=who[1], **undo)
+        if found:
+            task = replace(task, done=found.judged, of=max(wanted, found.judged + 1))
+        return item(who, task, status, problem=problem)
+
     # The two that people wait for sign in by themselves: a dependency would cost a thread more.
     @app.get("/")
     def next_item(request: Request) -> Response:
-        who = login(request)
-        task = assignment.next_task(store, who[0])
-        if task is None:
-            undo = {"action": "/undo", "button": words["undo"]}
-            return told(words["title"], words["all_done"], person=who[0], csrf=who[1], **undo)
-        return item(who, task)
+        return next_of(login(request))
 
     @app.post("/judge")
     def judge(request: Request, form: Any = Depends(form_of)) -> Response:
         who = login(request)
         if not {"preference", "left_ok", "right_ok"} <= form.keys():
-            task = assignment.next_task(store, who[0])
-            return item(who, task, 422, problem=words["missing"]) if task else RedirectResponse("/", 303)
+            return next_of(who, 422, words["missing"])
         assignment.submit(store, who[0], _number(form, "task"), _judgement(form))
         return RedirectResponse("/", 303)
 

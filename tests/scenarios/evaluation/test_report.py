@@ -77,6 +77,17 @@ def run(tmp_path: Path) -> Path:
     return run
 
 
+def test_the_page_says_where_people_compared_and_a_program_scored(run: Path, without_plots: None) -> None:
+    assert "a program, not people, compared and scored the replies" in report(run)
+    file = run / "comparisons" / "result.json"
+    result = json.loads(file.read_text())
+    result["summary"] |= {"annotator": "people (1)", "comparisons": 17}
+    file.write_text(json.dumps(result))
+    text = report(run)
+    assert "learned from 17 pairs that people compared" in text and "which knows nothing of what those people" in text
+    assert "stands in for people" not in text and "The judge is no person" in text
+
+
 @pytest.fixture
 def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if matplotlib were not installed; also what keeps a test of words and order fast."""
@@ -236,7 +247,7 @@ def test_plots_of_missing_phases_are_left_out(run: Path) -> None:
 def test_an_empty_run_still_gives_a_page(tmp_path: Path) -> None:
     text = report(tmp_path)
     Page(text)
-    assert "This run has no evaluation yet; its annotator is simulated." in text
+    assert "This run has no evaluation yet." in text
 
 
 @pytest.mark.usefixtures("without_plots")

@@ -31,8 +31,8 @@ PPO = """
 """
 KEYS = {
     "demo": """
-        out tiny model sft.epochs sft.max_steps sft.batch_size sft.heldout sft.turns sft.packing sft.samples
-        sft.sample_tokens sft.patience sft.max_length sft.overlong sft.chat_template sft.template_kwargs
+        out tiny human pairs port model sft.epochs sft.max_steps sft.batch_size sft.heldout sft.turns sft.packing
+        sft.samples sft.sample_tokens sft.patience sft.max_length sft.overlong sft.chat_template sft.template_kwargs
         sft.parse_special_tokens sft.date sft.dtype sft.seed sft.lora.r sft.lora.alpha sft.lora.targets
         sft.optim.lr sft.optim.schedule sft.optim.warmup sft.optim.weight_decay sft.optim.adam_eps
         sft.optim.max_grad_norm sft.optim.max_tokens_per_microbatch sft.optim.checkpointing

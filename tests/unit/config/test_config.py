@@ -435,6 +435,7 @@ BAD = {
         "seed": [-1],
         "warnings": [{"a": 1}, {"a": " "}],
     },
+    DemoConfig: {"pairs": [3], "port": [-1, 65536]},
     ComparisonsConfig: {
         "prompts": [-1],
         "samples_per_prompt": [1],  # one reply cannot be compared
