@@ -40,6 +40,26 @@ def test_votes_go_to_other_tools_and_back(items: list[f.Judged]) -> None:
     assert f.from_argilla(written) == kept and f.read_votes(written) == ("argilla", kept)
 
 
+def test_what_label_studio_writes_is_read() -> None:
+    """Judged in the page of label-studio 1.23.2 and exported by it: by the Pairwise tag, by Choices, by both;
+    the last was made ground truth, and the first was skipped by another annotation."""
+    exports = json.loads((EXPORTS / "label-studio-1.23.2.json").read_text())
+    first, second, third = f.from_label_studio(exports["json"])
+    assert (first.prompt[0]["content"], first.first, first.second) == (
+        "Where is my order?",
+        "On its way.",
+        "I cannot say.",
+    )
+    assert (first.category, second.category) == ("support", "")
+    assert [one.votes for one in (first, second, third)] == [
+        (f.Vote("1", -1, 4.721, 1796100655.967352),),
+        (f.Vote("1", 0, 7.179, 1796100664.530678),),
+        (f.Vote("1", 2, 7.002, 1796100673.068801, True),),
+    ]
+    with pytest.raises(RecordError, match="row 0: this is Label Studio's JSON-MIN"):
+        f.from_label_studio(exports["json-min"])
+
+
 def test_what_argilla_writes_is_read() -> None:
     """Written by argilla 2.8.0: records of label, ranking and rating questions by to_list, nested and flattened."""
     exports = json.loads((EXPORTS / "argilla-2.8.0.json").read_text())
