@@ -1,7 +1,7 @@
 """Check what a change may have broken, within a minute: `python -m bench.check`, or `make check`.
 
-Changed files are linted, and the tests that reach them run (reach.py), the nearest first, until the time is over. What
-was left out is said; `make test` runs all.
+Changed files are linted, and the tests that reach them run (reach.py), the nearest first, until the time is over. The
+tests that were not run are counted at the end; `make test` runs all.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bench.reach import reaching, reaching_compiled
+from bench.reach import find_op_tests, find_tests
 
 ROOT = Path(__file__).resolve().parents[1]
 NEAR = 2  # imports between a test and what it is run for
@@ -22,36 +22,36 @@ SPARE = 5.0  # seconds, for the test that runs when the time is over
 
 
 def changed(since: str, root: Path = ROOT) -> list[Path]:
-    """Files that differ from a commit, and new ones that git does not ignore."""
+    """List the files that differ from a commit, and new ones that git does not ignore; deleted ones are left out."""
     listed = subprocess.check_output(["git", "diff", "--name-only", "--diff-filter=d", since], cwd=root, text=True)
     new = subprocess.check_output(["git", "ls-files", "--others", "--exclude-standard"], cwd=root, text=True)
     return [root / name for name in dict.fromkeys([*listed.splitlines(), *new.splitlines()])]
 
 
-def of_files(files: Iterable[Path], root: Path = ROOT) -> list[Path]:
-    """Test files that reach any of `files`: changed tests first, then those of each file in turn, the nearest first."""
+def choose_tests(files: Iterable[Path], root: Path = ROOT) -> list[Path]:
+    """List the test files that reach any of `files`: changed tests first, then for each file in turn its nearest."""
     files = list(files)
     columns: list[list[Path]] = []
-    first = []
+    changed_tests = []
     for file in files:
         place = file.relative_to(root)
-        if place.parts[0] == "kernels":  # a part of the package by a link
+        if place.parts[0] == "kernels":  # rlhf_fast/kernels is a link to it
             place = Path("rlhf_fast", place)
         if place.parts[0] == "tests" and file.name.startswith("test_"):
-            first.append(file)
+            changed_tests.append(file)
         elif place.suffix == ".py" and place.parts[0] in ("rlhf_fast", "bench", "tests"):
-            columns.append(reaching(root / place, root, NEAR))
+            columns.append(find_tests(root / place, root, NEAR))
         elif place.parts[0] == "csrc":
-            columns.append(reaching_compiled(file, root))
+            columns.append(find_op_tests(file, root))
         elif place.suffix == ".md":
             columns.append([*(root / "tests" / name for name in ("unit/test_docs.py", "scenarios/test_readme.py"))])
     longest = max(map(len, columns), default=0)
     turns = [column[i] for i in range(longest) for column in columns if i < len(column)]
-    return list(dict.fromkeys([*first, *turns]))
+    return list(dict.fromkeys([*changed_tests, *turns]))
 
 
 class Budget:
-    """Stops pytest after so many seconds, between two tests."""
+    """Plugin of pytest that ends the session after so many seconds, between two tests."""
 
     def __init__(self, seconds: float) -> None:
         self.end, self.left = time.monotonic() + seconds, 0
@@ -67,13 +67,13 @@ class Budget:
             item.session.shouldstop = "the time is over"
 
 
-def main(words: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--since", default="HEAD", help="the commit that the change is from")
     parser.add_argument("--seconds", type=float, default=60.0, help="in all; the last test may take longer")
-    given = parser.parse_args(words)
-    end = time.monotonic() + given.seconds - SPARE
-    files = changed(given.since)
+    options = parser.parse_args(arguments)
+    end = time.monotonic() + options.seconds - SPARE
+    files = changed(options.since)
     python = [str(file) for file in files if file.suffix == ".py"]
     for tool in (["check", "-q"], ["format", "--check", "-q"]) if python else ():
         if code := subprocess.run([sys.executable, "-m", "ruff", *tool, *python], cwd=ROOT).returncode:
@@ -81,16 +81,17 @@ def main(words: list[str] | None = None) -> int:
     # Types are checked beside the tests: two cores for a minute.
     mypy = [sys.executable, "-m", "mypy", "rlhf_fast", "bench"]
     types = subprocess.Popen(mypy, cwd=ROOT, stdout=subprocess.PIPE, text=True) if python else None
-    code = _run_tests(of_files(files), end)
+    code = _run_tests(choose_tests(files), end)
     if types is not None:
-        said, _ = types.communicate()
+        output, _ = types.communicate()
         if types.returncode:
-            print(said)
+            print(output)
         code = code or types.returncode
     return code
 
 
 def _run_tests(tests: list[Path], end: float) -> int:
+    """Run test files until `time.monotonic()` is `end`; return pytest's exit code, 0 if the time ended them."""
     if not tests:
         print("no test reaches what was changed")
         return 0

@@ -1,8 +1,8 @@
-"""Record which tests run each line: `python -m bench.covered` runs the suite once under coverage.py and keeps that.
+"""Record which tests run each line: `python -m bench.covered` runs the suite once under coverage.py.
 
-Twenty minutes on two cores, into build/covered; `make mutants` then tries a mistake by the tests that run its line.
-Triton's are left out, since interpreted kernels take three times as long when watched. What happens in other processes
-is not seen.
+It takes twenty minutes on two cores and writes build/covered; `make mutants` then tries a mutant by the tests that run
+its line. Triton's tests are left out, since interpreted kernels take three times as long under coverage. Lines that run
+in other processes are not recorded.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from bench.reach import python_files
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "covered"
-SETUP = " (setup)"  # of a test: what is made there may serve all tests of its file
+SETUP = " (setup)"  # marks the context of a test's fixtures, which may serve all tests of its file
 
 
 class Map:
-    """Coverage that a run of the suite has left, for the files that are as they were then."""
+    """Coverage of an earlier run of the suite; it holds for the files that have not changed since."""
 
     def __init__(self, folder: Path = FOLDER, root: Path = ROOT) -> None:
         import coverage
@@ -41,16 +41,16 @@ class Map:
                 self.of_file.setdefault(test.partition("::")[0], []).append(test)
 
     def tests(self, name: str, lines: Iterable[int]) -> dict[str, list[str]]:
-        """The tests that run any of a file's lines, by their own file. Empty where none is known."""
+        """Find the tests that run any of a file's lines, by test file; {} if there are none or the file changed."""
         if self.states.get(name) != state(self.root / name):
             return {}
         by_line = self.data.contexts_by_lineno(str(self.root / name))
-        found: set[str] = set()
+        tests: set[str] = set()
         for test in {test for line in lines for test in by_line.get(line, ()) if test}:
             # What runs before a test may be a fixture of its whole file.
-            found.update(self.of_file.get(test.partition("::")[0], []) if test.endswith(SETUP) else [test])
+            tests.update(self.of_file.get(test.partition("::")[0], []) if test.endswith(SETUP) else [test])
         grouped: dict[str, list[str]] = {}
-        for test in sorted(found):
+        for test in sorted(tests):
             grouped.setdefault(test.partition("::")[0], []).append(test)
         return grouped
 
@@ -60,12 +60,12 @@ class Map:
         return any("" in by_line.get(line, ()) for line in lines)
 
     def setup(self, name: str) -> float:
-        """The longest preparation of a test of a file, in seconds."""
+        """Return the longest setup of a test in a test file, in seconds."""
         return max((self.seconds.get(test + SETUP, 0.0) for test in self.of_file.get(name, ())), default=0.0)
 
 
 class Recorder:
-    """A plugin of pytest: coverage.py's context is the test, and the seconds of each are noted."""
+    """Plugin of pytest that sets coverage.py's context to the running test, and times each test."""
 
     def __init__(self, folder: Path) -> None:
         import coverage
@@ -93,7 +93,7 @@ class Recorder:
 
 
 def pytest_configure(config: Any) -> None:
-    """Called where this module is named by `-p`, in every process of pytest-xdist."""
+    """Register the recorder; pytest calls this where `-p` names this module, in every process of pytest-xdist."""
     import pytest
 
     recorder = Recorder(FOLDER)
@@ -136,6 +136,7 @@ def main() -> int:
 
 
 def state(file: Path) -> str:
+    """Hash a file, to tell later whether it has changed."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 

@@ -1,8 +1,8 @@
-"""Deliberate mistakes, one at a time: does any test notice? `python -m bench.mutants --count 200 --seed 0`
+"""Mutation testing: does any test fail for a deliberate mistake? `python -m bench.mutants --count 200 --seed 0`
 
-A mutant is the source with one small change (an operator, a number, a branch; mutations.py). Each is tried in a copy of
-the tree, until a test fails: by the tests that run its line where `python -m bench.covered` has been run on these
-sources, else by those that reach its file (reach.py), the nearest first. CONTRIBUTING.md says how to read it.
+A mutant is the source with one small change (an operator, a number, a branch; mutations.py). In a copy of the tree,
+tests run until one fails: those that run the mutant's line where `python -m bench.covered` has been run on these
+sources, else those that reach its file (reach.py), the nearest first. CONTRIBUTING.md says how to read the results.
 """
 
 from __future__ import annotations
@@ -25,45 +25,51 @@ from typing import Any
 
 from bench.covered import FOLDER, Map
 from bench.mutations import ROOT, Mutant, draw
-from bench.reach import reaching, reaching_compiled
+from bench.reach import find_op_tests, find_tests
 from tests.simt import build
 
 
 @dataclass(frozen=True)
 class Outcome:
+    """Outcome of one mutant, a row of the results."""
+
     file: str
     line: int
     room: str
     operator: str
     diff: str
     killed: bool
-    by: str  # the test that failed, or what was run in vain
+    by: str  # the test that failed, or which tests passed
     seconds: float
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Tests that are run for a mutant."""
+    """Plan of the tests to run for a mutant."""
 
     tests: list[str]
-    expected: float  # seconds that these tests took without the mistake; 0 where nobody knows
-    words: tuple[str, ...] = ()  # of pytest
+    expected: float  # seconds that these tests take without the mistake; 0: unknown
+    arguments: tuple[str, ...] = ()  # of pytest
     environment: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a run of a plan says."""
+    """Verdict of a plan on a mutant."""
 
     killed: bool
-    by: str
-    test: str = ""  # the one that failed, for pytest
+    by: str  # as in Outcome
+    test: str = ""  # the id of the test that failed
 
 
 def attempt(mutant: Mutant, tree: Path, limit: float, covered: Map | None = None) -> Outcome | None:
-    """Run a mutant's tests in a copy of the tree until one fails. None if it does not compile, or to the same code."""
+    """Run a mutant's tests in a copy of the tree until one fails; None if it does not compile, or to the same code.
+
+    Args:
+        limit: seconds of tests.
+    """
     file = tree / mutant.file
-    whole = file.read_text(encoding="utf-8")
+    original = file.read_text(encoding="utf-8")
     started = time.monotonic()
     environment: tuple[tuple[str, str], ...] = ()  # of a test without the mistake
     if file.suffix == ".py":
@@ -71,69 +77,69 @@ def attempt(mutant: Mutant, tree: Path, limit: float, covered: Map | None = None
         environment = plan.environment
         file.write_text(mutant.code, encoding="utf-8")
     else:
-        before = compiled_sides(file, tree)
+        before = libraries_of(file, tree)
         file.write_text(mutant.code, encoding="utf-8")
     try:
         if file.suffix != ".py":
             after = {side: build.library(side, tree) for side in before}
-            if all(same(after[side], before[side]) for side in before):
+            if all(have_same_code(after[side], before[side]) for side in before):
                 return None
             plan = plan_of_compiled(file, tree, after, limit, covered)
-            environment = _module_of(before)
-        verdict = _noticed(plan, environment, file, mutant.code, whole, tree, limit)
+            environment = _environment_of(before)
+        verdict = _verdict_of(plan, environment, file, mutant.code, original, tree, limit)
     except build.CompileError:
         return None
     finally:
-        file.write_text(whole, encoding="utf-8")
+        file.write_text(original, encoding="utf-8")
     seconds = round(time.monotonic() - started, 1)
     return Outcome(
         mutant.file, mutant.line, mutant.room, mutant.operator, mutant.diff, verdict.killed, verdict.by, seconds
     )
 
 
-def _noticed(
-    plan: Plan, environment: tuple[tuple[str, str], ...], file: Path, code: str, whole: str, tree: Path, limit: float
+def _verdict_of(
+    plan: Plan, environment: tuple[tuple[str, str], ...], file: Path, code: str, original: str, tree: Path, limit: float
 ) -> Verdict:
-    """What the tests say of a mistake. A test that fails without it, too, is left out: it notices something else."""
+    """Run a plan on a mutant. A test that fails without the mistake as well is deselected, and the others run again."""
     if not plan.tests:
         return Verdict(False, "no test reaches it")
     while True:
         verdict = _run(plan, tree, limit)
-        if not verdict.test or verdict.test in plan.words:
+        if not verdict.test or verdict.test in plan.arguments:
             return verdict
-        file.write_text(whole, encoding="utf-8")
-        alone = Plan([verdict.test], 0.0, plan.words, environment)
+        file.write_text(original, encoding="utf-8")
+        alone = Plan([verdict.test], 0.0, plan.arguments, environment)
         if not _run(alone, tree, limit).killed:
             return verdict
         print(f"{verdict.test} fails without a mistake, too: left out", file=sys.stderr, flush=True)
-        plan = replace(plan, words=(*plan.words, "--deselect", verdict.test))
+        plan = replace(plan, arguments=(*plan.arguments, "--deselect", verdict.test))
         file.write_text(code, encoding="utf-8")
 
 
-def compiled_sides(file: Path, tree: Path) -> dict[str, Path]:
-    """The modules that a C++ or CUDA file is part of, as they are without a mistake."""
+def libraries_of(file: Path, tree: Path) -> dict[str, Path]:
+    """Build the libraries that a C++ or CUDA file is part of, by side ("cpu", "cuda")."""
     parts = {
         side: [source for source in build.sources(side, tree) if file == source or file in build.included(source, tree)]
         for side in ("cpu", "cuda")
     }
-    if file.name in ("bindings.cpp", "isa.cpp"):  # where both have it, what the CPU's does is seen more quickly
+    if file.name in ("bindings.cpp", "isa.cpp"):  # both have them, and the CPU's build is quicker
         parts["cuda"] = []
-    return {side: build.library(side, tree) for side, of in parts.items() if of}
+    return {side: build.library(side, tree) for side, sources in parts.items() if sources}
 
 
-def same(a: Path, b: Path) -> bool:
-    """Return whether two modules have the same code: a comment was changed, or what the compiler leaves out."""
+def have_same_code(a: Path, b: Path) -> bool:
+    """Return whether two libraries are equal, as when only a comment was changed, or what the compiler leaves out."""
     return a == b or a.read_bytes() == b.read_bytes()
 
 
 def plan_of_compiled(file: Path, tree: Path, built: dict[str, Path], limit: float, covered: Map | None) -> Plan:
-    """The op tests of the sides that were built, those of the file's own op first."""
-    module = _module_of(built)
-    near = [str(test.relative_to(tree)) for test in reaching_compiled(file, tree)]
+    """Choose the op tests of the sides that were built, those of the file's own op first."""
+    module = _environment_of(built)
+    near = [str(test.relative_to(tree)) for test in find_op_tests(file, tree)]
     if covered is None:
         sides = " or ".join(["fuzz", *built])
         return Plan(near, 0.0, ("-k", f"({sides}) and not triton and not reference"), module)
-    known = {
+    tests_by_file = {
         name: [
             test
             for test in covered.of_file.get(name, ())
@@ -141,19 +147,19 @@ def plan_of_compiled(file: Path, tree: Path, built: dict[str, Path], limit: floa
         ]
         for name in near
     }
-    return _fitting(known, limit, covered, module)
+    return _choose_tests(tests_by_file, limit, covered, module)
 
 
-def _module_of(built: dict[str, Path]) -> tuple[tuple[str, str], ...]:
-    """The environment in which the tests take a module that was built."""
+def _environment_of(built: dict[str, Path]) -> tuple[tuple[str, str], ...]:
+    """Return the environment variables with which tests load a library that was built."""
     return (("RLHF_FAST_TEST_MODULE", str(built["cpu"])),) if "cpu" in built else ()
 
 
-def _fitting(known: dict[str, list[str]], limit: float, covered: Map, environment: Any = ()) -> Plan:
-    """Choose as many tests as take no longer than the limit, file by file, of each the quickest first."""
+def _choose_tests(tests_by_file: dict[str, list[str]], limit: float, covered: Map, environment: Any = ()) -> Plan:
+    """Choose as many tests as fit into `limit` seconds, file by file, the quickest of each first."""
     chosen: list[str] = []
     expected = 0.0
-    for name, tests in known.items():
+    for name, tests in tests_by_file.items():
         if not tests:
             continue
         expected += covered.setup(name)
@@ -169,40 +175,40 @@ def _fitting(known: dict[str, list[str]], limit: float, covered: Map, environmen
 def plan_of_python(mutant: Mutant, tree: Path, limit: float, covered: Map | None) -> Plan:
     """Choose the tests that run a mutant's line, the nearest files first, as many as fit into the limit."""
     file = tree / mutant.file
-    near = [str(test.relative_to(tree)) for test in reaching(file, tree)]
-    if mutant.room == "kernels":  # the tests of Triton, which has to be told before it is imported
+    near = [str(test.relative_to(tree)) for test in find_tests(file, tree)]
+    if mutant.room == "kernels":  # Triton interprets only if told before its import
         return Plan(near, 0.0, ("-k", "triton"), (("TRITON_INTERPRET", "1"),))
-    lines = statement(file.read_text(encoding="utf-8"), mutant.line)
-    known = covered.tests(mutant.file, lines) if covered else {}
-    if not known or covered is None:
+    lines = statement_lines(file.read_text(encoding="utf-8"), mutant.line)
+    tests_by_file = covered.tests(mutant.file, lines) if covered else {}
+    if not tests_by_file or covered is None:
         return Plan(near, 0.0)
     place = {name: i for i, name in enumerate(near)}
-    names = sorted(known, key=lambda name: (place.get(name, len(place)), name))
-    plan = _fitting({name: known[name] for name in names}, limit, covered)
+    names = sorted(tests_by_file, key=lambda name: (place.get(name, len(place)), name))
+    plan = _choose_tests({name: tests_by_file[name] for name in names}, limit, covered)
     if covered.is_imported(mutant.file, lines):  # what an import does is seen by tests that do not do it themselves
-        left = {name: covered.of_file.get(name, []) for name in near if name not in known}
-        more = _fitting(left, limit - plan.expected, covered)
+        left = {name: covered.of_file.get(name, []) for name in near if name not in tests_by_file}
+        more = _choose_tests(left, limit - plan.expected, covered)
         return Plan([*plan.tests, *more.tests], plan.expected + more.expected)
     return plan
 
 
-def statement(text: str, line: int) -> set[int]:
-    """The lines of the smallest statement around one; of a whole function for those of its head.
+def statement_lines(text: str, line: int) -> set[int]:
+    """Return the lines of the smallest statement enclosing a line; for one of a function's head, all of it.
 
-    What a module or a class assigns is run by nobody's test: with it come the lines that mention its name.
+    An assignment in a module or a class runs before any test: the lines that mention its name are added.
     """
     tree = ast.parse(text)
-    around = [
+    enclosing = [
         node
         for node in ast.walk(tree)
         if isinstance(node, ast.stmt) and node.lineno <= line <= (node.end_lineno or node.lineno)
     ]
-    inner = min(around, key=lambda node: (node.end_lineno or 0) - node.lineno, default=None)
-    if inner is None or isinstance(inner, (ast.ClassDef, ast.If, ast.For, ast.While, ast.With, ast.Try)):
-        return {line}  # its head: what is in it has lines of its own
-    lines = set(range(inner.lineno, (inner.end_lineno or inner.lineno) + 1))
-    if isinstance(inner, (ast.Assign, ast.AnnAssign)) and not any(isinstance(x, ast.FunctionDef) for x in around):
-        targets = inner.targets if isinstance(inner, ast.Assign) else [inner.target]
+    smallest = min(enclosing, key=lambda node: (node.end_lineno or 0) - node.lineno, default=None)
+    if smallest is None or isinstance(smallest, (ast.ClassDef, ast.If, ast.For, ast.While, ast.With, ast.Try)):
+        return {line}  # the head alone: statements in its body have lines of their own
+    lines = set(range(smallest.lineno, (smallest.end_lineno or smallest.lineno) + 1))
+    if isinstance(smallest, (ast.Assign, ast.AnnAssign)) and not any(isinstance(x, ast.FunctionDef) for x in enclosing):
+        targets = smallest.targets if isinstance(smallest, ast.Assign) else [smallest.target]
         names = {node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)}
         for node in ast.walk(tree):
             if isinstance(node, (ast.Name, ast.Attribute)):
@@ -212,11 +218,12 @@ def statement(text: str, line: int) -> set[int]:
 
 
 def _run(plan: Plan, tree: Path, limit: float) -> Verdict:
-    words = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:randomly"]
+    """Run a plan's tests on the tree as it is, until one fails or the time is over."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:randomly"]
     environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     environment["RLHF_FAST_TEST_UNTIMED"] = "1"  # slower is not wrong
     process = subprocess.Popen(
-        [*words, *plan.words, *plan.tests],
+        [*command, *plan.arguments, *plan.tests],
         cwd=tree,
         env={**environment, **dict(plan.environment)},
         stdout=subprocess.PIPE,
@@ -226,24 +233,24 @@ def _run(plan: Plan, tree: Path, limit: float) -> Verdict:
     )
     patience = 60 + 4 * plan.expected if plan.expected else limit
     try:
-        said, _ = process.communicate(timeout=patience)
+        output, _ = process.communicate(timeout=patience)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, 9)
         process.communicate()
-        if plan.expected:  # they would have ended long since
+        if plan.expected:  # without the mistake they take less than a quarter of that
             return Verdict(True, f"did not end within {patience:.0f} s")
         return Verdict(False, f"passed for {limit:.0f} s, then stopped")
-    failed = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
     if process.returncode in (0, 5):  # 5: no test was chosen
-        return Verdict(False, f"all passed: {said.strip().splitlines()[-1]}")
+        return Verdict(False, f"all passed: {output.strip().splitlines()[-1]}")
     if not failed:
         return Verdict(True, f"pytest ended with {process.returncode}")
     by = failed[0].split(" - ")[0]
     return Verdict(True, by, by.partition(" ")[2])
 
 
-def copy_of(root: Path, folder: Path) -> Path:
-    """The tree as git knows it, with what is compiled."""
+def copy_tree(root: Path, folder: Path) -> Path:
+    """Copy the files that git knows, and the compiled module, into `folder`; return that."""
     names = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=root, capture_output=True, text=True, check=True
     )
@@ -261,10 +268,14 @@ def copy_of(root: Path, folder: Path) -> Path:
     return folder
 
 
-def tried(
+def run_mutants(
     mutants: Iterator[Mutant], count: int, trees: list[Path], limit: float, covered: Map | None, out: Path
 ) -> list[Outcome]:
-    """The outcomes of the first `count` mutants that can be compiled, in their order; a process for each tree."""
+    """Run the first `count` mutants that compile, one at a time in each tree; append outcomes to `out` as they come.
+
+    Returns:
+        The outcomes in the order of the mutants.
+    """
     lock, outcomes, drawn = threading.Lock(), dict[int, Outcome](), 0
 
     def work(tree: Path) -> None:
@@ -281,42 +292,46 @@ def tried(
                     outcomes[number] = outcome
                     with open(out, "a", encoding="utf-8") as file:
                         file.write(json.dumps(asdict(outcome)) + "\n")
-                    said = f"killed by {outcome.by}" if outcome.killed else f"SURVIVED: {outcome.by}"
+                    text = f"killed by {outcome.by}" if outcome.killed else f"SURVIVED: {outcome.by}"
                     left = (time.monotonic() - started) / len(outcomes) * (count - len(outcomes)) / 60
                     print(
-                        f"[{len(outcomes)}/{count}, {max(left, 0):.0f} min left] {outcome.file}:{outcome.line} {said} "
+                        f"[{len(outcomes)}/{count}, {max(left, 0):.0f} min left] {outcome.file}:{outcome.line} {text} "
                         f"in {outcome.seconds:.0f} s", file=sys.stderr, flush=True,
                     )  # fmt: skip
 
     started = time.monotonic()
     with ThreadPoolExecutor(len(trees)) as pool:
-        for done in [pool.submit(work, tree) for tree in trees]:
-            done.result()
+        for future in [pool.submit(work, tree) for tree in trees]:
+            future.result()
     return [outcomes[number] for number in sorted(outcomes)[:count]]
 
 
 def table(outcomes: Iterable[Outcome]) -> str:
-    """Killed and survived by room, and every survivor."""
+    """Write a Markdown table of killed mutants by room, and the diff of every survivor."""
     outcomes = list(outcomes)
     rows = ["| room | mutants | killed | |", "|---|---|---|---|"]
-    for room in [*sorted({one.room for one in outcomes}), "all"]:
-        of = [one for one in outcomes if room in (one.room, "all")]
-        killed = sum(one.killed for one in of)
-        rows.append(f"| {room} | {len(of)} | {killed} | {killed / max(len(of), 1):.0%} |")
-    survivors = [one for one in outcomes if not one.killed]
-    shown = [f"\n{one.file}:{one.line} {one.operator} ({one.by})\n{one.diff}" for one in survivors]
+    for room in [*sorted({outcome.room for outcome in outcomes}), "all"]:
+        in_room = [outcome for outcome in outcomes if room in (outcome.room, "all")]
+        killed = sum(outcome.killed for outcome in in_room)
+        rows.append(f"| {room} | {len(in_room)} | {killed} | {killed / max(len(in_room), 1):.0%} |")
+    survivors = [outcome for outcome in outcomes if not outcome.killed]
+    shown = [
+        f"\n{outcome.file}:{outcome.line} {outcome.operator} ({outcome.by})\n{outcome.diff}" for outcome in survivors
+    ]
     return "\n".join([*rows, *shown])
 
 
-def lines_of(outcomes: Iterable[Outcome]) -> str:
-    return "".join(json.dumps(asdict(one)) + "\n" for one in outcomes)
+def as_json_lines(outcomes: Iterable[Outcome]) -> str:
+    """Write outcomes as JSON Lines."""
+    return "".join(json.dumps(asdict(outcome)) + "\n" for outcome in outcomes)
 
 
 def read(file: Path) -> list[Outcome]:
+    """Read the outcomes that `as_json_lines` has written."""
     return [Outcome(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def main(words: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--count", type=int, default=20, help="mutants")
     parser.add_argument("--seed", type=int, default=0, help="which ones")
@@ -326,28 +341,28 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--again", type=Path, help="an earlier --out of this count and seed: only try its survivors")
     parser.add_argument("--resume", action="store_true", help="go on with --out, of this seed and these sources")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "mutants.jsonl", help="one outcome a line")
-    given = parser.parse_args(words)
+    options = parser.parse_args(arguments)
     covered = Map() if (FOLDER / "tests.json").exists() else None
     if covered is None:
         print("by the tests that reach a file; python -m bench.covered finds those that run a line", file=sys.stderr)
-    mutants, count, before = draw(given.seed, room=given.room), given.count, dict[tuple[str, str], Outcome]()
-    if given.again:
-        before = {(one.file, one.diff): one for one in read(given.again)}
-        survivors = {place for place, one in before.items() if not one.killed}
+    mutants, count, earlier = draw(options.seed, room=options.room), options.count, dict[tuple[str, str], Outcome]()
+    if options.again:
+        earlier = {(outcome.file, outcome.diff): outcome for outcome in read(options.again)}
+        survivors = {place for place, outcome in earlier.items() if not outcome.killed}
         count = len(survivors)
         mutants = (mutant for mutant in mutants if (mutant.file, mutant.diff) in survivors)
-    if given.resume and given.out.exists():
-        before = {(one.file, one.diff): one for one in read(given.out)}
-        count = max(given.count - len(before), 0)
-        mutants = (mutant for mutant in mutants if (mutant.file, mutant.diff) not in before)
+    if options.resume and options.out.exists():
+        earlier = {(outcome.file, outcome.diff): outcome for outcome in read(options.out)}
+        count = max(options.count - len(earlier), 0)
+        mutants = (mutant for mutant in mutants if (mutant.file, mutant.diff) not in earlier)
     with tempfile.TemporaryDirectory() as folder:
-        trees = [copy_of(ROOT, Path(folder) / str(job)) for job in range(given.jobs)]
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(lines_of(before.values() if given.resume else ()), encoding="utf-8")
-        outcomes = tried(mutants, count, trees, given.limit, covered, given.out)
-    before |= {(one.file, one.diff): one for one in outcomes}
-    given.out.write_text(lines_of(before.values()), encoding="utf-8")
-    print(table(before.values()))
+        trees = [copy_tree(ROOT, Path(folder) / str(job)) for job in range(options.jobs)]
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(as_json_lines(earlier.values() if options.resume else ()), encoding="utf-8")
+        outcomes = run_mutants(mutants, count, trees, options.limit, covered, options.out)
+    earlier |= {(outcome.file, outcome.diff): outcome for outcome in outcomes}
+    options.out.write_text(as_json_lines(earlier.values()), encoding="utf-8")
+    print(table(earlier.values()))
     return 0
 
 

@@ -10,6 +10,7 @@ import ast
 import functools
 import os
 from collections import deque
+from collections.abc import Collection
 from pathlib import Path
 
 from tests.simt.build import included
@@ -17,12 +18,14 @@ from tests.simt.build import included
 ROOTS = ("rlhf_fast", "tests", "bench")
 
 
-def reaching(source: Path, root: Path, farthest: int = 4) -> list[Path]:
-    """Test files that import `source` over at most so many imports: those of its own name, then unit tests, then the
-    rest; of each the nearest first.
+def find_tests(source: Path, root: Path, farthest: int = 4) -> list[Path]:
+    """List the test files that import a Python file, directly or through others: those of its own name first, then
+    unit tests, then the rest, each group by the number of imports between.
 
     Args:
-        source, root: the file, and the folder of the project that it is in.
+        source: the file.
+        root: the folder of the project.
+        farthest: the most imports between a test and the file.
     """
     imported_by: dict[str, set[str]] = {}
     files = {module_of(file, root): file for name in ROOTS for file in python_files(root / name)}
@@ -40,26 +43,28 @@ def reaching(source: Path, root: Path, farthest: int = 4) -> list[Path]:
                 distance[other] = distance[module] + 1
                 queue.append(other)
     stem = source.parent.name if source.stem == "__init__" else source.stem
-    found = [name for name in distance if files[name].name.startswith("test_")]
+    tests = [name for name in distance if files[name].name.startswith("test_")]
 
-    def place(name: str) -> tuple[bool, bool, int, str]:
+    def rank(name: str) -> tuple[bool, bool, int, str]:
         other = stem.strip("_") not in files[name].stem
         return other, not name.startswith("tests.unit."), distance[name], name
 
-    return [files[name] for name in sorted(found, key=place)]
+    return [files[name] for name in sorted(tests, key=rank)]
 
 
 def python_files(folder: Path) -> list[Path]:
-    """List the Python files below a folder, by way of links too, such as rlhf_fast/kernels is one."""
-    found = (Path(above, name) for above, _, names in os.walk(folder, followlinks=True) for name in names)
-    return sorted(file for file in found if file.suffix == ".py")
+    """List the Python files below a folder, through symbolic links too (rlhf_fast/kernels is one)."""
+    files = (Path(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names)
+    return sorted(file for file in files if file.suffix == ".py")
 
 
-def reaching_compiled(source: Path, root: Path) -> list[Path]:
-    """The op tests for a file of csrc/: those named like a source that it is part of, those that name it, the rest.
+def find_op_tests(source: Path, root: Path) -> list[Path]:
+    """List the op tests for a file of csrc/: first those named like a kernel that includes it, then those that mention
+    such a kernel, then the rest.
 
     Args:
-        source, root: the file, and the folder of the project that it is in.
+        source: the file.
+        root: the folder of the project.
     """
     kernels = [file for file in sorted((root / "csrc").rglob("*")) if file.suffix in (".cpp", ".cu")]
     own = [file for file in kernels if file == source or source in included(file, root)]
@@ -76,30 +81,36 @@ def reaching_compiled(source: Path, root: Path) -> list[Path]:
 
 
 def module_of(file: Path, root: Path) -> str:
+    """Name the module of a Python file of the project: "rlhf_fast.ops.gae"."""
     parts = file.relative_to(root).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports_of(file: Path, name: str, known: object) -> set[str]:
-    """The modules of the project that a file imports, in functions too."""
-    found: set[str] = set()
+def imports_of(file: Path, name: str, known: Collection[str]) -> set[str]:
+    """List the modules of the project that a file imports, within functions too.
+
+    Args:
+        name: the file's own module.
+        known: all modules of the project.
+    """
+    imported: set[str] = set()
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
     for node in _import_statements(file, file.stat().st_mtime_ns):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            imported |= {alias.name for alias in node.names}
         else:
             base = node.module or ""
             if node.level:
-                above = package.rsplit(".", node.level - 1)[0] if node.level > 1 else package
-                base = f"{above}.{base}".rstrip(".")
+                parent = package.rsplit(".", node.level - 1)[0] if node.level > 1 else package
+                base = f"{parent}.{base}".rstrip(".")
             names = {f"{base}.{alias.name}" for alias in node.names}
-            modules = {each for each in names if each in known}  # type: ignore[operator]
-            found |= modules if modules == names else {*modules, base}  # the rest is what `base` itself has
-    return {each for each in found if each in known and each != name}  # type: ignore[operator]
+            modules = {each for each in names if each in known}
+            imported |= modules if modules == names else {*modules, base}  # the other names are defined in `base`
+    return {module for module in imported if module in known and module != name}
 
 
 @functools.cache
 def _import_statements(file: Path, changed: int) -> tuple[ast.Import | ast.ImportFrom, ...]:
-    """Those of a file as it was `changed`: the whole tree is asked for each file that is looked for."""
+    """Parse the import statements of a file; cached by its time of change, as each search parses all files."""
     nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
     return tuple(node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom))

@@ -36,7 +36,7 @@ ELEMENTS = {"token_logprobs": 32, "full_kl": 16}  # of a thread, of each row tha
 
 @dataclass(frozen=True)
 class Static:
-    """Figures of one kernel, compiled for one target."""
+    """Figures of one kernel as compiled for one target, a row of the table."""
 
     op: str
     kernel: str
@@ -67,7 +67,7 @@ class Static:
 
 
 def tool(name: str) -> str:
-    """cuobjdump or nvdisasm, as triton brings them."""
+    """Return the path of cuobjdump, nvdisasm or ptxas as triton ships them."""
     import triton
 
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
@@ -78,7 +78,7 @@ def run(*command: str, cwd: str | None = None) -> str:
 
 
 def blocks(lines: Iterable[str]) -> tuple[list[list[str]], list[list[int]]]:
-    """A function's instructions as basic blocks, and the blocks that each may go on to."""
+    """Split a function into basic blocks; return their instructions, and the successors of each by number."""
     code: list[list[str]] = [[]]
     labels: dict[str, int] = {}
     for line in lines:
@@ -103,7 +103,7 @@ def is_wide(instruction: str) -> bool:
 
 
 def count(block: list[str], name: str, wide: bool | None = None) -> int:
-    """Instructions of that name, of 16 bytes, of fewer, or of any width."""
+    """Count instructions by name: of 16 bytes (`wide`), of fewer (False), or of any width (None)."""
     found = [x for x in block if re.search(rf"\b{name}\b", x.split(".")[0])]
     return len(found) if wide is None else sum(is_wide(x) == wide for x in found)
 
@@ -111,7 +111,7 @@ def count(block: list[str], name: str, wide: bool | None = None) -> int:
 def hot_path(lines: Iterable[str]) -> list[str]:
     """Find the instructions that run on a whole segment of an aligned row.
 
-    Of all ways through the function, the one that loads most in one go, 16 bytes at a time, and stores as wide.
+    Among the paths through the function the hot one has most 16-byte loads in one block, and then 16-byte stores.
     """
     code, onwards = blocks(lines)
     best: dict[int, tuple[int, list[int]]] = {}
@@ -131,20 +131,24 @@ def hot_path(lines: Iterable[str]) -> list[str]:
 
 
 def functions(sass: str) -> Iterator[tuple[str, list[str]]]:
-    """(mangled name, lines) of each kernel in nvdisasm's output."""
+    """Yield (mangled name, lines) of each kernel in nvdisasm's output."""
     for part in re.split(r"^(?=\.text\.)", sass, flags=re.MULTILINE)[1:]:
         name, _, body = part.partition("\n")
         yield name.removeprefix(".text.").rstrip(":"), body.splitlines()
 
 
 def resources(usage: str) -> dict[str, tuple[int, int, int, int]]:
-    """registers, stack, shared and local memory of each function in cuobjdump -res-usage's output."""
+    """Read (registers, stack, shared, local bytes) of each function from the output of cuobjdump -res-usage."""
     found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     return {name: (int(reg), int(stack), int(shared), int(local)) for name, reg, stack, shared, local in found}
 
 
 def measure(cubin: Path, target: int, name_of: Any) -> Iterator[Static]:
-    """Measure each kernel in a file of machine code; name_of(mangled) is (op, kernel, backend, variant, elements)."""
+    """Measure each kernel in a file of machine code.
+
+    Args:
+        name_of: from a mangled name to (op, kernel, backend, variant, elements).
+    """
     used = resources(run(tool("cuobjdump"), "-res-usage", str(cubin)))
     for mangled, lines in functions(run(tool("nvdisasm"), str(cubin))):
         op, kernel, backend, variant, elements = name_of(mangled)
@@ -199,7 +203,7 @@ def cuda_kernels() -> Iterator[Static]:
 
 @dataclass(frozen=True)
 class Variant:
-    """A Triton kernel with its compile-time arguments; all others are given types by name."""
+    """Variant of a Triton kernel: its compile-time arguments; the types of the others follow from their names."""
 
     op: str
     kernel: str
@@ -297,7 +301,7 @@ def triton_variants() -> Iterator[Variant]:
 
 
 def _of_tokens(name: str, short: str) -> Iterator[Variant]:
-    """gae and ppo_loss, doing all that they may do, and gae with rewards and values alone."""
+    """Yield the variants of gae and ppo_loss with every option, and of gae with rewards and values alone."""
     from rlhf_fast.kernels import ppo_loss
 
     block, tokens = OWN["gae"]["BLOCK"], OWN["ppo_loss"]["RANGE"]
@@ -339,7 +343,7 @@ def _of_sequences(name: str, short: str) -> Iterator[Variant]:
 
 
 def _of_rollouts(name: str, short: str) -> Iterator[Variant]:
-    """Heads of 128, four to a key head, as 8B models have them."""
+    """Yield the variants of paged_attention and sample, for heads of 128, four to a key head (8B models)."""
     block, own = 32, OWN["paged_attention"]
     options = {**_warps("paged_attention"), "num_stages": own["STAGES"]}
     sizes = {"DIM": 128, "WIDE": 128, "HAS_SINKS": False}
@@ -368,7 +372,7 @@ def _absent_from_attention(name: str, constants: dict[str, Any]) -> bool:
 
 
 def source_of(variant: Variant) -> Any:
-    """Prepare what Triton compiles, with the facts that a launch on aligned, contiguous rows would find out."""
+    """Build the source that Triton compiles, specialised as by a launch on aligned, contiguous rows."""
     import importlib
 
     from triton.compiler import ASTSource
@@ -399,7 +403,7 @@ def source_of(variant: Variant) -> Any:
 
 
 def compile_variant(job: tuple[Variant, int]) -> list[Static]:
-    """Ahead of time, and measured."""
+    """Compile a variant for a target ahead of time, and measure its kernels."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -486,8 +490,11 @@ def _code(file: Path) -> bytes:
 
 
 def collect(targets: Sequence[int] = TARGETS, every: int = 1) -> list[Static]:
-    """The CUDA kernels of all targets, which are compiled already, and of the Triton kernels of these targets every
-    so-and-so-manieth."""
+    """Measure all CUDA kernels, which are compiled already, and the Triton kernels of these targets.
+
+    Args:
+        every: measures only each so-many-th Triton kernel, to save time in tests.
+    """
     return sorted([*cuda_kernels(), *triton_kernels(targets, every)], key=lambda one: one.key)
 
 

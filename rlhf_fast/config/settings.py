@@ -318,7 +318,7 @@ def _read_arguments(cls: type, arguments: list[str]) -> dict[str, Any]:
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
-            raise ConfigError(f"{word!r} stands where a --key was expected")
+            raise ConfigError(f"{word!r} stands where a --key was expected; give settings as --key value")
         key, equals, value = word[2:].partition("=")
         key = key.replace("-", "_")
         below = _mapping_of(key, leaves)
@@ -331,7 +331,7 @@ def _read_arguments(cls: type, arguments: list[str]) -> dict[str, Any]:
         elif not below and leaves[key] is bool:
             values[key] = True
         else:
-            raise ConfigError(f"--{key} needs a value")
+            raise ConfigError(f"--{key} needs a value; give it as --{key}=VALUE")
         if below or typing.get_origin(leaves[key]) is dict:
             values[key] = _from_yaml(key, values[key])
     return values

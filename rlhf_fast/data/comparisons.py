@@ -136,7 +136,10 @@ def _answer(value: Any, key: str, name: str) -> Answer:
         return text_of(value, key, name)
     messages = messages_of(value if isinstance(value, list) else [value], key, name)
     if messages[0]["role"] != "assistant" or messages[-1]["role"] != "assistant":
-        raise RecordError(f"{name}: {key} should be text, or messages that begin and end with the assistant's")
+        raise RecordError(
+            f"{name}: {key} should be text, or messages that begin and end with the assistant's, got roles "
+            f"{reprlib.repr([message['role'] for message in messages])}"
+        )
     return _plain(messages)
 
 

@@ -24,7 +24,9 @@ class Tokenized:
                 f"loss_mask: {len(self.loss_mask)} for {len(self.input_ids)} tokens; expected one for each"
             )
         if self.loss_mask and self.loss_mask[0]:
-            raise ValueError("loss_mask: the first token is to be learned, which nothing stands before")
+            raise ValueError(
+                "loss_mask: the first token is to be learned, which nothing stands before; expected False for it"
+            )
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -133,14 +133,14 @@ def from_text(value: Any, key: str, name: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise RecordError(f"{name}: {key} is text, but not JSON: {reprlib.repr(value)}") from error
+        raise RecordError(f"{name}: {key} is text, but not JSON: {reprlib.repr(value)}; expected JSON in it") from error
 
 
 def text_of(value: Any, key: str, name: str) -> str:
     if not isinstance(value, str):
         raise RecordError(f"{name}: {key} should be text, got {type(value).__name__}")
     if not value.strip():
-        raise RecordError(f"{name}: {key} is empty")
+        raise RecordError(f"{name}: {key} is empty; expected some text")
     return unicode_of(value, key, name)
 
 
@@ -149,7 +149,7 @@ def unicode_of(value: str, key: str, name: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise RecordError(f"{name}: {key} holds half a character ({value[error.start]!a})") from error
+        raise RecordError(f"{name}: {key} holds half a character ({value[error.start]!a}); write it whole") from error
     return value
 
 

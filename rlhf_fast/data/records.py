@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -173,7 +174,10 @@ def _demonstration(row: Row, name: str) -> Demonstration:
             raise RecordError(f"{name}: {key} should end with an assistant's answer to something")
         prompt, completion = messages[:first], _completion(messages[first:], name)
     if isinstance(completion, list) and not any(is_learned(message) for message in completion):
-        raise RecordError(f"{name}: every assistant's message has weight 0, so that nothing is learned")
+        raise RecordError(
+            f"{name}: every assistant's message has weight 0, so that nothing is learned; leave the row out, or "
+            "give one of them weight 1"
+        )
     prompt, split = with_system(prompt, row, name), label_of(row, "split", name)
     return Demonstration(prompt, completion, name, *template_fields(row, name), split)
 
@@ -184,6 +188,9 @@ def _completion(value: Any, name: str) -> str | list[Message]:
         return text_of(value, "completion", name)
     messages = messages_of(value, "completion", name)
     if messages[0]["role"] != "assistant" or messages[-1]["role"] != "assistant":
-        raise RecordError(f"{name}: completion should be text, or messages that begin and end with the assistant's")
+        raise RecordError(
+            f"{name}: completion should be text, or messages that begin and end with the assistant's, got roles "
+            f"{reprlib.repr([message['role'] for message in messages])}"
+        )
     alone = len(messages) == 1 and not messages[0].keys() & {*MORE_THAN_TEXT, "weight"}
     return str(messages[0]["content"]) if alone else messages

@@ -94,10 +94,14 @@ def _file_rows(path: Path) -> Iterator[tuple[int, str, Row | RecordError]]:
                 yield number, f"{path} line {number}", row
     except EOFError as error:
         name = f"{path} line {number + 1}"
-        yield number + 1, name, RecordError(f"{name}: the file seems to have been cut off: {error}")
+        yield number + 1, name, RecordError(f"{name}: the file seems to have been cut off: {error}; get it again")
     except (gzip.BadGzipFile, zlib.error) as error:
         name = f"{path} line {number + 1}"
-        yield number + 1, name, RecordError(f"{name}: not readable as gzip: {error}")
+        yield (
+            number + 1,
+            name,
+            RecordError(f"{name}: not readable as gzip: {error}; get it again, or take .gz from its name"),
+        )
     except OSError as error:
         raise RecordError(f"{path}: cannot be read: {error.strerror or error}") from error
 
@@ -144,7 +148,7 @@ def _array_rows(path: Path, raw: bytes) -> Iterator[tuple[int, str, Row | Record
     try:
         rows = json.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise RecordError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from error
+        raise RecordError(f"{path}: not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8") from error
     except json.JSONDecodeError as error:
         where = f"at line {error.lineno}, column {error.colno}"
         cut = error.pos >= len(raw.decode("utf-8-sig").rstrip()) or error.msg.startswith("Unterminated string")

@@ -184,7 +184,10 @@ def _conversations(
         _check_length(len(ids), max_length, record.name)
     conversations.append(Tokenized(ids, loss_mask))
     if not any(conversation.learned for conversation in conversations):
-        raise ValueError(f"{record.name}: the chat template's generation marks hold no token of the answers")
+        raise ValueError(
+            f"{record.name}: the chat template's generation marks hold no token of the answers; expected those between "
+            "{% generation %} and {% endgeneration %}"
+        )
     return [conversation for conversation in conversations if conversation.learned]
 
 

@@ -66,7 +66,7 @@ def write_folder_atomic(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 def restore_folder(path: Path) -> None:
-    """Restore a folder after a kill inside `write_folder_atomic`: it is the old or the new one, with nothing beside it."""
+    """Restore a folder after a kill inside `write_folder_atomic`: the old or the new one, with nothing beside it."""
     aside, old = _beside(path)
     if not path.exists() and old.exists():  # it came between the two renames
         os.replace(old, path)
@@ -80,7 +80,7 @@ def _beside(path: Path) -> tuple[Path, Path]:
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:
-    """Append one JSON line in a single write; half a line, which a killed process may have left, is taken back first."""
+    """Append one JSON line in a single write; half a line, which a killed process may have left, is removed first."""
     line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
     with named_errors(path):
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)

@@ -1,5 +1,5 @@
-"""A run's folder: run.json, config.yaml, metrics.jsonl, samples.jsonl, skipped.jsonl, monitors.jsonl, checkpoints/step-N
-and, once it is finished, result.json.
+"""Folder of a run: run.json, config.yaml, metrics.jsonl, samples.jsonl, skipped.jsonl, monitors.jsonl,
+checkpoints/step-N and, once it is finished, result.json.
 
 `run.json` is written first: it says whose the folder is, and is locked while a process writes there (claim.py).
 `result.json` is written last and at once, so a folder is finished exactly when it is there. An unfinished run goes on
@@ -140,7 +140,7 @@ class RunFolder:
         return self.checkpoint(step)
 
     def has_written(self, step: int) -> None:
-        """Note which files that checkpoint has."""
+        """Note which files the checkpoint of `step` has."""
         folder = self.checkpoint(step)
         files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
         append_line(self.path / WRITTEN, {"step": step, "files": files})
@@ -188,7 +188,7 @@ def check_folder(
 
 
 def check_place(path: str | Path, phase: str, trackers: tuple[str, ...] = ()) -> None:
-    """The same before settings are known: raise if no run of `phase` can be in this folder, or be shown so."""
+    """Raise if no run of `phase` can be in this folder, or be shown by these trackers, whatever its settings."""
     path = Path(path)
     refuse_foreign(path)
     _refuse_finished(path)

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from bench import check
-from bench.check import ROOT, Budget, changed, of_files
-from bench.reach import reaching
+from bench.check import ROOT, Budget, changed, choose_tests
+from bench.reach import find_tests
 
 
 def names(*files: str) -> list[str]:
-    return [str(test.relative_to(ROOT)) for test in of_files([ROOT / file for file in files])]
+    return [str(test.relative_to(ROOT)) for test in choose_tests([ROOT / file for file in files])]
 
 
 def test_changed_tests_come_first_and_then_each_files_own() -> None:
@@ -40,7 +40,7 @@ def test_unit_tests_come_before_dearer_ones_that_are_not_of_its_name(tmp_path: P
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("import rlhf_fast.room.part\n" if name.startswith("tests") else "")
     (tmp_path / "tests/unit/test_y.py").write_text("import tests.unit.test_z\n")
-    found = reaching(tmp_path / "rlhf_fast/room/part.py", tmp_path)
+    found = find_tests(tmp_path / "rlhf_fast/room/part.py", tmp_path)
     assert [file.name for file in found] == ["test_part.py", "test_z.py", "test_y.py", "test_a.py"]
 
 

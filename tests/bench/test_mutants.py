@@ -14,14 +14,14 @@ import pytest
 from bench import mutants, mutations
 from bench.covered import SETUP, Map, state
 from bench.mutations import Mutant
-from bench.reach import reaching
+from bench.reach import find_tests
 
 ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip("cosmic_ray")
 
 
 def names(source: str) -> list[str]:
-    return [str(test.relative_to(ROOT)) for test in reaching(ROOT / source, ROOT)]
+    return [str(test.relative_to(ROOT)) for test in find_tests(ROOT / source, ROOT)]
 
 
 def test_the_nearest_tests_come_first_and_distant_ones_are_reached() -> None:
@@ -61,10 +61,10 @@ def test_annotations_and_unevaluated_code_are_not_changed() -> None:
 
 def test_a_line_stands_for_its_statement_and_a_head_for_its_function() -> None:
     text = "x = (\n    1 +\n    2\n)\n\n\ndef f(a=1):\n    if a:\n        return x\n    return a\n"
-    assert mutants.statement(text, 3) == {1, 2, 3, 4, 9}  # and where its name is read
-    assert mutants.statement(text, 7) == {7, 8, 9, 10}
-    assert mutants.statement(text, 8) == {8}  # what is under it has lines of its own
-    assert mutants.statement(text, 9) == {9}
+    assert mutants.statement_lines(text, 3) == {1, 2, 3, 4, 9}  # and where its name is read
+    assert mutants.statement_lines(text, 7) == {7, 8, 9, 10}
+    assert mutants.statement_lines(text, 8) == {8}  # what is under it has lines of its own
+    assert mutants.statement_lines(text, 9) == {9}
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_outcomes_are_in_the_order_of_drawing_and_what_does_not_compile_is_not_c
     monkeypatch.setattr(mutants, "attempt", attempt)
     given = (Mutant("a", line, "", "", "") for line in range(100))
     trees = [tmp_path / "0", tmp_path / "1"]
-    outcomes = mutants.tried(given, 3, trees, 1.0, None, tmp_path / "out.jsonl")
+    outcomes = mutants.run_mutants(given, 3, trees, 1.0, None, tmp_path / "out.jsonl")
     assert [one.line for one in outcomes] == [1, 3, 5]
     assert {one.line for one in mutants.read(tmp_path / "out.jsonl")} >= {1, 3, 5}
 
@@ -182,7 +182,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(
         return mutants.Outcome("a", mutant.line, "room", "", mutant.diff, mutant.line != 3, "", 0.0)
 
     monkeypatch.setattr(mutants, "attempt", attempt)
-    monkeypatch.setattr(mutants, "copy_of", lambda root, folder: folder)
+    monkeypatch.setattr(mutants, "copy_tree", lambda root, folder: folder)
     monkeypatch.setattr(mutants, "draw", lambda seed, room: (Mutant("a", n, "", str(n), "") for n in range(100)))
     monkeypatch.setattr(mutants, "FOLDER", tmp_path)
     out = ["--out", str(tmp_path / "out.jsonl")]

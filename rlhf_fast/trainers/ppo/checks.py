@@ -48,4 +48,7 @@ class KLLimit:
 
 def _raise_if(wrong: list[str]) -> None:
     if wrong:
-        raise RuntimeError("PPO's first update is not what it must be: " + "; ".join(wrong))
+        raise RuntimeError(
+            f"PPO's first update is not what it must be: {'; '.join(wrong)}; sampling and training disagree on this "
+            "model, so that PPO would learn from wrong ratios: please report it"
+        )

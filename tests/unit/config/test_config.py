@@ -115,7 +115,7 @@ def test_a_true_or_false_setting_may_stand_alone(arguments: list[str], loud: boo
 
 @pytest.mark.parametrize("arguments", [["--count"], ["--count", "--loud"], ["--name", "--count", "1"]])
 def test_other_settings_need_a_value(arguments: list[str]) -> None:
-    with pytest.raises(ConfigError, match=rf"^{arguments[0]} needs a value$"):
+    with pytest.raises(ConfigError, match=rf"^{arguments[0]} needs a value; "):
         build(Outer, None, arguments)
 
 
