@@ -62,7 +62,7 @@ class Scorer:
         self.policy, self.reference, self.critic = policy, reference, critic
         self.config, self.budget, self.shared = config, budget, shared
 
-    def of_policy(self, samples: Sampled, lag: int = 0) -> Outputs:
+    def of_policy(self, samples: Sampled, lag: int) -> Outputs:
         """Log-probabilities, entropies and values by the policy and critic as they are now, `lag` updates after the
         samples were drawn. Training has the same, so that ratios begin at 1.
 

@@ -360,7 +360,7 @@ def test_only_in_float32_the_samplers_log_probabilities_are_taken_for_trainings(
     rollouts = trainer.sampler.generator.generate(["a", "b"], SamplingParams(max_new_tokens=8))
     examples = rollouts.examples()
     samples = Sampled(1, [], rollouts, Scores([], {}), None, None)
-    logprobs, entropies, values = (torch.cat(x) for x in trainer.scorer.of_policy(samples))
+    logprobs, entropies, values = (torch.cat(x) for x in trainer.scorer.of_policy(samples, 0))
     batch = pad(examples)
     with torch.no_grad():
         states = models.response_states(trainer.model, batch)
