@@ -46,6 +46,13 @@ def test_before_and_after_samples_and_settings_are_there_and_escaped(
     assert "matplotlib" in page
 
 
+def test_samples_of_one_step_are_shown_once(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "run", "sft", "") as run:
+        run.samples(0, [{"prompt": "q", "text": "only this", "finished": True}])
+        run.finish({}, step=1)
+    assert write_run_report(tmp_path / "run").read_text().count("only this") == 1
+
+
 @with_plots
 def test_every_metric_has_its_curve_beside_its_held_out_one(tmp_path: Path) -> None:
     run = finished(tmp_path / "run", heldout_accuracy=0.75)
