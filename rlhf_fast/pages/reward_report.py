@@ -100,7 +100,7 @@ def _agreed(value: Mapping[str, Any]) -> Interval:
 
 
 def _reach(agreement: Interval, source: str) -> str:
-    """What agreement lets any model reach, as the last line of the accuracy's card."""
+    """Write the last line of the accuracy's card: the accuracy that the annotators' agreement lets any model reach."""
     found = ceiling(agreement)
     by = f" ({esc(source)})" if source else ""
     ends = ""
