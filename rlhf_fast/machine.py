@@ -15,27 +15,29 @@ import torch
 
 @dataclass(frozen=True)
 class DeviceRates:
+    """Rates of a device, measured."""
+
     read: float  # bytes a second
     product: float  # operations a second of a large matrix product in the dtype that was asked for
 
 
 @functools.cache
 def measured(device: torch.device, dtype: torch.dtype) -> DeviceRates:
-    """Measured once in a process, in a fraction of a second."""
+    """Measure the rates of a device; once in a process, in a fraction of a second."""
     x = torch.zeros(1 << (28 if device.type == "cuda" else 24), device=device)
     return DeviceRates(read=x.nbytes / _seconds(lambda: x.sum(), device), product=product_rate(device, dtype))
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large matrix product in this dtype."""
+    """Measure the operations a second of a large matrix product in this dtype."""
     n = 8192 if device.type == "cuda" else 1536
     a, b, c = (torch.randn(n, n, device=device).to(dtype) for _ in range(3))
     return 2 * n**3 / _seconds(lambda: torch.mm(a, b, out=c), device)
 
 
 class Busy:
-    """The share of the time in this context in which the device computed: of a CPU's threads their processor time, of
-    a GPU what its driver says, asked five times a second. `share` is None where the driver cannot be asked."""
+    """Meter of the share of time in its context in which the device computed: of a CPU's threads their processor time,
+    of a GPU what its driver says, asked five times a second. `share` is None where the driver cannot be asked."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -30,7 +30,7 @@ _MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 def explained(error: Exception, verb: str) -> tuple[str, int]:
-    """(what to say of `error`, exit code)."""
+    """Explain an error as (words for the user, exit code)."""
     if isinstance(error, PageError) and isinstance(error.__cause__, Exception):
         reason, code = explained(error.__cause__, verb)
         return f"{error.kept}: {reason}; {error.remedy}", code
@@ -84,7 +84,7 @@ def reader_is_gone() -> bool:
 
 
 def _has_words(error: Exception) -> bool:
-    """Return whether somebody wrote the message for a person: raised by a `raise` as a kind that says what is wrong."""
+    """Return whether an error's message was written for people: by a `raise`, of a kind that says what is wrong."""
     if isinstance(error, UnicodeError | RecursionError) or not str(error).strip():
         return False
     foreseen = ValueError, TypeError, RuntimeError, FloatingPointError, ImportError, EOFError, yaml.YAMLError

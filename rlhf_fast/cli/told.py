@@ -1,4 +1,4 @@
-"""Words that a verb ends with."""
+"""Print the summary that a verb ends with."""
 
 from __future__ import annotations
 

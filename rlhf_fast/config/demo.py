@@ -51,7 +51,7 @@ class DemoConfig(Settings):
 
 
 def tiny_demo() -> DemoConfig:
-    """The same phases on a random model of 0.1 million weights: it learns little, but it runs everything."""
+    """Make the settings of the tiny demo: all phases on a random model of 0.1 million weights, which learns little."""
     optim = OptimConfig(lr=3e-3, max_tokens_per_microbatch=8192)
     lora = LoRAConfig(r=4, alpha=8.0)
     return DemoConfig(

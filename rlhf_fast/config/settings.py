@@ -61,7 +61,7 @@ class Settings:
 
 
 def given(cls: type[ConfigT], config: ConfigT | dict[str, Any] | None) -> ConfigT:
-    """The settings that somebody gave: of that class, as a dict of them, or none.
+    """Return the settings of a class that a caller gave: as they are, from a dict, or the defaults for None.
 
     Raises:
         TypeError: those of something else.
@@ -147,7 +147,7 @@ def keys(cls: type) -> list[str]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The configuration as nested plain data, ready for YAML."""
+    """Convert a configuration to nested plain data, for YAML."""
     return dataclasses.asdict(config, dict_factory=_plain)
 
 
@@ -289,7 +289,7 @@ def _default(item: dataclasses.Field[Any]) -> Any:
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """The keys and values of a file.
+    """Read the keys and values of a YAML file.
 
     Raises:
         ConfigError: it cannot be read, or holds something else.
@@ -355,7 +355,7 @@ def _nearest_key(key: str, known: list[str]) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The known word most like `word`."""
+    """Find the known word most like `word`."""
     return difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)[0]
 
 
@@ -423,7 +423,7 @@ _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 def describe(cls: type, base: Any = None) -> list[tuple[str, str, str, str]]:
-    """(key, type, default, comment) of every setting, for --help. Comments are those of the source."""
+    """List (key, type, default, comment) of every setting, for --help; the comments are those of the source."""
     rows = []
     for item in dataclasses.fields(cls):
         kind = typing.get_type_hints(cls)[item.name]

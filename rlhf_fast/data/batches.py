@@ -62,7 +62,7 @@ class Batch:
 
 
 def pad(examples: Sequence[Example], device: torch.device | str = "cpu", longest_shared: int = 0) -> Batch:
-    """Examples as a batch, in their order. The padding is id 0; no real token ever sees it.
+    """Pad examples to a batch, in their order. The padding is id 0; no real token ever sees it.
 
     Neighbours of one prompt share a row if no example of the batch is longer than `longest_shared` tokens: the mask
     that tells them apart stands for the window of a model that has one, in every row.
@@ -110,7 +110,7 @@ def pad(examples: Sequence[Example], device: torch.device | str = "cpu", longest
 
 
 def by_prompt(examples: Sequence[Example]) -> list[list[int]]:
-    """The numbers of the examples of each prompt, in the order in which prompts come first."""
+    """Group the numbers of examples by prompt, in order of first appearance."""
     members: dict[tuple[int, ...], list[int]] = {}
     for i, example in enumerate(examples):
         members.setdefault(example.prompt, []).append(i)
@@ -139,13 +139,13 @@ def _width(examples: Sequence[Example], row: Sequence[int]) -> int:
 
 
 def shape(examples: Sequence[Example], longest_shared: int) -> tuple[int, int]:
-    """(rows, T) of the batch that `pad` makes of these."""
+    """Compute the shape (rows, T) of the batch that `pad` makes of these examples."""
     rows = _rows(examples, longest_shared)
     return len(rows), max(_width(examples, row) for row in rows)
 
 
 def shuffled(items: Sequence[Item], seed: int | tuple[int, ...]) -> list[Item]:
-    """A permutation of `items` that depends on the seed only."""
+    """Shuffle `items` by a permutation that depends on the seed only."""
     return [items[i] for i in np.random.default_rng(seed).permutation(len(items))]
 
 

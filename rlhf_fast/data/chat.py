@@ -90,7 +90,7 @@ class Chat:
         return text
 
     def answered(self, number: int, begun: str = "") -> tuple[str, str, list[Span] | None]:
-        """(asked, answer, marks) of the assistant's message of that number.
+        """Render the assistant's message of that number as (asked, answer, marks).
 
         `answer` is what the template renders after `asked`, in the very context that the model is asked in; where it
         renders that context or the answer otherwise once the answer is there, the answer as it would stand there.

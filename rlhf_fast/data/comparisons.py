@@ -31,6 +31,8 @@ Answer = str | list[Message]  # text, or turns that begin and end with the assis
 
 @dataclass(frozen=True)
 class Comparison:
+    """Comparison of two answers to a prompt, a row of a comparisons file (docs/reward.md)."""
+
     prompt: Prompt
     chosen: str
     rejected: str
@@ -48,11 +50,11 @@ class Comparison:
 
     @property
     def answers(self) -> tuple[Answer, Answer]:
-        """(chosen, rejected) with all that they are, as text or as messages."""
+        """Return (chosen, rejected) in full: as text, or as messages where either is more than a text."""
         return (self.chosen, self.rejected) if self.messages is None else self.messages
 
     def as_dict(self) -> dict[str, Any]:
-        """The row as it stands in a comparisons file."""
+        """Convert to a row of a comparisons file."""
         chosen, rejected = self.answers
         row: dict[str, Any] = {"prompt": self.prompt, "chosen": chosen, "rejected": rejected}
         optional = {"margin": self.margin, "annotator": self.annotator, "category": self.category, "split": self.split}

@@ -13,7 +13,7 @@ from rlhf_fast.data.batches import Batch, microbatches
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Tokens, and which of them are learned: answers through the tokens that end them, never the first token."""
+    """Conversation as tokens, and which of them are learned: answers through their end tokens, never the first."""
 
     input_ids: tuple[int, ...]
     loss_mask: tuple[bool, ...]  # of each token
@@ -33,7 +33,7 @@ class Tokenized:
 
     @property
     def learned(self) -> int:
-        """Tokens that have a loss."""
+        """Count the tokens that have a loss."""
         return sum(self.loss_mask)
 
 

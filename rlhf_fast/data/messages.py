@@ -145,7 +145,7 @@ def text_of(value: Any, key: str, name: str) -> str:
 
 
 def unicode_of(value: str, key: str, name: str) -> str:
-    """JSON can spell half a surrogate pair, which no tokenizer and no file takes."""
+    """Require whole characters: JSON can spell half a surrogate pair, which no tokenizer and no file takes."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -154,7 +154,7 @@ def unicode_of(value: str, key: str, name: str) -> str:
 
 
 def label_of(row: dict[str, Any], key: str, name: str) -> str:
-    """A short text such as a category; a whole number is taken as its digits, null and a missing key as empty."""
+    """Read a short text such as a category; a whole number becomes its digits, null or a missing key ""."""
     value = row.get(key)
     if isinstance(value, bool) or not isinstance(value, str | int | None):
         raise RecordError(f"{name}: {key} should be text, got {type(value).__name__}")
@@ -162,7 +162,7 @@ def label_of(row: dict[str, Any], key: str, name: str) -> str:
 
 
 def present(row: Row) -> Row:
-    """A row without its nulls: tables that were merged have all columns of all of them."""
+    """Drop a row's nulls: merged tables have the columns of all of them."""
     return {key: value for key, value in row.items() if value is not None}
 
 
@@ -172,7 +172,7 @@ def prompt_of(row: Row, name: str, key: str = "prompt") -> Prompt:
 
 
 def with_system(prompt: Prompt, row: Row, name: str) -> Prompt:
-    """A prompt behind the system's message that a column of the row has for it."""
+    """Put the system message of a row's `system` column before its prompt."""
     system = row.get("system")
     if system is None or (isinstance(system, str) and not system.strip()):
         return prompt
@@ -186,7 +186,7 @@ def with_system(prompt: Prompt, row: Row, name: str) -> Prompt:
 
 
 def template_fields(row: Row, name: str) -> tuple[Tools | None, dict[str, Any]]:
-    """(tools, chat_template_kwargs) of a row; both may be JSON in a text, as tables hold them."""
+    """Read (tools, chat_template_kwargs) of a row; both may be JSON in a text, as tables hold them."""
     tools, kwargs = (from_text(row.get(key), key, name) for key in OPTIONAL_COLUMNS)
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise RecordError(f"{name}: tools should be a list of JSON schemas {{...}}, got {reprlib.repr(tools)}")
@@ -243,7 +243,7 @@ def kind_of(row: Row) -> str:
 
 
 def get(row: Row, key: str, kind: str, name: str) -> Any:
-    """A column that a row of that kind must have; an error says which forms there are, and what the row may be."""
+    """Read a column that a row of that kind must have; the error lists the forms, and guesses what the row is."""
     if key in row:
         return row[key]
     said = f"{name}: {key!r} is missing; the row has {', '.join(map(repr, row)) or 'nothing'}; expected {FORMS[kind]}"

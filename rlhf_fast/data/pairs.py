@@ -33,7 +33,7 @@ class PairGroup:
         return sum(len(example) for example in self.examples)
 
     def sides(self) -> Iterator[tuple[tuple[int, ...], Example, Example]]:
-        """(prompt, chosen, rejected) of each comparison."""
+        """Yield (prompt, chosen, rejected) of each comparison."""
         for chosen, rejected in zip(self.chosen, self.rejected, strict=True):
             yield self.examples[chosen].prompt, self.examples[chosen], self.examples[rejected]
 
@@ -55,7 +55,7 @@ class PairGroup:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Groups side by side, their examples numbered through."""
+    """Pairs of several groups together, as numbers into one list of their examples."""
 
     examples: list[Example]
     chosen: torch.Tensor  # (P,) int64 into examples
@@ -89,7 +89,7 @@ def group_pairs(comparisons: Sequence[Comparison], fitting: Fitting, scored: boo
 
 @dataclass(frozen=True)
 class Split:
-    """Comparisons to train on and to measure on."""
+    """Split of comparisons: those to train on, and those held out to measure on."""
 
     training: list[PairGroup]
     heldout: list[PairGroup]
@@ -131,7 +131,7 @@ def _by_pairs(
 
 
 def join(groups: Sequence[PairGroup], device: torch.device | str) -> Pairs:
-    """The comparisons of several groups as one set."""
+    """Join the comparisons of several groups."""
     examples: list[Example] = []
     chosen: list[int] = []
     rejected: list[int] = []

@@ -55,6 +55,8 @@ class Columns(dict[str, Any]):
 
 @dataclass(frozen=True)
 class PromptRecord:
+    """Prompt to answer, with the other columns of its row."""
+
     prompt: Prompt
     category: str = ""
     name: str = ""  # where it came from, for messages: "prompts.jsonl line 3"
@@ -65,6 +67,8 @@ class PromptRecord:
 
 @dataclass(frozen=True)
 class Demonstration:
+    """Demonstration: a prompt and the answer to learn."""
+
     prompt: Prompt
     completion: str | list[Message]  # the answer, or several turns that begin and end with the assistant's
     name: str = ""
@@ -74,7 +78,7 @@ class Demonstration:
 
 
 def read_prompts(source: Source | Sequence[PromptRecord], split: str | None = None) -> list[PromptRecord]:
-    """Prompts, optionally only the rows whose `split` is the one asked for. Records that were read go through."""
+    """Read prompts, all or those of one `split`. Records that were read already are returned as they are."""
     if _were_read(source, PromptRecord):
         return list(cast(Sequence[PromptRecord], source))
     if isinstance(source, list | tuple):  # what a generator takes for a prompt is one here, too

@@ -34,7 +34,7 @@ class RecordError(ValueError):
 
 
 def rows_of(source: Any) -> list[tuple[str, Row]]:
-    """(name, row) of every row; the name says where it stands."""
+    """Read all rows as (name, row); the name says where the row is: "data.jsonl line 3"."""
     rows = []
     for _, name, row in scan_rows(source):
         if isinstance(row, RecordError):
@@ -44,7 +44,7 @@ def rows_of(source: Any) -> list[tuple[str, Row]]:
 
 
 def scan_rows(source: Any) -> Iterator[tuple[int, str, Row | RecordError]]:
-    """(number, name, row) of every row in turn; in place of one that cannot be read what is wrong with it.
+    """Yield (number, name, row) of every row; in place of a row that cannot be read, its RecordError.
 
     Raises:
         RecordError: the file cannot be read at all, or is of another kind.

@@ -34,6 +34,8 @@ _KINDS: dict[type, Kind] = {Demonstration: "demonstrations", Comparison: "compar
 
 @dataclass(frozen=True)
 class Problem:
+    """Problem of one row."""
+
     line: int  # of the file, from 1; of a list the number of the row, from 0
     what: str
 
@@ -71,6 +73,8 @@ class Example:
 
 @dataclass(frozen=True)
 class Survey:
+    """Survey of a data file: counts, lengths in tokens, duplicates and problems."""
+
     kind: Kind | None  # of most rows; None where no row can be used
     rows: int
     usable: int  # rows that are trained on

@@ -132,7 +132,7 @@ _added: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, AddedToken
 
 
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> AddedTokens:
-    """Kept for each tokenizer, as some have thousands, until it has another number of tokens."""
+    """Return a tokenizer's added tokens; cached, as some have thousands, until their number changes."""
     size, added = _added.get(tokenizer, (-1, None))
     if added is None or size != len(tokenizer):
         tokens = tokenizer.added_tokens_decoder
@@ -171,7 +171,7 @@ class Template:
         return re.search(r"\{%-?\s*generation\s*-?%\}", self.text) is not None
 
     def render(self, messages: list[Message], tools: Any = None, ask: bool = False) -> tuple[str, list[Span]]:
-        """(text, places of generation marks); with `ask` the generation prompt behind it.
+        """Render messages to (text, spans of generation marks); with `ask`, the generation prompt follows.
 
         A null content and the arguments of tool calls come in the form that the template takes.
 

@@ -1,4 +1,4 @@
-"""Records to tokens: what a model is asked, and what it is to learn to answer.
+"""Tokenise records: the prompt that a model is given, and the answer that it is to learn.
 
 Every trainer, the generator and the evaluation make their tokens here. An answer is learned behind exactly the tokens
 that a model has before it when it is asked, through the token that ends its turn.
@@ -30,7 +30,7 @@ def tokenize_record(
     max_length: int | None = None,
     parse_special_tokens: bool | None = None,
 ) -> list[Tokenized]:
-    """The tokens of a record, in any of the forms that trainers read (data/records.py).
+    """Tokenise a record of any of the forms that trainers read (data/records.py).
 
     A demonstration gives one conversation where the chat template only adds to what it has rendered. An answer before
     which it renders earlier turns anew (without their thoughts, say) begins another one, with all that comes before. A
@@ -96,7 +96,7 @@ def tokenize_example(
     name: str = "",
     strict: bool = True,
 ) -> Example:
-    """A prompt and all of one answer to it, through the token that ends the turn. Arguments and errors as for
+    """Tokenise a prompt and one answer to it, through the token that ends the turn. Arguments and errors as for
     `tokenize_record`; without `strict` no words of an answer are an error, as a model may write any."""
     said = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
     messages, begun = _continued(prompt, said, name)
@@ -330,5 +330,5 @@ def _check_length(tokens: int, max_length: int | None, name: str) -> None:
 
 
 def decode_response(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of response tokens, without special tokens, and with the spaces that they have."""
+    """Decode response tokens to text, without special tokens, keeping all spaces."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))

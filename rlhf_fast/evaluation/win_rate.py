@@ -106,7 +106,7 @@ def evaluate(
 
 
 def require_several(prompts: Sequence[PromptRecord]) -> None:
-    """Refuse what no interval could be given for."""
+    """Refuse fewer than two different prompts, for which there is no interval."""
     different = len(set(_numbers(prompts)))
     if different < 2:
         raise ValueError(

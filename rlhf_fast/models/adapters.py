@@ -61,19 +61,19 @@ def trainable_scorer(model: Model, lora: LoRAConfig, seed: int = 0, head: bool =
 
 
 def trainable_copy(model: ModelT) -> ModelT:
-    """A copy that is trained apart. Weights that nobody trains are shared, not copied."""
+    """Copy a model to be trained apart from it; frozen weights are shared, not copied."""
     shared: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
     return copy.deepcopy(model, memo=shared)
 
 
 def frozen_copy(model: ModelT) -> ModelT:
-    """A copy that stays as the model is now. Weights that nobody trains are shared with it, not copied."""
+    """Copy a model as a frozen reference; weights that are frozen in the model are shared, not copied."""
     return trainable_copy(model).requires_grad_(False)
 
 
 @torch.no_grad()
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
-    """Give `target` the weights of a model of the same make."""
+    """Copy the weights of a model into `target`, a model of the same architecture."""
     of = dict(source.named_parameters())
     for name, parameter in target.named_parameters():
         parameter.copy_(of[name])

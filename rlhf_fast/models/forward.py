@@ -43,7 +43,7 @@ class Head:
         return {"bias": self.bias, "lora": self.lora, "softcap": self.softcap, "logit_scale": self.logit_scale}
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., H) -> (..., V), in the dtype of the weight; states and adapters of another are brought to it."""
+        """Compute logits (..., V) of states (..., H) in the dtype of the weight; states and adapters are cast to it."""
         dtype = self.weight.dtype
         hidden = hidden.to(dtype)
         logits = nn.functional.linear(hidden, self.weight, None if self.bias is None else self.bias.to(dtype))
@@ -144,7 +144,7 @@ def score_last(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def lower_bound(scores: torch.Tensor, lcb: float) -> torch.Tensor:
-    """(B, K) -> (B,): the heads' mean less `lcb` of their standard deviations (Coste et al., arXiv:2310.02743)."""
+    """Combine the scores of K heads, (B, K) -> (B,): mean less `lcb` standard deviations (arXiv 2310.02743)."""
     return scores.mean(dim=1) - lcb * scores.std(dim=1, correction=0)
 
 

@@ -1,4 +1,4 @@
-"""Handle a model of transformers from outside, whatever its family."""
+"""Access the parts of a transformers model, whatever its family."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Found = TypeVar("Found")
 
 
 def trunk(inner: Any) -> Any:
-    """Return what a model of transformers makes its states with; the model itself where it has no such part."""
+    """Return the part of a transformers model that computes its hidden states; the model itself where there is none."""
     if inner.base_model is not inner:
         return inner.base_model
     return next((part for name in ("model", "transformer") if (part := getattr(inner, name, None))), inner)

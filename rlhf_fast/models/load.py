@@ -72,7 +72,7 @@ def load(
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model alone. Names and errors as for `load`."""
+    """Load the tokenizer of a model alone; names and errors as for `load`."""
     return _tokenizer(resolve(name))
 
 
@@ -104,7 +104,7 @@ def load_reward(
 def reward_from(
     name: str | Path, lora: LoRAConfig, seed: int = 0, dtype: torch.dtype = torch.float32, heads: int = 1
 ) -> tuple[Model, PreTrainedTokenizerBase]:
-    """A new trainable reward model that starts from a policy: its weights, its adapter if any, and fresh heads.
+    """Make a trainable reward model that starts from a policy: its weights, its adapter if any, and new heads.
 
     A head starts at standard deviation 1 / sqrt(H + 1) (arXiv 2009.01325), so that first scores are of order one.
     """
@@ -129,7 +129,7 @@ def reward_from(
 def critic_from(
     name: str | Path, lora: LoRAConfig, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> tuple[Model, nn.Linear, PreTrainedTokenizerBase]:
-    """A trainable model and head (H -> 1, float32) whose values begin as the normalised scores of a reward model.
+    """Make a critic's model and head (H -> 1, float32), whose first values are a reward model's normalised scores.
 
     The model's own adapter is trained on if it has one; otherwise it gets one, or (`lora.r == 0`) is trained whole.
     """
@@ -146,13 +146,13 @@ def critic_from(
 
 
 def from_shape(shape: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> Model:
-    """A causal language model of a config alone, as `load` gives one: its weights are random, or, within
-    `torch.device("meta")`, shapes without memory."""
+    """Build a causal language model from a config alone, with random weights, or within `torch.device("meta")` with
+    shapes and no memory."""
     return AutoModelForCausalLM.from_config(copy.deepcopy(shape), dtype=dtype, trust_remote_code=False).eval()
 
 
 def reward_from_shape(shape: PreTrainedConfig, dtype: torch.dtype = torch.float32, heads: int = 1) -> Model:
-    """A reward model of a config alone, as `load_reward` gives one; its weights are those of `from_shape`."""
+    """Build a reward model from a config alone, with weights as those of `from_shape`."""
     shape = copy.deepcopy(shape)
     shape.num_labels = heads
     return AutoModelForSequenceClassification.from_config(shape, dtype=dtype, trust_remote_code=False).eval()

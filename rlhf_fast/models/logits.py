@@ -49,7 +49,7 @@ def logits_of(inner: Any) -> Logits:
 
 @torch.no_grad()
 def measured(inner: Any) -> Logits:
-    """The same, measured anew."""
+    """Measure scale and soft cap anew; as `logits_of`, without its cache."""
     layer = inner.get_output_embeddings()
     if not isinstance(getattr(layer, "weight", None), torch.Tensor):
         _refuse(inner, "it has no output layer that is one product")

@@ -29,7 +29,7 @@ TOKENS = 16  # of the sequence that the model is run on
 
 
 class Sight(NamedTuple):
-    """Sight of a layer's attention: all that stands before, or the last `window` tokens, its own included."""
+    """Tokens that a layer's attention sees: all before a token, or the last `window`, its own included."""
 
     window: int = 0  # 0: all
     longest: int = UNLIMITED  # sequences for which that is so

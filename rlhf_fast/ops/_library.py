@@ -134,7 +134,7 @@ def _eager_function(
 def _transformed_function(
     name: str, forward: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """The same in the other style, which torch.func.grad can see through, and which says what vmap cannot do."""
+    """forward with its gradient in torch's other style, for torch.func.grad; torch.func.vmap is refused."""
 
     def vmap(*_: Any) -> Any:
         raise RuntimeError(f"{name}: torch.func.vmap is not supported; pass the whole batch, rows are independent")

@@ -29,6 +29,8 @@ _INTO_FLOAT32 = hasattr(torch.ops.aten.mm, "dtype_out")  # products of narrow ma
 
 
 class Block(NamedTuple):
+    """Block of logits: its rows and columns of the whole matrix, and the memory that it is computed in."""
+
     rows: slice
     columns: slice
     logits: Tensor  # (rows, columns) float32, to be filled

@@ -65,7 +65,7 @@ class PagedBatch(NamedTuple):
     places: Places | None = None  # as `placed` finds them
 
     def placed(self, n: int) -> PagedBatch:
-        """The same with its places, for `n` queries in all: of use where several layers are given the same batch.
+        """Return this batch with its places computed once, for `n` queries in all, to serve several layers.
 
         They are of the tensors as they are now: a tensor that changes later, or is replaced, needs them anew.
         """

@@ -19,6 +19,8 @@ _DTYPES = (torch.float32, torch.int32, torch.float32, torch.float32, torch.float
 
 
 class Samples(NamedTuple):
+    """Tokens drawn by `sample`, one a row, and figures of the distribution of each row."""
+
     tokens: Tensor  # (B,) int64
     logprobs: Tensor  # (B,) float32: under softmax(logits / temperature), nothing cut
     kept: Tensor  # (B,) float32: the probability of all that top_k, top_p and min_p left; 1 for all

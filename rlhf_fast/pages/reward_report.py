@@ -100,7 +100,7 @@ def _agreed(value: Mapping[str, Any]) -> Interval:
 
 
 def _reach(agreement: Interval, source: str, on_votes: Figures | None) -> str:
-    """What agreement lets any model reach on single votes, as the last line of the accuracy's card."""
+    """Write the last line of the accuracy's card: the accuracy that the annotators' agreement lets any model reach."""
     found = ceiling(agreement)
     by = f" ({esc(source)})" if source else ""
     ends = ""

@@ -1,1 +1,1 @@
-"""What a run will take, before it begins."""
+"""Predict what a run takes before it begins: memory, hours and dollars."""

@@ -1,7 +1,7 @@
-"""How long a run takes, by count: products at a share of what the device can do, and in generation the reading of
-weights, keys and values at a share of its bandwidth. An estimate: loading, evaluation and saving are left out.
+"""Estimate the seconds of a run by counting: matrix products at a share of the device's peak rate, and in generation
+the reading of weights, keys and values at a share of its bandwidth. Loading, evaluation and saving are left out.
 
-The models are those that the trainers build; which of them read the samples of a PPO step is asked of the trainer.
+The models are those that the trainers build, and PPO's own code says which of them score the samples of a step.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rlhf_fast.trainers.ppo.experience import computed_again
 
 @dataclass(frozen=True)
 class Machine:
-    """What a device can do, and how much of that a run reaches."""
+    """Peak rates of a device, and the share of them that a run reaches."""
 
     tflops: float  # 10^12 operations a second
     bandwidth: float  # 10^12 bytes a second
@@ -32,7 +32,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Data:
-    """What is learned from; of PPO the settings say how many sequences there are."""
+    """Sizes of the training data, in sequences and tokens a sequence; PPO's settings say its sequences."""
 
     sequences: int  # demonstrations, or comparisons
     prompt_tokens: int
@@ -41,7 +41,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Counts:
-    """What a model's work depends on."""
+    """Sizes of a model that its operations and its reading depend on."""
 
     trunk: int  # weights of the layers' matrices
     head: int  # weights that a token's logits take
@@ -49,12 +49,17 @@ class Counts:
     attention: int  # layers * heads * dim
     weight_bytes: int  # read in each step of generation
     kv_bytes: int  # of a token in all layers
-    at_once: int  # sequences that the generator steps together
-    own_critic: bool  # a critic has a model of its own, of as many weights
+    max_sequences: int  # that the generator computes in one step
+    separate_critic: bool  # the critic has layers of its own, as many weights as the policy
 
 
 def count(config: TrainerConfig, shape: PreTrainedConfig, rewards: Sequence[PreTrainedConfig] = ()) -> Counts:
-    """Of the model that `config` trains; `rewards` as in `memory.predict`."""
+    """Count the weights and bytes of the model that `config` trains, without loading it.
+
+    Args:
+        shape: transformers' config of the model.
+        rewards: those of PPO's reward models.
+    """
     with torch.device("meta"):
         model, _, critic = memory.build(config, shape, rewards)
     text = shape.get_text_config()
@@ -72,16 +77,16 @@ def count(config: TrainerConfig, shape: PreTrainedConfig, rewards: Sequence[PreT
         attention=text.num_hidden_layers * text.num_attention_heads * dim,
         weight_bytes=(trunk + of_head) * dtype.itemsize,
         kv_bytes=memory.kv_bytes_per_token(shape, dtype),
-        at_once=MAX_SEQUENCES,
-        own_critic=critic is not None and critic.model is not None,
+        max_sequences=MAX_SEQUENCES,
+        separate_critic=critic is not None and critic.model is not None,
     )
 
 
 def seconds(config: TrainerConfig, counts: Counts, data: Data, machine: Machine) -> dict[str, float]:
-    """Of each phase, over the whole run.
+    """Estimate the seconds of each phase over the whole run, by its name.
 
     Args:
-        counts: of the model's weights; a reward model has as many.
+        counts: of the trained model; reward models are taken to be as large.
     """
     rate = machine.tflops * 1e12 * machine.utilisation
     prompt, response = data.prompt_tokens, data.response_tokens
@@ -89,26 +94,29 @@ def seconds(config: TrainerConfig, counts: Counts, data: Data, machine: Machine)
     if not isinstance(config, PPOConfig):
         pair = isinstance(config, RewardConfig | DPOConfig)
         responses = 2 if pair else 1
-        scored = 0 if isinstance(config, RewardConfig) else responses * response  # tokens that meet the head
+        head_tokens = 0 if isinstance(config, RewardConfig) else responses * response  # with logits
         tokens = prompt + responses * response
-        mean = prompt + response  # positions that attention looks back on, at most
-        learned = min(data.sequences * config.epochs, (config.max_steps or sys.maxsize) * config.batch_size)
-        found = {"training": learned * training(counts, tokens, scored, mean, recomputes) / rate}
+        positions = prompt + response  # that the last token attends to
+        trained_on = min(data.sequences * config.epochs, (config.max_steps or sys.maxsize) * config.batch_size)
+        trained = training_operations(counts, tokens, head_tokens, positions, recomputes)
+        phases = {"training": trained_on * trained / rate}
         if isinstance(config, DPOConfig):
-            found = {"reference": data.sequences * forward(counts, tokens, scored, mean) / rate, **found}
-        return found
+            once = forward_operations(counts, tokens, head_tokens, positions)
+            phases = {"reference": data.sequences * once / rate, **phases}
+        return phases
     samples, prompts = config.samples_per_prompt, config.steps * config.prompts_per_step
-    mean = prompt + response
-    tokens, scored = prompt + samples * response, samples * response  # of a prompt with all its responses
-    once, trained = forward(counts, tokens, scored, mean), training(counts, tokens, scored, mean, recomputes)
+    positions = prompt + response
+    tokens, head_tokens = prompt + samples * response, samples * response  # of a prompt with all its responses
+    once = forward_operations(counts, tokens, head_tokens, positions)
+    trained = training_operations(counts, tokens, head_tokens, positions, recomputes)
     # Reference, reward, and the policy where the sampler's numbers are not its own.
     scoring = (3 if computed_again(getattr(torch, config.dtype), config.lag) else 2) * once
     rollouts = _rollout_seconds(config, counts, prompt, response, machine, samples)
-    if counts.own_critic:
-        scoring += forward(counts, tokens, 0, mean)
-        trained += training(counts, tokens, 0, mean, recomputes)
+    if counts.separate_critic:
+        scoring += forward_operations(counts, tokens, 0, positions)
+        trained += training_operations(counts, tokens, 0, positions, recomputes)
     if ADVANTAGES[config.advantage].needs_greedy:  # one more response, which is rewarded
-        scoring += forward(counts, prompt + response, response, mean)
+        scoring += forward_operations(counts, prompt + response, response, positions)
         rollouts += _rollout_seconds(config, counts, prompt, response, machine, 1)
     return {
         "rollouts": config.steps * rollouts,
@@ -120,28 +128,37 @@ def seconds(config: TrainerConfig, counts: Counts, data: Data, machine: Machine)
 def _rollout_seconds(
     config: PPOConfig, counts: Counts, prompt: int, response: int, machine: Machine, samples: int
 ) -> float:
-    """Of a step: prompts are bound by products; new tokens by whichever takes longer, products or reading."""
+    """Estimate the seconds of one step's rollouts: products for prompts, and for new tokens products or reading,
+    whichever takes longer."""
     sequences = config.prompts_per_step * samples
     rate, bytes_a_second = (1e12 * machine.utilisation * x for x in (machine.tflops, machine.bandwidth))
-    of_prompts = config.prompts_per_step * forward(counts, prompt, 1, prompt) / rate
-    waves = -(-sequences // counts.at_once)
-    at_once = sequences / waves
-    products = at_once * forward(counts, 1, 1, prompt + response) / rate
-    reading = (counts.weight_bytes + at_once * (prompt + response / 2) * counts.kv_bytes) / bytes_a_second
-    return of_prompts + waves * response * max(products, reading)
+    prefill = config.prompts_per_step * forward_operations(counts, prompt, 1, prompt) / rate
+    waves = -(-sequences // counts.max_sequences)
+    running = sequences / waves
+    products = running * forward_operations(counts, 1, 1, prompt + response) / rate
+    reading = (counts.weight_bytes + running * (prompt + response / 2) * counts.kv_bytes) / bytes_a_second
+    return prefill + waves * response * max(products, reading)
 
 
-def forward(counts: Counts, tokens: float, scored: float, positions: float) -> float:
-    """Operations of one pass: two a weight and token in the layers, two a weight of the head and token that meets it,
-    and attention, half of whose pairs are in the future."""
-    return 2 * counts.trunk * tokens + 2 * counts.head * scored + 2 * counts.attention * positions * tokens
+def forward_operations(counts: Counts, tokens: float, head_tokens: float, positions: float) -> float:
+    """Count the operations of a forward pass, a multiply-add as two.
+
+    Args:
+        tokens: that pass through the layers.
+        head_tokens: those among them whose logits are computed.
+        positions: length of a sequence; causal attention computes half of its pairs.
+    """
+    return 2 * counts.trunk * tokens + 2 * counts.head * head_tokens + 2 * counts.attention * positions * tokens
 
 
-def training(counts: Counts, tokens: float, scored: float, positions: float, recomputes: bool) -> float:
-    """Operations of a pass with its gradient: as many again for the activations, and for the weights that are trained;
-    attention twice more; layers whose activations were not kept once more."""
-    once = forward(counts, tokens, scored, positions)
-    of_layers = forward(counts, tokens, 0, positions)
-    of_attention = 2 * counts.attention * positions * tokens
-    of_weights = 2 * counts.trained * tokens
-    return 2 * once + of_attention + of_weights + (of_layers if recomputes else 0)
+def training_operations(counts: Counts, tokens: float, head_tokens: float, positions: float, recomputes: bool) -> float:
+    """Count the operations of a forward and backward pass; arguments as for `forward_operations`.
+
+    The backward pass takes as many again for the activations (attention twice as many), and as many as the trained
+    weights took forward for their gradients. With `recomputes` (activation checkpointing) the layers run once more.
+    """
+    once = forward_operations(counts, tokens, head_tokens, positions)
+    layers = forward_operations(counts, tokens, 0, positions)
+    attention = 2 * counts.attention * positions * tokens
+    weight_gradients = 2 * counts.trained * tokens
+    return 2 * once + attention + weight_gradients + (layers if recomputes else 0)

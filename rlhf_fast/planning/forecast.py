@@ -1,4 +1,4 @@
-"""Forecast of a run from its settings file, before it begins: the memory of each phase, the settings to change if that
+"""Forecast a run from its settings file, before it begins: the memory of each phase, the settings to change if that
 does not fit, and the hours of each phase. `rlhf-fast doctor --config FILE` shows it.
 """
 
@@ -34,7 +34,7 @@ _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}  # powers of 1000, or with an i
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's YAML says, as far as memory depends on it."""
+    """Run that a YAML file describes, as far as its memory and time depend on it."""
 
     verb: str
     config: TrainerConfig
@@ -42,12 +42,13 @@ class Run:
     rewards: tuple[PreTrainedConfig, ...] = ()  # PPO's reward models
 
     def predict(self, config: TrainerConfig, device: Device, available: int) -> Prediction:
+        """Predict the memory of this run with other settings; arguments and errors as for `memory.predict`."""
         return memory.predict(config, self.shape, device, self.rewards, available)
 
 
 @dataclass(frozen=True)
 class Change:
-    """Settings that differ, and the memory that the run then takes."""
+    """Change of settings, and the memory that the run then takes."""
 
     settings: dict[str, Any]  # by key, such as ppo.optim.max_tokens_per_microbatch
     prediction: Prediction
@@ -56,7 +57,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Memory that a run takes of a device with `available` bytes, and changes that make it fit."""
+    """Forecast of the memory that a run takes of a device with `available` bytes, and of changes that make it fit."""
 
     run: Run
     device: Device
@@ -66,18 +67,19 @@ class Forecast:
 
     @property
     def fits(self) -> bool:
+        """Return whether the run fits as it is."""
         return fits(self.prediction, self.available)
 
 
 def read_run(file: Path, model: str = "") -> Run:
-    """The run of a file that `rlhf-fast VERB --config` takes.
+    """Read a run from a file that `rlhf-fast VERB --config` takes; no weights are loaded.
 
     Args:
-        model: a folder with a config.json, in place of the models that the file names.
+        model: a folder with a config.json, in place of the models that the file names; "": those.
 
     Raises:
-        ConfigError: it is no such file, or one of its settings is out of range.
-        FileNotFoundError: a model's config is nowhere.
+        ConfigError: the file is not that of one run, or one of its settings is out of range.
+        FileNotFoundError: the config of a model was not found.
     """
     tree = settings.read_yaml(file)
     verb = _verb(file, tree)
@@ -90,21 +92,28 @@ def read_run(file: Path, model: str = "") -> Run:
 
 
 def _verb(file: Path, tree: dict[str, Any]) -> str:
-    """Which verb a file is for: the one whose section it has (`reward` names PPO's reward model, too)."""
-    found = [verb for verb in CONFIGS if isinstance(tree.get(verb), dict)]
-    if not found and "policy" in tree:
+    """Tell which verb a file is for: the one whose section it has (`reward` names PPO's reward model, too)."""
+    verbs = [verb for verb in CONFIGS if isinstance(tree.get(verb), dict)]
+    if not verbs and "policy" in tree:
         return "ppo"
-    if len(found) != 1:
+    if len(verbs) != 1:
         sections = ", ".join(f"`{verb}:`" for verb in CONFIGS)
         raise ConfigError(
-            f"--config: {file} has {len(found)} of the sections {sections}; expected the file of one run, in which "
+            f"--config: {file} has {len(verbs)} of the sections {sections}; expected the file of one run, in which "
             "one of them says what is run"
         )
-    return found[0]
+    return verbs[0]
 
 
 def shape_of(name: str) -> PreTrainedConfig:
-    """transformers' config of a model; no weights are read."""
+    """Read transformers' config of a model, for an adapter that of its base; no weights are read.
+
+    Args:
+        name: as for `models.load`.
+
+    Raises:
+        FileNotFoundError: there is no such model here.
+    """
     try:
         folder = models.resolve(name)
     except FileNotFoundError as error:
@@ -119,16 +128,18 @@ def shape_of(name: str) -> PreTrainedConfig:
 # What to change -----------------------------------------------------------------------------------------------------
 
 
-def changes(run: Run, device: Device, available: int) -> Iterator[Change]:
-    """What to change until a run fits, the least harmful first, each beside those before it: smaller micro-batches
-    and activations computed again change no result, an adapter and narrower weights do. The last one fits, or nothing
-    here makes it fit."""
+def propose_changes(run: Run, device: Device, available: int) -> Iterator[Change]:
+    """Propose changes until a run fits, the least harmful first; each includes those before it.
+
+    Smaller micro-batches and activation checkpointing change no result; an adapter and bfloat16 weights do. The last
+    change fits, unless none does.
+    """
     config, changed = run.config, dict[str, Any]()
-    for step in ({}, *_larger_changes(config)):
+    for step in ({}, *_steps(config)):
         config = settings.from_flat(type(config), step, config)
         changed |= step
         prediction = run.predict(config, device, available)
-        budget = None if fits(prediction, available) else _budget_that_fits(run, config, prediction, device, available)
+        budget = None if fits(prediction, available) else _largest_budget(run, config, prediction, device, available)
         if budget is not None:
             changed[_BUDGET], prediction = budget
         if changed:
@@ -139,66 +150,74 @@ def changes(run: Run, device: Device, available: int) -> Iterator[Change]:
 
 
 def fits(prediction: Prediction, available: int) -> bool:
-    """Beside what the device keeps for itself."""
+    """Return whether a run fits into `available` bytes, less the share that the device keeps for itself (SPARE)."""
     return prediction.peak <= available * (1 - SPARE)
 
 
-def _larger_changes(config: TrainerConfig) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
+def _steps(config: TrainerConfig) -> list[dict[str, Any]]:
+    """List the settings to change besides the token budget, the least harmful first."""
+    steps: list[dict[str, Any]] = []
     if not config.optim.checkpointing:
-        found.append({"optim.checkpointing": True})
+        steps.append({"optim.checkpointing": True})
     if config.lora.r == 0:
-        found.append({"lora.r": 16})
+        steps.append({"lora.r": 16})
     if config.dtype == "float32":
-        found.append({"dtype": "bfloat16"})
-    return found
+        steps.append({"dtype": "bfloat16"})
+    return steps
 
 
-def _budget_that_fits(
+def _largest_budget(
     run: Run, config: TrainerConfig, whole: Prediction, device: Device, available: int
 ) -> tuple[int, Prediction] | None:
-    """The largest token budget of a micro-batch with which a run fits, and what it then takes; None: no budget does.
+    """Find the largest token budget of a micro-batch with which a run fits, and the memory then; None if none does.
 
-    Memory grows in proportion to it, down to the longest sequence (or comparison), which is never cut.
+    Memory is linear in the budget, down to the longest sequence (or comparison), which is never cut.
+
+    Args:
+        whole: the memory with the budget of `config`, which does not fit.
     """
     most, least = config.optim.max_tokens_per_microbatch, memory.longest_microbatch(config)
     if most <= least:
         return None
 
-    def at(tokens: int) -> Prediction:
+    def predict_with(tokens: int) -> Prediction:
         return run.predict(settings.from_flat(type(config), {_BUDGET: tokens}, config), device, available)
 
-    smallest = at(least)
+    smallest = predict_with(least)
     if not fits(smallest, available):
         return None
     room = (available * (1 - SPARE) - smallest.peak) / (whole.peak - smallest.peak)
     tokens = int(least + room * (most - least)) // GRANULE * GRANULE
     while tokens > least:
-        found = at(tokens)
-        if fits(found, available):
-            return tokens, found
+        prediction = predict_with(tokens)
+        if fits(prediction, available):
+            return tokens, prediction
         tokens = int(0.9 * tokens) // GRANULE * GRANULE
     return least, smallest
 
 
 def forecast(run: Run, device: Device, available: int) -> Forecast:
-    """Whether a run fits, and what to change if not."""
+    """Forecast whether a run fits into `available` bytes of a device, and what to change if not."""
     prediction = run.predict(run.config, device, available)
-    proposed = () if fits(prediction, available) else tuple(changes(run, device, available))
+    proposed = () if fits(prediction, available) else tuple(propose_changes(run, device, available))
     return Forecast(run, device, available, prediction, proposed)
 
 
 def hours(run: Run, data: cost.Data, machine: cost.Machine) -> dict[str, float]:
-    """Of each phase."""
-    found = cost.seconds(run.config, cost.count(run.config, run.shape, run.rewards), data, machine)
-    return {phase: seconds / 3600 for phase, seconds in found.items()}
+    """Estimate the hours of each phase, by its name (cost.py)."""
+    phases = cost.seconds(run.config, cost.count(run.config, run.shape, run.rewards), data, machine)
+    return {phase: seconds / 3600 for phase, seconds in phases.items()}
 
 
 def device_and_memory(device: str, size: str) -> tuple[Device, int]:
-    """Where a run is to be (`auto`: what is here), and the bytes there: `size`, or what is free.
+    """Resolve the device of a run and its memory in bytes.
+
+    Args:
+        device: "cuda", "cpu", or "auto": the GPU if there is one here.
+        size: such as 80GB; "": what is free on the device.
 
     Raises:
-        ConfigError: no size, or no such device to look at.
+        ConfigError: `size` is no size, or the memory of a GPU is asked for where there is none.
     """
     here: Device = "cuda" if torch.cuda.is_available() else "cpu"
     where: Device = "cuda" if device == "cuda" else "cpu" if device == "cpu" else here
@@ -209,56 +228,56 @@ def device_and_memory(device: str, size: str) -> tuple[Device, int]:
     return where, free_memory(torch.device(where))
 
 
-# Saying it ----------------------------------------------------------------------------------------------------------
+# Texts --------------------------------------------------------------------------------------------------------------
 
 
-def as_text(found: Forecast) -> str:
-    """A table, the verdict, and what to change."""
-    peak, available = found.prediction.peak / 1e9, found.available / 1e9
-    lines = [table(found.prediction), ""]
+def as_text(result: Forecast) -> str:
+    """Write a forecast for a terminal: a table, the verdict, and what to change."""
+    peak, available = result.prediction.peak / 1e9, result.available / 1e9
+    lines = [table(result.prediction), ""]
     lines.append(
-        f"{found.run.verb} takes most in {found.prediction.fullest}: {peak:.1f} GB of {available:.1f} GB on "
-        f"{found.device}, {SPARE:.0%} of which are left to the device itself: it "
-        f"{'fits' if found.fits else 'does not fit'}."
+        f"{result.run.verb} takes most in {result.prediction.fullest}: {peak:.1f} GB of {available:.1f} GB on "
+        f"{result.device}, {SPARE:.0%} of which are left to the device itself: it "
+        f"{'fits' if result.fits else 'does not fit'}."
     )
-    if found.changes:
+    if result.changes:
         lines.append("What to change, the least harmful first:")
-    for change in found.changes:
+    for change in result.changes:
         words = " ".join(f"--{key} {str(value).lower()}" for key, value in change.settings.items())
         verdict = "fits" if change.fits else "does not fit yet"
         lines.append(f"  {words}: {change.prediction.peak / 1e9:.1f} GB, {verdict}")
-    if not found.fits and not any(change.fits for change in found.changes):
+    if not result.fits and not any(change.fits for change in result.changes):
         lines.append(
             "No setting that is known here makes it fit: take shorter sequences, a smaller model or more memory."
         )
     return "\n".join(lines)
 
 
-def refusal(found: Forecast) -> str:
-    """In a line why it does not fit."""
-    room, available = found.available * (1 - SPARE) / 1e9, found.available / 1e9
+def refusal(result: Forecast) -> str:
+    """Say in one line why a run does not fit."""
+    room, available = result.available * (1 - SPARE) / 1e9, result.available / 1e9
     return (
-        f"{found.prediction.peak / 1e9:.4g} GB do not fit into the {room:.4g} GB that a run may have of "
+        f"{result.prediction.peak / 1e9:.4g} GB do not fit into the {room:.4g} GB that a run may have of "
         f"{available:.4g} GB: {SPARE:.0%} are left to the device itself"
     )
 
 
-def as_dict(found: Forecast) -> dict[str, Any]:
-    """The same for programs."""
+def as_dict(result: Forecast) -> dict[str, Any]:
+    """Convert a forecast to plain data, for JSON; sizes in bytes."""
     return {
-        "verb": found.run.verb,
-        "device": found.device,
-        "available": found.available,
-        "peak": found.prediction.peak,
-        "fullest": found.prediction.fullest,
-        "fits": found.fits,
-        "phases": found.prediction.phases,
-        "changes": [{"settings": c.settings, "peak": c.prediction.peak, "fits": c.fits} for c in found.changes],
+        "verb": result.run.verb,
+        "device": result.device,
+        "available": result.available,
+        "peak": result.prediction.peak,
+        "fullest": result.prediction.fullest,
+        "fits": result.fits,
+        "phases": result.prediction.phases,
+        "changes": [{"settings": c.settings, "peak": c.prediction.peak, "fits": c.fits} for c in result.changes],
     }
 
 
 def table(prediction: Prediction) -> str:
-    """Parts by phases, in GB (10^9 bytes); parts too small to be seen are left out, but not of the sums."""
+    """Write a table of parts by phases in GB (10^9 bytes), with sums; parts that would read 0.00 are left out."""
     phases = list(prediction.phases)
     digits = 2 if prediction.peak > 5e9 else 3
     rows = [["GB", *phases]]
@@ -271,7 +290,11 @@ def table(prediction: Prediction) -> str:
 
 
 def cost_table(hours: dict[str, float], price: float) -> str:
-    """Hours and dollars of each phase."""
+    """Write a table of the hours and dollars of each phase.
+
+    Args:
+        price: dollars an hour.
+    """
     rows = [["", "hours", "dollars"]]
     for phase, taken in (*hours.items(), ("all", sum(hours.values()))):
         rows.append([phase, f"{taken:.2f}", f"{taken * price:.2f}"])
@@ -288,10 +311,10 @@ def _aligned(rows: list[list[str]]) -> str:
 
 
 def read_bytes(text: str) -> int:
-    """A size such as 80GB (10^9 bytes) or 24GiB (2^30).
+    """Read a size such as 80GB (10^9 bytes) or 24GiB (2^30 bytes), in bytes.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: the text is no size, or it is 0.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([kmgt])(i?)b)?", text.strip().lower())
     if match is None or float(match[1]) == 0:

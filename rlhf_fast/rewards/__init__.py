@@ -1,1 +1,1 @@
-"""Rewards of a policy."""
+"""Rewards of a policy: reward models, functions, rules, URLs, and weighted sums of them."""

@@ -38,17 +38,17 @@ class Heldout:
 
     @property
     def difference(self) -> np.ndarray:
-        """(P,): by how much the chosen response scores above the rejected one."""
+        """Difference of each pair's scores, chosen less rejected: (P,)."""
         return self.scores[self.chosen] - self.scores[self.rejected]
 
     @property
     def longer(self) -> np.ndarray:
-        """(P,) int: by how many tokens the chosen response is the longer."""
+        """Difference of each pair's lengths in tokens, chosen less rejected: (P,) int."""
         return self.tokens[self.chosen] - self.tokens[self.rejected]
 
 
 def agrees(difference: Any) -> Any:
-    """1 where the difference (an array or a tensor) is above 0, 0 below, and half at a tie."""
+    """Return 1 where a difference (array or tensor) is above 0, 0 where below, and 0.5 at a tie."""
     return (difference > 0) + 0.5 * (difference == 0)
 
 
@@ -77,7 +77,7 @@ def measure(heldout: Heldout, everything: Sequence[Comparison]) -> dict[str, Any
 
 
 def not_measured(everything: Sequence[Comparison]) -> dict[str, Any]:
-    """The report where nothing was held out."""
+    """Make the report of a run that held nothing out."""
     return {
         "verdict": UNKNOWN,
         "notes": ["nothing was held out (reward.heldout is 0), so that nothing is known of its agreement"],

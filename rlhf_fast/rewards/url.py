@@ -124,7 +124,7 @@ class RewardURL:
 
 
 class NoAnswer(Exception):
-    """None now, but perhaps later: after `pause` seconds at the earliest."""
+    """No answer now, but perhaps later: after `pause` seconds at the earliest."""
 
     def __init__(self, message: str, pause: float = 0.0) -> None:
         super().__init__(message)

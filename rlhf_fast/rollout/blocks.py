@@ -10,7 +10,7 @@ Key = tuple[int, tuple[int, ...]]  # what comes before a block (a content number
 
 
 class BlockPool:
-    """Counts who uses each block; a full block that nobody uses keeps its content until it is needed for another.
+    """Pool of blocks with reference counts; a full block that nobody uses keeps its content until it is reallocated.
 
     A prefix is found by the tokens themselves: block by block, (number of the prefix before, tokens) leads to the
     block and the number of the longer prefix. Numbers are never given twice, so that a stale prefix cannot be met.
@@ -33,7 +33,7 @@ class BlockPool:
         return -(-tokens // self.block_size)
 
     def take(self) -> int:
-        """A block of one's own."""
+        """Allocate a block to one user."""
         block, _ = self._free.popitem(last=False)
         self._forget(block)
         self._users[block] = 1
@@ -97,7 +97,7 @@ class BlockPool:
             sequence.registered += 1
 
     def forget_prefixes(self) -> None:
-        """The weights have changed: nothing that was computed before is true."""
+        """Forget all prefixes, since the weights have changed."""
         for block in range(self.count):
             self._forget(block)
 

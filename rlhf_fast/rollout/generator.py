@@ -48,7 +48,7 @@ class Until(Settings):
 
 @dataclass(frozen=True)
 class Piece:
-    """Token of a stream."""
+    """Piece of a stream: one token of one response."""
 
     prompt_index: int
     sample: int
@@ -179,7 +179,7 @@ class Generator:
                 engine.scheduler.finish(sequence, "abort")
 
     def text(self, sequence: Sequence) -> str:
-        """The response so far, up to a stop text."""
+        """Decode the response so far, up to a stop text."""
         return decode_response(self.tokenizer, sequence.response)[: sequence.text_end] if self.tokenizer else ""
 
     # Memory -----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from rlhf_fast.rollout.sequence import Sequence
 
 
 class Budget:
-    """Makes the pool of blocks as large as requests need, within a limit, and keeps it for the next ones."""
+    """Allocator of the pool of blocks: as large as requests need, within a limit, and kept for the next ones."""
 
     def __init__(self, runner: ModelRunner, block_size: int, limit: int | None) -> None:
         self.runner, self.block_size, self.limit = runner, block_size, limit
@@ -71,7 +71,7 @@ class Budget:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes; on a CPU what can be had without swapping, files that are cached included."""
+    """Return the free bytes of a device; on a CPU those to be had without swapping, cached files included."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     match = re.search(r"^MemAvailable:\s+(\d+) kB", _read(Path("/proc/meminfo")), re.MULTILINE)

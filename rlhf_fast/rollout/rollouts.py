@@ -68,7 +68,7 @@ class Rollouts:
         )
 
     def examples(self) -> list[Example]:
-        """The sequences as examples for training.
+        """Convert the sequences to examples for training.
 
         Raises:
             ValueError: a sequence has no response (it failed, or was ended before its first token).
@@ -85,7 +85,7 @@ class Rollouts:
         return examples
 
     def to_padded(self, padding_value: int = 0) -> dict[str, torch.Tensor]:
-        """input_ids, response_mask, logprobs and attention_mask as (B, T), padded on the right."""
+        """Pad to (B, T) on the right: input_ids, response_mask, logprobs and attention_mask, by name."""
         lengths = self.cu_seqlens.diff().long()
         width = int(lengths.max()) if len(self) else 0
         attention = torch.arange(width, device=lengths.device) < lengths.unsqueeze(-1)  # (B, T)

@@ -50,7 +50,7 @@ class Scheduler:
         return not self.waiting and not self.running
 
     def schedule(self) -> list[Work]:
-        """Work for one step, at most `max_batch_tokens` tokens; blocks are given to it."""
+        """Choose the work of one step, at most `max_batch_tokens` tokens, and allocate its blocks."""
         budget = self.max_batch_tokens
         work: list[Work] = []
         while budget and len(work) < len(self.running):  # the last one is preempted, and has no work yet
@@ -86,13 +86,13 @@ class Scheduler:
         return Work(sequence, count, sequence.computed + count == len(sequence))
 
     def _reserved_blocks(self) -> int:
-        """Free blocks that a new sequence must leave: one for each that runs and will need more, else one of them
-        would soon be preempted."""
+        """Count the free blocks that a new sequence must leave: one for each running sequence that will need more, or
+        one of them would soon be preempted."""
         final = (len(s.prompt) + s.params.max_new_tokens for s in self.running)
         return sum(self.pool.blocks_for(n) > len(s.blocks) for n, s in zip(final, self.running, strict=True))
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Take the blocks of a running sequence away; it waits, and will be computed again."""
+        """Preempt a running sequence: free its blocks, and queue it to be computed again."""
         self.preemptions += 1
         self.pool.release(sequence)
         self.running.remove(sequence)

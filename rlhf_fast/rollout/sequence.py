@@ -40,7 +40,7 @@ class Sequence:
         return len(self.prompt) + len(self.response)
 
     def tokens(self, begin: int, end: int) -> list[int]:
-        """Tokens begin to end of prompt and response."""
+        """Return the tokens from `begin` to `end` of prompt and response."""
         size = len(self.prompt)
         if begin >= size:
             return self.response[begin - size : end - size]

@@ -24,7 +24,7 @@ class Shown:
         self._certain = 0  # characters that have been shown
 
     def grown(self) -> str:
-        """Return what is certain of the text as it is now."""
+        """Return the text so far that can no longer change."""
         sequence = self.sequence
         if sequence.is_finished:
             text = decode_response(self.tokenizer, sequence.response)[: sequence.text_end]
@@ -41,7 +41,7 @@ class Shown:
             self._begin, self._read = self._read, len(ids)
 
     def _may_stop(self) -> int:
-        """Characters at the end with which a stop text may have begun."""
+        """Count the characters at the end with which a stop text may have begun."""
         most = (min(len(stop) - 1, len(self._text)) for stop in self.sequence.stop_texts)
         sizes = (
             size

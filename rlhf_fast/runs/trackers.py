@@ -79,7 +79,7 @@ class _Hosted:
 
 
 def _identifier(path: Path) -> str:
-    """The same for a run that goes on; a new run in the same folder has another one."""
+    """Identify a run for a tracker: the same when the run goes on, another for a new run in the same folder."""
     file = path / "wandb_id"
     if not file.exists():
         import uuid

@@ -33,6 +33,8 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class Recording:
+    """Recorded CUDA graph of a step, with the buffers that it reads and writes."""
+
     inputs: list[torch.Tensor]
     graph: Any  # torch.cuda.CUDAGraph
     hidden: torch.Tensor  # (sequences, H), of the last replay

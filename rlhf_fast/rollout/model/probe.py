@@ -130,7 +130,7 @@ def _in_blocks(
     options: dict[int, Any],
     calls: torch_layers.Calls | None = None,
 ) -> tuple[torch.Tensor, attention.Step]:
-    """The same states from two steps: the third sequence and half of the second come beside others."""
+    """Compute the states from blocks in two steps, in which the third sequence and half of the second come later."""
     watched = contextlib.nullcontext() if calls is None else torch_layers.watched(inner, calls)
 
     def new_cache(layer: int, kv_heads: int, dim: int, like: torch.Tensor) -> KVCache:

@@ -1,5 +1,4 @@
-"""Runs a model over a step's packed tokens: places for their keys and values, positions, and the states to sample
-from."""
+"""Run a model over a step's packed tokens: their places in the cache, positions, and the logits to sample from."""
 
 from __future__ import annotations
 
@@ -41,12 +40,12 @@ class ModelRunner:
         self.trunk_weights = sum(p.numel() for p in used.values()) - self.head_weights
 
     def allocate(self, blocks: int, block_size: int) -> None:
-        """Room for keys and values, a layer's when it first asks for it."""
+        """Allocate the cache of keys and values, each layer's on its first use."""
         self.release()
         self.blocks, self.block_size = blocks, block_size
 
     def allocate_now(self) -> None:
-        """The memory of all layers, before they ask for it."""
+        """Allocate the cache of all layers now."""
         for layer, like in self.served.caches.items():
             self.caches.setdefault(layer, self._new_cache(layer, *like))
 
@@ -57,7 +56,7 @@ class ModelRunner:
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
-        """Inside, the model generates; afterwards it is as it was."""
+        """Set the model up to generate, for a block; afterwards it is as it was."""
         served = self.served
         if self.graphs is not None:
             self.allocate_now()  # else the memory would be a recording's own

@@ -1,1 +1,1 @@
-"""Loop that all trainers share."""
+"""Parts that all trainers share: the loop of steps, optimiser, checkpoints, state, monitors."""

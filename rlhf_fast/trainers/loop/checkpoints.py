@@ -67,7 +67,7 @@ class Checkpoints:
         self.saved = [at for at in self.saved if at in kept]
 
     def outcome(self, last: int, row: dict[str, float]) -> tuple[int, dict[str, float]]:
-        """The step whose checkpoint is the run's, and its metrics: with patience the best, otherwise the last."""
+        """Choose the step whose checkpoint is the outcome, and its metrics: with patience the best, else the last."""
         self._forget_all_but(self._kept())
         for step in set(self.run.written()) - set(self.saved):  # of before a kill; not saved again
             self.run.forget(step)

@@ -30,7 +30,7 @@ def fitting_for(model: Model, tokenizer: PreTrainedTokenizerBase, config: Config
 
 
 def sizes_of(name: str | Path) -> Sizes:
-    """(positions, tokens) that a model has, by its config alone; names and errors as for `models.load`."""
+    """Read (positions, vocabulary) of a model from its config alone; names and errors as for `models.load`."""
     folder = resolve(name)
     if is_adapter(folder):
         folder = resolve(adapter_config(folder)["base_model_name_or_path"])

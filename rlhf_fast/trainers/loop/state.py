@@ -36,14 +36,14 @@ FIELDS = "fields:"  # begins a digest of records by their fields
 
 
 class Stateful(Protocol):
-    """Something that can be kept as JSON."""
+    """Protocol of an object whose state can be kept as JSON and restored."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was told to end, and has kept the step that it was at; says which, and how to go on."""
+    """Interrupt of a run by a signal, after its state was kept; says at which step, and how to go on."""
 
 
 class TrainState:
@@ -65,7 +65,7 @@ class TrainState:
         self._before: dict[int, Any] = {}  # what was done at a signal
 
     def load(self) -> int:
-        """The step that the run goes on after; 0 at its beginning.
+        """Restore the kept state; return the step that it is of, 0 where there is none.
 
         Raises:
             ValueError: something that must be the same has changed; names it.
@@ -97,7 +97,7 @@ class TrainState:
         return value.kept_as(kept) if isinstance(value, Data) else value == kept
 
     def after(self, step: int) -> None:
-        """Keep the state, if that is due or the run is to end here."""
+        """Keep the state after a step, if that is due or the run is to end here."""
         since = time.monotonic() - self._kept
         if self._ending or since >= max(EVERY, self._cost / MOST):
             started = time.monotonic()
@@ -189,8 +189,10 @@ class TrainState:
 
 
 class Data:
-    """Records that must be the same for a run to go on. Their fields tell, those at their defaults left out: a field
-    that a later version adds to a record changes no digest."""
+    """Records that a run trains on, with the digest by which an interrupted run knows them again.
+
+    Fields at their defaults are left out, so that a field which a later version adds changes no digest.
+    """
 
     def __init__(self, items: Sequence[Any]) -> None:
         self.items = items
@@ -217,7 +219,7 @@ def _without_address(item: Any) -> str:
 
 
 def _fields(item: Any) -> Any:
-    """Turn what JSON does not know into what it knows."""
+    """Convert values that JSON does not know."""
     if not dataclasses.is_dataclass(item) or isinstance(item, type):
         return _without_address(item)
     telling = [field for field in dataclasses.fields(item) if field.repr]

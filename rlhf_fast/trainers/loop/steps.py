@@ -27,6 +27,8 @@ Row = dict[str, float]
 
 
 class Outcome(NamedTuple):
+    """Outcome of a run: the step that was chosen, and its metrics."""
+
     step: int  # whose checkpoint is the run's
     row: Row  # its metrics, and what was measured after it
 
@@ -201,7 +203,7 @@ def add_stats(totals: Row, stats: Stats) -> None:
 
 
 def epoch_batches(items: Sequence[Item], size: int, epochs: int, seed: int) -> list[list[Item]]:
-    """Batches of `size` items (the last of an epoch may be smaller), in a fresh order each epoch."""
+    """Cut items into batches of `size` (the last of an epoch may be smaller), in a new order each epoch."""
     batches = []
     for epoch in range(epochs):
         order = shuffled(items, seed + epoch)

@@ -29,13 +29,17 @@ class Scored(NamedTuple):
 
 
 class Advantages(NamedTuple):
+    """Advantages of a step's R response tokens, with what the loss takes beside them."""
+
     advantages: torch.Tensor  # (R,)
     returns: torch.Tensor | None  # (R,): what the values are to become; without a critic None
     sums: torch.Tensor | None  # (3,): number, sum and squares of the advantages, by which the loss whitens; None: as is
 
 
 class AdvantageFunction(Protocol):
-    """`kl_coef` is what the KL penalty weighs in the reward: 0 where it is a term of the loss (`ppo.kl_in`).
+    """Protocol of an advantage: from a step's scores to a number for every response token.
+
+    `kl_coef` is the coefficient of the KL penalty in the reward, 0 where the penalty is in the loss (`ppo.kl_in`).
 
     A function that says nothing of what it needs (:class:`Advantage`) is given what the method that `ppo.advantage`
     names needs.
@@ -104,7 +108,7 @@ class DrGRPO(Advantage):
 
 
 class GRPO(DrGRPO):
-    """GRPO (arXiv 2402.03300): the same over the deviation of the group's scores."""
+    """GRPO (arXiv 2402.03300): a score less its group's mean, over the standard deviation of the group's scores."""
 
     scale = "group"
 
@@ -152,13 +156,13 @@ class ReMax(Advantage):
 
 
 def equal_groups(scores: Sequence[float], size: int) -> list[int]:
-    """The prompts whose `size` responses all have the same score: they say nothing about each other."""
+    """Find the prompts whose `size` responses all have the same score, so that they say nothing about each other."""
     groups = [scores[i : i + size] for i in range(0, len(scores), size)]
     return [g for g, group in enumerate(groups) if len(set(group)) == 1]
 
 
 def _per_token(of_responses: torch.Tensor, scored: Scored) -> torch.Tensor:
-    """(B,) -> (R,)."""
+    """Repeat a number of each response (B,) for each of its tokens: (R,)."""
     lengths = scored.cu_seqlens.diff().long()
     return of_responses.repeat_interleave(lengths, output_size=scored.kl.numel())
 

@@ -30,11 +30,15 @@ class Critic:
 
     @property
     def modules(self) -> list[nn.Module]:
-        """List what is trained."""
+        """List the modules that are trained."""
         return [self.head] if self.model is None else [self.head, self.model]
 
     def values(self, batch: Batch, states: torch.Tensor) -> torch.Tensor:
-        """(R,), from the policy's states (R, H) if it has none of its own."""
+        """Compute the value before each response token: (R,) float32.
+
+        Args:
+            states: the policy's (R, H), which a critic without layers of its own reads.
+        """
         if self.model is not None:
             states = models.response_states(self.model, batch)
         values: torch.Tensor = self.head(states.float()).squeeze(-1)
@@ -52,9 +56,10 @@ class Critic:
 
 
 def fresh_head(like: torch.Tensor) -> nn.Linear:
-    """Zero: its first values are no worse than none, and a trunk gets no gradient from a random head.
+    """Make a value head of zeros: its first values are 0, and the trunk gets no gradient from random weights.
 
-    `like`: (..., H), on the device.
+    Args:
+        like: (..., H), a tensor on the head's device.
     """
     head = nn.Linear(like.shape[-1], 1, device=like.device)
     nn.init.zeros_(head.weight)
@@ -72,7 +77,7 @@ def make_critic(kind: str, policy: Model, from_reward: Callable[[], Critic]) -> 
 
 
 def critic_of_checkpoint(reward: Any, tokenizer: Any, config: PPOConfig) -> Critic:
-    """A critic whose first value is the normalised score of the reward model in the checkpoint `reward`.
+    """Make a critic whose first values are the normalised scores of the reward model in the checkpoint `reward`.
 
     Raises:
         ValueError: `reward` is no reward model's checkpoint, or one that reads other tokens than the policy.
@@ -91,8 +96,8 @@ def critic_of_checkpoint(reward: Any, tokenizer: Any, config: PPOConfig) -> Crit
 
 
 def critic_of_shape(shape: PreTrainedConfig, config: PPOConfig) -> Critic:
-    """A critic of the shapes that one has which starts from a reward model, of random weights: on the meta device of
-    none."""
+    """Build a critic as `critic_of_checkpoint` does, from the config of a reward model alone: with random weights, or
+    within `torch.device("meta")` with shapes and no memory."""
     model = models.reward_from_shape(shape, getattr(torch, config.dtype))
     model = models.trainable_scorer(model, config.lora, config.seed, head=False)
     return Critic(nn.Linear(model.config.hidden_size, 1), model)

@@ -26,7 +26,7 @@ Pass = Callable[[Batch], Sequence[torch.Tensor]]  # over a batch of responses
 
 
 class Outputs(NamedTuple):
-    """The policy's at each response token, as training has them."""
+    """Outputs of the policy at each response token, as training computes them."""
 
     logprobs: Parts
     entropies: Parts
@@ -82,12 +82,12 @@ class Scorer:
         return Outputs(logprobs, entropies, rest[0] if rest else [])
 
     def of_reference(self, samples: Sampled) -> Parts:
-        """Log-probabilities by the reference."""
+        """Compute the log-probabilities under the reference."""
         (logprobs,) = self._each(samples, self._reference_logprobs)
         return logprobs
 
     def passes(self, lag: int) -> list[Pass]:
-        """What is computed of each batch of a step's samples, after `lag` updates, before it is trained on."""
+        """List the passes over each batch of a step's samples, `lag` updates old, before training on it."""
         of_policy = [self._outputs] if computed_again(self.policy.dtype, lag) else []
         of_critic = [self._values] if self._has_own_critic and not of_policy else []
         return [self._reference_logprobs, *of_policy, *of_critic]
@@ -124,7 +124,7 @@ class Scorer:
 
 
 def computed_again(dtype: torch.dtype, lag: int) -> bool:
-    """Whether the policy's numbers are computed beside those that the sampler gave, `lag` updates ago."""
+    """Return whether the policy's log-probabilities are computed again, beside the sampler's of `lag` updates ago."""
     return dtype != torch.float32 or lag > 0
 
 
@@ -189,7 +189,7 @@ class Experience:
 
 
 def inputs(config: PPOConfig, has_critic: bool) -> list[str]:
-    """What the loss is given of each response token, by the names that `ops.linear_ppo_loss` has."""
+    """List the tensors that the loss takes of each response token, as `ops.linear_ppo_loss` names them."""
     of_critic = ["old_values", "returns"] if has_critic else []
     of_reference = ["ref_logprobs"] if config.kl_estimator else []
     of_sampler = ["rollout_logprobs"] if config.lag else []

@@ -1,4 +1,4 @@
-"""The coefficient of the KL penalty: fixed, or adapted towards a target."""
+"""Control the coefficient of the KL penalty: fixed, or adapted towards a target."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class KLController:
     horizon: float = 10_000.0  # sequences
 
     def update(self, kl: float, sequences: int) -> None:
-        """Update after a step over `sequences` sequences whose mean KL was `kl` nats."""
+        """Update the coefficient after a step over `sequences` sequences whose mean KL was `kl` nats."""
         if self.target is not None:
             error = min(max(kl / self.target - 1.0, -0.2), 0.2)
             self.coef *= 1.0 + error * sequences / self.horizon

@@ -58,7 +58,7 @@ class SampleMetrics:
         return row
 
     def shown(self) -> list[dict[str, Any]]:
-        """A few of the samples, for people to read."""
+        """Pick a few of the samples for people to read."""
         records, rollouts, kl = self.samples.records, self.samples.rollouts, self.kl.tolist()
         prompts = [records[i].prompt for i in rollouts.prompt_index.tolist()]
         scores = self.rewards.raw.scores
@@ -105,7 +105,7 @@ class StepMeter:
 
 
 def mean(updates: Sequence[Row], experience: Experience) -> Row:
-    """Statistics averaged over a step's updates, and their number."""
+    """Average statistics over a step's updates, and count those."""
     row = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
     return {**row, **critic_metrics(experience), "updates": float(len(updates))}
 

@@ -28,7 +28,7 @@ KEPT = ("response", "logprobs", "entropies", "finish_reason")  # of a sequence, 
 
 @dataclass(frozen=True)
 class Sampled:
-    """A step's responses, and their scores, which may still be on their way."""
+    """Responses of a step, and their scores, which may still be computed."""
 
     step: int
     records: list[PromptRecord]
@@ -44,12 +44,12 @@ class Sampled:
 
     @functools.cached_property
     def lengths(self) -> list[int]:
-        """Tokens of each response."""
+        """Count the tokens of each response."""
         return [len(example.response) for example in self.examples]
 
 
 class Sampler:
-    """Samples from a policy as it is now, and asks for the scores of what it said.
+    """Sampler of a policy's responses, which also requests their scores.
 
     Args:
         tokenizer: the policy's.
@@ -79,7 +79,7 @@ class Sampler:
         self.ahead: Sampled | None = None  # the next step's, with ppo.lag
 
     def take(self, step: int) -> tuple[Sampled, int]:
-        """The samples of a step, and how many updates the policy has had since.
+        """Take the samples of a step; return them, and how many updates the policy has had since.
 
         With `ppo.lag` they were drawn a step ago, and the next step's are drawn now: their scores may come while this
         step is learned from.
@@ -91,7 +91,7 @@ class Sampler:
         return sampled, 0 if ahead is None else 1
 
     def _sample(self, step: int) -> Sampled:
-        """Responses of the policy as it is now to the prompts of `step`, and scores on their way."""
+        """Sample responses of the policy as it is now to the prompts of `step`, and request their scores."""
         records = step_prompts(self.prompts, self.config, step)
         params = self._params(step)
         rollouts, scoring = self._scored_rollouts(records, params)
@@ -105,8 +105,8 @@ class Sampler:
         return sampled
 
     def measure(self, records: Sequence[PromptRecord]) -> dict[str, float]:
-        """Mean score, length and share of ended ones of a response to each of `records`, by the same random numbers
-        each time."""
+        """Sample a response to each of `records`, by the same random numbers each time; return the mean score, mean
+        length and share of responses that ended."""
         rollouts, scoring = self._scored_rollouts(records, replace(self._params(0), n=1))
         scores = scoring.result().scores
         if not self.config.cuda_graphs:
@@ -218,7 +218,7 @@ def _greedy(params: SamplingParams) -> SamplingParams:
 
 
 def step_prompts(prompts: Sequence[PromptRecord], config: PPOConfig, step: int) -> list[PromptRecord]:
-    """The prompts of a step: consecutive ones of a permutation that is drawn anew for every pass."""
+    """Choose the prompts of a step: consecutive ones of a permutation that is drawn anew for every pass."""
     first = (step - 1) * config.prompts_per_step
     skipped, start = divmod(first, len(prompts))  # a step takes from two passes at most
     two_passes = [p for lap in (skipped, skipped + 1) for p in shuffled(prompts, config.seed + lap)]

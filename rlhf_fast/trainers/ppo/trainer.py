@@ -191,7 +191,7 @@ class PPOTrainer:
         return row
 
     def evaluate(self, step: int) -> Row:
-        """Scores of one response to each held-out prompt, drawn by the same random numbers after any step."""
+        """Score one response to each held-out prompt, sampled with the same random numbers after any step."""
         return self.sampler.measure(self.heldout)
 
     def _moved_enough(self, updates: list[Row]) -> bool:

@@ -229,7 +229,7 @@ def test_products_are_counted_as_on_paper() -> None:
     layer = 128 * (128 + 64 + 64 + 128) + 3 * 128 * 384  # q, k, v, o; gate, up, down
     assert (counts.trunk, counts.head) == (3 * layer, 128 * 2048)
     assert counts.attention == 3 * 128
-    assert cost.forward(counts, 10, 4, 0) == 2 * (10 * counts.trunk + 4 * counts.head)
+    assert cost.forward_operations(counts, 10, 4, 0) == 2 * (10 * counts.trunk + 4 * counts.head)
     adapted = cost.count(SFTConfig(lora=LoRAConfig(r=8)), SHAPE)
     assert adapted.trunk - counts.trunk == adapted.trained < 0.2 * counts.trunk
 
