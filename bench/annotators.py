@@ -319,9 +319,9 @@ def told(r: dict[str, Any]) -> str:
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m bench.annotators", description=__doc__)
-    parser.add_argument(
-        "--url", default="", help="an empty PostgreSQL database; without it SQLite in a folder for the run"
-    )
+    where = parser.add_mutually_exclusive_group()  # without either: SQLite, in a folder for the run
+    where.add_argument("--url", default="", help="an empty PostgreSQL database")
+    where.add_argument("--postgres", action="store_true", help="PostgreSQL, in a server for the run")
     for name, value in vars(Load()).items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
     parser.add_argument("--out", type=Path, default=harness.ROOT / "bench" / "results" / "annotators.jsonl")
