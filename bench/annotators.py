@@ -42,7 +42,7 @@ from tests import postgres
 VERB = "import sys; from rlhf_fast.cli import main; sys.exit(main(sys.argv[1:]))"
 TEXT = "It depends on what you need: the first way is shorter, the second is easier to change later on. " * 6
 PATIENCE = 120.0  # seconds that a server may take to start, and to give any answer at all
-PAUSE = 0.05  # seconds until a request that failed is sent again
+PAUSE = 0.2  # seconds until a request that failed is sent again
 
 
 @dataclass(frozen=True)
