@@ -42,7 +42,7 @@ from tests import postgres
 VERB = "import sys; from rlhf_fast.cli import main; sys.exit(main(sys.argv[1:]))"
 TEXT = "It depends on what you need: the first way is shorter, the second is easier to change later on. " * 6
 PATIENCE = 120.0  # seconds that a server may take to start, and to give any answer at all
-PAUSE = 0.05  # seconds until a request that failed is sent again
+PAUSE = 0.2  # seconds until a request that failed is sent again
 
 
 @dataclass(frozen=True)
@@ -322,9 +322,9 @@ def told(r: dict[str, Any]) -> str:
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m bench.annotators", description=__doc__)
-    parser.add_argument(
-        "--url", default="", help="an empty PostgreSQL database; without it SQLite in a folder for the run"
-    )
+    where = parser.add_mutually_exclusive_group()  # without either: SQLite, in a folder for the run
+    where.add_argument("--url", default="", help="an empty PostgreSQL database")
+    where.add_argument("--postgres", action="store_true", help="PostgreSQL, in a server for the run")
     for name, value in vars(Load()).items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
     parser.add_argument("--out", type=Path, default=harness.ROOT / "bench" / "results" / "annotators.jsonl")

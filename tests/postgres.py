@@ -39,7 +39,17 @@ class Cluster:
         secret.write_text(self.password)
         secret.chmod(0o644)  # in a folder that only its owner opens
         more = ["--auth-local=trust", "--auth-host=scram-sha-256", f"--pwfile={secret}", "--no-sync"]
-        words = [programs / "initdb", "-D", folder / "data", "-U", "postgres", "-E", "UTF8", "--locale=C", *more]
+        words = [
+            str(programs / "initdb"),
+            "-D",
+            str(folder / "data"),
+            "-U",
+            "postgres",
+            "-E",
+            "UTF8",
+            "--locale=C",
+            *more,
+        ]
         done = subprocess.run(words, capture_output=True, text=True, cwd=folder, **self.who)
         assert done.returncode == 0, done.stderr
         self.server: subprocess.Popen[bytes] | None = None
@@ -90,7 +100,7 @@ class Cluster:
         import psycopg
 
         with psycopg.connect(self.url(), autocommit=True) as connection:
-            connection.execute(statement)  # type: ignore[call-overload]
+            connection.execute(statement)
 
 
 def binaries() -> Path | None:

@@ -374,9 +374,8 @@ def _order(seed: int, pair: int) -> float:
 # Statements ----------------------------------------------------------------------------------------------------------
 # Made once: SQLAlchemy takes longer to put one together than a database to answer it.
 
-_person: sa.BindParameter[int] = sa.bindparam("person")
 _which: sa.BindParameter[int] = sa.bindparam("which")
-_mine = t.assignment.c.person == _person
+_mine = t.assignment.c.person == sa.bindparam("person")
 _LATE = leases((t.assignment.c.state == "open") & (t.assignment.c.until <= sa.bindparam("now")))
 _open = (
     sa.select(t.assignment.c.id)

@@ -9,7 +9,8 @@ from markupsafe import Markup, escape
 
 def shown(text: str) -> Markup:
     """`text` escaped, with a visible mark in place of each zero-width, bidi, control or private character."""
-    return Markup("").join(_mark(one) if _is_hidden(one) else escape(one) for one in text)
+    marks = {ord(one): str(_mark(one)) for one in set(text) if _is_hidden(one)}
+    return Markup(str(escape(text)).translate(marks))
 
 
 def _is_hidden(character: str) -> bool:

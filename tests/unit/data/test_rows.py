@@ -110,8 +110,8 @@ def test_a_gzip_file_that_is_cut_off_is_named_as_that(tmp_path: Path, share: flo
     lines = [b'{"prompt": "%x"}\n' % hash((i, "salt")) for i in range(3000)]
     packed = gzip.compress(b"".join(lines))
     cut, whole = packed[: int(share * len(packed))], 0
-    with contextlib.suppress(EOFError):
-        for _ in gzip.open(io.BytesIO(cut)):
+    with contextlib.suppress(EOFError), gzip.open(io.BytesIO(cut)) as file:
+        for _ in file:
             whole += 1
     assert whole > 100
     assert refused(tmp_path / "a.jsonl.gz", cut).startswith(f" line {whole + 1}: the file seems to have been cut off")

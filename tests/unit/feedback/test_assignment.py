@@ -10,6 +10,7 @@ import tempfile
 import threading
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -232,9 +233,10 @@ def test_what_is_not_one_s_own_is_refused_in_words(tmp_path: Path) -> None:
     assert a.submit(store, other, late.id, dataclasses.replace(GOOD, seconds=12.0), 8.0) == number  # sent again
     with store.read() as connection:
         assert connection.execute(sa.select(t.vote.c.id, t.vote.c.seconds)).all() == [(number, 9.0)]
-    for other_value in ({"preference": 0}, {"right_ok": True}, {"criteria": {}}, {"comment": "!"}):
+    changes: list[dict[str, Any]] = [{"preference": 0}, {"right_ok": True}, {"criteria": {}}, {"comment": "!"}]
+    for change in changes:
         with pytest.raises(AlreadyDone, match="answered this item already"):
-            a.submit(store, other, late.id, dataclasses.replace(GOOD, **other_value), 9.0)  # type: ignore[arg-type]
+            a.submit(store, other, late.id, dataclasses.replace(GOOD, **change), 9.0)
     with pytest.raises(NotYours, match="Only seniors"):
         a.adjudication(store, one, 1)
 
