@@ -12,7 +12,15 @@ from rlhf_fast.feedback.store import Store
 from rlhf_fast.pages.page import esc, fmt, table_of, whole_page
 from rlhf_fast.statistics.intervals import Interval
 
-_HEAD = ["", "votes", "pairs with two votes", "raw agreement", "Krippendorff's alpha"]
+_HEAD = [
+    "",
+    "votes",
+    "pairs with two votes",
+    "raw agreement",
+    "Cohen's kappa",
+    "Fleiss's kappa",
+    "Krippendorff's alpha",
+]
 
 
 def card(store: Store, title: str = "Data card") -> str:
@@ -67,8 +75,7 @@ def _line(one: Quality) -> list[str]:
         esc(one.name or "none"),
         str(one.votes),
         str(one.raw.doubles),
-        _interval(one.raw.interval),
-        _interval(one.alpha.interval),
+        *(_interval(found.interval) for found in (one.raw, one.cohen, one.fleiss, one.alpha)),
     ]
 
 

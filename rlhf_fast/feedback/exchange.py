@@ -62,11 +62,13 @@ def _row(label: Label, pair: dict[str, Any], votes: list[dict[str, Any]], heldou
         "pair": label.pair,
         "state": label.state,
         "responses": [{"checkpoint": pair[f"{side}_checkpoint"], "seed": pair[f"{side}_seed"]} for side in sides],
+        "criteria": _means([vote for vote in votes if vote["kind"] != "repeat"], -order),
         "votes": [
             {
                 "annotator": vote["pseudonym"],
                 "kind": vote["kind"],
                 "preference": -order * vote["preference"],  # positive for the chosen response
+                "criteria": {name: -order * value for name, value in vote["criteria"].items()},
                 "ok": None if vote["arm"] == IMPORTED else [vote["first_ok"], vote["second_ok"]][::order],
                 "swapped": vote["swapped"],
                 "seconds": vote["seconds"],
@@ -76,6 +78,13 @@ def _row(label: Label, pair: dict[str, Any], votes: list[dict[str, Any]], heldou
         ],
     }
     return row
+
+
+def _means(votes: Sequence[dict[str, Any]], sign: int) -> dict[str, float]:
+    """The mean answer under each criterion, on its own scale, positive for the chosen response."""
+    names = sorted({name for vote in votes for name in vote["criteria"]})
+    given = {name: [sign * vote["criteria"][name] for vote in votes if name in vote["criteria"]] for name in names}
+    return {name: sum(values) / len(values) for name, values in given.items()}
 
 
 def demonstrations(store: Store) -> list[Row]:

@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
 
 from rlhf_fast.feedback import tables as t
+from rlhf_fast.feedback.people import (
+    RESAMPLES,
+    PairOfPeople,
+    PersonQuality,
+    Vote,
+    answer,
+    pairs_of,
+    people_of,
+    table_of,
+)
 from rlhf_fast.feedback.store import Store, plan_of
-from rlhf_fast.statistics.agreement import Agreement, Ceiling, ceiling, krippendorff_alpha, raw_agreement
-from rlhf_fast.statistics.annotators import gold_accuracy, self_consistency, side_bias
-from rlhf_fast.statistics.intervals import Interval
+from rlhf_fast.statistics.agreement import (
+    Agreement,
+    Ceiling,
+    ceiling,
+    cohen_kappa,
+    fleiss_kappa,
+    krippendorff_alpha,
+    raw_agreement,
+)
+from rlhf_fast.statistics.annotators import Drift, drift
 from rlhf_fast.statistics.sequential import Progress, enough_for_width
 from rlhf_fast.statistics.vote_model import PairVotes, fit_votes, votes_for_first
-from rlhf_fast.statistics.votes import Votes
 
 IMPORTED = "imported"  # the arm of votes that another tool has collected
 Soft = Callable[[PairVotes], np.ndarray]  # (I,): probability that the first response of each pair is the better
@@ -24,24 +40,14 @@ Soft = Callable[[PairVotes], np.ndarray]  # (I,): probability that the first res
 
 @dataclass(frozen=True)
 class Quality:
-    """The agreement of one criterion, one category, or all votes."""
+    """The agreement of one criterion, one category, one annotator, or all votes."""
 
     name: str
     votes: int
     raw: Agreement
+    cohen: Agreement  # mean over pairs of people
+    fleiss: Agreement
     alpha: Agreement
-
-
-@dataclass(frozen=True)
-class PersonQuality:
-    id: int
-    name: str
-    votes: int
-    seconds: float  # median of a vote
-    flagged: int
-    left: Interval | None  # share of decided votes for the left side
-    gold: Interval | None  # share of gold items answered right
-    consistency: Interval | None  # share of silent repeats answered alike
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,12 @@ class Dashboard:
     ceiling: Ceiling | None  # what the agreement of decided votes lets a reward model reach
     criteria: list[Quality]
     categories: list[Quality]
+    annotators: list[Quality]  # of those who have voted
     people: list[PersonQuality]
+    pairs_of_people: list[PairOfPeople]
+    drift: Drift  # of everybody together
+    needs: Quality | None  # the criterion that people agree least on: its guideline needs work
+    needs_clearly: bool  # whether its interval is below those of the other criteria
     enough: Progress | None  # until agreement is known to 5 points
     reported: int
     discarded: int
@@ -99,14 +110,19 @@ def dashboard(store: Store) -> Dashboard:
     with store.read() as connection:
         plan = plan_of(connection)
         pairs = connection.execute(sa.select(t.pair.c.state, t.pair.c.id).where(t.pair.c.kind == "normal")).all()
-        names = connection.execute(sa.select(t.person.c.id, t.person.c.name).order_by(t.person.c.id)).all()
+        rows = connection.execute(sa.select(t.person.c.id, t.person.c.name).order_by(t.person.c.id)).all()
+        longer = _longer(connection)
+    names = {row.id: row.name for row in rows}
     open_pairs = {row.id for row in pairs if row.state == "open"}
     counts: dict[int, int] = {}
     for vote in normal:
         counts[vote["pair"]] = counts.get(vote["pair"], 0) + 1
-    overall = _quality("all", normal, _answer)
-    decided = raw_agreement(_votes([vote for vote in normal if vote["preference"]], _answer))
-    criteria = sorted({name for vote in normal for name in vote["criteria"]})
+    overall = _quality("all", normal)
+    decided = raw_agreement(table_of([vote for vote in normal if vote["preference"]]))
+    asked = sorted({name for vote in normal for name in vote["criteria"]})
+    criteria = [_criterion(name, normal) for name in asked]
+    people = people_of(list(names.items()), votes, longer)
+    needs, clearly = _needs(criteria)
     categories = sorted({vote["category"] for vote in normal})
     doubles = overall.raw.doubles
     mean = overall.raw.interval.mean if overall.raw.interval else 0.0
@@ -117,13 +133,26 @@ def dashboard(store: Store) -> Dashboard:
         wanted=len(open_pairs) * plan.judgements,
         overall=overall,
         ceiling=ceiling(decided.interval) if decided.interval else None,
-        criteria=[_criterion(name, normal) for name in criteria],
-        categories=[_quality(name, [v for v in normal if v["category"] == name], _answer) for name in categories],
-        people=[_person(row.id, row.name, votes) for row in names],
+        criteria=criteria,
+        categories=[_quality(name, [v for v in normal if v["category"] == name]) for name in categories],
+        annotators=[_annotator(one, normal) for one in people if one.votes],
+        people=people,
+        pairs_of_people=pairs_of(names, votes),
+        drift=drift(table_of(normal), np.array([vote["at"] for vote in normal])),
+        needs=needs,
+        needs_clearly=clearly,
         enough=enough_for_width(mean * doubles, doubles, 0.05) if doubles else None,
         reported=sum(row.state == "reported" for row in pairs),
         discarded=sum(row.state == "discarded" for row in pairs),
     )
+
+
+def _longer(connection: sa.Connection) -> dict[int, int]:
+    """Of each pair, by how many characters the second response is the longer one."""
+    first, second = t.response.alias(), t.response.alias()
+    both = (t.pair.c.first == first.c.id) & (t.pair.c.second == second.c.id)
+    by = sa.func.length(second.c.text) - sa.func.length(first.c.text)
+    return {number: by for number, by in connection.execute(sa.select(t.pair.c.id, by).where(both))}
 
 
 def disputed(store: Store, threshold: float = 0.67, criterion: str = "") -> list[Disputed]:
@@ -211,18 +240,20 @@ def pair_votes(votes: Sequence[dict[str, Any]]) -> PairVotes:
     return PairVotes(numbers["pair"], numbers["person"], first, ~numbers["swapped"].astype(bool))
 
 
-def _answer(vote: dict[str, Any]) -> int:
-    return int(np.sign(vote["preference"]))
-
-
-def _votes(votes: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], int]) -> Votes:
-    columns = [[vote["pair"] for vote in votes], [vote["person"] for vote in votes], [value(vote) for vote in votes]]
-    return Votes(*(np.array(column, np.int64) for column in columns))
-
-
-def _quality(name: str, votes: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], int]) -> Quality:
-    table = _votes(votes, value)
-    return Quality(name, len(votes), raw_agreement(table), krippendorff_alpha(table, "ordinal", resamples=500))
+def _quality(
+    name: str, votes: Sequence[dict[str, Any]], value: Callable[[Vote], int] = answer, person: int | None = None
+) -> Quality:
+    """Agreement by sides; alpha takes them as ordered: first, same, second. Cohen's kappa is of the pairs with
+    `person`, where one is given."""
+    table = table_of(votes, value)
+    return Quality(
+        name,
+        len(votes),
+        raw_agreement(table),
+        cohen_kappa(table, person, resamples=RESAMPLES),
+        fleiss_kappa(table, resamples=RESAMPLES),
+        krippendorff_alpha(table, "ordinal", resamples=RESAMPLES),
+    )
 
 
 def _criterion(name: str, votes: Sequence[dict[str, Any]]) -> Quality:
@@ -230,26 +261,19 @@ def _criterion(name: str, votes: Sequence[dict[str, Any]]) -> Quality:
     return _quality(name, asked, lambda vote: int(np.sign(vote["criteria"][name])))
 
 
-def _person(number: int, name: str, votes: Sequence[dict[str, Any]]) -> PersonQuality:
-    mine = [vote for vote in votes if vote["person"] == number]
-    normal = {vote["pair"]: vote for vote in mine if vote["kind"] == "normal"}
-    sides = [_answer(vote) * (-1 if vote["swapped"] else 1) for vote in mine]
-    known = [vote for vote in mine if vote["gold"] is not None]
-    again = [(normal[v["pair"]], v) for v in mine if v["kind"] == "repeat" and v["pair"] in normal]
+def _annotator(person: PersonQuality, votes: Sequence[dict[str, Any]]) -> Quality:
+    """The share and Cohen's kappa are of this person with each other one; Fleiss's kappa and alpha know no pairs of
+    people and are of all votes on this person's items."""
+    items = {vote["pair"] for vote in votes if vote["person"] == person.id}
+    found = _quality(person.name, [vote for vote in votes if vote["pair"] in items], person=person.id)
+    return replace(found, votes=person.votes, raw=person.agreement)
 
-    def of_one(function: Callable[..., dict[int, Interval]], *columns: list[int]) -> Interval | None:
-        if not columns[0]:
-            return None
-        arrays = [np.array(column, np.int64) for column in columns]
-        return function(np.full(len(arrays[0]), number), *arrays).get(number)
 
-    return PersonQuality(
-        id=number,
-        name=name,
-        votes=len(normal),
-        seconds=float(np.median([vote["seconds"] for vote in mine])) if mine else 0.0,
-        flagged=sum(bool(vote["flags"]) for vote in mine),
-        left=of_one(side_bias, sides),
-        gold=of_one(gold_accuracy, [_answer(vote) for vote in known], [vote["gold"] for vote in known]),
-        consistency=of_one(self_consistency, [_answer(one) for one, _ in again], [_answer(two) for _, two in again]),
-    )
+def _needs(criteria: Sequence[Quality]) -> tuple[Quality | None, bool]:
+    """The criterion that people agree least on, and whether its interval is below those of the others."""
+    measured = [(one.raw.interval, one) for one in criteria if one.raw.interval]
+    if not measured:
+        return None, False
+    lowest, worst = min(measured, key=lambda row: row[0].mean)
+    rest = [interval.low for interval, one in measured if one is not worst]
+    return worst, bool(rest) and lowest.high < min(rest)

@@ -231,7 +231,8 @@ class Store:
         """A new invitation token; the old one no longer opens anything."""
         token = secrets.token_urlsafe(32)
         with self.write() as connection:
-            self._one(connection, person)
+            if self._one(connection, person).token_hash is None:
+                raise FeedbackError(f"person: {person} has been removed; invite them anew")
             connection.execute(t.person.update().where(t.person.c.id == person).values(token_hash=_hash(token)))
         return token
 

@@ -56,12 +56,19 @@ def cohen_kappa(
     votes: Votes, one: int | None = None, other: int | None = None, level: float = 0.95, resamples: int = 2000,
     seed: int = 0,
 ) -> Agreement:  # fmt: skip
-    """Cohen's kappa (1960) of two people on the items that both judged; without names, the mean over all pairs of
-    people, each weighted by the items they share. Pairs whose kappa is undefined are left out of the mean."""
-    if (one is None) != (other is None) or (one is not None and one == other):
-        raise ValueError(f"people: {one} and {other} came; expected two different people, or neither")
-    votes = votes if one is None else votes.of(np.array([one, other]))
+    """Cohen's kappa (1960) of two people on the items that both judged; of one, the mean over the pairs with this
+    person; without names, over all pairs, each weighted by the items they share. Undefined kappas are left out."""
+    if (one is None and other is not None) or (one is not None and one == other):
+        raise ValueError(f"people: {one} and {other} came; expected two different people, one, or neither")
+    if other is not None:
+        votes = votes.of(np.array([one, other]))
+    elif one is not None:
+        theirs = np.isin(votes.items, votes.items[votes.people == one])
+        votes = Votes(votes.items[theirs], votes.people[theirs], votes.values[theirs])
     items, first, second = pairs_of_people(votes)
+    if one is not None:
+        with_one = (votes.people[first] == one) | (votes.people[second] == one)
+        items, first, second = items[with_one], first[with_one], second[with_one]
     people = np.unique(votes.people)
     size, count = len(votes.levels), len(people)
     pair = np.searchsorted(people, votes.people[first]) * count + np.searchsorted(people, votes.people[second])

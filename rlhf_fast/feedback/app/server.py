@@ -234,15 +234,23 @@ def application(
     @app.get("/owner")
     def dashboard(who: Any = Depends(owners)) -> Response:
         figures = quality.dashboard(store)
-        measured = [one for one in figures.criteria if one.raw.interval]
-        worst = min(measured, key=lambda one: one.raw.interval.mean if one.raw.interval else 1.0, default=None)
-        disputed = quality.disputed(store, 0.67, worst.name)[:5] if worst else []
-        needs = worst.name if worst else ""
-        return page("owner.html", person=who[0], csrf=who[1], d=figures, needs=needs, disputed=disputed)
+        disputed = quality.disputed(store, 1.0, figures.needs.name)[:10] if figures.needs else []
+        return page("owner.html", person=who[0], csrf=who[1], d=figures, disputed=disputed)
 
     @app.post("/owner/invite")
     def invite(request: Request, who: Any = Depends(owners), form: Any = Depends(form_of)) -> Response:
-        token = store.invite(form.get("name", ""), form.get("role", ""))
+        return link_page(request, who, store.invite(form.get("name", ""), form.get("role", "")))
+
+    @app.post("/owner/renew")
+    def renew(request: Request, who: Any = Depends(owners), form: Any = Depends(form_of)) -> Response:
+        return link_page(request, who, store.renew(_number(form, "person")))
+
+    @app.post("/owner/remove")
+    def remove(who: Any = Depends(owners), form: Any = Depends(form_of)) -> Response:
+        store.remove_person(_number(form, "person"), form.get("votes", ""))
+        return RedirectResponse("/owner", 303)
+
+    def link_page(request: Request, who: Any, token: str) -> Response:
         link = f"{(access.public or str(request.base_url)).rstrip('/')}/join/{token}"
         return told(words["invite"], words["invite_link"], person=who[0], csrf=who[1], link=link, back="/owner")
 

@@ -175,10 +175,17 @@ def test_nothing_shuts_people_out(browser: Any, site: tuple[Store, str], scheme:
     page = context.new_page()
     page.goto(f"{address}/join/{store.invite('Owner', 'owner')}")
     page.click("button.main")
-    for path in ("/guidelines", "/", "/owner", "/senior"):
+    answers = [f"{GOOD} ({scheme})", "Perhaps\u200b it could be done <b>soon</b>."]
+    store.add_prompt(f"When can you show a {scheme} first draft?", answers, category="simple")
+    page.goto(address)  # now it is this person's
+    pair = store.add_prompt(f"A quarrel in the {scheme}?", ["one", "two"], warning="people quarrel in it")[0]
+    invitation = f"/join/{store.invite('Next')}"
+    for path in (invitation, "/join/none", "/guidelines", "/", "/owner", "/senior", f"/senior/{pair}"):
         page.goto(address + path)
+        page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
         found = axe.Axe().run(page).response["violations"]
         assert [(one["id"], path) for one in found if one["impact"] in ("serious", "critical")] == []
+    store.discard([pair])
     if os.environ.get("RLHF_FAST_PICTURES"):
         page.goto(address)
         for name, width in (("desktop", 1100), ("phone", 390)):

@@ -231,6 +231,14 @@ def test_two_annotators_differ_and_a_senior_decides_before_seeing_their_votes(si
     assert found[0].pair not in {one.pair for one in quality.disputed(site.store)}
     votes = quality.counting_votes(site.store)
     assert len([vote for vote in votes if vote["pair"] == found[0].pair]) == 3  # those of both are as they were
+    text = senior.get("/owner").text
+    assert "Cohen&#39;s kappa" in text and "Ann / Bob" in text and "too few to act on" in text and "<svg" in text
+    data = {**fields(senior, "/owner"), "person": "2", "votes": "keep"}
+    link = re.search(r"/join/[\w-]+", senior.post("/owner/renew", data=data).text)
+    assert link and site.client().get(link[0]).status_code == 200
+    assert senior.post("/owner/remove", data=data).status_code == 303
+    assert site.client().get(link[0]).status_code == 404 and "Ann / removed" in senior.get("/owner").text
+    assert senior.post("/owner/renew", data=data).status_code == 409
     lines = senior.get("/owner/comparisons.jsonl").text.splitlines()
     assert len(lines) == 4 and "by Ann" not in lines[0]
     assert senior.post("/owner/backup", data=fields(senior, "/owner")).status_code == 200

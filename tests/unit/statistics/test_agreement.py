@@ -90,6 +90,8 @@ def test_the_mean_kappa_weighs_pairs_by_their_items() -> None:
     pairs = {(0, 1): 30, (0, 2): 20, (1, 2): 10}
     mean = sum(n * value(cohen_kappa(votes, *pair)) for pair, n in pairs.items()) / 60
     assert value(cohen_kappa(votes)) == pytest.approx(mean)
+    of_one = (20 * value(cohen_kappa(votes, 0, 2)) + 10 * value(cohen_kappa(votes, 1, 2))) / 30
+    assert value(cohen_kappa(votes, 2)) == pytest.approx(of_one) and cohen_kappa(votes, 2).doubles == 20
 
 
 def test_ac1_by_hand_where_one_value_dominates() -> None:
@@ -210,8 +212,8 @@ def test_what_cannot_be_right_is_refused() -> None:
     votes = Votes(numbers, numbers, numbers)
     with pytest.raises(ValueError, match="metric: 'ratio' came; expected nominal, ordinal or interval"):
         krippendorff_alpha(votes, "ratio")
-    with pytest.raises(ValueError, match="people: 1 and None came; expected two different people"):
-        cohen_kappa(votes, 1)
+    with pytest.raises(ValueError, match="people: 1 and 1 came; expected two different people"):
+        cohen_kappa(votes, 1, 1)
     with pytest.raises(ValueError, match="level: 2 is outside"):
         fleiss_kappa(votes, level=2)
     with pytest.raises(ValueError, match="resamples: 0 came"):
