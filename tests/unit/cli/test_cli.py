@@ -1,6 +1,7 @@
 """The command line: its verbs and settings, its help, its exit codes, and errors of one line."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -363,6 +364,19 @@ def test_an_error_in_a_process_of_its_own_leaves_no_traceback() -> None:
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("rlhf-fast: unknown setting --kl_cof") and "Traceback" not in done.stderr
+
+
+def test_a_reader_is_gone_only_once_it_has_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlhf_fast.cli.errors import reader_is_gone
+
+    reading, writing = os.pipe()
+    with open(reading, "rb") as reader, open(writing, "wb") as out:
+        monkeypatch.setattr("sys.stdout", out)
+        assert not reader_is_gone()
+        reader.close()
+        assert reader_is_gone()
+        out.write(b"to nobody")
+        out.flush()  # no broken pipe: what is still written goes nowhere
 
 
 def test_an_unknown_model_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -142,7 +142,7 @@ def argilla(answers: dict[str, Any], **fields: str) -> dict[str, Any]:
 )
 def test_an_answer_is_read_as_it_is_meant(row: dict[str, Any], preference: int) -> None:
     (item,) = f.read_votes([row])[1]
-    assert [vote.preference for vote in item.votes] == [preference]
+    assert [(vote.preference, vote.seconds, vote.at) for vote in item.votes] == [(preference, 0.0, 0.0)]  # no times given
 
 
 @pytest.mark.parametrize(
