@@ -142,7 +142,8 @@ def argilla(answers: dict[str, Any], **fields: str) -> dict[str, Any]:
 )
 def test_an_answer_is_read_as_it_is_meant(row: dict[str, Any], preference: int) -> None:
     (item,) = f.read_votes([row])[1]
-    assert [(vote.preference, vote.seconds, vote.at) for vote in item.votes] == [(preference, 0.0, 0.0)]  # no times given
+    ((said, seconds, at),) = [(vote.preference, vote.seconds, vote.at) for vote in item.votes]
+    assert (said, seconds, at) == (preference, 0.0, 0.0)  # no times were given
 
 
 @pytest.mark.parametrize(
