@@ -373,12 +373,14 @@ def _present(connection: sa.Connection, person: Person) -> None:
 
 
 def _own(connection: sa.Connection, person: Person, task: int) -> sa.Row[Any]:
-    _present(connection, person)
+    """The assignment of that number, of a person who is still among the people."""
+    here = (t.person.c.id == t.assignment.c.person) & t.person.c.token_hash.is_not(None)
     wanted = (t.assignment.c.id == task) & (t.assignment.c.person == person.id)
     row = None
     if isinstance(task, int) and 0 < task < 2**31:  # what the column can hold
-        row = connection.execute(sa.select(t.assignment).where(wanted)).first()
+        row = connection.execute(sa.select(t.assignment).where(wanted, here)).first()
     if row is None:
+        _present(connection, person)
         raise NotYours("This item is not one of yours.")
     return row
 
