@@ -306,11 +306,12 @@ def _present(connection: sa.Connection, person: Person) -> None:
 
 
 def _own(connection: sa.Connection, person: Person, task: int) -> sa.Row[Any]:
-    _present(connection, person)
+    """The assignment of that number, of a person who is still among the people."""
     row = None
     if isinstance(task, int) and 0 < task < 2**31:  # what the column can hold
         row = connection.execute(_OWN, {"task": task, "person": person.id}).first()
     if row is None:
+        _present(connection, person)
         raise NotYours("This item is not one of yours.")
     return row
 
@@ -385,9 +386,13 @@ _open = (
     .limit(1)
 )
 _PRESENT = sa.select(t.person.c.id).where(t.person.c.id == sa.bindparam("person"), t.person.c.token_hash.is_not(None))
-_OWN = sa.select(
-    t.assignment, t.pair.c.state.label("pair_state"), t.pair.c.taken, t.pair.c.gold
-).where(_mine, t.assignment.c.id == sa.bindparam("task"), t.pair.c.id == t.assignment.c.pair)  # fmt: skip
+_OWN = sa.select(t.assignment, t.pair.c.state.label("pair_state"), t.pair.c.taken, t.pair.c.gold).where(
+    _mine,
+    t.assignment.c.id == sa.bindparam("task"),
+    t.pair.c.id == t.assignment.c.pair,
+    t.person.c.id == t.assignment.c.person,
+    t.person.c.token_hash.is_not(None),
+)
 _SAME = sa.select(t.assignment.c.id, t.assignment.c.state).where(
     _mine, t.assignment.c.pair == sa.bindparam("pair"), t.assignment.c.kind == sa.bindparam("kind")
 )
