@@ -241,12 +241,12 @@ def _allocate(connection: sa.Connection, person: Person, plan: Plan, had: int, n
 def _new(connection: sa.Connection, person: Person, plan: Plan, arm: str) -> int | None:
     """A pair with a free place that the person has not had, of the category that is covered least."""
     values = {"person": person.id, "places": plan.judgements}
-    least = next((row for row in connection.execute(_COVERAGE, values) if row.left), None)
-    if least is None:
-        return None
-    # Begun pairs come first among equals, so that there are items with all their votes early.
-    among = connection.execute(_BEST if arm == "active" else _ANY, {**values, "category": least.category}).scalars()
-    return min(among.all(), key=lambda number: _order(plan.seed, number))
+    for category in connection.execute(_COVERAGE, {"places": plan.judgements}).scalars().all():
+        # Begun pairs come first among equals, so that there are items with all their votes early.
+        wanted = _BEST if arm == "active" else _ANY
+        if among := connection.execute(wanted, {**values, "category": category}).scalars().all():
+            return min(among, key=lambda number: _order(plan.seed, number))
+    return None
 
 
 def _known(connection: sa.Connection, person: Person, plan: Plan) -> Any | None:
@@ -399,17 +399,16 @@ _SAME = sa.select(t.assignment.c.id, t.assignment.c.state).where(
 _had = sa.select(sa.func.count()).where(_mine, t.assignment.c.kind != "adjudication")
 _NOW = sa.select(_open.scalar_subquery(), _had.scalar_subquery())  # what the person has open, and the number had
 
-# Pairs with a free place that the person has not had, or had and let expire.
-_free = sa.and_(
-    t.pair.c.kind == "normal",
-    t.pair.c.state == "open",
-    t.pair.c.taken < sa.bindparam("places"),
+_open_places = sa.and_(t.pair.c.kind == "normal", t.pair.c.state == "open", t.pair.c.taken < sa.bindparam("places"))
+_free = sa.and_(  # and the person has not had the pair, or had it and let it expire
+    _open_places,
     t.pair.c.id.not_in(sa.select(t.assignment.c.pair).where(_mine, t.assignment.c.state != "expired")),
 )
-_COVERAGE = (
-    sa.select(t.prompt.c.category, sa.func.sum(sa.case((_free, 1), else_=0)).label("left"))
+_COVERAGE = (  # categories with free places, the least covered first
+    sa.select(t.prompt.c.category)
     .where(t.prompt.c.id == t.pair.c.prompt, t.pair.c.kind == "normal")
     .group_by(t.prompt.c.category)
+    .having(sa.func.sum(sa.case((_open_places, 1), else_=0)) > 0)
     .order_by(sa.func.sum(t.pair.c.taken) * 1.0 / sa.func.count(), t.prompt.c.category)
 )
 _of_category = sa.and_(_free, t.prompt.c.id == t.pair.c.prompt, t.prompt.c.category == sa.bindparam("category"))
