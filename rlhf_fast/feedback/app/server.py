@@ -167,7 +167,7 @@ def application(
         )  # fmt: skip
 
     def next_of(who: Any, status: int = 200, problem: str = "") -> Response:
-        undo = {"action": "/undo", "button": words["undo"]}
+        undo = {"action": "/undo", "button": words["undo"], "quiet": True}  # one Enter more must not undo
         found = progress(store) if wanted else None
         if found and found.is_enough(wanted):
             return told(words["title"], words["enough"], person=who[0], csrf=who[1], **undo)

@@ -31,7 +31,7 @@ def ask(store: Store, folder: Path, wanted: int, port: int, say: Callable[[str],
         store: the pairs, each to be judged once.
         folder: takes the secret that signs logins, and backups.
         wanted: judged pairs that are enough.
-        port: where to listen; 0: where it was the last time, so that an open page goes on, or anywhere.
+        port: where to listen; 0: where it was the last time, so that a tunnel still leads there, or anywhere.
         say: is given the sign-in link, and what a person has to know.
 
     Raises:

@@ -44,6 +44,7 @@ class Human:
         cookies = urllib.request.HTTPCookieProcessor(CookieJar())
         self.opener = urllib.request.build_opener(cookies, urllib.request.ProxyHandler({}))
         self.page = self.ask(link.removeprefix(self.address))
+        assert "autofocus" in self.page  # so that Enter leads on
         self.page = self.ask(link.removeprefix(self.address), {})
         assert "I have read this" in self.page
         self.page = self.ask("/begin", {"csrf": self.field("csrf")})
@@ -112,7 +113,7 @@ def test_a_person_judges_a_kill_keeps_it_and_the_demo_goes_on_to_its_report(
     told = again.read_text()
     assert codes == [0], told
     assert "That is enough" in second[0].page
-    assert second[0].address == first.address  # an open tab goes on after an interruption
+    assert second[0].address == first.address  # a tunnel still leads there
     with pytest.raises(urllib.error.URLError):  # the server has stopped
         second[0].ask("/")
 
@@ -174,6 +175,7 @@ def test_it_goes_on_after_undo_and_asks_for_more_where_too_few_have_a_side(
     found, person = asked(store, tmp_path, 5, monkeypatch, *answers)
     assert found == Progress(judged=6, equal=2, left=3, seconds=7.0) == progress(store)
     assert "That is enough" in person.page and 'action="/undo"' in person.page
+    assert "autofocus" not in person.page  # one Enter more undoes nothing
     assert session.pace(found, 8) == "2 about equal, 7 s a pair, 14 s left"
     assert session.pace(found, 30) == "2 about equal, 7 s a pair, 3 min left"
     assert session.pace(Progress(0, 0, 9, 0.0), 8) == ""
