@@ -4,8 +4,8 @@ Simulated people of known error rates vote on pairs whose truth is known. A line
 labels made of these votes in several ways, and its choices on new pairs are held against the truth without noise. Each
 seed draws pairs, people's assignments and votes anew; differences from the majority are paired by seed.
 
-`--trainer` does the same with the project's own RewardTrainer from a tiny random model: good replies and spoilt
-ones, compared by the rule of feedback/simulated.py, with votes that err as those of the first crowd do.
+`--trainer` does the same with the project's own RewardTrainer from a tiny random transformer, which reads words whose
+letters have hidden worths, with votes that err as those of the first crowd do.
 """
 
 from __future__ import annotations
@@ -15,15 +15,13 @@ import itertools
 import sys
 import tempfile
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 
 from rlhf_fast import RewardTrainer, models
-from rlhf_fast.config import AnnotatorConfig, LoRAConfig, OptimConfig, RewardConfig
-from rlhf_fast.data.records import Comparison, read_demonstrations
-from rlhf_fast.feedback.simulated import SimulatedAnnotator
+from rlhf_fast.config import LoRAConfig, OptimConfig, RewardConfig
+from rlhf_fast.data.records import Comparison
 from rlhf_fast.pipeline import tiny_model
 from rlhf_fast.statistics.annotators import logistic
 from rlhf_fast.statistics.calibration import sigmoid
@@ -31,6 +29,7 @@ from rlhf_fast.statistics.intervals import Interval, clustered_bootstrap
 from rlhf_fast.statistics.vote_model import PairVotes, fit_votes, majority
 
 FEATURES, HELDOUT = 24, 4000
+LETTERS, LENGTH, MEASURED = 12, 8, 600  # of the words that RewardTrainer reads, and how many pairs it is measured on
 TRAINED = ("no noise", "majority", "vote model, without pairs under 0.8", "vote model, soft labels")
 CROWDS = {
     "two good, three poor": (0.05, 0.10, 0.35, 0.40, 0.45),
@@ -82,32 +81,15 @@ def accuracies(seed: int, errors: tuple[float | None, ...], pairs: int, each: in
     return found
 
 
-def spoilt(reply: str, other: str) -> list[str]:
-    """A reply and five that the rule of the simulated annotator likes less, each in one way."""
-    words = reply.split()
-    return [
-        reply,
-        " ".join(words[: 2 * len(words) // 3]),
-        f"Maybe this helps, perhaps. I think {reply[0].lower()}{reply[1:]}",
-        f"Hey! {reply} I guarantee it!",
-        f"{' '.join(words[:8])}.",
-        other,
-    ]
-
-
 def compared(seed: int, pairs: int) -> tuple[list[Comparison], list[Comparison]]:
-    """Comparisons without error for training and for measuring, of different prompts, `pairs` a prompt."""
+    """Comparisons without error for training and for measuring: of two words, the one whose letters are worth more."""
     rng = np.random.default_rng(seed)
-    rows = read_demonstrations(str(files("rlhf_fast.demo") / "demonstrations.jsonl"))
-    rater = SimulatedAnnotator(AnnotatorConfig(error_rate=0.0))
+    letters = np.array([chr(ord("a") + i) for i in range(LETTERS)])
+    worth = rng.normal(size=LETTERS)
     parts: tuple[list[Comparison], list[Comparison]] = ([], [])
-    for place, i in enumerate(rng.permutation(len(rows))):
-        other = rows[int(rng.integers(len(rows)))].completion
-        replies = spoilt(str(rows[i].completion), str(other))
-        every = list(itertools.combinations(replies, 2))
-        drawn = [every[k] for k in rng.permutation(len(every))]
-        found = [pair for a, b in drawn if (pair := rater.compare(rows[i].prompt, "simple", a, b)) is not None]
-        parts[place >= 2 * len(rows) // 3].extend(found[:pairs])
+    for place in range(pairs + MEASURED):
+        one, other = sorted(rng.integers(0, LETTERS, (2, LENGTH)), key=lambda word: -float(worth[word].sum()))
+        parts[place >= pairs].append(Comparison(f"Pair {place}", "".join(letters[one]), "".join(letters[other])))
     return parts
 
 
@@ -128,12 +110,12 @@ def trained(seed: int, pairs: int, each: int) -> dict[str, float]:
                 as_it_is = target if right else 1 - target  # probability that the chosen one is the better
                 turned = row if as_it_is >= 0.5 else replace(row, chosen=row.rejected, rejected=row.chosen)
                 rows.append(replace(turned, confidence=float(max(as_it_is, 1 - as_it_is))))
-            config = RewardConfig(epochs=6, seed=seed, lora=LoRAConfig(r=0), optim=OptimConfig(lr=2e-3))
+            config = RewardConfig(epochs=6, batch_size=40, seed=seed, lora=LoRAConfig(r=0), optim=OptimConfig(lr=5e-3))
             trainer = RewardTrainer(
                 Path(folder, "base"), list(itertools.compress(rows, used)), Path(folder, name.replace(" ", "-")),
                 config, heldout_data=heldout,
             )  # fmt: skip
-            measured[name] = float(trainer.train()["heldout_accuracy"]["mean"])
+            measured[name] = float(trainer.train()["summary"]["heldout_accuracy"]["mean"])
     return measured
 
 
@@ -161,8 +143,9 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--trainer", type=int, default=0, metavar="SEEDS", help="of RewardTrainer instead")
     given = parser.parse_args(words)
     if given.trainer:
-        runs = [trained(seed, 4, given.votes) for seed in range(given.trainer)]
-        print(f"\nRewardTrainer: {given.trainer} seeds\n\n{table(runs)}")
+        runs = [trained(seed, given.pairs, given.votes) for seed in range(given.trainer)]
+        what = f"RewardTrainer: {given.pairs} pairs of {given.votes} votes"
+        print(f"\n{what}, {given.trainer} seeds\n\n{table(runs)}")
         return 0
     for name, errors in CROWDS.items():
         runs = [accuracies(seed, errors, given.pairs, given.votes) for seed in range(given.seeds)]

@@ -22,6 +22,8 @@ from rlhf_fast.statistics.intervals import Interval
 NODES = 60  # of the sum over a pair's preference; an even number, so that none is at 0
 REACH = 5.0  # deviations of the prior that they cover
 ROUNDS = 5  # of the search for an interval's end
+MOST = 0.4  # deviations that room for others may move an end by: they are no more where Laplace's method holds
+STEP = 0.03  # deviations, of differences of the posterior's slope
 # Means and deviations of the priors. Those of skills are of their inverse hyperbolic sine: it is like a logarithm for
 # skilled people, and yet a skill may be negative, of one who mistakes the buttons.
 TYPICAL, SKILL, BIAS = (math.asinh(1.5), 0.6), 0.6, 0.5
@@ -136,7 +138,8 @@ def fit_votes(votes: PairVotes, pairs: str = "normal", level: float = 0.95) -> V
     covariance = torch.linalg.inv(curvature)  # (2J + 1, 2J + 1)
     best, people = x.detach(), len(votes.people_names)
     z = NormalDist().inv_cdf((1 + level) / 2)
-    low, high = (_ends(posterior, best, covariance, side * z) for side in (-1, 1))  # (2J + 1, 2J + 1), a row for each
+    tilt = tilts(posterior, best, covariance)  # (2J + 1,)
+    low, high = (_ends(posterior, best, covariance, tilt, side * z) for side in (-1, 1))  # (2J + 1, 2J + 1), a row each
     skill, bias = (
         [Interval(float(best[i]), float(low[i, i]), float(high[i, i])) for i in range(start, start + people)]
         for start in (0, people)
@@ -156,10 +159,39 @@ def fit_votes(votes: PairVotes, pairs: str = "normal", level: float = 0.95) -> V
     )
 
 
-def _ends(posterior: Posterior, best: torch.Tensor, covariance: torch.Tensor, z: float) -> torch.Tensor:
-    """(2J + 1, 2J + 1): for each number the point at which an interval of it ends: where the loss has risen by z^2 / 2
-    although all others gave way (the profile). It is z deviations off if the posterior is Gaussian, and farther on the
-    side where it is flatter. The curvature at the maximum says how the others give way, in ROUNDS steps."""
+def tilts(posterior: Posterior, best: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
+    """(2J + 1,): for each number, how fast the logarithm of the others' curvature grows as it does and they give way.
+
+    For number i, moving along v = covariance_i / covariance_ii, that is the third derivative along v traced with the
+    covariance of the others, which is the whole one less covariance_ii v v^T. Differences of the slope over STEP
+    deviations give it, in float64 to seven digits.
+    """
+
+    def slope(x: torch.Tensor) -> torch.Tensor:
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(posterior.loss(x), x)[0]
+
+    def third(way: torch.Tensor) -> torch.Tensor:
+        """The third derivative, twice along a way."""
+        return (slope(best + STEP * way) - 2 * here + slope(best - STEP * way)) / STEP**2
+
+    here = slope(best)
+    deviations = covariance.diagonal().sqrt()
+    whole = torch.stack([third(way) for way in torch.linalg.cholesky((covariance + covariance.T) / 2).T]).sum(0)
+    ways = (covariance / deviations[:, None]).unbind()  # of one deviation each
+    return torch.stack([(whole - third(way)) @ way for way in ways]) / deviations
+
+
+def _ends(
+    posterior: Posterior, best: torch.Tensor, covariance: torch.Tensor, tilt: torch.Tensor, z: float
+) -> torch.Tensor:
+    """(2J + 1, 2J + 1): for each number the point at which an interval of it ends, the others giving way (the profile).
+
+    Were the posterior Gaussian, the loss would have risen by r^2 / 2 with r = z. Laplace's method for the others makes
+    it r + log(q / r) / r = z, q being the profile's slope in deviations times the square root of how much the others'
+    curvature has grown (DiCiccio and Martin 1991): a profile alone forgets how much room it leaves them. The curvature
+    at the maximum says how the others give way, in ROUNDS steps.
+    """
     ends, lowest = [], float(posterior.loss(best))
     for i, column in enumerate(covariance):
         along = column / column[i]
@@ -171,7 +203,10 @@ def _ends(posterior: Posterior, best: torch.Tensor, covariance: torch.Tensor, z:
             (slope,) = torch.autograd.grad(loss, here)
             gain = others @ slope
             rise = float(loss.detach() - lowest - slope @ gain / 2)
-            factor = min(2.0, max(0.5, abs(z) / math.sqrt(max(2 * rise, 1e-12))))
+            r, off = math.sqrt(max(2 * rise, 1e-12)), float(at[i] - best[i])
+            q = abs(float(slope @ along)) * float(column[i].sqrt()) * math.exp(float(tilt[i]) * off / 2)
+            r += min(MOST, max(-MOST, math.log(max(q, 1e-12) / r) / r))
+            factor = min(2.0, max(0.5, abs(z) / max(r, 1e-6)))
             at = at - gain + (factor - 1) * (at[i] - best[i]) * along
         ends.append(at)
     return torch.stack(ends)
