@@ -7,6 +7,7 @@ tests that were not run are counted at the end; `make test` runs all.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -35,13 +36,11 @@ def choose_tests(files: Iterable[Path], root: Path = ROOT) -> list[Path]:
     changed_tests = []
     for file in files:
         place = file.relative_to(root)
-        if place.parts[0] == "kernels":  # rlhf_fast/kernels is a link to it
-            place = Path("rlhf_fast", place)
         if place.parts[0] == "tests" and file.name.startswith("test_"):
             changed_tests.append(file)
         elif place.suffix == ".py" and place.parts[0] in ("rlhf_fast", "bench", "tests"):
             columns.append(find_tests(root / place, root, NEAR))
-        elif place.parts[0] == "csrc":
+        elif place.parts[0] in ("csrc", "kernels"):  # whose files the ops find by name
             columns.append(find_op_tests(file, root))
         elif place.suffix == ".md":
             columns.append([*(root / "tests" / name for name in ("unit/test_docs.py", "scenarios/test_readme.py"))])
@@ -81,7 +80,11 @@ def main(arguments: list[str] | None = None) -> int:
     # Types are checked beside the tests: two cores for a minute.
     mypy = [sys.executable, "-m", "mypy", "rlhf_fast", "bench"]
     types = subprocess.Popen(mypy, cwd=ROOT, stdout=subprocess.PIPE, text=True) if python else None
-    code = _run_tests(choose_tests(files), end)
+    # Triton decides when it is imported whether its kernels run on the CPU: those that change alone are tested so.
+    triton = bool(python) and all(ROOT / "kernels" in Path(file).parents for file in python)
+    if triton:
+        os.environ["TRITON_INTERPRET"] = "1"
+    code = _run_tests(choose_tests(files), end, ["-k", "triton"] if triton else [])
     if types is not None:
         output, _ = types.communicate()
         if types.returncode:
@@ -90,8 +93,12 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
-def _run_tests(tests: list[Path], end: float) -> int:
-    """Run test files until `time.monotonic()` is `end`; return pytest's exit code, 0 if the time ended them."""
+def _run_tests(tests: list[Path], end: float, words: list[str]) -> int:
+    """Run test files, with further words for pytest, until `time.monotonic()` is `end`.
+
+    Returns:
+        pytest's exit code, 0 if the time ended them.
+    """
     if not tests:
         print("no test reaches what was changed")
         return 0
@@ -100,7 +107,7 @@ def _run_tests(tests: list[Path], end: float) -> int:
     budget = Budget(end - time.monotonic())
     code = int(
         pytest.main(
-            ["-q", "-x", "-m", "not slow and not gpu", "--durations=5", "--durations-min=1", *map(str, tests)],
+            ["-q", "-x", "-m", "not slow and not gpu", "--durations=5", "--durations-min=1", *words, *map(str, tests)],
             plugins=[budget],
         )
     )

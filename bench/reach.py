@@ -59,8 +59,8 @@ def python_files(folder: Path) -> list[Path]:
 
 
 def find_op_tests(source: Path, root: Path) -> list[Path]:
-    """List the op tests for a file of csrc/: first those named like a kernel that includes it, then those that mention
-    such a kernel, then the rest.
+    """List the op tests for a file of csrc/ or kernels/: first those named like a kernel that includes it, then those
+    that mention such a kernel, then the rest.
 
     Args:
         source: the file.
@@ -68,7 +68,7 @@ def find_op_tests(source: Path, root: Path) -> list[Path]:
     """
     kernels = [file for file in sorted((root / "csrc").rglob("*")) if file.suffix in (".cpp", ".cu")]
     own = [file for file in kernels if file == source or source in included(file, root)]
-    stems = sorted({file.stem for file in own if file.stem != "bindings"})
+    stems = sorted({file.stem for file in own if file.stem != "bindings"}) or [source.stem]
     tests = sorted((root / "tests" / "unit" / "ops").glob("test_*.py"))
 
     def distance(test: Path) -> int:

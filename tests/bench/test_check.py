@@ -27,7 +27,7 @@ def test_changed_tests_come_first_and_then_each_files_own() -> None:
     assert set(found[1:4]) == own
     assert "tests/unit/rewards/test_reward_measures.py" in found and len(found) == len(set(found))
     assert names("csrc/cpu/simd.h") == names(*["csrc/cpu/simd.h"] * 2) and len(names("csrc/cpu/simd.h")) > 20
-    assert names("Makefile") == []
+    assert names("Makefile") == [] and names("kernels/gae.py")[0] == "tests/unit/ops/test_gae.py"
 
 
 def test_unit_tests_come_before_dearer_ones_that_are_not_of_its_name(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_what_types_or_a_test_find_is_the_exit_code(
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0))
     for of_types, of_tests, code in ((0, 0, 0), (1, 0, 1), (0, 2, 2)):
         monkeypatch.setattr(Types, "returncode", of_types)
-        monkeypatch.setattr(check, "_run_tests", lambda tests, end, of_tests=of_tests: of_tests)
+        monkeypatch.setattr(check, "_run_tests", lambda tests, end, words, of_tests=of_tests: of_tests)
         assert check.main([]) == code
         assert ("wrong types" in capsys.readouterr().out) == bool(of_types)
 
