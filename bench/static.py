@@ -184,7 +184,7 @@ def cuda_name(mangled: str) -> tuple[str, str, str, str, int]:
     return op[1], kernel[1], "cuda", ", ".join(part for part in parts if part), elements
 
 
-def cuda_kernels() -> Iterator[Static]:
+def cuda_kernels(targets: Sequence[int]) -> Iterator[Static]:
     """Measure the kernels in the compiled module; none if it was built without CUDA."""
     from rlhf_fast.ops import compiled
 
@@ -194,7 +194,7 @@ def cuda_kernels() -> Iterator[Static]:
         run(tool("cuobjdump"), "-xelf", "all", str(compiled._C.__file__), cwd=folder)
         for cubin in sorted(Path(folder).glob("*.cubin")):
             architecture = re.search(r"sm_(\d+)", cubin.name)
-            if architecture is not None and int(architecture[1]) in TARGETS:
+            if architecture is not None and int(architecture[1]) in targets:
                 yield from measure(cubin, int(architecture[1]), cuda_name)
 
 
@@ -490,12 +490,12 @@ def _code(file: Path) -> bytes:
 
 
 def collect(targets: Sequence[int] = TARGETS, every: int = 1) -> list[Static]:
-    """Measure all CUDA kernels, which are compiled already, and the Triton kernels of these targets.
+    """Measure the kernels of these targets: CUDA's, which are compiled already, and Triton's.
 
     Args:
         every: measures only each so-many-th Triton kernel, to save time in tests.
     """
-    return sorted([*cuda_kernels(), *triton_kernels(targets, every)], key=lambda one: one.key)
+    return sorted([*cuda_kernels(targets), *triton_kernels(targets, every)], key=lambda one: one.key)
 
 
 def write(kernels: list[Static]) -> None:

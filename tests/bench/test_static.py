@@ -68,14 +68,15 @@ def test_docstrings_are_no_part_of_what_a_kernel_is_made_of(tmp_path: Path) -> N
 @triton_only
 @pytest.mark.slow
 def test_no_kernel_spills_or_loads_narrow_on_any_target_and_the_table_is_up_to_date() -> None:
-    """The table is of these very sources. An eighth of one target's Triton kernels is compiled again, and all CUDA
-    kernels are read."""
+    """The table is of these very sources. Of one target all CUDA kernels are read, and an eighth of Triton's compiled
+    again."""
     versions, sources, table = static.read()
     assert sources == static.sources(), "run: python -m bench.static"
     assert {(one.backend, one.target) for one in table} == {(b, t) for b in ("triton", "cuda") for t in static.TARGETS}
     kernels = static.collect([90], every=8)
     listed = {one.key: one for one in table}
-    in_cuda = {key for key, one in listed.items() if one.backend == "cuda" and compiled.cuda is not None}
+    in_cuda = {key for key, one in listed.items() if (one.backend, one.target) == ("cuda", 90)}
+    in_cuda = in_cuda if compiled.cuda is not None else set()
     assert {one.key for one in kernels if one.backend == "cuda"} == in_cuda, "run: python -m bench.static"
     in_triton = [one for one in listed.values() if one.backend == "triton" and one.target == 90]
     assert len(kernels) - len(in_cuda) >= len(in_triton) // 8 and len(in_triton) >= len(list(static.triton_variants()))

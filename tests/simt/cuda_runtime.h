@@ -11,6 +11,7 @@
 // deadlock.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -51,9 +52,11 @@ struct Barrier {
     unsigned generation = 0;
 };
 
+// One thread of the block that runs; then that of the next block, for a new stack costs more than most threads do.
 struct Fiber {
-    ucontext_t context;
-    std::unique_ptr<char[]> stack;
+    std::unique_ptr<char[]> stack{new char[kStack]};
+    jmp_buf state;
+    bool started = false;
     uint3 thread;
     int index = 0;
     bool done = false;
@@ -66,8 +69,8 @@ struct Warp {
 };
 
 struct Block {
-    ucontext_t scheduler;
-    std::vector<Fiber> fibers;
+    jmp_buf scheduler;
+    int threads = 0;
     std::vector<Warp> warps;
     Barrier barrier;
     int live = 0;
@@ -78,10 +81,14 @@ struct Block {
 
 inline thread_local Block* block = nullptr;
 inline thread_local Fiber* fiber = nullptr;
+inline thread_local std::vector<std::unique_ptr<Fiber>> fibers;  // as many as the largest block so far
 inline thread_local uint3 block_index;
 inline thread_local dim3 block_size, grid_size;
 
-inline void give_way() { swapcontext(&fiber->context, &block->scheduler); }
+// Between fibers by _longjmp, since swapcontext makes a system call each time.
+inline void give_way() {
+    if (_setjmp(fiber->state) == 0) _longjmp(block->scheduler, 1);
+}
 
 inline void wait(Barrier& barrier, const int& expected) {
     const unsigned generation = barrier.generation;
@@ -105,44 +112,55 @@ inline Warp& own_warp() { return block->warps[static_cast<std::size_t>(fiber->in
 inline int lane() { return fiber->index % kWarp; }
 
 inline void fiber_main() {
-    try {
-        (*block->body)();
-    } catch (...) {
-        block->error = std::current_exception();
+    for (;;) {
+        try {
+            (*block->body)();
+        } catch (...) {
+            block->error = std::current_exception();
+        }
+        fiber->done = true;
+        --block->live;
+        --own_warp().live;
+        ++block->progress;
+        give_way();
     }
-    fiber->done = true;
-    --block->live;
-    --own_warp().live;
-    ++block->progress;
-    swapcontext(&fiber->context, &block->scheduler);
+}
+
+// Let a fiber run until it gives way.
+inline void resume(Fiber& next) {
+    fiber = &next;
+    if (_setjmp(block->scheduler) != 0) return;
+    if (next.started) _longjmp(next.state, 1);
+    next.started = true;
+    ucontext_t first;
+    getcontext(&first);
+    first.uc_stack.ss_sp = next.stack.get();
+    first.uc_stack.ss_size = kStack;
+    first.uc_link = nullptr;
+    makecontext(&first, fiber_main, 0);
+    setcontext(&first);
 }
 
 inline void run_block(Block& b, bool reverse) {
-    const int threads = static_cast<int>(b.fibers.size());
+    const int threads = b.threads;
     b.warps.assign(static_cast<std::size_t>((threads + kWarp - 1) / kWarp), Warp());
     b.barrier = Barrier();
     b.live = threads;
     b.error = nullptr;
     for (int i = 0; i < threads; ++i) {
-        Fiber& f = b.fibers[static_cast<std::size_t>(i)];
+        Fiber& f = *fibers[static_cast<std::size_t>(i)];
         f.done = false;
         f.index = i;
         const unsigned x = block_size.x, y = block_size.y, u = static_cast<unsigned>(i);
         f.thread = make_uint3(u % x, u / x % y, u / x / y);
         ++b.warps[static_cast<std::size_t>(i / kWarp)].live;
-        getcontext(&f.context);
-        f.context.uc_stack.ss_sp = f.stack.get();
-        f.context.uc_stack.ss_size = kStack;
-        f.context.uc_link = nullptr;
-        makecontext(&f.context, fiber_main, 0);
     }
     while (b.live > 0) {
         const long before = b.progress;
         for (int i = 0; i < threads; ++i) {
-            Fiber& f = b.fibers[static_cast<std::size_t>(reverse ? threads - 1 - i : i)];
+            Fiber& f = *fibers[static_cast<std::size_t>(reverse ? threads - 1 - i : i)];
             if (f.done) continue;
-            fiber = &f;
-            swapcontext(&b.scheduler, &f.context);
+            resume(f);
             if (b.error) std::rethrow_exception(b.error);
         }
         if (b.progress == before && b.live > 0) {
@@ -162,8 +180,8 @@ inline void launch(dim3 grid, dim3 threads, const std::function<void()>& body) {
         return;
     }
     Block b;
-    b.fibers.resize(static_cast<std::size_t>(count));
-    for (Fiber& f : b.fibers) f.stack = std::make_unique<char[]>(kStack);
+    b.threads = static_cast<int>(count);
+    while (fibers.size() < static_cast<std::size_t>(count)) fibers.push_back(std::make_unique<Fiber>());
     b.body = &body;
     block = &b;
     block_size = threads;
@@ -173,7 +191,12 @@ inline void launch(dim3 grid, dim3 threads, const std::function<void()>& body) {
     for (long i = 0; i < blocks; ++i) {
         const unsigned u = static_cast<unsigned>(i);
         block_index = make_uint3(u % grid.x, u / grid.x % grid.y, u / grid.x / grid.y);
-        run_block(b, reverse);
+        try {
+            run_block(b, reverse);
+        } catch (...) {
+            fibers.clear();  // some wait in the midst of this block
+            throw;
+        }
     }
     block = nullptr;
 }

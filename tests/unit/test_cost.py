@@ -16,7 +16,7 @@ import subprocess, sys, time
 import pytest
 from tests import cost
 
-cost.SECONDS = 0.05
+cost.SECONDS, cost.busy = 0.05, lambda: False
 BUSY = "import time\\nwhile time.process_time() < 0.3: pass"
 
 def burn(seconds):
@@ -43,6 +43,12 @@ def test_marked_too_low(): burn(0.3)
 def test_untimed(monkeypatch):
     monkeypatch.setenv("RLHF_FAST_TEST_UNTIMED", "1")
     burn(0.3)
+def test_beside_others(monkeypatch):
+    monkeypatch.setattr(cost, "busy", lambda: True)
+    burn(0.15)
+def test_dear_beside_others(monkeypatch):
+    monkeypatch.setattr(cost, "busy", lambda: True)
+    burn(0.7)
 """
 
 
@@ -59,7 +65,7 @@ def test_what_costs_more_than_it_says_fails(tmp_path: Path) -> None:
         [sys.executable, "-m", "pytest", *options], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     failed = set(re.findall(r"^FAILED .*::(\w+)", done.stdout, re.MULTILINE))
-    assert failed == {"test_dear", "test_of_a_child", "test_wrong", "test_marked_too_low"}
+    assert failed == {"test_dear", "test_of_a_child", "test_wrong", "test_marked_too_low", "test_dear_beside_others"}
     assert re.search(r"took 0\.\d s of processor time, over 2 times the 0\.05 s that it is to take", done.stdout)
 
 

@@ -419,6 +419,10 @@ def test_ops(case: Callable[[Call], Any], seed: int) -> None:
     with ops.use_backend("reference"):
         same = op(*arguments, **options)
         truth = op(*widened(arguments), **widened(options))
+    if case is linear:
+        for mine, other, true, size in zip(got, same, truth, magnitudes(*widened(arguments)), strict=True):
+            assert_right_sums(mine, other, true, size, gated=arguments[2] != "none")
+        return
     products = case in (linear_token_logprobs, linear_cross_entropy, linear_ppo_loss, linear_dpo_loss)
     has_statistics = isinstance(got, tuple) and isinstance(got[-1], dict)
     finite = not has_statistics or bool(truth[0].isfinite())
@@ -438,3 +442,32 @@ def assert_right(mine: Tensor, other: Tensor, true: Tensor, slack: float, name: 
     errors, sizes = (other.double() - true).abs()[both], true.abs()[true.isfinite()]
     worst, largest = (float(x.max()) if x.numel() else 0.0 for x in (errors, sizes))
     assert_close(mine, true, 1.5 * worst + max(slack, torch.finfo(mine.dtype).eps / 2) * (1 + largest), name)
+
+
+def magnitudes(x: Tensor, weights: list[Weight], gate: str) -> list[Tensor]:
+    """For each result of linear, the sum of the absolute values that are added up for it; gated, the product of two:
+    neither gate is larger than its argument."""
+    sizes = []
+    for weight, bias, lora in weights:
+        size = x.abs() @ weight.abs().T + (0 if bias is None else bias.abs())
+        if lora is not None:
+            a, b, scaling = lora
+            size = size + abs(scaling) * (x.abs() @ a.abs().T) @ b.abs().T
+        sizes.append(size)
+    return sizes if gate == "none" else [sizes[0] * sizes[1]]
+
+
+def assert_right_sums(mine: Tensor, other: Tensor, true: Tensor, size: Tensor, gated: bool) -> None:
+    """Each element within the roundings of its own sums, which may cancel to far less than their terms: eight of
+    float32, or two of a narrower dtype (an adapter's first factor, the result). Infinity times a gate near 0 may be
+    either infinity or no number, as that gate is rounded."""
+    assert mine.dtype == other.dtype and mine.shape == true.shape == size.shape
+    true = torch.where(true.abs() > torch.finfo(mine.dtype).max, true.sign() * torch.inf, true)
+    left = mine.isinf() & (mine == other)
+    if gated:
+        left |= ~true.isfinite() & ~mine.isfinite()
+    true = torch.where(left, mine.double(), true)
+    eps = max(torch.finfo(mine.dtype).eps, 8 * torch.finfo(torch.float32).eps / 2)
+    finite = true.isfinite() & mine.isfinite()
+    assert_close(torch.where(finite, (mine.double() - true) / (eps * (1e-6 + size)), mine.double()),
+                 torch.where(finite, 0.0, true), 1.0, "roundings")  # fmt: skip

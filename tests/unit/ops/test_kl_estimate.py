@@ -143,7 +143,7 @@ def test_only_what_needs_a_gradient_gets_one(backend: Backend) -> None:
 def test_same_call_same_bits(backend: Backend) -> None:
     p, q = cases.random(3000), cases.random(3000, seed=1)
     first = backend(ops.kl_estimate, p, q, "k3")
-    for _ in range(100):
+    for _ in range(3 if backend.slow else 100):
         assert torch.equal(backend(ops.kl_estimate, p, q, "k3"), first)
 
 

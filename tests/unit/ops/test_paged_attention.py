@@ -127,7 +127,8 @@ def test_values_are_no_worse_than_torch(
         pytest.skip("an element takes a while there, and all the rest is tried in smaller shapes")
     size = shape.get("block_size", 16)
     contexts = [1, size - 1, size, size + 1, 2 * size + 3, 3 * size]
-    p = problem(contexts, [1, 1, size, 3, 1, 2 * size + 1], **shape, dtype=dtype)
+    many = min(size, 17) if kernel_backend.slow else size  # an interpreter's time is that of its queries
+    p = problem(contexts, [1, 1, many, 3, 1, 2 * many + 1], **shape, dtype=dtype)
     options = {**options, "sinks": options["sinks"][: p.query.shape[1]]} if "sinks" in options else options
     got = kernel_backend(ops.paged_attention, p.query, p.cache, p.batch, **options)
     assert got.dtype == dtype
@@ -141,7 +142,8 @@ def test_a_sequence_has_the_same_bits_in_any_batch_and_in_any_chunks(
     kernel_backend: Backend, options: dict[str, Any]
 ) -> None:
     options = {**options, "sinks": options["sinks"][:4]} if "sinks" in options else options
-    p = problem([5, 40, 33, 70], [5, 40, 33, 70])
+    lengths = [5, 20, 17, 36] if kernel_backend.slow else [5, 40, 33, 70]
+    p = problem(lengths, lengths)
 
     def run(p: Problem) -> list[Tensor]:
         out = kernel_backend(ops.paged_attention, p.query, p.cache, p.batch, **options)
@@ -261,7 +263,7 @@ def test_layout_and_threads_change_no_bit(kernel_backend: Backend) -> None:
     before = torch.get_num_threads()
     try:
         for query in (turned, spread):
-            for threads in (1, 2, 5):
+            for threads in (1,) if kernel_backend.slow else (1, 2, 5):
                 torch.set_num_threads(threads)
                 assert torch.equal(kernel_backend(ops.paged_attention, query, p.cache, p.batch), want)
     finally:

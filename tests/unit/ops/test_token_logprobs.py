@@ -246,11 +246,11 @@ def test_no_rows_are_fine(backend: Backend) -> None:
 # --- the same bits ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.seconds(5)
+@pytest.mark.seconds(2)
 def test_same_call_same_bits(backend: Backend) -> None:
     logits, tokens = cases.random(3, 500), cases.random_tokens(3, vocabulary=500)
     first = None
-    for _ in range(100):
+    for _ in range(3 if backend.slow else 100):
         outputs, gradients = run(lambda z: backend(ops.token_logprobs, z, tokens), [logits], upstream(3))
         again = [*outputs, *gradients]
         first = first or again

@@ -193,16 +193,10 @@ def test_the_ends_are_quantiles_of_the_posterior() -> None:
             assert 0.015 <= float(weights[beyond].sum()) <= 0.034, column
 
 
-@pytest.mark.seconds(4)
-def test_people_s_intervals_hold_the_truth() -> None:
-    """Of 60 intervals at 95 %, fewer than 51 hold it once in 300 (were they independent)."""
-    for name, held in people(12, 150).items():
-        assert sum(held) >= 51, (name, sum(held))
-
-
 @pytest.mark.slow
-@pytest.mark.seconds(60)
+@pytest.mark.seconds(12)
 def test_people_s_intervals_hold_the_truth_in_95_of_100() -> None:
-    """Of 500 intervals, those of a run hanging together."""
-    for name, held in people(100).items():
-        assert 460 <= sum(held) <= 490, (name, sum(held))
+    """Of 150 intervals, those of a run hanging together: fewer than 134 or all of them once in some hundred tries.
+    `python -m bench.feedback_coverage` takes 1,000."""
+    for name, held in people(30).items():
+        assert 134 <= sum(held) <= 149, (name, sum(held))
