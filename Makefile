@@ -17,6 +17,7 @@ CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu
 STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install -q
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+unexport PYTHONDONTWRITEBYTECODE  # else each process compiles all of its modules again, and pytest all of its asserts
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo check test asan lint mutants bench gpu rehearsal clean

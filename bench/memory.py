@@ -24,6 +24,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,17 +75,17 @@ def settings(verb: str, tokens: int, length: int, r: int = 16) -> memory.Trainer
     )  # fmt: skip
 
 
-def compare(verb: str, model: str | Path, config: memory.TrainerConfig) -> dict[str, Any]:
-    """The bytes that were predicted, phase by phase, and those that were taken."""
+def compare(model: str | Path, runs: dict[str, memory.TrainerConfig]) -> Iterator[dict[str, Any]]:
+    """Of a run of each verb, the bytes that were predicted, phase by phase, and those that were taken."""
     device: memory.Device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = AutoConfig.from_pretrained(models.resolve(model))
-    predicted = memory.predict(config, shape, device)
-    measured = measure(verb, model, config)
-    phases = {phase: predicted.total(phase) for phase in predicted.phases}
-    return {
-        "verb": verb, "device": device, "measured": measured, "predicted": predicted.peak,
-        "ratio": round(predicted.peak / measured, 3), "phases": phases,
-    }  # fmt: skip
+    for (verb, config), measured in zip(runs.items(), measure(model, runs), strict=True):
+        predicted = memory.predict(config, shape, device)
+        phases = {phase: predicted.total(phase) for phase in predicted.phases}
+        yield {
+            "verb": verb, "device": device, "measured": measured, "predicted": predicted.peak,
+            "ratio": round(predicted.peak / measured, 3), "phases": phases,
+        }  # fmt: skip
 
 
 def rendered(page: str) -> str:
@@ -99,27 +100,28 @@ def rendered(page: str) -> str:
     return re.sub(r"\$ (?P<command>rlhf-fast doctor (?:[^\n]*\\\n)*[^\n]*)\n.*?```", answer, page, flags=re.DOTALL)
 
 
-def measure(verb: str, model: str | Path, config: memory.TrainerConfig) -> int:
-    """The bytes that two steps take, in a process of its own."""
-    given = json.dumps({"verb": verb, "model": str(model), "config": to_dict(config)})
+def measure(model: str | Path, runs: dict[str, memory.TrainerConfig]) -> list[int]:
+    """The bytes that two steps of each verb take, one after the other in a process of their own."""
+    given = json.dumps({"model": str(model), "runs": {verb: to_dict(config) for verb, config in runs.items()}})
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(
         [sys.executable, "-m", "bench.memory", "--child", given],
         env={**os.environ, **ENVIRONMENT}, cwd=root, capture_output=True, text=True,
     )  # fmt: skip
     if done.returncode:
-        raise RuntimeError(f"bench.memory: {verb} on {model} ended with {done.returncode}: {done.stderr[-2000:]}")
-    return int(done.stdout.splitlines()[-1])
+        raise RuntimeError(
+            f"bench.memory: {', '.join(runs)} on {model} ended with {done.returncode}: {done.stderr[-2000:]}"
+        )
+    return [int(line) for line in done.stdout.splitlines()[-len(runs) :]]
 
 
-def _child(given: dict[str, Any]) -> int:
-    verb, config = given["verb"], from_flat(CONFIGS[given["verb"]], flatten(given["config"]))
+def _child(model: str, verb: str, config: memory.TrainerConfig) -> int:
     with tempfile.TemporaryDirectory() as folder:
         tiny = random_llama(Path(folder) / "tiny", layers=1, hidden=64, vocabulary=512)
         _trainer(verb, tiny, settings(verb, 256, 64), Path(folder) / "warm-up").train()
         _give_back()
         before = _now()
-        trainer = _trainer(verb, given["model"], config, Path(folder) / "run")
+        trainer = _trainer(verb, model, config, Path(folder) / "run")
         _give_back()
         _forget_peak()
         trainer.train()
@@ -204,7 +206,9 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args(words)
     if given.child:
-        print(_child(json.loads(given.child)))
+        task = json.loads(given.child)
+        for verb, config in task["runs"].items():
+            print(_child(task["model"], verb, from_flat(CONFIGS[verb], flatten(config))))
         return
     if given.docs:
         page = Path(__file__).resolve().parents[1] / "docs" / "cost.md"
@@ -212,10 +216,11 @@ def main(words: list[str] | None = None) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         model = given.model or random_llama(Path(folder) / "model")
+        runs = {verb: settings(verb, given.tokens, given.length, given.r) for verb in given.verbs}
         rows = []
-        for verb in given.verbs:
-            rows.append(compare(verb, model, settings(verb, given.tokens, given.length, given.r)))
-            print(json.dumps(rows[-1]), flush=True)
+        for row in compare(model, runs):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
     taken = {row["verb"]: row["measured"] for row in rows}
     if "sft" in taken and "ppo" in taken:
         print(f"PPO takes {taken['ppo'] / taken['sft']:.3f} times the memory of SFT")

@@ -30,7 +30,7 @@ def made():
 
 def test_cheap(made): pass
 def test_waits(): time.sleep(0.3)
-def test_dear(): burn(0.3)
+def test_dear(): burn(0.4)
 def test_of_a_child(): subprocess.run([sys.executable, "-S", "-c", BUSY], check=True)
 def test_imports(): import imported
 def test_wrong():
@@ -39,7 +39,7 @@ def test_wrong():
 @pytest.mark.seconds(0.5)
 def test_marked(): burn(0.3)
 @pytest.mark.seconds(0.1)
-def test_marked_too_low(): burn(0.3)
+def test_marked_too_low(): burn(0.7)
 def test_untimed(monkeypatch):
     monkeypatch.setenv("RLHF_FAST_TEST_UNTIMED", "1")
     burn(0.3)
