@@ -54,8 +54,9 @@ TRAINING = ("sft", "reward", "dpo", "ppo", "grpo", "rloo")
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the exit code.
 
-    0; 1 for an error, in one line on stderr; 2 for wrong usage; 70 for a fault of this program; 130 after Ctrl-C; 141
-    when nobody reads what is printed. `--traceback` anywhere shows Python's traceback above an error.
+    0; 1 for an error, in one line on stderr (of evaluate 2, whose 1 and 3 are verdicts); 2 for wrong usage; 70 for a
+    fault of this program; 130 after Ctrl-C; 141 when nobody reads what is printed. `--traceback` anywhere shows
+    Python's traceback above an error.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     shows_traceback = "--traceback" in words
@@ -81,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
             errors.show_traceback(error)
         message, code = errors.explained(error, verb)
         errors.say(message)
-        return code
+        return errors.USAGE if verb == "evaluate" and code == errors.FAILED else code  # whose 1 is a regression
     finally:
         warnings.formatwarning = plain
         if device is None:

@@ -146,4 +146,4 @@ def _given(files: dict[str, str]) -> dict[str, str]:
 
 
 def _compare(out: str, start: str) -> str:
-    return f"rlhf-fast evaluate --a {out} --b {start} --prompts FILE --judge REWARD --out runs/compared"
+    return f"rlhf-fast evaluate --candidate {out} --baseline {start} --prompts FILE --judge REWARD --out runs/compared"

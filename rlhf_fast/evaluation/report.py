@@ -161,7 +161,9 @@ def _who_judged(evaluation: dict[str, Any], pairs: float | None) -> str:
         )
     if _is_simulated(evaluation):
         return "The annotator in this run is simulated: a program, not people, compared and scored the replies."
-    return f"The judge is {esc(evaluation['judge'])}: {esc(evaluation.get('judge_note', ''))}."
+    decision = evaluation.get("decision")
+    decided = f"On the golden set the candidate is {esc(decision)}. " if decision else ""
+    return f"{decided}The judge is {esc(evaluation['judge'])}: {esc(evaluation.get('judge_note', ''))}."
 
 
 def _cards(results: dict[str, dict[str, Any]], evaluation: dict[str, Any], ppo: Rows) -> str:

@@ -120,15 +120,18 @@ def _numbers(prompts: Sequence[PromptRecord]) -> list[int]:
     return [numbers.setdefault(json.dumps(prompt.prompt, sort_keys=True), len(numbers)) for prompt in prompts]
 
 
-def write_evaluation(run: RunFolder, figures: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Write what `evaluate` returned into a run's folder and finish the run; returns its result."""
+def write_evaluation(
+    run: RunFolder, figures: dict[str, Any], rows: list[dict[str, Any]], told: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write what `evaluate` returned into a run's folder and finish the run; returns its result, with what is `told`
+    besides in its summary."""
     for row in rows:
         run.sample(row)
     write_atomic(run.path / "evaluation.json", json.dumps(figures, indent=2) + "\n")
     headline = {name: figures[name] for name in ("score_difference", "win_rate")}
     said = {name: figures[name] for name in ("judge", "judge_note")}
     counts = {name: figures[name] for name in ("wins", "ties", "losses")}
-    return run.finish({**said, **headline, **counts, "kl": figures["a_metrics"]["kl"]})
+    return run.finish({**said, **headline, **counts, "kl": figures["a_metrics"]["kl"], **(told or {})})
 
 
 def _sample(

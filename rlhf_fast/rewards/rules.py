@@ -99,7 +99,8 @@ def length(response: str, target: int) -> float:
     return max(0.0, 1.0 - abs(len(response.split()) - target) / target)
 
 
-RULES = ("exact", "math", "choice", "tags", "json", "length")
+WITH_ANSWER: dict[str, Callable[[str, Any], float]] = {"exact": exact, "math": math_answer, "choice": choice}
+RULES = (*WITH_ANSWER, "tags", "json", "length")
 
 
 def rule(text: str) -> Callable[..., list[float | None]]:
@@ -112,9 +113,8 @@ def rule(text: str) -> Callable[..., list[float | None]]:
         ValueError: no such rule, or not with this after its colon.
     """
     name, _, argument = text.partition(":")
-    with_answer = {"exact": exact, "math": math_answer, "choice": choice}
-    if name in with_answer and not argument:
-        return _with_answers(with_answer[name], text)
+    if name in WITH_ANSWER and not argument:
+        return _with_answers(WITH_ANSWER[name], text)
     items = argument.split(",")
     if name == "tags" and all(re.fullmatch(r"[A-Za-z][\w-]*", item) for item in items):
         return lambda prompts, responses: [tags(response, items) for response in responses]

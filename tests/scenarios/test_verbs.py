@@ -41,7 +41,8 @@ def test_the_verbs_make_a_policy_together(
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\nAnd you?\n"))
     assert main(["generate", "--model", runs["ppo"], "--max_new_tokens", "4"]) == 0
     assert capsys.readouterr().out.count("\n") >= 2
-    evaluate = ["evaluate", "--a", runs["ppo"], "--b", runs["dpo"], "--prompts", prompts, "--out", runs["evaluation"]]
+    evaluate = ["evaluate", "--candidate", runs["ppo"], "--baseline", runs["dpo"], "--prompts", prompts]
+    evaluate += ["--out", runs["evaluation"]]
     greedy = "--evaluation.temperature 0 --evaluation.samples_per_prompt 1 --evaluation.max_new_tokens 6".split()
     assert main([*evaluate[:-1], str(tmp_path / "greedy"), *greedy]) == 0
     assert main([*evaluate, "--evaluation.max_new_tokens", "6"]) == 0

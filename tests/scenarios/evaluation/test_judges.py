@@ -111,8 +111,15 @@ def test_wins_ties_and_losses_by_the_margin(
 
 def command(tiny_folder: Path, tmp_path: Path, judge: str, row: dict[str, Any]) -> list[str]:
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"q{i}", **row}) + "\n" for i in range(2)))
-    words = ["evaluate", "--a", str(tiny_folder), "--b", str(tiny_folder), "--prompts", str(tmp_path / "p.jsonl")]
-    words += ["--out", str(tmp_path / "out"), "--evaluation.max_new_tokens", "2"]
+    words = ["evaluate", "--candidate", str(tiny_folder), "--baseline", str(tiny_folder)]
+    words += [
+        "--prompts",
+        str(tmp_path / "p.jsonl"),
+        "--out",
+        str(tmp_path / "out"),
+        "--evaluation.max_new_tokens",
+        "2",
+    ]
     return [*words, *(["--judge", judge] if judge else [])]
 
 
@@ -152,6 +159,6 @@ def test_the_built_in_judge_says_on_the_screen_what_it_is_for(
 def test_a_judge_that_cannot_judge_is_refused_before_anything_is_written(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], judge: str, words: str
 ) -> None:
-    assert cli.main(command(tiny_folder, tmp_path, judge, {})) == 1
+    assert cli.main(command(tiny_folder, tmp_path, judge, {})) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

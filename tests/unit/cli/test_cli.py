@@ -106,8 +106,9 @@ KEYS = {
         annotate.warnings
     """,
     "evaluate": """
-        a b prompts out judge split evaluation.samples_per_prompt evaluation.max_new_tokens
-        evaluation.temperature evaluation.tie_margin evaluation.chat_template evaluation.template_kwargs
+        candidate baseline out prompts golden trained_on margin judge split evaluation.samples_per_prompt
+        evaluation.max_new_tokens evaluation.temperature evaluation.tie_margin
+        evaluation.chat_template evaluation.template_kwargs
         evaluation.parse_special_tokens evaluation.seed
     """,
     "export": "model out dtype",
@@ -419,9 +420,10 @@ def test_a_bad_line_is_named_before_a_model_is_loaded_or_anything_written(
     file.write_text(json.dumps(good) + "\n" + '{"prompt": 7}\n')
     others = {
         "ppo": ["--policy", "smollm2-135m", "--reward", "rule:json"],
-        "evaluate": ["--a", "smollm2-135m", "--b", "smollm2-135m"],
+        "evaluate": ["--candidate", "smollm2-135m", "--baseline", "smollm2-135m"],
     }.get(verb, [])
-    line = error(capsys, 1, verb, f"--{key}", str(file), "--out", str(out), *others)
+    code = 2 if verb == "evaluate" else 1  # whose 1 is a verdict
+    line = error(capsys, code, verb, f"--{key}", str(file), "--out", str(out), *others)
     assert line.startswith(f"{file} line 2: ")
     assert list(tmp_path.iterdir()) == [file]
 
@@ -429,8 +431,8 @@ def test_a_bad_line_is_named_before_a_model_is_loaded_or_anything_written(
 def test_evaluate_writes_nothing_when_a_model_is_unknown(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file, out = tmp_path / "prompts.jsonl", tmp_path / "out"
     file.write_text('{"prompt": "p"}\n')
-    words = ["--a", "unknown", "--b", "unknown", "--prompts", str(file), "--out", str(out)]
-    assert "'unknown'" in error(capsys, 1, "evaluate", *words)
+    words = ["--candidate", "unknown", "--baseline", "unknown", "--prompts", str(file), "--out", str(out)]
+    assert "'unknown'" in error(capsys, 2, "evaluate", *words)
     assert not out.exists()
 
 

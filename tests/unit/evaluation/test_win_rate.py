@@ -270,7 +270,7 @@ def test_what_is_written_is_what_was_found(compared: Compared, tmp_path: Path) -
     assert json.loads((tmp_path / "result.json").read_text()) == result
 
 
-def test_the_verb_compares_its_a_with_its_b(policies: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_verb_compares_the_candidate_with_the_baseline(policies: tuple[Path, Path], tmp_path: Path) -> None:
     """The judge of this test says how many spaces there are, and those of a reply of a are found by themselves."""
     (tmp_path / "my.py").write_text(
         "def spaces(prompts, responses):\n    return [float(r.count(' ')) for r in responses]\n"
@@ -278,8 +278,8 @@ def test_the_verb_compares_its_a_with_its_b(policies: tuple[Path, Path], tmp_pat
     asked = [{"prompt": record.prompt, "category": record.category, "split": "test"} for record in PROMPTS]
     extra = {"prompt": "not asked", "category": "", "split": "train"}
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [extra, *asked]))
-    words = ["evaluate", "--a", policies[0], "--b", policies[1], "--prompts", tmp_path / "p.jsonl", "--split", "test"]
-    words += ["--judge", f"{tmp_path}/my.py:spaces", "--out", tmp_path / "out"]
+    words = ["evaluate", "--candidate", policies[0], "--baseline", policies[1], "--prompts", tmp_path / "p.jsonl"]
+    words += ["--split", "test", "--judge", f"{tmp_path}/my.py:spaces", "--out", tmp_path / "out"]
     for name in ("samples_per_prompt", "max_new_tokens", "temperature", "tie_margin", "seed"):
         words += [f"--evaluation.{name}", getattr(CONFIG, name)]
     assert cli.main([str(word) for word in words]) == 0
@@ -290,7 +290,7 @@ def test_the_verb_compares_its_a_with_its_b(policies: tuple[Path, Path], tmp_pat
     assert a.texts != b.texts
     difference = [float(x.count(" ") - y.count(" ")) for x, y in zip(a.texts, b.texts, strict=True)]
     assert figures["score_difference"] == clustered_bootstrap(difference, CLUSTERS).as_dict()
-    assert figures["score_difference"]["mean"] != 0 and (figures["a"], figures["b"]) == ("a", "b")
+    assert figures["score_difference"]["mean"] != 0 and (figures["a"], figures["b"]) == ("candidate", "baseline")
     assert figures["a_metrics"]["kl"] == pytest.approx(mean_kl(*policies, a, CONFIG.temperature), rel=1e-4)
 
 
@@ -317,6 +317,7 @@ def test_a_single_prompt_is_refused_before_anything_is_loaded_or_written(
     with pytest.raises(ValueError, match=r"^prompts: 1 came; expected at least 2, as the intervals say"):
         evaluate(tmp_path / "no model", tmp_path / "no model", PROMPTS[:1] * 3, judge=Table())
     (tmp_path / "p.jsonl").write_text('{"prompt": "q", "category": "simple"}\n')
-    words = ["evaluate", "--a", str(tiny_folder), "--b", str(tiny_folder), "--prompts", str(tmp_path / "p.jsonl")]
-    assert cli.main([*words, "--out", str(tmp_path / "out")]) == 1
+    words = ["evaluate", "--candidate", str(tiny_folder), "--baseline", str(tiny_folder)]
+    words += ["--prompts", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "out")]
+    assert cli.main(words) == 2
     assert "prompts: 1 came; expected at least 2" in capsys.readouterr().err and not (tmp_path / "out").exists()
