@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_fast.cli import inputs
 from rlhf_fast.config import AnnotateConfig
@@ -39,6 +39,10 @@ class AnnotateCommand:
     model: tuple[str, ...] = ()  # folders, runs or hub names whose answers are compared: A,B
     votes: str = ""  # export of Label Studio or Argilla to import; the word behind the folder
     form: str = ""  # export in this one too: label-studio, argilla, hh or rewardbench
+    gold: str = ""  # {"prompt", "chosen", "rejected"} a line: pairs of known answer, by which people are measured
+    unsure: tuple[str, ...] = ()  # reward models, or rewards in any form: pairs that they are least sure of come first
+    labels: Literal["votes", "model"] = "votes"  # export: confidence by the share of votes, or by the vote model
+    heldout: float = 0.1  # export: share of prompts whose pairs are held out
     criteria: str = ""  # YAML list of {name, title, description, examples, scale}; four by default (docs/annotate.md)
     host: str = "127.0.0.1"  # address to listen at; beyond this machine it needs a secret and --proxy
     port: int = 8000  # 0 finds a free one
@@ -61,12 +65,18 @@ def run(command: AnnotateCommand) -> None:
         raise ConfigError(f"--port: {command.port}; expected 0 to 65535")
     if bool(command.prompts) != bool(command.model):
         raise ConfigError("--prompts FILE and --model A,B go together; or give --responses FILE")
+    if not 0 <= command.heldout < 1:
+        raise ConfigError(f"--heldout: {command.heldout:g}; expected a share from 0 to below 1")
     if command.prompts and command.responses:
         raise ConfigError("give either --responses FILE or --prompts FILE with --model A,B")
-    files = {name: getattr(command, name) for name in ("responses", "prompts", "votes", "criteria", "secret_file")}
+    files = {
+        name: getattr(command, name) for name in ("responses", "prompts", "gold", "votes", "criteria", "secret_file")
+    }
     inputs.check(file={key: file for key, file in files.items() if file})
     for name in command.model:
         inputs.check({"model": name})
+    for name in command.unsure:
+        inputs.check(reward={"unsure": name})
     require_packages("annotate")
     folder = Path(command.out)
     new = command.action == "import" or (command.action == "serve" and bool(command.responses or command.prompts))
@@ -86,7 +96,7 @@ def run(command: AnnotateCommand) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     store = Store(command.store or folder / "votes.db", new)
     if command.action == "export":
-        _export(store, folder, command.form)
+        _export(store, folder, command)
     else:
         _report(store, folder)
 
@@ -112,19 +122,24 @@ def _import(command: AnnotateCommand, folder: Path) -> None:
         print(f"{added.equal} pairs of two equal responses left out")
 
 
-def _export(store: Store, folder: Path, form: str) -> None:
+def _export(store: Store, folder: Path, command: AnnotateCommand) -> None:
     from rlhf_fast.feedback.exchange import comparisons, demonstrations, judged
     from rlhf_fast.feedback.formats import FORMATS, VOTES
+    from rlhf_fast.feedback.quality import discard_disputed, model_labels
     from rlhf_fast.runs.files import write_atomic, write_jsonl
 
-    for name, rows in {"comparisons": comparisons(store), "demonstrations": demonstrations(store)}.items():
+    form, soft = command.form, model_labels if command.labels == "model" else None
+    if store.plan.disputed == "discard" and (left_out := discard_disputed(store)):
+        print(f"{len(left_out)} disputed pairs left out")
+    labelled = comparisons(store, soft, command.heldout)
+    for name, rows in {"comparisons": labelled, "demonstrations": demonstrations(store)}.items():
         if not rows and name == "demonstrations":  # nobody wrote a better answer
             continue
         write_jsonl(folder / f"{name}.jsonl", rows)
         print(f"{len(rows)} {name} written to {folder / name}.jsonl")
     if form:
         out, _ = FORMATS[form]
-        given = out(judged(store) if form in VOTES else comparisons(store))
+        given = out(judged(store) if form in VOTES else labelled)
         write_atomic(folder / f"{form}.json", json.dumps(given, ensure_ascii=False, indent=1) + "\n")
         print(f"{len(given)} records written to {folder / form}.json")
 
@@ -163,7 +178,9 @@ def _serve(command: AnnotateCommand, folder: Path, new: bool) -> None:
         store.set_setting("criteria", [asdict(one) for one in asked])
     store.set_setting("warnings", command.annotate.warnings)
     _fill(store, command)
-    store.set_plan(Plan(judgements=command.annotate.judgements, seed=command.annotate.seed))
+    store.set_plan(Plan(**{one.name: getattr(command.annotate, one.name) for one in fields(Plan)}))
+    if command.unsure:
+        _put_unsure_first(store, command.unsure)
     listening = listen(command.host, command.port)
     name = f"[{command.host}]" if ":" in command.host else command.host
     address = command.proxy.rstrip("/") or f"http://{name}:{listening.getsockname()[1]}"
@@ -178,8 +195,13 @@ def _fill(store: Store, command: AnnotateCommand) -> None:
 
     The next write waits for the disk on behalf of all.
     """
-    from rlhf_fast.data.records import read_prompts
+    from rlhf_fast.data.records import read_comparisons, read_prompts
 
+    if command.gold:
+        for pair in read_comparisons(command.gold):
+            sides = [_text(pair.chosen), _text(pair.rejected)]
+            prompt: Any = pair.prompt if isinstance(pair.prompt, str) else [dict(message) for message in pair.prompt]
+            store.add_prompt(prompt, sides, pair.category, kind="gold", gold=-1, flush=False)
     if command.responses:
         for record in read_prompts(command.responses):
             answers = record.columns.get("responses")
@@ -213,3 +235,31 @@ def _fill(store: Store, command: AnnotateCommand) -> None:
         if len({one["text"] for one in given}) > 1:  # equal answers cannot be compared
             store.add_prompt(record.prompt, given, record.category, flush=False)
     store.set_setting("sampled", True)
+
+
+def _text(answer: Any) -> str:
+    """One answer's text, which is what people are shown."""
+    from rlhf_fast.data.records import message_text
+
+    return answer if isinstance(answer, str) else "\n\n".join(message_text(message) for message in answer)
+
+
+def _put_unsure_first(store: Store, names: tuple[str, ...]) -> None:
+    """Order the pairs: one reward is unsure where its scores are near each other, several where their differences, each
+    in its own deviations, differ most."""
+    import numpy as np
+
+    from rlhf_fast.data.records import PromptRecord
+    from rlhf_fast.feedback.exchange import pairs_of
+    from rlhf_fast.rewards.model import resolve_reward
+
+    pairs = pairs_of(store)
+    asked = [PromptRecord(pair["messages"], pair["category"]) for pair in pairs.values() for _ in range(2)]
+    texts = [pair[side] for pair in pairs.values() for side in ("first", "second")]
+    differences = []
+    for name in names:
+        scores = np.array(resolve_reward(name, 0.0, 4096, timeout=300.0, retries=2)(asked, texts).scores)
+        difference = scores[::2] - scores[1::2]
+        differences.append(difference / (float(np.sqrt(np.mean(difference**2))) or 1.0))
+    unsure = np.std(differences, axis=0) if len(names) > 1 else -np.abs(differences[0])
+    store.set_priorities(dict(zip(pairs, unsure.tolist(), strict=True)))

@@ -40,7 +40,7 @@ def comparisons(
     votes: dict[int, list[dict[str, Any]]] = {}
     for vote in counting_votes(store):
         votes.setdefault(vote["pair"], []).append(vote)
-    pairs = _pairs(store)
+    pairs = pairs_of(store)
     return [
         _row(label, pairs[label.pair], votes[label.pair], heldout, seed, hard)
         for label in labels(store, soft)
@@ -89,7 +89,7 @@ def _means(votes: Sequence[dict[str, Any]], sign: int) -> dict[str, float]:
 
 def demonstrations(store: Store) -> list[Row]:
     """Better answers that annotators wrote, as rows for supervised fine-tuning."""
-    pairs = _pairs(store)
+    pairs = pairs_of(store)
     return [
         {"prompt": pairs[v["pair"]]["messages"], "completion": v["better_answer"], "annotator": v["pseudonym"]}
         for v in counting_votes(store)
@@ -108,11 +108,13 @@ def judged(store: Store) -> list[Judged]:
             votes.setdefault(vote["pair"], []).append(one)
     return [
         Judged(pair["messages"], pair["first"], pair["second"], pair["category"], tuple(votes.get(number, [])))
-        for number, pair in _pairs(store).items()
+        for number, pair in pairs_of(store).items()
     ]
 
 
-def _pairs(store: Store) -> dict[int, dict[str, Any]]:
+def pairs_of(store: Store) -> dict[int, dict[str, Any]]:
+    """Every open pair whose answer is not known, by number: its prompt as messages and as a key, its category, and the
+    text, checkpoint and seed of its first and its second response."""
     first, second = t.response.alias(), t.response.alias()
     columns: list[Any] = [t.pair.c.id, t.prompt.c.messages, t.prompt.c.category, t.prompt.c.key]
     for name, table in (("first", first), ("second", second)):

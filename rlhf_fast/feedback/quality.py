@@ -155,14 +155,15 @@ def _longer(connection: sa.Connection) -> dict[int, int]:
     return {number: by for number, by in connection.execute(sa.select(t.pair.c.id, by).where(both))}
 
 
-def disputed(store: Store, threshold: float = 0.67, criterion: str = "") -> list[Disputed]:
+def disputed(store: Store, threshold: float | None = None, criterion: str = "") -> list[Disputed]:
     """Pairs whose votes agree less than `threshold`, worst first, that no senior has decided.
 
     Args:
         store: the votes.
-        threshold: share of equal answers among the pairs of votes on the pair.
+        threshold: share of equal answers among the pairs of votes on the pair; by default the plan's.
         criterion: by the answers to this one, not by the preference.
     """
+    threshold = store.plan.dispute_below if threshold is None else threshold
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold: {threshold} came; expected a share from 0 to 1")
     votes = counting_votes(store)
@@ -181,7 +182,7 @@ def disputed(store: Store, threshold: float = 0.67, criterion: str = "") -> list
     return sorted(found, key=lambda item: (item.agreement, item.pair))
 
 
-def discard_disputed(store: Store, threshold: float = 0.67) -> list[int]:
+def discard_disputed(store: Store, threshold: float | None = None) -> list[int]:
     """Take all disputed pairs out in place of adjudicating them; returns their numbers."""
     pairs = [item.pair for item in disputed(store, threshold)]
     store.discard(pairs)

@@ -61,6 +61,8 @@ class Plan:
     random_share: float = 0.2  # of tasks whose pair is drawn without regard to priority
     least_seconds: float = 3.0  # a vote given faster is flagged
     reports: int = 1  # that many people's reports take a pair out
+    dispute_below: float = 0.67  # a pair of which a smaller share of pairs of votes agrees is disputed
+    disputed: str = "senior"  # who decides such a pair; "discard": it is left out of an export
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -70,7 +72,9 @@ class Plan:
                 raise FeedbackError(
                     f"{name}: {value!r} came; expected a whole number of at least {int(name != 'seed')}"
                 )
-        for name in ("gold_share", "repeat_share", "random_share"):
+        if self.disputed not in ("senior", "discard"):
+            raise FeedbackError(f"disputed: {self.disputed!r} came; expected senior or discard")
+        for name in ("gold_share", "repeat_share", "random_share", "dispute_below"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise FeedbackError(f"{name}: {value!r} came; expected a share from 0 to 1")

@@ -257,6 +257,15 @@ def test_a_setting_of_the_annotator_does_what_it_names(name: str) -> None:
 
 OF_ANNOTATE = {
     "judgements": 2,
+    "lease": 60.0,
+    "gold_share": 0.1,
+    "repeat_share": 0.2,
+    "repeat_after": 7,
+    "random_share": 0.3,
+    "least_seconds": 1.5,
+    "reports": 2,
+    "dispute_below": 0.5,
+    "disputed": "discard",
     "samples_per_model": 2,
     "max_new_tokens": 3,
     "temperature": 0.75,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
+import sqlalchemy as sa
 import uvicorn
 
 from rlhf_fast import cli
 from rlhf_fast.config import RewardConfig
 from rlhf_fast.data.records import read_comparisons, read_demonstrations
+from rlhf_fast.feedback import tables as t
 from rlhf_fast.feedback.assignment import Judgement, next_task, submit
 from rlhf_fast.feedback.formats import FORMATS
 from rlhf_fast.feedback.store import Person, Plan, Store, plan_of
@@ -146,4 +149,88 @@ def test_settings_reach_the_plan_and_the_sampler(
     assert store.setting("warnings") == {"b": "of a fight"}
     with store.read() as connection:
         plan = plan_of(connection)
-    assert (plan.judgements, plan.seed) == (2, 5) != (Plan().judgements, Plan().seed)
+    assert asdict(plan) == {name: OF_ANNOTATE[name] for name in asdict(plan)}
+    assert not {name for name, value in asdict(plan).items() if value == getattr(Plan(), name)}
+
+
+def serve_once(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> Store:
+    """The store as `annotate` leaves it when its server ends at once."""
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: [one.close() for one in sockets])
+    assert cli.main(["annotate", "--out", str(folder), "--port", "0", *words]) == 0
+    return Store(folder / "votes.db")
+
+
+def responses_file(tmp_path: Path, count: int) -> str:
+    rows = [{"prompt": f"q{i}?", "responses": [f"{'x' * i} a", f"{i} b"], "category": "simple"} for i in range(count)]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(tmp_path / "r.jsonl")
+
+
+def test_a_file_of_known_answers_measures_people(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gold = [
+        {"prompt": f"known {i}?", "chosen": "right", "rejected": [{"role": "assistant", "content": "wrong"}]}
+        for i in (1, 2)
+    ]
+    (tmp_path / "gold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in gold))
+    words = ["--responses", responses_file(tmp_path, 3), "--gold", str(tmp_path / "gold.jsonl")]
+    store = serve_once(monkeypatch, tmp_path / "votes", *words, "--annotate.gold_share", "0.9")
+    store = serve_once(monkeypatch, tmp_path / "votes", *words, "--annotate.gold_share", "0.9")  # and adds none twice
+    store.invite("Ann")
+    ann = Person(2, "Ann", "annotator")  # 1 is the owner
+    seen = []
+    while (task := next_task(store, ann)) is not None:
+        seen.append({task.left, task.right})
+        submit(store, ann, task.id, Judgement(-3 if task.left == "right" else 3, True, True, seconds=9.0))
+    assert seen.count({"right", "wrong"}) == 2 and len(seen) == 5
+    assert cli.main(["annotate", "export", str(tmp_path / "votes")]) == 0
+    assert len(read_comparisons(tmp_path / "votes" / "comparisons.jsonl")) == 3  # none of the known ones
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_pairs_of_which_rewards_are_unsure_come_first(
+    several: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Responses `xx a` and `2 b`: by length they differ by one, two, ... less one."""
+    (tmp_path / "my.py").write_text(
+        "def size(prompts, responses):\n    return [float(len(r)) for r in responses]\n\n\n"
+        "def other(prompts, responses):\n    return [float('x' not in r) for r in responses]\n"
+    )
+    judges = [f"{tmp_path}/my.py:size", f"{tmp_path}/my.py:other"]
+    given = ",".join(judges if several else judges[:1])
+    store = serve_once(monkeypatch, tmp_path / "votes", "--responses", responses_file(tmp_path, 4), "--unsure", given)
+    with store.read() as connection:
+        found = [row.priority for row in connection.execute(sa.select(t.pair.c.priority).order_by(t.pair.c.id))]
+    size = [-1.0, 0.0, 1.0, 2.0]  # "0 b" is longer than " a"
+    scaled = [one / (6 / 4) ** 0.5 for one in size]
+    others = [one / (3 / 4) ** 0.5 for one in (0.0, -1.0, -1.0, -1.0)]
+    want = [abs(a - b) / 2 for a, b in zip(scaled, others, strict=True)] if several else [-abs(one) for one in scaled]
+    assert found == pytest.approx(want)
+    words = ["--out", str(tmp_path / "new"), "--responses", str(tmp_path / "r.jsonl"), "--unsure", "runs/no"]
+    assert "unsure: there is no" in refused(capsys, *words) and not (tmp_path / "new").exists()
+
+
+def test_an_export_leaves_out_what_is_disputed_if_told_to_and_takes_the_labels_that_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--responses", responses_file(tmp_path, 8), "--annotate.repeat_share", "0"]
+    discard = ["--annotate.disputed", "discard", "--annotate.dispute_below", "0.5"]
+    store = serve_once(monkeypatch, tmp_path / "votes", *words)
+    for number in (2, 3, 4):  # all agree but on q0, and one of three there
+        store.invite(f"P{number}")
+        person = Person(number, f"P{number}", "annotator")
+        while (task := next_task(store, person)) is not None:
+            first = task.left.endswith(" a")
+            wants = first != (number == 4 and "q0?" in str(task.prompt))
+            submit(store, person, task.id, Judgement(-3 if wants else 3, True, True, seconds=9.0))
+
+    def exported(*more: str) -> list[dict[str, Any]]:
+        assert cli.main(["annotate", "export", str(tmp_path / "votes"), *more]) == 0
+        return [json.loads(line) for line in (tmp_path / "votes" / "comparisons.jsonl").read_text().splitlines()]
+
+    shares, model = exported(), exported("--labels", "model", "--heldout", "0.5")
+    assert sorted(row["confidence"] for row in shares) == pytest.approx([2 / 3] + 7 * [1.0])
+    assert all(0.5 < row["confidence"] < 1 for row in model)
+    assert sum(row["split"] == "heldout" for row in model) > sum(row["split"] == "heldout" for row in shares)
+    serve_once(monkeypatch, tmp_path / "votes", *words, *discard)
+    capsys.readouterr()
+    assert len(exported()) == 7 and "1 disputed pairs left out" in capsys.readouterr().out

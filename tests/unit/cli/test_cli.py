@@ -101,8 +101,10 @@ KEYS = {
         parse_special_tokens seed
     """,
     "annotate": """
-        out store action responses prompts model votes form criteria host port proxy secret_file language
-        annotate.judgements annotate.samples_per_model annotate.max_new_tokens annotate.temperature annotate.seed
+        out store action responses prompts model votes form gold unsure labels heldout criteria host port proxy
+        secret_file language annotate.judgements annotate.lease annotate.gold_share annotate.repeat_share
+        annotate.repeat_after annotate.random_share annotate.least_seconds annotate.reports annotate.dispute_below
+        annotate.disputed annotate.samples_per_model annotate.max_new_tokens annotate.temperature annotate.seed
         annotate.warnings
     """,
     "evaluate": """
