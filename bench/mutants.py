@@ -233,7 +233,7 @@ def _run(plan: Plan, tree: Path, limit: float) -> Verdict:
     """Run a plan's tests on the tree as it is, until one fails or the time is over."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:randomly"]
     environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # a third of a run would be compiling what the last one had
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # else each run compiles again what the last one had
     environment["RLHF_FAST_TEST_UNTIMED"] = "1"  # slower is not wrong
     process = subprocess.Popen(
         [*command, *plan.arguments, *plan.tests],

@@ -65,6 +65,11 @@ def run(command: AnnotateCommand) -> None:
         raise ConfigError(f"--port: {command.port}; expected 0 to 65535")
     if bool(command.prompts) != bool(command.model):
         raise ConfigError("--prompts FILE and --model A,B go together; or give --responses FILE")
+    own = AnnotateCommand()
+    if command.action != "export" and (command.labels, command.heldout) != (own.labels, own.heldout):
+        raise ConfigError("--labels and --heldout are of an export: rlhf-fast annotate export DIR")
+    if command.action != "serve" and (command.gold or command.unsure):
+        raise ConfigError(f"--gold and --unsure are of the page; rlhf-fast annotate {command.action} takes neither")
     if not 0 <= command.heldout < 1:
         raise ConfigError(f"--heldout: {command.heldout:g}; expected a share from 0 to below 1")
     if command.prompts and command.responses:
@@ -125,13 +130,15 @@ def _import(command: AnnotateCommand, folder: Path) -> None:
 def _export(store: Store, folder: Path, command: AnnotateCommand) -> None:
     from rlhf_fast.feedback.exchange import comparisons, demonstrations, judged
     from rlhf_fast.feedback.formats import FORMATS, VOTES
-    from rlhf_fast.feedback.quality import discard_disputed, model_labels
+    from rlhf_fast.feedback.quality import disputed, model_labels
     from rlhf_fast.runs.files import write_atomic, write_jsonl
 
     form, soft = command.form, model_labels if command.labels == "model" else None
-    if store.plan.disputed == "discard" and (left_out := discard_disputed(store)):
-        print(f"{len(left_out)} disputed pairs left out")
     labelled = comparisons(store, soft, command.heldout)
+    if store.plan.disputed == "discard":  # of this export alone: another vote may settle a pair
+        left_out = {one.pair for one in disputed(store)}
+        print(f"{len(left_out)} disputed pairs left out")
+        labelled = [row for row in labelled if row["provenance"]["pair"] not in left_out]
     for name, rows in {"comparisons": labelled, "demonstrations": demonstrations(store)}.items():
         if not rows and name == "demonstrations":  # nobody wrote a better answer
             continue
@@ -254,6 +261,8 @@ def _put_unsure_first(store: Store, names: tuple[str, ...]) -> None:
     from rlhf_fast.rewards.model import resolve_reward
 
     pairs = pairs_of(store)
+    if not pairs:
+        return
     asked = [PromptRecord(pair["messages"], pair["category"]) for pair in pairs.values() for _ in range(2)]
     texts = [pair[side] for pair in pairs.values() for side in ("first", "second")]
     differences = []

@@ -51,6 +51,8 @@ def run(command: EvaluateCommand) -> int:
         raise ConfigError("golden: it is judged by its own checks, all of it; leave --judge and --split out")
     if not 0 <= command.margin < 1:
         raise ConfigError(f"margin: {command.margin:g} came; expected a share from 0 to below 1, such as 0.05")
+    if not command.golden and command.margin != EvaluateCommand.margin:
+        raise ConfigError("margin: it is of a golden set; give --golden FILE, too")
     judged = {} if command.judge == "simulated" else {"judge": command.judge}
     golden = str(DEMO_GOLDEN) if command.golden == "demo" else command.golden
     trained = {f"trained_on ({name})": name for name in command.trained_on.split(",") if name}

@@ -60,9 +60,9 @@ def read_golden(source: Source) -> list[PromptRecord]:
             raise RecordError(f'{record.name}: checks: {checks!r:.80}; expected a list such as ["words:10-120"]')
         for check in checks:
             try:
-                check_of(check)
                 if check in rules.WITH_ANSWER and row.get("answer") is None:
                     raise ValueError(f"{check}: the row has no answer to hold a reply against")
+                check_of(check)("", row.get("answer"))  # an answer of another kind is said before any reply is sampled
             except ValueError as error:
                 raise RecordError(f"{record.name}: checks: {error}") from error
         for seen, key, what in ((ids, row["id"], "id"), (prompts, prompt_text(record.prompt), "prompt")):

@@ -112,14 +112,8 @@ def test_wins_ties_and_losses_by_the_margin(
 def command(tiny_folder: Path, tmp_path: Path, judge: str, row: dict[str, Any]) -> list[str]:
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"q{i}", **row}) + "\n" for i in range(2)))
     words = ["evaluate", "--candidate", str(tiny_folder), "--baseline", str(tiny_folder)]
-    words += [
-        "--prompts",
-        str(tmp_path / "p.jsonl"),
-        "--out",
-        str(tmp_path / "out"),
-        "--evaluation.max_new_tokens",
-        "2",
-    ]
+    words += ["--prompts", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "out")]
+    words += ["--evaluation.max_new_tokens", "2"]
     return [*words, *(["--judge", judge] if judge else [])]
 
 

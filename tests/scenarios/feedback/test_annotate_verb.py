@@ -16,7 +16,7 @@ import sqlalchemy as sa
 import uvicorn
 
 from rlhf_fast import cli
-from rlhf_fast.config import RewardConfig
+from rlhf_fast.config import AnnotateConfig, RewardConfig
 from rlhf_fast.data.records import read_comparisons, read_demonstrations
 from rlhf_fast.feedback import tables as t
 from rlhf_fast.feedback.assignment import Judgement, next_task, submit
@@ -43,6 +43,8 @@ def test_what_is_missing_is_said_before_anything_starts(
     assert "expected 0 to 65535" in refused(capsys, *out, "--port", "70000")
     assert "expected serve, export, report or import" in refused(capsys, *out, "--action", "sell")
     assert "holds no votes" in refused(capsys, "export", str(tmp_path / "votes"))
+    assert "--labels and --heldout are of an export" in refused(capsys, *out, "--labels", "model")
+    assert "--gold and --unsure are of the page" in refused(capsys, "export", out[1], "--unsure", "rule:json")
     assert "--votes FILE and import go together" in refused(capsys, "import", str(tmp_path / "votes"))
     assert "there is no file none.json" in refused(capsys, "import", str(tmp_path / "votes"), "none.json")
     assert "expected one of label-studio, argilla, hh, rewardbench" in refused(
@@ -151,6 +153,7 @@ def test_settings_reach_the_plan_and_the_sampler(
         plan = plan_of(connection)
     assert asdict(plan) == {name: OF_ANNOTATE[name] for name in asdict(plan)}
     assert not {name for name, value in asdict(plan).items() if value == getattr(Plan(), name)}
+    assert asdict(Plan()) == {name: getattr(AnnotateConfig(), name) for name in asdict(plan)}
 
 
 def serve_once(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> Store:
@@ -234,3 +237,5 @@ def test_an_export_leaves_out_what_is_disputed_if_told_to_and_takes_the_labels_t
     serve_once(monkeypatch, tmp_path / "votes", *words, *discard)
     capsys.readouterr()
     assert len(exported()) == 7 and "1 disputed pairs left out" in capsys.readouterr().out
+    serve_once(monkeypatch, tmp_path / "votes", *words)
+    assert len(exported()) == 8  # it was left out of that export alone

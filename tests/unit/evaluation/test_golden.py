@@ -88,6 +88,8 @@ def test_any_reply_is_judged_and_avoiding_is_not_mentioning(reply: str, name: st
         ({"checks": ["mentions:a||b"]}, "expected mentions: and words or phrases"),
         ({"checks": ["avoid:a"]}, "there is no check 'avoid'; the nearest one is 'avoids'"),
         ({"checks": ["math"]}, "math: the row has no answer to hold a reply against"),
+        ({"checks": ["choice"], "answer": "seven"}, "answer: 'seven'; expected a letter"),
+        ({"checks": ["exact"], "answer": {"a": 1}}, "answer: .*; expected text or a number"),
         ({"checks": ["json:,"]}, "rule:json:,; expected rule:json:name,age"),
     ],
 )
@@ -252,6 +254,9 @@ def test_the_verb_ends_with_the_verdict(tiny_folder: Path, tmp_path: Path, capsy
     ):
         assert cli.main([*words, *more, "--out", str(tmp_path / "none")]) == 2
         assert message in capsys.readouterr().err and not (tmp_path / "none").exists()
+    words[5] = "--prompts"
+    assert cli.main([*words, "--margin", "0.1", "--out", str(tmp_path / "none")]) == 2
+    assert "margin: it is of a golden set" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(("interval", "code"), [((-0.3, -0.1), 1), ((-0.3, 0.3), 3), ((0.1, 0.3), 0)])
